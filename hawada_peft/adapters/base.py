@@ -1,0 +1,275 @@
+"""The abstract adapter: wraps a module, applies its gates, folds them into its weights on request."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import UnsupportedModelError
+from .gates import SigmoidGate
+
+UNITS, BLOCK, LAYER = "hawada_units", "hawada_block", "hawada_layer"
+"""The slots of an adapter: gates on the input's features, on the output, and on the output of both of a layer's blocks."""
+
+
+def feature_sizes(module: nn.Module) -> tuple[int, int]:
+    """
+    The input and output features (channels) of a module that gates can be placed on.
+
+    Raises:
+        UnsupportedModelError: for any other kind of module.
+    """
+    if isinstance(module, (nn.Linear, BaseTunerLayer)):
+        return module.in_features, module.out_features
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return module.in_channels, module.out_channels
+    if isinstance(module, Conv1D):
+        return tuple(module.weight.shape)
+    raise UnsupportedModelError(
+        f"Target module of type {type(module).__name__} is not supported. Gates go on torch.nn.Linear, Conv1d, Conv2d, "
+        "Conv3d and transformers.pytorch_utils.Conv1D: leave the module out of `target_modules`."
+    )
+
+
+def feature_dim(module: nn.Module) -> int:
+    """The axis of the module's input and output that holds features, counted from the end."""
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return -len(module.kernel_size) - 1
+    return -1
+
+
+def fold_factors(base: nn.Module, inputs: torch.Tensor | None, output: torch.Tensor | None) -> list[torch.Tensor]:
+    """
+    The module's weight (and bias, if it has one) with factors of its inputs and of its output multiplied in.
+
+    Args:
+        base: a Linear, Conv or Conv1D module.
+        inputs: (in_features,), or None.
+        output: (1,), or None.
+
+    Returns:
+        The new weight and bias, contiguous, in the dtypes they had.
+    """
+    weight = base.weight.data
+    folded = weight
+    if inputs is not None:
+        inputs = inputs.to(weight.device)
+        if isinstance(base, Conv1D):
+            inputs = inputs[:, None]  # (in, out)
+        elif isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            per_group = inputs.reshape(base.groups, 1, -1).expand(-1, base.out_channels // base.groups, -1)
+            inputs = per_group.reshape(weight.shape[:2] + (1,) * (weight.ndim - 2))  # (out, in / groups, 1, ...)
+        folded = folded * inputs
+    if output is not None:
+        folded = folded * output.to(weight.device)
+    result = [folded.to(weight.dtype).contiguous()]
+    if base.bias is not None:
+        bias = base.bias.data
+        result.append(bias if output is None else (bias * output.to(bias.device)).to(bias.dtype))
+    return result
+
+
+class GateAdapter(nn.Module, BaseTunerLayer, ABC):
+    """
+    Wraps a target module and multiplies its input features and its output by gates, one set per adapter name.
+
+    It owns no base weights, prunes nothing and trains nothing. The gates of a name are found by `gates(name)`.
+
+    Args:
+        base_layer (`nn.Module`): the module to wrap.
+        adapter_name (`str`): the name of the first set of gates.
+        gates (`Mapping[str, SigmoidGate]`, *optional*): slot to gate; the class's own choice if left out.
+        inference_mode (`bool`): make the gates without gradients.
+    """
+
+    adapter_layer_names = (UNITS, BLOCK, LAYER)
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str = "default",
+        *,
+        gates: Mapping[str, SigmoidGate] | None = None,
+        inference_mode: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = feature_sizes(base_layer)
+        self.base_layer = base_layer
+        self.hawada_units = nn.ModuleDict()
+        self.hawada_block = nn.ModuleDict()
+        self.hawada_layer = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        # Another adapter of the same layer that holds the layer's shared gate; a tuple hides it from nn.Module.
+        self._layer_gate_home: tuple[GateAdapter, ...] = ()
+        # The dense weight and bias while merged: closed gates cannot be divided out again.
+        self._dense: tuple[torch.Tensor, ...] = ()
+        self.update_layer(adapter_name, self.make_gates(**options) if gates is None else gates, inference_mode)
+
+    @abstractmethod
+    def make_gates(self, **options: Any) -> dict[str, SigmoidGate]:
+        """The gates this class of adapter places by itself: slot to gate."""
+
+    def update_layer(self, adapter_name: str, gates: Mapping[str, SigmoidGate], inference_mode: bool = False) -> None:
+        """Add the gates of one more adapter name, or replace those it has."""
+        for slot, gate in gates.items():
+            getattr(self, slot)[adapter_name] = gate
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def share_layer_gate(self, home: GateAdapter) -> None:
+        """Use the layer gate that lives in `home` for every name that has none here."""
+        self._layer_gate_home = (home,)
+
+    def gates(self, adapter_name: str) -> dict[str, SigmoidGate]:
+        """What this adapter gates under a name: slot to gate; empty if the name has no gates here."""
+        found = {slot: getattr(self, slot) for slot in self.adapter_layer_names}
+        found = {slot: modules[adapter_name] for slot, modules in found.items() if adapter_name in modules}
+        for home in self._layer_gate_home:
+            if LAYER not in found and adapter_name in home.hawada_layer:
+                found[LAYER] = home.hawada_layer[adapter_name]
+        return found
+
+    def input_factor(self, adapter_names: Iterable[str], *, hard: bool | None = None) -> torch.Tensor | None:
+        """The product of the gates on the input: (in_features,), or None where there are none."""
+        return _product([self.gates(name).get(UNITS) for name in adapter_names], hard)
+
+    def output_factor(self, adapter_names: Iterable[str], *, hard: bool | None = None) -> torch.Tensor | None:
+        """The product of the gates on the output: (1,), or None where there are none."""
+        return _product([self.gates(name).get(slot) for name in adapter_names for slot in (BLOCK, LAYER)], hard)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """
+        The wrapped module's output under the active gates.
+
+        Args:
+            x: (..., in_features), or (batch, in_channels, ...) for convolutions.
+            adapter_names: one adapter name per row of the batch; `"__base__"` for none.
+        """
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters or self.merged:
+            if self.disable_adapters and self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._forward_rows(x, adapter_names, *args, **kwargs)
+        active = [self.gates(name) for name in self.active_adapters]
+        for gates in active:
+            if UNITS in gates:
+                x = gates[UNITS](x)
+        y = self.base_layer(x, *args, **kwargs)
+        for gates in active:
+            for slot in (BLOCK, LAYER):
+                if slot in gates:
+                    y = gates[slot](y)
+        return y
+
+    def _forward_rows(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(adapter_names) != len(x):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        names = sorted(set(adapter_names))
+        rows = torch.tensor([names.index(name) for name in adapter_names], dtype=torch.long, device=x.device)
+        inputs = _stack([self.input_factor([name]) for name in names])
+        output = _stack([self.output_factor([name]) for name in names])
+        dim = feature_dim(self.get_base_layer())
+        if inputs is not None:
+            x = _scale_rows(x, inputs[rows], dim)
+        y = self.base_layer(x, *args, **kwargs)
+        return y if output is None else _scale_rows(y, output[rows], dim)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """
+        Fold the gates into the wrapped module's weight and bias, in the dtypes they have.
+
+        Args:
+            safe_merge (`bool`): check the result for NaN and infinity before the weights are replaced.
+            adapter_names (`list[str]`, *optional*): names to merge; the active ones if left out.
+
+        Raises:
+            ValueError: if `safe_merge` finds such values, or the weight is quantized.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if not self.gates(name):
+                continue
+            base = self.get_base_layer()
+            if not base.weight.is_floating_point():
+                raise UnsupportedModelError(
+                    f"Cannot fold gates into a weight of dtype {base.weight.dtype}: load the base model unquantized."
+                )
+            with torch.no_grad():
+                folded = fold_factors(
+                    base, self.input_factor([name], hard=True), self.output_factor([name], hard=True)
+                )
+            if safe_merge and not all(torch.isfinite(tensor).all() for tensor in folded):
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+                )
+            if not self._dense:
+                self._dense = tuple(parameter.data for parameter in _parameters(base))
+            for parameter, tensor in zip(_parameters(base), folded, strict=True):
+                parameter.data = tensor
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Put the dense weight and bias back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        for parameter, dense in zip(_parameters(self.get_base_layer()), self._dense, strict=True):
+            parameter.data = dense
+        self._dense = ()
+        self.merged_adapters.clear()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # A checkpoint of the bare module stays loadable: its keys are those of `base_layer`, and it brings no gates.
+        own = tuple(f"{prefix}{name}." for name in self._modules)
+        bare = [key for key in state_dict if key.startswith(prefix) and not key.startswith(own)]
+        for key in bare:
+            state_dict[f"{prefix}base_layer.{key[len(prefix) :]}"] = state_dict.pop(key)
+        if bare:
+            for name, tensor in self.state_dict(prefix=prefix, keep_vars=True).items():
+                if name.startswith(f"{prefix}hawada_"):
+                    state_dict.setdefault(name, tensor)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __repr__(self) -> str:
+        return "hawada." + super().__repr__()
+
+
+def _parameters(base: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in (base.weight, base.bias) if parameter is not None]
+
+
+def _product(gates: Iterable[SigmoidGate | None], hard: bool | None) -> torch.Tensor | None:
+    product: torch.Tensor | None = None
+    for gate in gates:
+        if gate is not None:
+            features = gate.features(hard=hard)
+            product = features if product is None else product * features
+    return product
+
+
+def _stack(factors: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """(names, features), ones where a name has no gates; None if none has."""
+    known = next((factor for factor in factors if factor is not None), None)
+    if known is None:
+        return None
+    return torch.stack([torch.ones_like(known) if factor is None else factor for factor in factors])
+
+
+def _scale_rows(x: torch.Tensor, factors: torch.Tensor, dim: int) -> torch.Tensor:
+    """Multiply the features on axis `dim` of x, row by row, by factors of shape (batch, features)."""
+    between, trailing = (1,) * (x.ndim - 1 + dim), (1,) * (-1 - dim)
+    return (x * factors.reshape(factors.shape[:1] + between + factors.shape[1:] + trailing)).to(x.dtype)

@@ -1,0 +1,76 @@
+"""The adapters: on attention heads, on channels, on whole blocks."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..errors import UnsupportedModelError
+from .base import BLOCK, UNITS, GateAdapter, feature_dim, feature_sizes
+from .gates import BlockGate, ChannelGate, GateStart, HeadGate, SigmoidGate
+
+
+class ChannelAdapter(GateAdapter):
+    """
+    Gates the input features of a Linear, Conv1D or convolution: the FFN channels, when it wraps `down_proj` or `fc2`.
+
+    Args:
+        base_layer, adapter_name, gates, inference_mode: as in `GateAdapter`.
+        group_size (`int`): neighbouring features per gate.
+        start (`GateStart`): how the gates start.
+        relative (`bool`): as in `SigmoidGate`.
+    """
+
+    def make_gates(
+        self, group_size: int = 1, start: GateStart | None = None, relative: bool = False
+    ) -> dict[str, SigmoidGate]:
+        """A `ChannelGate` on the input."""
+        dim = feature_dim(self.base_layer)
+        return {UNITS: ChannelGate(self.in_features, group_size, dim=dim, start=start, relative=relative)}
+
+
+class AttentionHeadAdapter(GateAdapter):
+    """
+    Gates the attention heads at the input of the output projection (`o_proj`), where a closed head adds nothing.
+
+    Args:
+        base_layer, adapter_name, gates, inference_mode: as in `GateAdapter`.
+        head_dim (`int`): features per head; must divide the module's input features.
+        start (`GateStart`): how the gates start.
+        relative (`bool`): as in `SigmoidGate`.
+    """
+
+    def make_gates(
+        self, head_dim: int | None = None, start: GateStart | None = None, relative: bool = False
+    ) -> dict[str, SigmoidGate]:
+        """A `HeadGate` on the input."""
+        if head_dim is None or self.in_features % head_dim:
+            raise UnsupportedModelError(
+                f"head_dim must divide the {self.in_features} input features of the attention output projection, got "
+                f"{head_dim}: pass head_dim=model.config.hidden_size // model.config.num_attention_heads, or what the "
+                "model's config states."
+            )
+        return {UNITS: HeadGate(self.in_features // head_dim, head_dim, start=start, relative=relative)}
+
+
+class BlockAdapter(GateAdapter):
+    """
+    Gates the whole output of a module: what a block adds to the residual, when it wraps the block's last projection.
+
+    Args:
+        base_layer, adapter_name, gates, inference_mode: as in `GateAdapter`.
+        start (`GateStart`): how the gate starts.
+        relative (`bool`): as in `SigmoidGate`.
+    """
+
+    def make_gates(self, start: GateStart | None = None, relative: bool = False) -> dict[str, SigmoidGate]:
+        """A `BlockGate` on the output."""
+        return {BLOCK: BlockGate(start=start, relative=relative)}
+
+
+def gateable(module: nn.Module) -> bool:
+    """Whether gates can be placed on this kind of module."""
+    try:
+        feature_sizes(module)
+    except UnsupportedModelError:
+        return False
+    return True

@@ -1,0 +1,13 @@
+"""ViT and the families that share its module names."""
+
+from dataclasses import replace
+
+from .family import Family, register_family
+
+VIT = Family(layers="layers", attention_out="attention.o_proj", ffn_out="mlp.fc2")
+
+for _model_type in ("vit", "deit"):
+    register_family(_model_type, VIT)
+
+# DINOv2 states its FFN size as a multiple of the hidden size.
+register_family("dinov2", replace(VIT, layers="encoder.layer", ffn_field="mlp_ratio", ffn_unit="hidden_size"))

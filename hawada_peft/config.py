@@ -1,0 +1,110 @@
+"""The adapter's configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig, PeftType
+
+from ._register import NAME
+from .adapters.gates import GateStart
+from .errors import HawAdaError
+
+GATES = ("heads", "ffn", "blocks", "layers")
+"""What can be gated: attention heads, FFN channels, attention and FFN as a whole, layers as a whole."""
+
+
+@dataclass
+class HawAdaConfig(PeftConfig):
+    """
+    Configuration of a [`HawAdaModel`]: trainable sigmoid gates on a frozen transformer.
+
+    Args:
+        gates (`tuple[str, ...]`, *optional*, defaults to `("heads", "ffn", "layers")`):
+            What is gated when `target_modules` is left out: any of `"heads"` (one gate per query head), `"ffn"` (one per
+            group of FFN channels), `"blocks"` (one per attention and one per FFN), `"layers"` (one per layer).
+        group_size (`int`, *optional*, defaults to `1`):
+            Neighbouring FFN channels, or input features of an explicitly targeted module, that share a gate. A slim FFN
+            size is a multiple of it. Larger groups make smaller adapters and coarser choices.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            T in `g = sigmoid(theta / T)`.
+        init_value (`float`, *optional*, defaults to `0.98`):
+            The gates' value at the start. Gates act relative to it, so a fresh adapter changes nothing.
+        init_weights (`bool`, *optional*, defaults to `True`):
+            `False` starts the gates at random values, far from 1. Useful for tests only.
+        target_modules (`list[str]` or `str`, *optional*):
+            Left out, the gates are placed by the model's family row, and the adapter can be slimmed. Given (names, a
+            regular expression, or `"all-linear"`), every matched Linear, Conv1D or convolution gets one gate per
+            `group_size` input features; such gates fold into the weights but remove nothing.
+        exclude_modules (`list[str]` or `str`, *optional*): modules to leave out, names or a regular expression.
+        modules_to_save (`list[str]`, *optional*): further modules to train and to save with the adapter.
+        layers_to_transform (`list[int]` or `int`, *optional*): the layers to gate; all if left out.
+        layers_pattern (`list[str]` or `str`, *optional*): the name of the list of layers, if it is an unusual one.
+        plan (`dict`, *optional*): the applied plan; written by `apply_plan`, saved with the adapter.
+        plan_in_training (`bool`, *optional*, defaults to `False`): whether the plan closes gates in training as well.
+        base_sizes (`dict`, *optional*): the sizes of the base model whose family row placed the gates; written at
+            injection and compared when the adapter is loaded.
+
+    Example:
+
+        >>> from peft import get_peft_model
+        >>> model = get_peft_model(base, HawAdaConfig(gates=("heads", "ffn"), group_size=8))
+    """
+
+    gates: tuple[str, ...] = field(
+        default=("heads", "ffn", "layers"), metadata={"help": f"What is gated: any of {', '.join(GATES)}."}
+    )
+    group_size: int = field(default=1, metadata={"help": "FFN channels (or input features) that share a gate."})
+    temperature: float = field(default=1.0, metadata={"help": "T in g = sigmoid(theta / T)."})
+    init_value: float = field(default=0.98, metadata={"help": "The gates' value at the start, in (0, 1)."})
+    init_weights: bool = field(default=True, metadata={"help": "False: random gates, far from 1. For tests."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules whose input features are gated; the family's places if left out."}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Further modules to train and save."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "The layers to gate."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "The name of the list of layers."})
+    plan: dict[str, Any] | None = field(default=None, metadata={"help": "The applied plan; written by apply_plan."})
+    plan_in_training: bool = field(default=False, metadata={"help": "The plan closes gates in training as well."})
+    base_sizes: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Sizes of the base model, written at injection and compared on loading."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType(NAME)
+        self.gates = tuple(self.gates) if isinstance(self.gates, (list, set, tuple)) else (self.gates,)
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT's own convention
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        problems = list(self._problems())
+        if problems:
+            raise HawAdaError("\n".join(problems))
+
+    def _problems(self) -> Any:
+        unknown = [gate for gate in self.gates if gate not in GATES]
+        if unknown:
+            yield f"gates must be among {list(GATES)}, got {unknown}"
+        if not self.gates:
+            yield f"gates must name at least one of {list(GATES)}"
+        if len(set(self.gates)) < len(self.gates):
+            yield f"gates must be named once each, got {list(self.gates)}"
+        if not isinstance(self.group_size, int) or self.group_size < 1:
+            yield f"group_size must be a whole number of at least 1, got {self.group_size!r}"
+        try:
+            self.start()
+        except HawAdaError as error:
+            yield str(error)
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            yield "`layers_to_transform` cannot be used when `target_modules` is a str."
+        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+            yield "`layers_pattern` cannot be used when `target_modules` is a str."
+        if self.layers_pattern and self.layers_to_transform is None:
+            yield "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "
+
+    def start(self) -> GateStart:
+        """How this configuration's gates start."""
+        return GateStart(temperature=self.temperature, value=self.init_value, random=not self.init_weights)

@@ -1,0 +1,146 @@
+"""Which sizes exist as vanilla models: asked of the config class and of what the model class builds from it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.backbone_utils import BackboneConfigMixin
+
+from ..adapters.huggingface.family import Layout, locate
+from ..adapters.huggingface.shape import Shape
+from ..errors import IllegalShapeError
+
+
+def edit_config(
+    config: PreTrainedConfig, layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None = None
+) -> PreTrainedConfig:
+    """
+    A new config of the same class with the sizes of `shape`.
+
+    Args:
+        config: the dense model's config; left as it is.
+        layout: the dense model's family row and sizes.
+        shape: the sizes wanted, complete.
+        layers: the kept layers, by which per-layer lists are cut; the first ones if left out.
+
+    Raises:
+        StrictDataclassError, ValueError, TypeError: whatever the config class raises on sizes that it refuses.
+    """
+    family, sizes, dense = layout.family, shape.sizes(), layout.dense.sizes()
+    layers = layers or tuple(range(sizes["num_hidden_layers"]))
+    fields: dict[str, Any] = copy.deepcopy(config.to_dict())
+
+    def put(name: str, value: Any) -> None:
+        fields[config.attribute_map.get(name, name)] = value
+
+    put("num_attention_heads", sizes["num_attention_heads"])
+    put("num_hidden_layers", sizes["num_hidden_layers"])
+    if family.kv_heads_field:
+        put(family.kv_heads_field, sizes["num_key_value_heads"])
+    if family.head_dim_field and sizes["num_attention_heads"] != dense["num_attention_heads"]:
+        # Many configs derive it from the head count. Not written when nothing changes: older versions of some
+        # families do not know the field.
+        put(family.head_dim_field, layout.head_dim)
+    size = sizes["intermediate_size"]
+    if family.ffn_unit:
+        unit = getattr(config, family.ffn_unit)
+        put(family.ffn_field, size / unit if size % unit else size // unit)
+    else:
+        put(family.ffn_field, size)
+    for name in family.layer_lists:
+        if isinstance(fields.get(name), list):
+            fields[name] = [fields[name][layer] for layer in layers]
+    if isinstance(config, BackboneConfigMixin):
+        # Stage i is what comes out of layer i - 1; the names of stages and of outputs follow from the indices.
+        fields.pop("stage_names", None)
+        fields.pop("out_features", None)
+        fields["out_indices"] = sorted({sum(layer < i for layer in layers) for i in config.out_indices})
+    edited = type(config).from_dict(fields)
+    edited._attn_implementation = config._attn_implementation
+    return edited
+
+
+def build_sizes(model: PreTrainedModel, layout: Layout, shape: Shape) -> str | None:
+    """
+    Ask whether a vanilla model of these widths exists, by building one layer of it on the meta device.
+
+    Returns:
+        `None` if it does; otherwise the reason why not.
+    """
+    wanted = Shape(num_hidden_layers=1).complete(shape)
+    try:
+        config = edit_config(model.config, layout, wanted, layers=(0,))
+        with torch.device("meta"):
+            built = locate(type(model)(config))
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        # The last line holds the cause; those before it name transformers' validator.
+        return f"{type(model.config).__name__} refuses: {str(error).strip().splitlines()[-1].strip()}"
+    if built.dense != wanted or built.head_dim != layout.head_dim:
+        return (
+            f"{type(model).__name__} builds {built.dense.to_dict()} with heads of {built.head_dim} features when asked "
+            f"for {wanted.to_dict()} with heads of {layout.head_dim}"
+        )
+    return None
+
+
+def head_shapes(dense: Shape) -> list[Shape]:
+    """Every (query heads, KV groups) that keeps the same number of query heads in each kept group, most heads first."""
+    groups, per_group = dense.sizes()["num_key_value_heads"], dense.heads_per_group
+    pairs = {(g * r, g) for g in range(1, groups + 1) for r in range(1, per_group + 1)}
+    return [Shape(num_attention_heads=h, num_key_value_heads=g) for h, g in sorted(pairs, reverse=True)]
+
+
+def legal_head_shapes(model: PreTrainedModel, layout: Layout) -> list[Shape]:
+    """The (query heads, KV groups) of `head_shapes` that the model's class builds as asked."""
+    return [
+        shape
+        for shape in head_shapes(layout.dense)
+        if build_sizes(model, layout, shape.complete(layout.dense)) is None
+    ]
+
+
+def check_legal(model: PreTrainedModel, layout: Layout, shape: Shape) -> None:
+    """
+    Check that a vanilla model of this shape exists.
+
+    Args:
+        model: the dense model.
+        layout: its family row and sizes.
+        shape: the sizes wanted, complete.
+
+    Raises:
+        IllegalShapeError: with every problem, and the sizes that are possible instead.
+    """
+    dense, sizes = layout.dense.sizes(), shape.sizes()
+    problems = [f"{name} {sizes[name]} exceeds the model's {dense[name]}" for name in sizes if sizes[name] > dense[name]]
+    heads, groups = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+    if not problems and Shape(heads, groups) not in head_shapes(layout.dense):
+        problems.append(
+            f"{heads} query heads in {groups} KV groups: every group must keep the same number of heads, at most "
+            f"{layout.dense.heads_per_group}"
+        )
+    if not problems and shape != layout.dense:
+        reason = build_sizes(model, layout, shape)
+        problems += [reason] if reason else []
+    if not problems:
+        return
+    widths = asdict(shape) | {"num_attention_heads": None, "num_key_value_heads": None, "num_hidden_layers": None}
+    if build_sizes(model, layout, Shape(**widths).complete(layout.dense)) is None:
+        possible = ", ".join(_pairs(legal_head_shapes(model, layout)))
+        problems.append(f"possible (query heads, KV groups) in {type(model).__name__}: {possible}")
+    elif layout.family.ffn_unit:
+        unit = getattr(model.config, layout.family.ffn_unit)
+        problems.append(f"possible intermediate_size: multiples of {layout.family.ffn_unit} = {unit}")
+    raise IllegalShapeError(f"no vanilla model of the shape {shape.to_dict()}:\n" + "\n".join(problems))
+
+
+def _pairs(shapes: Iterable[Shape]) -> list[str]:
+    return [f"({shape.num_attention_heads}, {shape.num_key_value_heads})" for shape in shapes]
+
+

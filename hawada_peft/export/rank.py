@@ -1,0 +1,237 @@
+"""From gates to a plan: which units stay at a given shape, and which shape the gates ask for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..adapters.base import BLOCK, LAYER, UNITS, GateAdapter
+from ..adapters.gates import ChannelGate, HeadGate
+from ..adapters.huggingface.family import FFN, HEADS, Layout
+from ..adapters.huggingface.shape import Shape
+from ..errors import BrokenGatesError, InvalidPlanError
+from .plan import Plan
+
+LAYERS = "layers"
+"""The axis of depth, beside those of width."""
+
+OPEN = 0.5
+"""A unit whose gate is below this is one that the gates ask to close."""
+
+Scores = tuple[torch.Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class UnitScores:
+    """
+    How much each unit counts: the product of its gates, in [0, 1], float64, on the CPU. `None` where nothing is gated.
+
+    Args:
+        heads: per layer (query heads,).
+        channels: per layer (FFN channels,).
+        layers: per layer ().
+        group_size: neighbouring channels that stay or go together.
+    """
+
+    heads: Scores
+    channels: Scores
+    layers: Scores
+    group_size: int = 1
+
+
+def gate_scores(model: nn.Module, layout: Layout, adapter_names: Sequence[str]) -> UnitScores:
+    """
+    Read the scores off the gates of a model.
+
+    Raises:
+        BrokenGatesError: if a gate is NaN.
+    """
+    heads, channels, layers, sizes = [], [], [], {1}
+    for layer in range(layout.dense.sizes()["num_hidden_layers"]):
+        attention, ffn = (
+            _gates(model.get_submodule(name), adapter_names) for name in (layout.attention_out(layer), layout.ffn_out(layer))
+        )
+        heads.append(_product(attention[UNITS]))
+        channels.append(_product(ffn[UNITS]))
+        sizes |= {gate.group_size for gate in ffn[UNITS] if isinstance(gate, ChannelGate)}
+        whole = attention[LAYER] or ffn[LAYER]
+        if not whole and attention[BLOCK] and ffn[BLOCK]:
+            whole = attention[BLOCK] + ffn[BLOCK]
+        layers.append(_product(whole))
+    return UnitScores(tuple(heads), tuple(channels), tuple(layers), math.lcm(*sizes))
+
+
+def _gates(module: nn.Module, adapter_names: Sequence[str]) -> dict[str, list[nn.Module]]:
+    found: dict[str, list[nn.Module]] = {UNITS: [], BLOCK: [], LAYER: []}
+    if isinstance(module, GateAdapter):
+        for name in adapter_names:
+            for slot, gate in module.gates(name).items():
+                found[slot].append(gate)
+    return found
+
+
+def _product(gates: list[nn.Module]) -> torch.Tensor | None:
+    product: torch.Tensor | None = None
+    for gate in gates:
+        value = torch.sigmoid(gate.theta.detach().double().cpu() / gate.start.temperature)
+        if torch.isnan(value).any():
+            raise BrokenGatesError(
+                "the gates hold NaN: training diverged. Load an earlier checkpoint, or train with a lower learning rate."
+            )
+        if isinstance(gate, ChannelGate) and not isinstance(gate, HeadGate):
+            value = value.repeat_interleave(gate.group_size)
+        product = value if product is None else product * value
+    return product
+
+
+def rank(layout: Layout, scores: UnitScores, shape: Shape) -> Plan:
+    """
+    The plan of a given shape that keeps what scores highest.
+
+    Layers by their score; in each kept layer the KV groups by the sum of their heads' scores, then the best heads of
+    each kept group, and the best channels. Of equals the first stay.
+
+    Args:
+        layout: the dense model's row and sizes.
+        scores: of its units.
+        shape: the sizes wanted, complete and legal.
+
+    Raises:
+        InvalidPlanError: if something is to be cut that has no gates.
+    """
+    dense, wanted = layout.dense.sizes(), shape.sizes()
+    per_group, keep_per_group = layout.dense.heads_per_group, shape.heads_per_group
+    if wanted["intermediate_size"] % scores.group_size:
+        raise InvalidPlanError(
+            f"intermediate_size must be a multiple of the gates' group_size {scores.group_size}, got "
+            f"{wanted['intermediate_size']}"
+        )
+    layers = list(range(dense["num_hidden_layers"]))
+    if len(layers) > wanted["num_hidden_layers"]:
+        values = [float(_required(score, LAYERS, layer)) for layer, score in enumerate(scores.layers)]
+        layers = sorted(sorted(layers, key=lambda layer: -values[layer])[: wanted["num_hidden_layers"]])
+    heads, channels = [], []
+    for layer in layers:
+        if wanted["num_attention_heads"] < dense["num_attention_heads"]:
+            table = _required(scores.heads[layer], HEADS, layer).reshape(-1, per_group)
+            groups = _top(table.sum(1), wanted["num_key_value_heads"])
+            heads.append(tuple(g * per_group + h for g in groups for h in _top(table[g], keep_per_group)))
+        else:
+            heads.append(tuple(range(dense["num_attention_heads"])))
+        if wanted["intermediate_size"] < dense["intermediate_size"]:
+            values = _required(scores.channels[layer], FFN, layer)
+            channels.append(tuple(_top(values, wanted["intermediate_size"])))
+        else:
+            channels.append(tuple(range(dense["intermediate_size"])))
+    return Plan(dense=layout.dense, layers=tuple(layers), heads=tuple(heads), channels=tuple(channels))
+
+
+def _required(score: torch.Tensor | None, axis: str, layer: int) -> torch.Tensor:
+    if score is None:
+        raise InvalidPlanError(
+            f"cannot choose what to cut: layer {layer} has no gates on {axis}. Add {axis!r} to the config's `gates`, "
+            "and gate every layer (no `layers_to_transform`, no `exclude_modules`)."
+        )
+    return score
+
+
+def _top(values: torch.Tensor, count: int) -> list[int]:
+    return sorted(torch.argsort(values, descending=True, stable=True)[:count].tolist())
+
+
+def ratio_shape(
+    layout: Layout, keep_ratio: float | Mapping[str, float], legal_heads: Sequence[Shape], group_size: int
+) -> Shape:
+    """
+    The legal shape nearest to a keep ratio.
+
+    Heads: the nearest legal count; of equally near ones the larger, of equal counts that with more KV groups. FFN: the
+    nearest multiple of `ffn_multiple`. Layers: the nearest count. At least one of each.
+
+    Args:
+        layout: the dense model's row and sizes.
+        keep_ratio: kept over total, in (0, 1]: one number for heads and FFN, or one per axis (`"heads"`, `"ffn"`,
+            `"layers"`).
+        legal_heads: the (query heads, KV groups) to choose from.
+        group_size: channels per gate.
+
+    Raises:
+        InvalidPlanError: on other axes or ratios.
+    """
+    ratios = dict(keep_ratio) if isinstance(keep_ratio, Mapping) else {HEADS: keep_ratio, FFN: keep_ratio}
+    allowed = (HEADS, FFN, LAYERS)
+    problems = [f"unknown axis {axis!r}; known are {list(allowed)}" for axis in ratios if axis not in allowed]
+    problems += [
+        f"the keep ratio of {axis} must be in (0, 1], got {ratio}" for axis, ratio in ratios.items() if not 0 < ratio <= 1
+    ]
+    if problems:
+        raise InvalidPlanError("\n".join(problems))
+    dense = layout.dense.sizes()
+    target = ratios.get(HEADS, 1.0) * dense["num_attention_heads"]
+    heads = min(legal_heads, key=lambda s: (abs(s.num_attention_heads - target), -s.num_attention_heads, -s.num_key_value_heads))
+    multiple = ffn_multiple(dense["intermediate_size"], layout, group_size)
+    ffn = max(1, _round(ratios.get(FFN, 1.0) * dense["intermediate_size"] / multiple)) * multiple
+    return Shape(
+        num_attention_heads=heads.num_attention_heads,
+        num_key_value_heads=heads.num_key_value_heads,
+        intermediate_size=min(ffn, dense["intermediate_size"]),
+        num_hidden_layers=max(1, _round(ratios.get(LAYERS, 1.0) * dense["num_hidden_layers"])),
+    )
+
+
+def open_shape(layout: Layout, scores: UnitScores, legal_heads: Sequence[Shape]) -> Shape:
+    """
+    The smallest legal shape with room for every unit whose score is at least `OPEN`, in every layer that stays.
+
+    Args:
+        layout: the dense model's row and sizes.
+        scores: of its units; what is not gated counts as open.
+        legal_heads: the (query heads, KV groups) to choose from.
+    """
+    dense = layout.dense.sizes()
+    depth = [1.0 if score is None else float(score) for score in scores.layers]
+    layers = [layer for layer, score in enumerate(depth) if score >= OPEN] or [depth.index(max(depth))]
+    per_group = layout.dense.heads_per_group
+    groups, per_kept, channels = 1, 1, 1
+    for layer in layers:
+        opened = _opened(scores.heads[layer], dense["num_attention_heads"]).reshape(-1, per_group)
+        groups = max(groups, int(opened.any(1).sum()))
+        per_kept = max(per_kept, int(opened.sum(1).max()))
+        channels = max(channels, int(_opened(scores.channels[layer], dense["intermediate_size"]).sum()))
+    heads = min(
+        (s for s in legal_heads if s.num_key_value_heads >= groups and s.heads_per_group >= per_kept),
+        key=lambda s: s.num_attention_heads,
+    )
+    multiple = ffn_multiple(dense["intermediate_size"], layout, scores.group_size)
+    return Shape(
+        num_attention_heads=heads.num_attention_heads,
+        num_key_value_heads=heads.num_key_value_heads,
+        intermediate_size=min(-(-channels // multiple) * multiple, dense["intermediate_size"]),
+        num_hidden_layers=len(layers),
+    )
+
+
+def ffn_multiple(dense_size: int, layout: Layout, group_size: int) -> int:
+    """
+    The step of FFN sizes that are chosen for the user.
+
+    Misaligned sizes run slower than larger aligned ones, so a size keeps the power of two that divides the dense one,
+    up to 64 and up to 1/16 of it. Families that state the size as a multiple of another field step by that field.
+    """
+    aligned = math.gcd(dense_size, 64)
+    while aligned > 1 and aligned * 16 > dense_size:
+        aligned //= 2
+    unit = layout.hidden_size if layout.family.ffn_unit else 1
+    return math.lcm(aligned, group_size, unit)
+
+
+def _opened(score: torch.Tensor | None, units: int) -> torch.Tensor:
+    return torch.ones(units, dtype=torch.bool) if score is None else score >= OPEN
+
+
+def _round(value: float) -> int:
+    return math.floor(value + 0.5)

@@ -1,0 +1,206 @@
+"""An export counts as done when it was reloaded as any user would load it, and computed the same."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from ..errors import VerificationError
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Largest difference of logits, relative to their largest magnitude, that counts as rounding."""
+
+Inputs = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """
+    What a verified folder was found to be.
+
+    Args:
+        auto_class (`str`): the class that loaded it.
+        max_difference (`float`): largest difference of logits (or hidden states) to the reference.
+        scale (`float`): largest magnitude of the reference.
+        parameters (`int`): in the reloaded model.
+    """
+
+    auto_class: str
+    max_difference: float
+    scale: float
+    parameters: int
+
+
+def auto_class_of(model: PreTrainedModel) -> type:
+    """The `AutoModel*` class that loads this model's folder as this class; the class itself if none does."""
+    for name in sorted(dir(transformers)):
+        if not name.startswith("AutoModel"):
+            continue
+        auto = getattr(transformers, name)
+        mapping = getattr(auto, "_model_mapping", None)
+        if mapping is None or type(model.config) not in mapping:
+            continue
+        classes = mapping[type(model.config)]
+        if type(model) is classes or (isinstance(classes, tuple) and classes[0] is type(model)):
+            return auto
+    return type(model)
+
+
+def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """
+    Inputs of the kind that a model takes, drawn at random but always the same.
+
+    Returns:
+        `pixel_values` of (2, channels, height, width) or `input_ids` of (2, 16).
+    """
+    generator = torch.Generator().manual_seed(0)
+    device, config = model.device, model.config
+    if model.main_input_name == "pixel_values":
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        pixels = torch.randn(2, config.num_channels, height, width, generator=generator)
+        return {"pixel_values": pixels.to(device=device, dtype=model.dtype)}
+    tokens = torch.randint(config.get_text_config().vocab_size, (2, 16), generator=generator)
+    return {"input_ids": tokens.to(device)}
+
+
+def output_of(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    """The model's logits (or, without a head, last hidden states) in evaluation mode; the mode is put back."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            output = model(**inputs)
+    finally:
+        model.train(training)
+    return output["logits"] if "logits" in output else output["last_hidden_state"]
+
+
+def verify_slim(
+    folder: str | os.PathLike[str],
+    reference: nn.Module | torch.Tensor,
+    inputs: Inputs | None = None,
+    *,
+    tolerance: float | None = None,
+) -> Verification:
+    """
+    Reload a saved model through its Auto class, and compare it with what it was saved from.
+
+    Args:
+        folder: what `save_pretrained` wrote.
+        reference: the model in memory (slim, or gated under its plan), or the logits of one for `inputs`.
+        inputs: what to compare on; drawn at random if left out. Needed with logits.
+        tolerance: allowed difference relative to the largest logit; by dtype (`TOLERANCE`) if left out.
+
+    Returns:
+        `Verification`: what was measured.
+
+    Raises:
+        VerificationError: if the folder does not load without custom code, lacks or has unexpected weights, or computes
+            something else.
+    """
+    folder = Path(folder)
+    auto, loaded = _reload(folder, reference)
+    if inputs is None:
+        if isinstance(reference, torch.Tensor):
+            raise VerificationError("pass the `inputs` that the reference logits were computed from")
+        inputs = example_inputs(loaded)
+    expected = reference if isinstance(reference, torch.Tensor) else output_of(reference, inputs)
+    loaded = loaded.to(expected.device)
+    found = output_of(loaded, inputs)
+    if found.shape != expected.shape:
+        raise VerificationError(f"{folder} gives logits of {tuple(found.shape)}, expected {tuple(expected.shape)}")
+    difference = (found.double() - expected.double()).abs().max().item()
+    scale = expected.double().abs().max().item()
+    allowed = (TOLERANCE[loaded.dtype] if tolerance is None else tolerance) * scale
+    if not difference <= allowed:  # NaN fails too
+        raise VerificationError(
+            f"{folder} computes something else than the model it was saved from: logits differ by {difference:.3g}, "
+            f"allowed is {allowed:.3g} ({loaded.dtype}, largest logit {scale:.3g}). Do not use this folder."
+        )
+    return Verification(auto.__name__, difference, scale, loaded.num_parameters())
+
+
+def _reload(folder: Path, reference: nn.Module | torch.Tensor) -> tuple[type, PreTrainedModel]:
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        architecture = getattr(transformers, config.architectures[0])
+        with torch.device("meta"):
+            auto = auto_class_of(architecture(config))
+        loaded, info = auto.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise VerificationError(f"{folder} does not load with transformers {transformers.__version__}: {error}") from error
+    wrong = {what: sorted(map(str, keys)) for what, keys in info.items() if keys}
+    if wrong:
+        raise VerificationError(f"{folder} does not hold exactly the weights of {type(loaded).__name__}: {wrong}")
+    if isinstance(reference, PreTrainedModel) and type(loaded) is not type(reference):
+        raise VerificationError(f"{folder} loads as {type(loaded).__name__}, saved was {type(reference).__name__}")
+    return auto, loaded
+
+
+def save_slim(
+    model: PreTrainedModel,
+    folder: str | os.PathLike[str],
+    *,
+    reference: nn.Module | torch.Tensor | None = None,
+    inputs: Inputs | None = None,
+    processor: object | None = None,
+) -> Verification:
+    """
+    Save a slim model, verified: the folder appears complete, or not at all.
+
+    The files are written beside the folder, reloaded and compared, and only then renamed.
+
+    Args:
+        model: the slim model.
+        folder: must not exist yet, or be empty.
+        reference: what the reloaded model must compute: a model, or logits for `inputs`. The slim model if left out;
+            the gated model under its plan is the stronger check.
+        inputs: what to compare on; drawn at random if left out.
+        processor: a tokenizer or image processor to save with it.
+
+    Returns:
+        `Verification`: what was measured.
+
+    Raises:
+        FileExistsError: if the folder holds something.
+        VerificationError: as `verify_slim`.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} exists and is not empty; choose another folder, or empty it first")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        model.save_pretrained(temporary)
+        if processor is not None:
+            processor.save_pretrained(temporary)
+        verification = verify_slim(temporary, model if reference is None else reference, inputs)
+        temporary.chmod(0o777 & ~_umask())
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    logger.info("%s: verified, logits differ by at most %.3g", folder, verification.max_difference)
+    return verification
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+

@@ -1,0 +1,441 @@
+"""The PEFT tuner: places gates, and turns them into a plan and a slim model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ._register import PREFIX
+from .adapters.base import BLOCK, LAYER, UNITS, GateAdapter, feature_dim, feature_sizes
+from .adapters.concrete import AttentionHeadAdapter, ChannelAdapter
+from .adapters.gates import BlockGate, ChannelGate, HeadGate, SigmoidGate
+from .adapters.huggingface import FFN, HEADS, TARGET_MODULES, Layout, Shape, locate
+from .config import HawAdaConfig
+from .errors import IncompatibleBaseError, InvalidPlanError
+from .export.legality import check_legal, legal_head_shapes
+from .export.plan import Plan
+from .export.rank import gate_scores, open_shape, rank, ratio_shape
+from .export.slim import slim
+
+
+class HawAdaModel(BaseTuner):
+    """
+    Gates on a frozen model: what `get_peft_model` makes of a [`HawAdaConfig`].
+
+    Besides PEFT's own methods it has `plan`, `apply_plan`, and a `merge_and_unload` that removes what a plan closes.
+    `PeftModel` passes all of them on.
+
+    Args:
+        model (`nn.Module`): the base model; its modules are wrapped in place.
+        config (`HawAdaConfig`): what to gate.
+        adapter_name (`str`): the name of the gates.
+
+    Example:
+
+        >>> model = get_peft_model(base, HawAdaConfig())
+        >>> model.apply_plan(model.plan(keep_ratio=0.5))
+        >>> slim = model.merge_and_unload()
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = GateAdapter
+    target_module_mapping = TARGET_MODULES
+
+    def _prepare_adapter_config(self, peft_config: HawAdaConfig, model_config: dict[str, Any]) -> HawAdaConfig:
+        if peft_config.base_sizes is not None:
+            _check_base(peft_config, locate(self.model))
+        if peft_config.target_modules is not None:
+            return peft_config
+        layout = locate(self.model)
+        ends = {HEADS: layout.family.attention_out, FFN: layout.family.ffn_out}
+        whole = {"blocks", "layers"} & set(peft_config.gates)
+        # A copy: the caller's config stays free for other models.
+        resolved = copy.copy(peft_config)
+        resolved.target_modules = {end for axis, end in ends.items() if whole or axis in peft_config.gates}
+        resolved.base_sizes = layout.fingerprint()
+        for name, config in self.peft_config.items():
+            if config is peft_config:
+                self.peft_config[name] = resolved
+        return resolved
+
+    def _create_and_replace(
+        self,
+        peft_config: HawAdaConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layout = None if peft_config.base_sizes is None else locate(self.model)
+        position = layout and layout.position(current_key)
+        twin = self._twin(layout, position)
+        if layout and position:
+            gates = _family_gates(peft_config, layout, position[1], feature_sizes(target)[0])
+            if twin is not None and adapter_name in twin.hawada_layer:
+                gates.pop(LAYER, None)
+        else:
+            base = target.get_base_layer() if isinstance(target, GateAdapter) else target
+            size, dim = feature_sizes(target)[0], feature_dim(base)
+            gates = {UNITS: ChannelGate(size, peft_config.group_size, dim=dim, start=peft_config.start(), relative=True)}
+        if isinstance(target, GateAdapter):
+            adapter = target
+            adapter.update_layer(adapter_name, gates, peft_config.inference_mode)
+        else:
+            cls = AttentionHeadAdapter if position and position[1] == HEADS else ChannelAdapter
+            adapter = cls(target, adapter_name, gates=gates, inference_mode=peft_config.inference_mode)
+            if adapter_name not in self.active_adapters:
+                # adding an additional adapter: it is not automatically trainable
+                adapter.requires_grad_(False)
+            self._replace_module(parent, target_name, adapter, target)
+        if twin is not None:
+            adapter.share_layer_gate(twin)
+            twin.share_layer_gate(adapter)
+
+    def _twin(self, layout: Layout | None, position: tuple[int, str] | None) -> GateAdapter | None:
+        """The adapter at the other end of the layer, where a layer's shared gate may live."""
+        if layout is None or position is None:
+            return None
+        layer, axis = position
+        other = self.model.get_submodule(layout.ffn_out(layer) if axis == HEADS else layout.attention_out(layer))
+        return other if isinstance(other, GateAdapter) else None
+
+    def _post_injection_hook(self, model: nn.Module, config: HawAdaConfig, adapter_name: str) -> None:
+        config = self.peft_config[adapter_name]
+        if config.plan is not None:
+            self._set_masks(Plan.from_dict(config.plan), adapter_name, config.plan_in_training)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Wrap the target modules; a plan that the config carries is applied. Arguments as in PEFT."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    # ------------------------------------------------------------------ plan
+
+    def plan(
+        self,
+        shape: Shape | None = None,
+        *,
+        keep_ratio: float | Mapping[str, float] | None = None,
+        adapter_names: Sequence[str] | None = None,
+    ) -> Plan:
+        """
+        Rank the units by their gates into a legal plan. Nothing is changed; see `apply_plan`.
+
+        Args:
+            shape (`Shape`, *optional*): the sizes of the slim model; what it leaves out stays as it is.
+            keep_ratio (`float` or `dict[str, float]`, *optional*): kept over total, for heads and FFN, or by axis:
+                `{"heads": 0.5, "ffn": 0.5, "layers": 0.75}`. Rounded to the nearest legal sizes.
+            adapter_names (`list[str]`, *optional*): whose gates count (their product); the active ones if left out.
+
+        With neither, units whose gate is below 0.5 are closed, and the sizes rounded up to legal ones.
+
+        Returns:
+            `Plan`: a legal one.
+
+        Raises:
+            IllegalShapeError: if no vanilla model of the shape exists; the message says which do.
+            InvalidPlanError: if something is to be cut that has no gates, or both arguments are given.
+            BrokenGatesError: if gates hold NaN.
+        """
+        if shape is not None and keep_ratio is not None:
+            raise InvalidPlanError("give either `shape` or `keep_ratio`, not both")
+        names = self._names(adapter_names)
+        layout = self._layout(names)
+        scores = gate_scores(self.model, layout, names)
+        if shape is None:
+            legal = legal_head_shapes(self.model, layout)
+            if keep_ratio is None:
+                shape = open_shape(layout, scores, legal)
+            else:
+                shape = ratio_shape(layout, keep_ratio, legal, scores.group_size)
+        shape = shape.complete(layout.dense)
+        check_legal(self.model, layout, shape)
+        return rank(layout, scores, shape)
+
+    def apply_plan(self, plan: Plan | None, *, in_training: bool = False, adapter_name: str | None = None) -> None:
+        """
+        Close what the plan removes: from now on evaluation computes exactly what the slim model will.
+
+        Kept units keep their soft values, which the export folds into the weights. The plan is saved with the adapter.
+
+        Args:
+            plan (`Plan`, *optional*): `None` opens everything again.
+            in_training (`bool`): close the gates in training as well.
+            adapter_name (`str`, *optional*): whose gates to close; those of the one active adapter if left out.
+
+        Raises:
+            IncompatibleBaseError: if the plan is for a model of other sizes.
+            IllegalShapeError: if no vanilla model of its shape exists.
+            InvalidPlanError: if it closes something that has no gates, or several adapters are active.
+        """
+        name = self._one_name(adapter_name)
+        config = copy.copy(self.peft_config[name])
+        if plan is not None:
+            layout = self._layout([name])
+            plan.check_base(layout.dense)
+            check_legal(self.model, layout, plan.shape)
+        self._set_masks(plan, name, in_training)
+        config.plan = None if plan is None else plan.to_dict()
+        config.plan_in_training = in_training and plan is not None
+        self.peft_config[name] = config
+
+    def applied_plan(self, adapter_names: Sequence[str] | None = None) -> Plan | None:
+        """
+        The plan that is applied to the active (or given) adapters, if any.
+
+        Raises:
+            InvalidPlanError: if they have different ones.
+        """
+        plans = [self.peft_config[name].plan for name in self._names(adapter_names)]
+        plans = [plan for position, plan in enumerate(plans) if plan is not None and plan not in plans[:position]]
+        if len(plans) > 1:
+            raise InvalidPlanError("the adapters have different plans; pass `plan`, or merge them one at a time")
+        return Plan.from_dict(plans[0]) if plans else None
+
+    def _set_masks(self, plan: Plan | None, adapter_name: str, in_training: bool) -> None:
+        layout = self._layout([adapter_name])
+        masks: list[tuple[SigmoidGate, torch.Tensor | None]] = []
+        for layer in range(layout.dense.sizes()["num_hidden_layers"]):
+            for end, axis in ((layout.attention_out(layer), HEADS), (layout.ffn_out(layer), FFN)):
+                adapter = self.model.get_submodule(end)
+                gates = adapter.gates(adapter_name) if isinstance(adapter, GateAdapter) else {}
+                masks += _masks(plan, layer, axis, gates)
+        for gate, kept in masks:
+            gate.set_plan(kept, in_training=in_training)
+
+    def _layout(self, adapter_names: Sequence[str]) -> Layout:
+        by_name = [name for name in adapter_names if self.peft_config[name].base_sizes is None]
+        if by_name or not adapter_names:
+            raise InvalidPlanError(
+                f"adapter {by_name or 'none'} gates modules that were named by `target_modules`; only gates placed by a "
+                "family row can be planned. Leave `target_modules` out of the config."
+            )
+        return locate(self.model)
+
+    def _names(self, adapter_names: Sequence[str] | None) -> list[str]:
+        names = list(self.active_adapters if adapter_names is None else adapter_names)
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise InvalidPlanError(f"there is no adapter {unknown}; there are {list(self.peft_config)}")
+        return names
+
+    def _one_name(self, adapter_name: str | None) -> str:
+        names = self._names(None if adapter_name is None else [adapter_name])
+        if len(names) != 1:
+            raise InvalidPlanError(f"name one of the active adapters {names} as `adapter_name`")
+        return names[0]
+
+    # ---------------------------------------------------------------- export
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        *,
+        plan: Plan | None = None,
+        fold: bool = True,
+    ) -> nn.Module:
+        """
+        Fold the gates into the weights and remove what the plan closes: a vanilla model, without any adapter.
+
+        What the model computes does not change. As in PEFT the base model is used up; with a plan the result is a new
+        model of the same class.
+
+        Args:
+            progressbar (`bool`): show progress.
+            safe_merge (`bool`): check the folded weights for NaN first.
+            adapter_names (`list[str]`, *optional*): adapters to merge; the active ones if left out.
+            plan (`Plan`, *optional*): what to keep, instead of the applied plan.
+            fold (`bool`): `False` leaves the soft values out and only removes.
+
+        Returns:
+            `nn.Module`: the vanilla model.
+
+        Raises:
+            IncompatibleBaseError, IllegalShapeError: as `apply_plan`; nothing has been changed then.
+            BrokenGatesError: if gates hold NaN.
+        """
+        names = self._names(adapter_names)
+        chosen = self.applied_plan(names) if plan is None else plan
+        if chosen is None:
+            warnings.warn(
+                "merge_and_unload folded the gates and removed nothing, because no plan is applied. To get a smaller "
+                "model: `model.apply_plan(model.plan(keep_ratio=0.5))` (or `plan(shape=Shape(...))`) before it.",
+                stacklevel=2,
+            )
+            return self._unload_and_optionally_merge(
+                progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+            )
+        layout = self._layout(names)
+        chosen.check_base(layout.dense)
+        check_legal(self.model, layout, chosen.shape)
+        gate_scores(self.model, layout, names)  # refuses broken gates before anything is touched
+        self._restore()
+        if plan is not None:
+            for name in names:
+                self._set_masks(None, name, False)  # another plan's closed units must not be folded away
+        dense = self._unload_and_optionally_merge(
+            merge=fold, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+        return dense if chosen.keeps_all else slim(dense, chosen)
+
+    def unload(self) -> nn.Module:
+        """The untouched dense model, bit for bit, also after `merge_adapter`."""
+        self._restore()
+        return super().unload()
+
+    def _restore(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, GateAdapter) and module.merged:
+                module.unmerge()
+
+    # ------------------------------------------------------- several adapters
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """
+        Add an adapter whose raw gates are the weighted sum of other adapters' raw gates (log-odds).
+
+        Args:
+            adapters (`list[str]`): names, all with the same gates.
+            weights (`list[float]`): one per adapter.
+            adapter_name (`str`): the new name; nothing happens if it exists.
+
+        Raises:
+            ValueError: on unknown names, other counts, or adapters with different gates.
+        """
+        if adapter_name in self.peft_config:
+            return
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or not adapters or len(adapters) != len(weights):
+            raise ValueError(
+                f"add_weighted_adapter needs one weight per existing adapter, got adapters {adapters} and weights "
+                f"{weights}; existing are {list(self.peft_config)}"
+            )
+        config = dataclasses.replace(self.peft_config[adapters[0]], plan=None, plan_in_training=False)
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        for module in self.model.modules():
+            if not isinstance(module, GateAdapter):
+                continue
+            sources = [module.gates(name) for name in adapters]
+            for slot, gate in module.gates(adapter_name).items():
+                if any(slot not in source or source[slot].units != gate.units for source in sources):
+                    self.delete_adapter(adapter_name)
+                    raise ValueError(f"the adapters {adapters} gate different things; their gates cannot be added")
+                with torch.no_grad():
+                    gate.theta.copy_(
+                        sum(w * source[slot].theta for w, source in zip(weights, sources, strict=True))
+                    )
+        self.set_requires_grad(adapter_name, False)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = sorted(set(adapter_names) - {"__base__"} - set(self.peft_config))
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        num_beams = kwargs.get("num_beams")
+        beams = num_beams if isinstance(num_beams, int) else 1
+        repeated = [name for name in adapter_names for _ in range(beams)]
+        # Beam search repeats the rows for the decoder only.
+        encoder = getattr(self.model, "get_encoder", lambda: None)() if beams > 1 else None
+        inside = set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not self.model else set()
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_pass_names, adapter_names=list(adapter_names) if module in inside else repeated),
+                with_kwargs=True,
+            )
+            for module in self.modules()
+            if isinstance(module, (GateAdapter, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _pass_names(
+    module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[Any, dict[str, Any]]:
+    return args, kwargs | {"adapter_names": adapter_names}
+
+
+def _check_base(config: HawAdaConfig, layout: Layout) -> None:
+    found = layout.fingerprint()
+    differing = [
+        f"{name}: adapter {size}, model {found.get(name)}"
+        for name, size in (config.base_sizes or {}).items()
+        if found.get(name) != size
+    ]
+    if differing:
+        raise IncompatibleBaseError(
+            f"the adapter was made for another base model ({'; '.join(differing)}); load that one, or make a new adapter "
+            "with a new HawAdaConfig"
+        )
+
+
+def _family_gates(config: HawAdaConfig, layout: Layout, axis: str, size: int) -> dict[str, SigmoidGate]:
+    start = config.start()
+    gates: dict[str, SigmoidGate] = {}
+    if axis == HEADS and "heads" in config.gates:
+        gates[UNITS] = HeadGate(size // layout.head_dim, layout.head_dim, start=start, relative=True)
+    if axis == FFN and "ffn" in config.gates:
+        gates[UNITS] = ChannelGate(size, config.group_size, start=start, relative=True)
+    if "blocks" in config.gates:
+        gates[BLOCK] = BlockGate(start=start, relative=True)
+    if "layers" in config.gates:
+        gates[LAYER] = BlockGate(start=start, relative=True)
+    return gates
+
+
+def _masks(
+    plan: Plan | None, layer: int, axis: str, gates: Mapping[str, SigmoidGate]
+) -> list[tuple[SigmoidGate, torch.Tensor | None]]:
+    """What a plan makes of the gates at one end of a layer; checks that there are gates for what it closes."""
+    if plan is None:
+        return [(gate, None) for gate in gates.values()]
+    if layer not in plan.layers:
+        whole = gates.get(LAYER, gates.get(BLOCK))
+        if whole is None:
+            raise InvalidPlanError(f"the plan drops layer {layer}, which has no gates on `layers` or `blocks`")
+        return [(whole, torch.zeros(1, dtype=torch.bool))]
+    rows, total = (
+        (plan.heads, plan.dense.sizes()["num_attention_heads"])
+        if axis == HEADS
+        else (plan.channels, plan.dense.sizes()["intermediate_size"])
+    )
+    kept = torch.zeros(total, dtype=torch.bool)
+    kept[list(rows[plan.layers.index(layer)])] = True
+    whole_gates: list[tuple[SigmoidGate, torch.Tensor | None]] = [
+        (gate, None) for slot, gate in gates.items() if slot != UNITS
+    ]
+    if UNITS not in gates:
+        if kept.all():
+            return whole_gates
+        raise InvalidPlanError(f"the plan closes {axis} in layer {layer}, which has no gates on {axis}")
+    gate = gates[UNITS]
+    grouped = kept.reshape(gate.units, -1)
+    if (grouped.any(1) != grouped.all(1)).any():
+        raise InvalidPlanError(
+            f"the plan splits groups of {total // gate.units} {axis} that share a gate in layer {layer}; make it with "
+            "`model.plan`, or use gates of group_size=1"
+        )
+    return [*whole_gates, (gate, None if kept.all() else grouped.all(1))]
