@@ -31,7 +31,41 @@ from .export import (
     verify_slim,
 )
 from .model import HawAdaModel
+from .training import HawAdaTrainer, get_student_logits, get_teacher_logits, init_gates
 
 __version__ = version("hawada_peft")
 
 register(HawAdaConfig, HawAdaModel)
+
+__all__ = [
+    "AttentionHeadAdapter",
+    "BlockAdapter",
+    "BlockGate",
+    "ChannelAdapter",
+    "ChannelGate",
+    "Family",
+    "GateAdapter",
+    "HawAdaConfig",
+    "HawAdaModel",
+    "HawAdaTrainer",
+    "HeadGate",
+    "Plan",
+    "Shape",
+    "SigmoidGate",
+    "Verification",
+    "attach_adapters",
+    "collect_gates",
+    "detach_adapters",
+    "get_student_logits",
+    "get_teacher_logits",
+    "init_gates",
+    "is_attention_layer",
+    "is_ffn_layer",
+    "register_family",
+    "save_slim",
+    "slice_conv",
+    "slice_embedding",
+    "slice_linear",
+    "slim",
+    "verify_slim",
+]

@@ -22,11 +22,11 @@ class HawAdaConfig(PeftConfig):
 
     Args:
         gates (`tuple[str, ...]`, *optional*, defaults to `("heads", "ffn", "layers")`):
-            What is gated when `target_modules` is left out: any of `"heads"` (one gate per query head), `"ffn"` (one per
-            group of FFN channels), `"blocks"` (one per attention and one per FFN), `"layers"` (one per layer).
+            What is gated when `target_modules` is left out: any of `"heads"` (one gate per query head), `"ffn"` (one
+            per group of FFN channels), `"blocks"` (one per attention and one per FFN), `"layers"` (one per layer).
         group_size (`int`, *optional*, defaults to `1`):
-            Neighbouring FFN channels, or input features of an explicitly targeted module, that share a gate. A slim FFN
-            size is a multiple of it. Larger groups make smaller adapters and coarser choices.
+            Neighbouring FFN channels, or input features of an explicitly targeted module, that share a gate. A slim
+            FFN size is a multiple of it. Larger groups make smaller adapters and coarser choices.
         temperature (`float`, *optional*, defaults to `1.0`):
             T in `g = sigmoid(theta / T)`.
         init_value (`float`, *optional*, defaults to `0.98`):

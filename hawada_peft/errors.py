@@ -31,3 +31,27 @@ class VerificationError(RuntimeError):
 
 class RegistrationError(RuntimeError):
     """The tuner type could not be made known to PEFT."""
+
+
+class InvalidRegimeError(HawAdaError):
+    """What is to be timed contradicts itself, or the model cannot run that way."""
+
+
+class UnsettledTimingError(HawAdaError):
+    """A timer's spread stayed too wide to decide anything by it."""
+
+
+class IncompatibleTableError(HawAdaError):
+    """A latency table was measured for another device, dtype, regime or model."""
+
+
+class InvalidBudgetError(HawAdaError):
+    """A budget contradicts itself or names impossible numbers."""
+
+
+class InfeasibleBudgetError(HawAdaError):
+    """No legal shape meets the budget; the message gives the range that can be reached and what binds."""
+
+
+class UnsettledTimingWarning(UserWarning):
+    """A timer's median was still moving when the rounds were used up."""

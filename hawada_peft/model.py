@@ -7,19 +7,21 @@ import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from ._register import PREFIX
-from .adapters.base import BLOCK, LAYER, UNITS, GateAdapter, feature_dim, feature_sizes
+from .adapters.base import LAYER, UNITS, GateAdapter
 from .adapters.concrete import AttentionHeadAdapter, ChannelAdapter
-from .adapters.gates import BlockGate, ChannelGate, HeadGate, SigmoidGate
+from .adapters.gates import ChannelGate, SigmoidGate
 from .adapters.huggingface import FFN, HEADS, TARGET_MODULES, Layout, Shape, locate
+from .adapters.huggingface.placement import Masks, family_gates, masks_of
+from .adapters.layers import feature_dim, feature_sizes
+from .adapters.rows import adapter_per_row
 from .config import HawAdaConfig
 from .errors import IncompatibleBaseError, InvalidPlanError
 from .export.legality import check_legal, legal_head_shapes
@@ -51,7 +53,11 @@ class HawAdaModel(BaseTuner):
     tuner_layer_cls = GateAdapter
     target_module_mapping = TARGET_MODULES
 
-    def _prepare_adapter_config(self, peft_config: HawAdaConfig, model_config: dict[str, Any]) -> HawAdaConfig:
+    peft_config: dict[str, HawAdaConfig]  # type: ignore[assignment]
+
+    def _prepare_adapter_config(  # type: ignore[override]  # only this tuner's config arrives here
+        self, peft_config: HawAdaConfig, model_config: dict[str, Any]
+    ) -> HawAdaConfig:
         if peft_config.base_sizes is not None:
             _check_base(peft_config, locate(self.model))
         if peft_config.target_modules is not None:
@@ -61,14 +67,15 @@ class HawAdaModel(BaseTuner):
         whole = {"blocks", "layers"} & set(peft_config.gates)
         # A copy: the caller's config stays free for other models.
         resolved = copy.copy(peft_config)
-        resolved.target_modules = {end for axis, end in ends.items() if whole or axis in peft_config.gates}
+        names = [end for axis, end in ends.items() if whole or axis in peft_config.gates]
+        resolved.target_modules = set(names)  # type: ignore[assignment]  # PEFT's own convention
         resolved.base_sizes = layout.fingerprint()
         for name, config in self.peft_config.items():
             if config is peft_config:
                 self.peft_config[name] = resolved
         return resolved
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: HawAdaConfig,
         adapter_name: str,
@@ -79,21 +86,29 @@ class HawAdaModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         layout = None if peft_config.base_sizes is None else locate(self.model)
-        position = layout and layout.position(current_key)
+        position = None if layout is None else layout.position(current_key)
         twin = self._twin(layout, position)
-        if layout and position:
-            gates = _family_gates(peft_config, layout, position[1], feature_sizes(target)[0])
+        gates: dict[str, SigmoidGate]
+        if layout is not None and position is not None:
+            gates = family_gates(
+                layout,
+                position[1],
+                feature_sizes(target)[0],
+                kinds=peft_config.gates,
+                group_size=peft_config.group_size,
+                start=peft_config.start(),
+            )
             if twin is not None and adapter_name in twin.hawada_layer:
                 gates.pop(LAYER, None)
         else:
             base = target.get_base_layer() if isinstance(target, GateAdapter) else target
-            size, dim = feature_sizes(target)[0], feature_dim(base)
-            gates = {UNITS: ChannelGate(size, peft_config.group_size, dim=dim, start=peft_config.start(), relative=True)}
+            size, dim, start = feature_sizes(target)[0], feature_dim(base), peft_config.start()
+            gates = {UNITS: ChannelGate(size, peft_config.group_size, dim=dim, start=start, relative=True)}
         if isinstance(target, GateAdapter):
-            adapter = target
+            adapter: GateAdapter = target
             adapter.update_layer(adapter_name, gates, peft_config.inference_mode)
         else:
-            cls = AttentionHeadAdapter if position and position[1] == HEADS else ChannelAdapter
+            cls = AttentionHeadAdapter if position is not None and position[1] == HEADS else ChannelAdapter
             adapter = cls(target, adapter_name, gates=gates, inference_mode=peft_config.inference_mode)
             if adapter_name not in self.active_adapters:
                 # adding an additional adapter: it is not automatically trainable
@@ -111,14 +126,12 @@ class HawAdaModel(BaseTuner):
         other = self.model.get_submodule(layout.ffn_out(layer) if axis == HEADS else layout.attention_out(layer))
         return other if isinstance(other, GateAdapter) else None
 
-    def _post_injection_hook(self, model: nn.Module, config: HawAdaConfig, adapter_name: str) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Wrap the target modules, and apply the plan that a saved config carries. Arguments as in PEFT."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
         if config.plan is not None:
             self._set_masks(Plan.from_dict(config.plan), adapter_name, config.plan_in_training)
-
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Wrap the target modules; a plan that the config carries is applied. Arguments as in PEFT."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     # ------------------------------------------------------------------ plan
 
@@ -197,29 +210,38 @@ class HawAdaModel(BaseTuner):
         Raises:
             InvalidPlanError: if they have different ones.
         """
-        plans = [self.peft_config[name].plan for name in self._names(adapter_names)]
-        plans = [plan for position, plan in enumerate(plans) if plan is not None and plan not in plans[:position]]
-        if len(plans) > 1:
-            raise InvalidPlanError("the adapters have different plans; pass `plan`, or merge them one at a time")
-        return Plan.from_dict(plans[0]) if plans else None
+        plans = {name: self.peft_config[name].plan for name in self._names(adapter_names)}
+        applied = [Plan.from_dict(plan) for plan in plans.values() if plan is not None]
+        if len(set(applied)) > 1:
+            raise InvalidPlanError(
+                f"the adapters {list(plans)} have different plans; pass `plan`, or merge them one at a time"
+            )
+        return applied[0] if applied else None
 
     def _set_masks(self, plan: Plan | None, adapter_name: str, in_training: bool) -> None:
         layout = self._layout([adapter_name])
-        masks: list[tuple[SigmoidGate, torch.Tensor | None]] = []
-        for layer in range(layout.dense.sizes()["num_hidden_layers"]):
-            for end, axis in ((layout.attention_out(layer), HEADS), (layout.ffn_out(layer), FFN)):
+        sizes = layout.dense.sizes()
+        masks: Masks = []
+        for layer in range(sizes["num_hidden_layers"]):
+            for axis, end, total in (
+                (HEADS, layout.attention_out(layer), sizes["num_attention_heads"]),
+                (FFN, layout.ffn_out(layer), sizes["intermediate_size"]),
+            ):
                 adapter = self.model.get_submodule(end)
                 gates = adapter.gates(adapter_name) if isinstance(adapter, GateAdapter) else {}
-                masks += _masks(plan, layer, axis, gates)
-        for gate, kept in masks:
-            gate.set_plan(kept, in_training=in_training)
+                if plan is None:
+                    masks += [(gate, None) for gate in gates.values()]
+                else:
+                    masks += masks_of(gates, plan.kept(axis, layer), total, f"{axis} in layer {layer}")
+        for gate, mask in masks:
+            gate.set_plan(mask, in_training=in_training)
 
     def _layout(self, adapter_names: Sequence[str]) -> Layout:
         by_name = [name for name in adapter_names if self.peft_config[name].base_sizes is None]
         if by_name or not adapter_names:
             raise InvalidPlanError(
-                f"adapter {by_name or 'none'} gates modules that were named by `target_modules`; only gates placed by a "
-                "family row can be planned. Leave `target_modules` out of the config."
+                f"adapter {by_name or 'none'} gates modules that were named by `target_modules`; only gates placed by "
+                "a family row can be planned. Leave `target_modules` out of the config."
             )
         return locate(self.model)
 
@@ -275,9 +297,7 @@ class HawAdaModel(BaseTuner):
                 "model: `model.apply_plan(model.plan(keep_ratio=0.5))` (or `plan(shape=Shape(...))`) before it.",
                 stacklevel=2,
             )
-            return self._unload_and_optionally_merge(
-                progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-            )
+            return super().merge_and_unload(progressbar, safe_merge, adapter_names)
         layout = self._layout(names)
         chosen.check_base(layout.dense)
         check_legal(self.model, layout, chosen.shape)
@@ -286,10 +306,8 @@ class HawAdaModel(BaseTuner):
         if plan is not None:
             for name in names:
                 self._set_masks(None, name, False)  # another plan's closed units must not be folded away
-        dense = self._unload_and_optionally_merge(
-            merge=fold, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
-        return dense if chosen.keeps_all else slim(dense, chosen)
+        dense = super().merge_and_unload(progressbar, safe_merge, adapter_names) if fold else super().unload()
+        return dense if chosen.keeps_all else slim(cast(PreTrainedModel, dense), chosen)
 
     def unload(self) -> nn.Module:
         """The untouched dense model, bit for bit, also after `merge_adapter`."""
@@ -335,9 +353,9 @@ class HawAdaModel(BaseTuner):
                     self.delete_adapter(adapter_name)
                     raise ValueError(f"the adapters {adapters} gate different things; their gates cannot be added")
                 with torch.no_grad():
-                    gate.theta.copy_(
-                        sum(w * source[slot].theta for w, source in zip(weights, sources, strict=True))
-                    )
+                    gate.theta.zero_()
+                    for weight, source in zip(weights, sources, strict=True):
+                        gate.theta.add_(source[slot].theta, alpha=weight)
         self.set_requires_grad(adapter_name, False)
 
     @contextmanager
@@ -352,30 +370,8 @@ class HawAdaModel(BaseTuner):
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         num_beams = kwargs.get("num_beams")
-        beams = num_beams if isinstance(num_beams, int) else 1
-        repeated = [name for name in adapter_names for _ in range(beams)]
-        # Beam search repeats the rows for the decoder only.
-        encoder = getattr(self.model, "get_encoder", lambda: None)() if beams > 1 else None
-        inside = set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not self.model else set()
-        handles = [
-            module.register_forward_pre_hook(
-                partial(_pass_names, adapter_names=list(adapter_names) if module in inside else repeated),
-                with_kwargs=True,
-            )
-            for module in self.modules()
-            if isinstance(module, (GateAdapter, AuxiliaryTrainingWrapper))
-        ]
-        try:
+        with adapter_per_row(self.model, adapter_names, beams=num_beams if isinstance(num_beams, int) else 1):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _pass_names(
-    module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]
-) -> tuple[Any, dict[str, Any]]:
-    return args, kwargs | {"adapter_names": adapter_names}
 
 
 def _check_base(config: HawAdaConfig, layout: Layout) -> None:
@@ -387,55 +383,6 @@ def _check_base(config: HawAdaConfig, layout: Layout) -> None:
     ]
     if differing:
         raise IncompatibleBaseError(
-            f"the adapter was made for another base model ({'; '.join(differing)}); load that one, or make a new adapter "
-            "with a new HawAdaConfig"
+            f"the adapter was made for another base model ({'; '.join(differing)}); load that one, or make a new "
+            "adapter with a new HawAdaConfig"
         )
-
-
-def _family_gates(config: HawAdaConfig, layout: Layout, axis: str, size: int) -> dict[str, SigmoidGate]:
-    start = config.start()
-    gates: dict[str, SigmoidGate] = {}
-    if axis == HEADS and "heads" in config.gates:
-        gates[UNITS] = HeadGate(size // layout.head_dim, layout.head_dim, start=start, relative=True)
-    if axis == FFN and "ffn" in config.gates:
-        gates[UNITS] = ChannelGate(size, config.group_size, start=start, relative=True)
-    if "blocks" in config.gates:
-        gates[BLOCK] = BlockGate(start=start, relative=True)
-    if "layers" in config.gates:
-        gates[LAYER] = BlockGate(start=start, relative=True)
-    return gates
-
-
-def _masks(
-    plan: Plan | None, layer: int, axis: str, gates: Mapping[str, SigmoidGate]
-) -> list[tuple[SigmoidGate, torch.Tensor | None]]:
-    """What a plan makes of the gates at one end of a layer; checks that there are gates for what it closes."""
-    if plan is None:
-        return [(gate, None) for gate in gates.values()]
-    if layer not in plan.layers:
-        whole = gates.get(LAYER, gates.get(BLOCK))
-        if whole is None:
-            raise InvalidPlanError(f"the plan drops layer {layer}, which has no gates on `layers` or `blocks`")
-        return [(whole, torch.zeros(1, dtype=torch.bool))]
-    rows, total = (
-        (plan.heads, plan.dense.sizes()["num_attention_heads"])
-        if axis == HEADS
-        else (plan.channels, plan.dense.sizes()["intermediate_size"])
-    )
-    kept = torch.zeros(total, dtype=torch.bool)
-    kept[list(rows[plan.layers.index(layer)])] = True
-    whole_gates: list[tuple[SigmoidGate, torch.Tensor | None]] = [
-        (gate, None) for slot, gate in gates.items() if slot != UNITS
-    ]
-    if UNITS not in gates:
-        if kept.all():
-            return whole_gates
-        raise InvalidPlanError(f"the plan closes {axis} in layer {layer}, which has no gates on {axis}")
-    gate = gates[UNITS]
-    grouped = kept.reshape(gate.units, -1)
-    if (grouped.any(1) != grouped.all(1)).any():
-        raise InvalidPlanError(
-            f"the plan splits groups of {total // gate.units} {axis} that share a gate in layer {layer}; make it with "
-            "`model.plan`, or use gates of group_size=1"
-        )
-    return [*whole_gates, (gate, None if kept.all() else grouped.all(1))]

@@ -10,8 +10,9 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from .base import GateAdapter
-from .concrete import AttentionHeadAdapter, gateable
+from .concrete import AttentionHeadAdapter
 from .gates import SigmoidGate
+from .layers import gateable
 
 Filter = Callable[[str, nn.Module], bool] | str | type[nn.Module] | tuple[type[nn.Module], ...]
 Model = TypeVar("Model", bound=nn.Module)

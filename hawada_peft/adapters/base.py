@@ -5,75 +5,18 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from ..errors import UnsupportedModelError
+from ..errors import BrokenGatesError, UnsupportedModelError
 from .gates import SigmoidGate
+from .layers import Base, feature_dim, feature_sizes, fold_factors, parameters_of, scale_rows
 
 UNITS, BLOCK, LAYER = "hawada_units", "hawada_block", "hawada_layer"
-"""The slots of an adapter: gates on the input's features, on the output, and on the output of both of a layer's blocks."""
-
-
-def feature_sizes(module: nn.Module) -> tuple[int, int]:
-    """
-    The input and output features (channels) of a module that gates can be placed on.
-
-    Raises:
-        UnsupportedModelError: for any other kind of module.
-    """
-    if isinstance(module, (nn.Linear, BaseTunerLayer)):
-        return module.in_features, module.out_features
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return module.in_channels, module.out_channels
-    if isinstance(module, Conv1D):
-        return tuple(module.weight.shape)
-    raise UnsupportedModelError(
-        f"Target module of type {type(module).__name__} is not supported. Gates go on torch.nn.Linear, Conv1d, Conv2d, "
-        "Conv3d and transformers.pytorch_utils.Conv1D: leave the module out of `target_modules`."
-    )
-
-
-def feature_dim(module: nn.Module) -> int:
-    """The axis of the module's input and output that holds features, counted from the end."""
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return -len(module.kernel_size) - 1
-    return -1
-
-
-def fold_factors(base: nn.Module, inputs: torch.Tensor | None, output: torch.Tensor | None) -> list[torch.Tensor]:
-    """
-    The module's weight (and bias, if it has one) with factors of its inputs and of its output multiplied in.
-
-    Args:
-        base: a Linear, Conv or Conv1D module.
-        inputs: (in_features,), or None.
-        output: (1,), or None.
-
-    Returns:
-        The new weight and bias, contiguous, in the dtypes they had.
-    """
-    weight = base.weight.data
-    folded = weight
-    if inputs is not None:
-        inputs = inputs.to(weight.device)
-        if isinstance(base, Conv1D):
-            inputs = inputs[:, None]  # (in, out)
-        elif isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            per_group = inputs.reshape(base.groups, 1, -1).expand(-1, base.out_channels // base.groups, -1)
-            inputs = per_group.reshape(weight.shape[:2] + (1,) * (weight.ndim - 2))  # (out, in / groups, 1, ...)
-        folded = folded * inputs
-    if output is not None:
-        folded = folded * output.to(weight.device)
-    result = [folded.to(weight.dtype).contiguous()]
-    if base.bias is not None:
-        bias = base.bias.data
-        result.append(bias if output is None else (bias * output.to(bias.device)).to(bias.dtype))
-    return result
+"""The slots of an adapter: gates on the input's features, on the output, one that both of a layer's blocks share."""
 
 
 class GateAdapter(nn.Module, BaseTunerLayer, ABC):
@@ -132,11 +75,14 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
 
     def gates(self, adapter_name: str) -> dict[str, SigmoidGate]:
         """What this adapter gates under a name: slot to gate; empty if the name has no gates here."""
-        found = {slot: getattr(self, slot) for slot in self.adapter_layer_names}
-        found = {slot: modules[adapter_name] for slot, modules in found.items() if adapter_name in modules}
+        found: dict[str, SigmoidGate] = {}
+        for slot in self.adapter_layer_names:
+            modules = getattr(self, slot)
+            if adapter_name in modules:
+                found[slot] = modules[adapter_name]
         for home in self._layer_gate_home:
             if LAYER not in found and adapter_name in home.hawada_layer:
-                found[LAYER] = home.hawada_layer[adapter_name]
+                found[LAYER] = cast(SigmoidGate, home.hawada_layer[adapter_name])
         return found
 
     def input_factor(self, adapter_names: Iterable[str], *, hard: bool | None = None) -> torch.Tensor | None:
@@ -185,9 +131,9 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
         output = _stack([self.output_factor([name]) for name in names])
         dim = feature_dim(self.get_base_layer())
         if inputs is not None:
-            x = _scale_rows(x, inputs[rows], dim)
+            x = scale_rows(x, inputs[rows], dim)
         y = self.base_layer(x, *args, **kwargs)
-        return y if output is None else _scale_rows(y, output[rows], dim)
+        return y if output is None else scale_rows(y, output[rows], dim)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """
@@ -198,27 +144,26 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
             adapter_names (`list[str]`, *optional*): names to merge; the active ones if left out.
 
         Raises:
-            ValueError: if `safe_merge` finds such values, or the weight is quantized.
+            BrokenGatesError: if the gates, or with `safe_merge` the folded weights, hold such values.
+            UnsupportedModelError: if the weight is quantized.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if not self.gates(name):
                 continue
-            base = self.get_base_layer()
+            base = cast(Base, self.get_base_layer())
             if not base.weight.is_floating_point():
                 raise UnsupportedModelError(
                     f"Cannot fold gates into a weight of dtype {base.weight.dtype}: load the base model unquantized."
                 )
             with torch.no_grad():
-                folded = fold_factors(
-                    base, self.input_factor([name], hard=True), self.output_factor([name], hard=True)
-                )
-            if safe_merge and not all(torch.isfinite(tensor).all() for tensor in folded):
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
-                )
+                factors = [self.input_factor([name], hard=True), self.output_factor([name], hard=True)]
+                folded = fold_factors(base, *factors)
+            checked = [factor for factor in factors if factor is not None] + (folded if safe_merge else [])
+            if not all(torch.isfinite(tensor).all() for tensor in checked):
+                raise BrokenGatesError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             if not self._dense:
-                self._dense = tuple(parameter.data for parameter in _parameters(base))
-            for parameter, tensor in zip(_parameters(base), folded, strict=True):
+                self._dense = tuple(parameter.data for parameter in parameters_of(base))
+            for parameter, tensor in zip(parameters_of(base), folded, strict=True):
                 parameter.data = tensor
             self.merged_adapters.append(name)
 
@@ -227,7 +172,7 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        for parameter, dense in zip(_parameters(self.get_base_layer()), self._dense, strict=True):
+        for parameter, dense in zip(parameters_of(cast(Base, self.get_base_layer())), self._dense, strict=True):
             parameter.data = dense
         self._dense = ()
         self.merged_adapters.clear()
@@ -248,10 +193,6 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
         return "hawada." + super().__repr__()
 
 
-def _parameters(base: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in (base.weight, base.bias) if parameter is not None]
-
-
 def _product(gates: Iterable[SigmoidGate | None], hard: bool | None) -> torch.Tensor | None:
     product: torch.Tensor | None = None
     for gate in gates:
@@ -267,9 +208,3 @@ def _stack(factors: list[torch.Tensor | None]) -> torch.Tensor | None:
     if known is None:
         return None
     return torch.stack([torch.ones_like(known) if factor is None else factor for factor in factors])
-
-
-def _scale_rows(x: torch.Tensor, factors: torch.Tensor, dim: int) -> torch.Tensor:
-    """Multiply the features on axis `dim` of x, row by row, by factors of shape (batch, features)."""
-    between, trailing = (1,) * (x.ndim - 1 + dim), (1,) * (-1 - dim)
-    return (x * factors.reshape(factors.shape[:1] + between + factors.shape[1:] + trailing)).to(x.dtype)

@@ -1,8 +1,8 @@
 """Sigmoid gates: trainable factors in [0, 1] on heads, channels and blocks.
 
 References:
-    Louizos, Welling, Kingma, "Learning Sparse Neural Networks through L0 Regularization" (2018), for gates on structures;
-    Xia et al., "Structured Pruning Learns Compact and Accurate Models" (2022), for heads, channels and blocks together.
+    Louizos, Welling, Kingma, "Learning Sparse Neural Networks through L0 Regularization" (2018): gates on structures.
+    Xia et al., "Structured Pruning Learns Compact and Accurate Models" (2022): heads, channels and blocks together.
 """
 
 from __future__ import annotations

@@ -83,14 +83,14 @@ def build_sizes(model: PreTrainedModel, layout: Layout, shape: Shape) -> str | N
         return f"{type(model.config).__name__} refuses: {str(error).strip().splitlines()[-1].strip()}"
     if built.dense != wanted or built.head_dim != layout.head_dim:
         return (
-            f"{type(model).__name__} builds {built.dense.to_dict()} with heads of {built.head_dim} features when asked "
-            f"for {wanted.to_dict()} with heads of {layout.head_dim}"
+            f"{type(model).__name__} builds {built.dense.to_dict()} with heads of {built.head_dim} features when "
+            f"asked for {wanted.to_dict()} with heads of {layout.head_dim}"
         )
     return None
 
 
 def head_shapes(dense: Shape) -> list[Shape]:
-    """Every (query heads, KV groups) that keeps the same number of query heads in each kept group, most heads first."""
+    """Every (query heads, KV groups) with the same number of query heads in each kept group, most heads first."""
     groups, per_group = dense.sizes()["num_key_value_heads"], dense.heads_per_group
     pairs = {(g * r, g) for g in range(1, groups + 1) for r in range(1, per_group + 1)}
     return [Shape(num_attention_heads=h, num_key_value_heads=g) for h, g in sorted(pairs, reverse=True)]
@@ -118,7 +118,7 @@ def check_legal(model: PreTrainedModel, layout: Layout, shape: Shape) -> None:
         IllegalShapeError: with every problem, and the sizes that are possible instead.
     """
     dense, sizes = layout.dense.sizes(), shape.sizes()
-    problems = [f"{name} {sizes[name]} exceeds the model's {dense[name]}" for name in sizes if sizes[name] > dense[name]]
+    problems = [f"{name} {sizes[name]} exceeds {dense[name]}" for name in dense if sizes[name] > dense[name]]
     heads, groups = sizes["num_attention_heads"], sizes["num_key_value_heads"]
     if not problems and Shape(heads, groups) not in head_shapes(layout.dense):
         problems.append(
@@ -142,5 +142,3 @@ def check_legal(model: PreTrainedModel, layout: Layout, shape: Shape) -> None:
 
 def _pairs(shapes: Iterable[Shape]) -> list[str]:
     return [f"({shape.num_attention_heads}, {shape.num_key_value_heads})" for shape in shapes]
-
-

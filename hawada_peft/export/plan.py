@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..adapters.huggingface.family import FFN, HEADS, KV_GROUPS
 from ..adapters.huggingface.shape import Shape
 from ..errors import IncompatibleBaseError, InvalidPlanError
 
@@ -21,8 +22,8 @@ class Plan:
     Args:
         dense (`Shape`): the sizes of the model that the plan is for, complete.
         layers (`tuple[int, ...]`): the kept layers.
-        heads (`tuple[tuple[int, ...], ...]`): the kept query heads, one entry per kept layer. The KV group of head h is
-            `h // dense.heads_per_group`; every kept group keeps the same number of heads.
+        heads (`tuple[tuple[int, ...], ...]`): the kept query heads, one entry per kept layer. The KV group of head
+            h is `h // dense.heads_per_group`; every kept group keeps the same number of heads.
         channels (`tuple[tuple[int, ...], ...]`): the kept FFN channels, one entry per kept layer.
 
     Raises:
@@ -59,6 +60,12 @@ class Plan:
                 "every kept layer must keep the same number of KV groups, and every kept group the same number of "
                 f"query heads; heads kept per group: {counts}"
             )
+
+    def kept(self, axis: str, layer: int) -> tuple[int, ...] | None:
+        """The kept units of a dense layer on `"heads"`, `"kv_groups"` or `"ffn"`; None if the layer goes."""
+        if layer not in self.layers:
+            return None
+        return {HEADS: self.heads, KV_GROUPS: self.kv_groups, FFN: self.channels}[axis][self.layers.index(layer)]
 
     @property
     def kv_groups(self) -> tuple[tuple[int, ...], ...]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ..adapters.base import BLOCK, LAYER, UNITS, GateAdapter
-from ..adapters.gates import ChannelGate, HeadGate
+from ..adapters.gates import ChannelGate, HeadGate, SigmoidGate
 from ..adapters.huggingface.family import FFN, HEADS, Layout
 from ..adapters.huggingface.shape import Shape
 from ..errors import BrokenGatesError, InvalidPlanError
@@ -52,9 +52,8 @@ def gate_scores(model: nn.Module, layout: Layout, adapter_names: Sequence[str]) 
     """
     heads, channels, layers, sizes = [], [], [], {1}
     for layer in range(layout.dense.sizes()["num_hidden_layers"]):
-        attention, ffn = (
-            _gates(model.get_submodule(name), adapter_names) for name in (layout.attention_out(layer), layout.ffn_out(layer))
-        )
+        attention = _gates(model.get_submodule(layout.attention_out(layer)), adapter_names)
+        ffn = _gates(model.get_submodule(layout.ffn_out(layer)), adapter_names)
         heads.append(_product(attention[UNITS]))
         channels.append(_product(ffn[UNITS]))
         sizes |= {gate.group_size for gate in ffn[UNITS] if isinstance(gate, ChannelGate)}
@@ -65,8 +64,8 @@ def gate_scores(model: nn.Module, layout: Layout, adapter_names: Sequence[str]) 
     return UnitScores(tuple(heads), tuple(channels), tuple(layers), math.lcm(*sizes))
 
 
-def _gates(module: nn.Module, adapter_names: Sequence[str]) -> dict[str, list[nn.Module]]:
-    found: dict[str, list[nn.Module]] = {UNITS: [], BLOCK: [], LAYER: []}
+def _gates(module: nn.Module, adapter_names: Sequence[str]) -> dict[str, list[SigmoidGate]]:
+    found: dict[str, list[SigmoidGate]] = {UNITS: [], BLOCK: [], LAYER: []}
     if isinstance(module, GateAdapter):
         for name in adapter_names:
             for slot, gate in module.gates(name).items():
@@ -74,13 +73,13 @@ def _gates(module: nn.Module, adapter_names: Sequence[str]) -> dict[str, list[nn
     return found
 
 
-def _product(gates: list[nn.Module]) -> torch.Tensor | None:
+def _product(gates: list[SigmoidGate]) -> torch.Tensor | None:
     product: torch.Tensor | None = None
     for gate in gates:
         value = torch.sigmoid(gate.theta.detach().double().cpu() / gate.start.temperature)
         if torch.isnan(value).any():
             raise BrokenGatesError(
-                "the gates hold NaN: training diverged. Load an earlier checkpoint, or train with a lower learning rate."
+                "the gates hold NaN: training diverged. Load an earlier checkpoint, or lower the learning rate."
             )
         if isinstance(gate, ChannelGate) and not isinstance(gate, HeadGate):
             value = value.repeat_interleave(gate.group_size)
@@ -112,8 +111,8 @@ def rank(layout: Layout, scores: UnitScores, shape: Shape) -> Plan:
         )
     layers = list(range(dense["num_hidden_layers"]))
     if len(layers) > wanted["num_hidden_layers"]:
-        values = [float(_required(score, LAYERS, layer)) for layer, score in enumerate(scores.layers)]
-        layers = sorted(sorted(layers, key=lambda layer: -values[layer])[: wanted["num_hidden_layers"]])
+        depth = torch.cat([_required(score, LAYERS, layer).reshape(1) for layer, score in enumerate(scores.layers)])
+        layers = _top(depth, wanted["num_hidden_layers"])
     heads, channels = [], []
     for layer in layers:
         if wanted["num_attention_heads"] < dense["num_attention_heads"]:
@@ -166,18 +165,18 @@ def ratio_shape(
     allowed = (HEADS, FFN, LAYERS)
     problems = [f"unknown axis {axis!r}; known are {list(allowed)}" for axis in ratios if axis not in allowed]
     problems += [
-        f"the keep ratio of {axis} must be in (0, 1], got {ratio}" for axis, ratio in ratios.items() if not 0 < ratio <= 1
+        f"the keep ratio of {axis} must be in (0, 1], got {r}" for axis, r in ratios.items() if not 0 < r <= 1
     ]
     if problems:
         raise InvalidPlanError("\n".join(problems))
     dense = layout.dense.sizes()
     target = ratios.get(HEADS, 1.0) * dense["num_attention_heads"]
-    heads = min(legal_heads, key=lambda s: (abs(s.num_attention_heads - target), -s.num_attention_heads, -s.num_key_value_heads))
+    heads = min((shape.complete(layout.dense).sizes() for shape in legal_heads), key=lambda s: _distance(s, target))
     multiple = ffn_multiple(dense["intermediate_size"], layout, group_size)
     ffn = max(1, _round(ratios.get(FFN, 1.0) * dense["intermediate_size"] / multiple)) * multiple
     return Shape(
-        num_attention_heads=heads.num_attention_heads,
-        num_key_value_heads=heads.num_key_value_heads,
+        num_attention_heads=heads["num_attention_heads"],
+        num_key_value_heads=heads["num_key_value_heads"],
         intermediate_size=min(ffn, dense["intermediate_size"]),
         num_hidden_layers=max(1, _round(ratios.get(LAYERS, 1.0) * dense["num_hidden_layers"])),
     )
@@ -202,14 +201,15 @@ def open_shape(layout: Layout, scores: UnitScores, legal_heads: Sequence[Shape])
         groups = max(groups, int(opened.any(1).sum()))
         per_kept = max(per_kept, int(opened.sum(1).max()))
         channels = max(channels, int(_opened(scores.channels[layer], dense["intermediate_size"]).sum()))
-    heads = min(
-        (s for s in legal_heads if s.num_key_value_heads >= groups and s.heads_per_group >= per_kept),
-        key=lambda s: s.num_attention_heads,
-    )
+    complete = [shape.complete(layout.dense) for shape in legal_heads]
+    roomy = [
+        s.sizes() for s in complete if s.heads_per_group >= per_kept and s.sizes()["num_key_value_heads"] >= groups
+    ]
+    heads = min(roomy, key=lambda s: s["num_attention_heads"])
     multiple = ffn_multiple(dense["intermediate_size"], layout, scores.group_size)
     return Shape(
-        num_attention_heads=heads.num_attention_heads,
-        num_key_value_heads=heads.num_key_value_heads,
+        num_attention_heads=heads["num_attention_heads"],
+        num_key_value_heads=heads["num_key_value_heads"],
         intermediate_size=min(-(-channels // multiple) * multiple, dense["intermediate_size"]),
         num_hidden_layers=len(layers),
     )
@@ -227,6 +227,11 @@ def ffn_multiple(dense_size: int, layout: Layout, group_size: int) -> int:
         aligned //= 2
     unit = layout.hidden_size if layout.family.ffn_unit else 1
     return math.lcm(aligned, group_size, unit)
+
+
+def _distance(sizes: Mapping[str, int], target: float) -> tuple[float, int, int]:
+    heads = sizes["num_attention_heads"]
+    return abs(heads - target), -heads, -sizes["num_key_value_heads"]
 
 
 def _opened(score: torch.Tensor | None, units: int) -> torch.Tensor:

@@ -118,10 +118,10 @@ def slice_conv(conv: Conv, *, keep_in: Indices | None = None, keep_out: Indices 
         result = type(conv)(
             weight.shape[1],
             weight.shape[0],
-            kernel_size=conv.kernel_size,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
+            kernel_size=conv.kernel_size,  # type: ignore[arg-type]  # the class's own tuple
+            stride=conv.stride,  # type: ignore[arg-type]
+            padding=conv.padding,  # type: ignore[arg-type]
+            dilation=conv.dilation,  # type: ignore[arg-type]
             bias=bias is not None,
             padding_mode=conv.padding_mode,
         )
@@ -131,7 +131,7 @@ def slice_conv(conv: Conv, *, keep_in: Indices | None = None, keep_out: Indices 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def _slice(parameter: nn.Parameter, keeps: dict[int, Indices | None]) -> nn.Parameter:
+def _slice(parameter: torch.Tensor, keeps: dict[int, Indices | None]) -> nn.Parameter:
     tensor = parameter.data
     for dim, keep in keeps.items():
         if keep is not None:
@@ -142,5 +142,6 @@ def _slice(parameter: nn.Parameter, keeps: dict[int, Indices | None]) -> nn.Para
 
 def _fill(result: Module, source: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None) -> Module:
     result.weight = weight
-    result.bias = bias if bias is not None else getattr(result, "bias", None)
+    if bias is not None:
+        result.bias = bias
     return result.train(source.training)

@@ -76,7 +76,7 @@ def _sliced(
 
 
 def _source(name: str, layout: Layout, plan: Plan) -> tuple[str, int, str]:
-    """The dense name of a slim parameter, the position of its layer in the plan (-1: outside), its name in the layer."""
+    """The dense name of a slim parameter, its layer's position in the plan (-1: outside), its name in the layer."""
     prefix = f"{layout.stack}."
     if not name.startswith(prefix):
         return name, -1, ""

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -43,7 +44,7 @@ class Verification:
     parameters: int
 
 
-def auto_class_of(model: PreTrainedModel) -> type:
+def auto_class_of(model: PreTrainedModel) -> Any:
     """The `AutoModel*` class that loads this model's folder as this class; the class itself if none does."""
     for name in sorted(dir(transformers)):
         if not name.startswith("AutoModel"):
@@ -108,8 +109,8 @@ def verify_slim(
         `Verification`: what was measured.
 
     Raises:
-        VerificationError: if the folder does not load without custom code, lacks or has unexpected weights, or computes
-            something else.
+        VerificationError: if the folder does not load without custom code, lacks or has unexpected weights, or
+            computes something else.
     """
     folder = Path(folder)
     auto, loaded = _reload(folder, reference)
@@ -118,8 +119,7 @@ def verify_slim(
             raise VerificationError("pass the `inputs` that the reference logits were computed from")
         inputs = example_inputs(loaded)
     expected = reference if isinstance(reference, torch.Tensor) else output_of(reference, inputs)
-    loaded = loaded.to(expected.device)
-    found = output_of(loaded, inputs)
+    found = output_of(nn.Module.to(loaded, expected.device), inputs)
     if found.shape != expected.shape:
         raise VerificationError(f"{folder} gives logits of {tuple(found.shape)}, expected {tuple(expected.shape)}")
     difference = (found.double() - expected.double()).abs().max().item()
@@ -133,7 +133,7 @@ def verify_slim(
     return Verification(auto.__name__, difference, scale, loaded.num_parameters())
 
 
-def _reload(folder: Path, reference: nn.Module | torch.Tensor) -> tuple[type, PreTrainedModel]:
+def _reload(folder: Path, reference: nn.Module | torch.Tensor) -> tuple[Any, PreTrainedModel]:
     try:
         config = AutoConfig.from_pretrained(folder)
         architecture = getattr(transformers, config.architectures[0])
@@ -141,7 +141,9 @@ def _reload(folder: Path, reference: nn.Module | torch.Tensor) -> tuple[type, Pr
             auto = auto_class_of(architecture(config))
         loaded, info = auto.from_pretrained(folder, dtype="auto", output_loading_info=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise VerificationError(f"{folder} does not load with transformers {transformers.__version__}: {error}") from error
+        raise VerificationError(
+            f"{folder} does not load with transformers {transformers.__version__}: {error}"
+        ) from error
     wrong = {what: sorted(map(str, keys)) for what, keys in info.items() if keys}
     if wrong:
         raise VerificationError(f"{folder} does not hold exactly the weights of {type(loaded).__name__}: {wrong}")
@@ -156,7 +158,7 @@ def save_slim(
     *,
     reference: nn.Module | torch.Tensor | None = None,
     inputs: Inputs | None = None,
-    processor: object | None = None,
+    processor: Any = None,
 ) -> Verification:
     """
     Save a slim model, verified: the folder appears complete, or not at all.
@@ -203,4 +205,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import UnsupportedModelError
-from ..base import feature_sizes
+from ..layers import feature_sizes
 from .shape import Shape
 
 HEADS, KV_GROUPS, FFN = "heads", "kv_groups", "ffn"
@@ -33,8 +33,8 @@ class Family:
         ffn_field (`str`): the config field with the FFN size.
         ffn_unit (`str`): the config field that `ffn_field` is a multiple of; empty if it counts channels.
         layer_lists (`tuple[str, ...]`): config fields that hold one entry per layer.
-        fused (`tuple[tuple[str, tuple[str, ...]], ...]`): modules (relative to a layer) whose rows hold several things:
-            the axes in their order. One axis alone means that everything of a unit is stored together.
+        fused (`tuple[tuple[str, tuple[str, ...]], ...]`): modules (relative to a layer) whose rows hold several
+            things: the axes in their order. One axis alone means that everything of a unit is stored together.
     """
 
     layers: str
@@ -140,7 +140,7 @@ def locate(model: nn.Module) -> Layout:
     stack = _find(model, stack_name, config.model_type)
     if not isinstance(stack, nn.ModuleList) or len(stack) == 0:
         raise UnsupportedModelError(
-            f"model_type={config.model_type!r}: {stack_name!r} should be a list of layers, found {type(stack).__name__}"
+            f"model_type={config.model_type!r}: {stack_name!r} should be a list of layers, is a {type(stack).__name__}"
         )
     sizes = []
     for index in range(len(stack)):
@@ -173,6 +173,6 @@ def _find(model: nn.Module, name: str, model_type: str) -> nn.Module:
         return model.get_submodule(name)
     except AttributeError:
         raise UnsupportedModelError(
-            f"{type(model).__name__} (model_type={model_type!r}) has no module {name!r}, where its family row looks for "
-            "one. Correct the row with `hawada_peft.register_family`, or specify `target_modules`."
+            f"{type(model).__name__} (model_type={model_type!r}) has no module {name!r}, where its family row looks "
+            "for one. Correct the row with `hawada_peft.register_family`, or specify `target_modules`."
         ) from None

@@ -15,8 +15,8 @@ class Shape:
 
     Args:
         num_attention_heads (`int`, *optional*): query heads in every layer.
-        num_key_value_heads (`int`, *optional*): KV groups in every layer. Left out, it stays; in a model with one query
-            head per KV group (plain multi-head attention) it follows `num_attention_heads`.
+        num_key_value_heads (`int`, *optional*): KV groups in every layer. Left out, it stays; in a model with one
+            query head per KV group (plain multi-head attention) it follows `num_attention_heads`.
         intermediate_size (`int`, *optional*): FFN channels in every layer.
         num_hidden_layers (`int`, *optional*): layers.
 

@@ -1,0 +1,38 @@
+# Every target makes the environment it needs, once, and repeats nothing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test quality peft-suite clean
+
+# Markers: made when the installation succeeded, older than the files that it depends on when it must be repeated.
+$(VENV)/.made:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.made setup.cfg pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cli,examples]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.made setup.cfg pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# Trains two small teachers on data that installed packages carry, and slims them. `make demo QUICK=--quick` is shorter.
+demo: $(VENV)/.demo
+	$(BIN)/hawada demo $(QUICK)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+quality: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# PEFT's own tests, pointed at this tuner; fetches PEFT's source distribution.
+peft-suite: $(VENV)/.dev
+	$(BIN)/python tests/peft_suite/run.py
+
+clean:
+	rm -rf $(VENV) demo-output build *.egg-info .pytest_cache .mypy_cache .ruff_cache

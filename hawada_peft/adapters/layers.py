@@ -1,0 +1,103 @@
+"""The kinds of modules that gates go on: their sizes, their feature axis, and factors folded into their weights."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import UnsupportedModelError
+
+Base = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | Conv1D
+"""A module that gates go on."""
+
+
+def feature_sizes(module: nn.Module) -> tuple[int, int]:
+    """
+    The input and output features (channels) of a module that gates can be placed on.
+
+    Raises:
+        UnsupportedModelError: for any other kind of module.
+    """
+    if isinstance(module, (nn.Linear, BaseTunerLayer)):
+        return cast(int, module.in_features), cast(int, module.out_features)
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return module.in_channels, module.out_channels
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    raise UnsupportedModelError(
+        f"Target module of type {type(module).__name__} is not supported. Gates go on torch.nn.Linear, Conv1d, "
+        "Conv2d, Conv3d and transformers.pytorch_utils.Conv1D: leave the module out of `target_modules`."
+    )
+
+
+def gateable(module: nn.Module) -> bool:
+    """Whether gates can be placed on this kind of module."""
+    try:
+        feature_sizes(module)
+    except UnsupportedModelError:
+        return False
+    return True
+
+
+def feature_dim(module: nn.Module) -> int:
+    """The axis of the module's input and output that holds features, counted from the end."""
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return -len(module.kernel_size) - 1
+    return -1
+
+
+def parameters_of(base: Base) -> list[nn.Parameter]:
+    """The weight, and the bias if there is one."""
+    found = (base.weight, base.bias)
+    return [parameter for parameter in found if isinstance(parameter, nn.Parameter)]
+
+
+def fold_factors(base: Base, inputs: torch.Tensor | None, output: torch.Tensor | None) -> list[torch.Tensor]:
+    """
+    The module's weight (and bias, if it has one) with factors of its inputs and of its output multiplied in.
+
+    Args:
+        base: the module; left as it is.
+        inputs: (in_features,), or None.
+        output: (1,), or None.
+
+    Returns:
+        The new weight and bias, contiguous, in the dtypes they had.
+    """
+    weight = base.weight.data
+    folded = weight
+    if inputs is not None:
+        inputs = inputs.to(weight.device)
+        if isinstance(base, Conv1D):
+            inputs = inputs[:, None]  # (in, out)
+        elif isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            per_group = inputs.reshape(base.groups, 1, -1).expand(-1, base.out_channels // base.groups, -1)
+            inputs = per_group.reshape(weight.shape[:2] + (1,) * (weight.ndim - 2))  # (out, in / groups, 1, ...)
+        folded = folded * inputs
+    if output is not None:
+        folded = folded * output.to(weight.device)
+    result = [folded.to(weight.dtype).contiguous()]
+    if base.bias is not None:
+        bias = base.bias.data
+        result.append(bias if output is None else (bias * output.to(bias.device)).to(bias.dtype))
+    return result
+
+
+def scale_rows(x: torch.Tensor, factors: torch.Tensor, dim: int) -> torch.Tensor:
+    """
+    Multiply features row by row.
+
+    Args:
+        x: (batch, ..., features, ...), with the features on axis `dim`.
+        factors: (batch, features).
+        dim: counted from the end.
+
+    Returns:
+        A tensor like x.
+    """
+    between, trailing = (1,) * (x.ndim - 1 + dim), (1,) * (-1 - dim)
+    return (x * factors.reshape(factors.shape[:1] + between + factors.shape[1:] + trailing)).to(x.dtype)

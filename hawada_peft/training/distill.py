@@ -1,0 +1,117 @@
+"""Distillation of a gated model from itself: one copy of the weights is both teacher and student.
+
+References:
+    Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (2015).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.nn import functional
+
+from ..errors import UnsupportedModelError
+
+Batch = Mapping[str, Any]
+
+
+def get_student_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """
+    The gated model's logits.
+
+    Args:
+        model: a PEFT model, or a wrapper around one (as for data-parallel training).
+        batch: keyword arguments of its forward pass; labels are left out.
+
+    Returns:
+        (batch, ..., classes); last hidden states for a model without a head.
+
+    Raises:
+        UnsupportedModelError: if the model gives neither.
+    """
+    output = model(**{name: value for name, value in batch.items() if name != "labels"})
+    for name in ("logits", "last_hidden_state"):
+        if name in output:
+            return output[name]
+    raise UnsupportedModelError(
+        f"{type(model).__name__} gives {sorted(output)}; distillation needs `logits` or `last_hidden_state`"
+    )
+
+
+def get_teacher_logits(model: PeftModel, batch: Batch) -> torch.Tensor:
+    """
+    The dense model's logits: the same weights with the adapter disabled, in evaluation mode, without gradients.
+
+    Args:
+        model: the PEFT model itself.
+        batch: keyword arguments of its forward pass; labels are left out.
+
+    Returns:
+        As `get_student_logits`.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), model.disable_adapter():
+            return get_student_logits(model, batch)
+    finally:
+        model.train(training)
+
+
+def kl_divergence(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    `T^2 KL(teacher || student)` of the softened distributions, averaged over positions (Hinton et al., 2015).
+
+    Args:
+        student_logits, teacher_logits: (..., classes).
+        temperature: T, above 0.
+        mask: (...), nonzero where a position counts; all if left out.
+
+    Returns:
+        () in nats, float32 or wider.
+    """
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    student = functional.log_softmax(student_logits.to(dtype) / temperature, dim=-1)
+    teacher = functional.log_softmax(teacher_logits.to(dtype) / temperature, dim=-1)
+    divergence = functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+    return temperature**2 * _mean(divergence, mask)
+
+
+def mean_squared_error(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, *, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    The squared difference of logits, averaged over classes and positions.
+
+    Args:
+        student_logits, teacher_logits: (..., classes).
+        mask: (...), nonzero where a position counts; all if left out.
+
+    Returns:
+        (), float32 or wider.
+    """
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    return _mean((student_logits.to(dtype) - teacher_logits.to(dtype)).square().mean(-1), mask)
+
+
+def position_mask(logits: torch.Tensor, batch: Batch) -> torch.Tensor | None:
+    """Where a batch holds tokens and not padding: (batch, seq); None where the logits have no such positions."""
+    mask = batch.get("attention_mask")
+    return mask if mask is not None and mask.shape == logits.shape[:-1] else None
+
+
+def _mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    if mask is None:
+        return values.mean()
+    weights = mask.to(values.dtype)
+    return (values * weights).sum() / weights.sum().clamp(min=1)

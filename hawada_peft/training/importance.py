@@ -1,0 +1,132 @@
+"""How much the loss depends on each gate, and gates that start from it.
+
+References:
+    Molchanov et al., "Importance Estimation for Neural Network Pruning" (2019), equation 8, for squared gradients of
+    gates at 1; Kwon et al., "A Fast Post-Training Pruning Framework for Transformers" (2022), for the empirical Fisher
+    of masks of heads and FFN channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ..adapters.attach import collect_gates
+from ..adapters.base import UNITS
+from ..adapters.gates import SigmoidGate
+from ..errors import HawAdaError
+from .distill import Batch, get_student_logits, position_mask
+
+SPREAD = 1.0
+"""Half the range over which a start by importance spreads theta / T around the common start."""
+
+
+def gate_importance(model: nn.Module, batches: Iterable[Batch]) -> dict[str, torch.Tensor]:
+    """
+    The empirical Fisher information of every active gate at its start: the mean over examples of the squared
+    gradient of the loss.
+
+    Where a batch has labels the loss is the model's own; otherwise targets are drawn from the model's own predictions
+    (the true Fisher).
+
+    Args:
+        model: a gated model in any mode; its gates are put back afterwards.
+        batches: keyword arguments of its forward pass. One gradient is taken per example: squares of a batch's mean
+            gradient rank far worse.
+
+    Returns:
+        By the names of `collect_gates`: a tensor of the gate's shape, float64, on the CPU.
+
+    Raises:
+        HawAdaError: if there are no batches or no trainable gates.
+    """
+    gates = {name: gate for name, gate in collect_gates(model).items() if gate.theta.requires_grad}
+    if not gates:
+        raise HawAdaError("the model has no trainable gates; is an adapter active, and not in inference mode?")
+    thetas = [gate.theta for gate in gates.values()]
+    before = [theta.detach().clone() for theta in thetas]
+    plans = [(gate.kept, gate.hard_in_training) for gate in gates.values()]
+    totals = [torch.zeros(theta.shape, dtype=torch.float64) for theta in thetas]
+    generator = torch.Generator().manual_seed(0)
+    training, count = model.training, 0
+    model.eval()
+    try:
+        for gate in gates.values():
+            gate.set_plan(None)
+            nn.init.constant_(gate.theta, gate.start.theta)
+        for example in (example for batch in batches for example in _examples(batch, thetas[0].device)):
+            count += 1
+            gradients = torch.autograd.grad(_loss(model, example, generator), thetas)
+            for total, gradient in zip(totals, gradients, strict=True):
+                total += gradient.double().cpu().square()
+    finally:
+        model.train(training)
+        for theta, value, gate, (kept, hard) in zip(thetas, before, gates.values(), plans, strict=True):
+            theta.data.copy_(value)
+            gate.set_plan(kept, in_training=hard)
+    if count == 0:
+        raise HawAdaError("no calibration batches were given; pass at least one")
+    return {name: total / count for name, total in zip(gates, totals, strict=True)}
+
+
+def init_gates(
+    model: nn.Module, batches: Iterable[Batch], criterion: str = "fisher", *, spread: float = SPREAD
+) -> None:
+    """
+    Start the gates in the order of their importance, close to where they start anyway.
+
+    Heads and channels are ordered within their module, gates on blocks and layers over the whole model. The least
+    important gate of n gets `theta = start - spread * T`, the most important `start + spread * T`, evenly in between.
+
+    Args:
+        model: a gated model.
+        batches: calibration batches, as in `gate_importance`.
+        criterion: `"fisher"`.
+        spread: see above.
+
+    Raises:
+        HawAdaError: on another criterion, or as `gate_importance`.
+    """
+    if criterion != "fisher":
+        raise HawAdaError(f"criterion must be 'fisher', got {criterion!r}")
+    gates = collect_gates(model)
+    pooled: dict[str, list[tuple[SigmoidGate, torch.Tensor]]] = {}
+    for name, importance in gate_importance(model, batches).items():
+        slot, adapter = name.split(".")[-2:]
+        pooled.setdefault(name if slot == UNITS else f"{slot}.{adapter}", []).append((gates[name], importance))
+    with torch.no_grad():
+        for members in pooled.values():
+            flat = torch.cat([importance.flatten() for _, importance in members])
+            order = torch.empty(len(flat), dtype=torch.float64)
+            order[flat.argsort(stable=True)] = torch.linspace(-1, 1, len(flat), dtype=torch.float64)
+            if len(flat) == 1:
+                order.zero_()
+            for (gate, _), part in zip(members, order.split([gate.units for gate, _ in members]), strict=True):
+                offset = spread * gate.start.temperature * part.reshape(gate.theta.shape)
+                gate.theta.copy_(gate.start.theta + offset)
+
+
+def _loss(model: nn.Module, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+    if "labels" in batch:
+        return model(**batch)["loss"]
+    logits = get_student_logits(model, batch)
+    flat = logits.reshape(-1, logits.shape[-1]).float()
+    # Drawn on the CPU by a generator of our own: the same on every device, and the caller's random state stays.
+    targets = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(flat.device)
+    losses = functional.cross_entropy(flat, targets, reduction="none")
+    mask = position_mask(logits, batch)
+    if mask is None:
+        return losses.mean()
+    return (losses * mask.flatten()).sum() / mask.sum()
+
+
+def _examples(batch: Batch, device: torch.device) -> Iterator[dict[str, Any]]:
+    """The rows of a batch, as batches of one."""
+    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and value.ndim > 0}
+    others = {name: value for name, value in batch.items() if name not in tensors}
+    for row in range(min((len(value) for value in tensors.values()), default=0)):
+        yield others | {name: value[row : row + 1].to(device) for name, value in tensors.items()}
