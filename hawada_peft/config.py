@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ class HawAdaConfig(PeftConfig):
     Configuration of a [`HawAdaModel`]: trainable sigmoid gates on a frozen transformer.
 
     Args:
-        gates (`tuple[str, ...]`, *optional*, defaults to `("heads", "ffn", "layers")`):
+        gates (`list[str]`, *optional*, defaults to `("heads", "ffn", "layers")`):
             What is gated when `target_modules` is left out: any of `"heads"` (one gate per query head), `"ffn"` (one
             per group of FFN channels), `"blocks"` (one per attention and one per FFN), `"layers"` (one per layer).
         group_size (`int`, *optional*, defaults to `1`):
@@ -29,12 +30,13 @@ class HawAdaConfig(PeftConfig):
             FFN size is a multiple of it. Larger groups make smaller adapters and coarser choices.
         temperature (`float`, *optional*, defaults to `1.0`):
             T in `g = sigmoid(theta / T)`.
-        init_value (`float`, *optional*, defaults to `0.98`):
+        init_value (`float`, *optional*, defaults to `0.9`):
             The gates' value at the start. Gates act relative to it, so a fresh adapter changes nothing.
         init_weights (`bool`, *optional*, defaults to `True`):
             `False` starts the gates at random values, far from 1. Useful for tests only.
         target_modules (`list[str]` or `str`, *optional*):
-            Left out, the gates are placed by the model's family row, and the adapter can be slimmed. Given (names, a
+            Left out, the gates are placed by the model's family row, and the adapter can be slimmed. As in PEFT the
+            names found are written into the config, so another base model needs a new one. Given (names, a
             regular expression, or `"all-linear"`), every matched Linear, Conv1D or convolution gets one gate per
             `group_size` input features; such gates fold into the weights but remove nothing.
         exclude_modules (`list[str]` or `str`, *optional*): modules to leave out, names or a regular expression.
@@ -52,12 +54,12 @@ class HawAdaConfig(PeftConfig):
         >>> model = get_peft_model(base, HawAdaConfig(gates=("heads", "ffn"), group_size=8))
     """
 
-    gates: tuple[str, ...] = field(
+    gates: Sequence[str] = field(
         default=("heads", "ffn", "layers"), metadata={"help": f"What is gated: any of {', '.join(GATES)}."}
     )
     group_size: int = field(default=1, metadata={"help": "FFN channels (or input features) that share a gate."})
     temperature: float = field(default=1.0, metadata={"help": "T in g = sigmoid(theta / T)."})
-    init_value: float = field(default=0.98, metadata={"help": "The gates' value at the start, in (0, 1)."})
+    init_value: float = field(default=0.9, metadata={"help": "The gates' value at the start, in (0, 1)."})
     init_weights: bool = field(default=True, metadata={"help": "False: random gates, far from 1. For tests."})
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Modules whose input features are gated; the family's places if left out."}
@@ -75,7 +77,7 @@ class HawAdaConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType(NAME)
-        self.gates = tuple(self.gates) if isinstance(self.gates, (list, set, tuple)) else (self.gates,)
+        self.gates = [self.gates] if isinstance(self.gates, str) else list(self.gates)  # as JSON gives it back
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT's own convention
         if isinstance(self.exclude_modules, list):
@@ -85,14 +87,14 @@ class HawAdaConfig(PeftConfig):
             raise HawAdaError("\n".join(problems))
 
     def _problems(self) -> Any:
-        unknown = [gate for gate in self.gates if gate not in GATES]
+        unknown = [gate for gate in self.gates if not isinstance(gate, str) or gate not in GATES]
         if unknown:
             yield f"gates must be among {list(GATES)}, got {unknown}"
         if not self.gates:
             yield f"gates must name at least one of {list(GATES)}"
-        if len(set(self.gates)) < len(self.gates):
+        if not unknown and len(set(self.gates)) < len(self.gates):
             yield f"gates must be named once each, got {list(self.gates)}"
-        if not isinstance(self.group_size, int) or self.group_size < 1:
+        if not isinstance(self.group_size, int) or isinstance(self.group_size, bool) or self.group_size < 1:
             yield f"group_size must be a whole number of at least 1, got {self.group_size!r}"
         try:
             self.start()

@@ -10,15 +10,17 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ._register import PREFIX
 from .adapters.base import LAYER, UNITS, GateAdapter
 from .adapters.concrete import AttentionHeadAdapter, ChannelAdapter
 from .adapters.gates import ChannelGate, SigmoidGate
-from .adapters.huggingface import FFN, HEADS, TARGET_MODULES, Layout, Shape, locate
+from .adapters.huggingface import FAMILIES, FFN, HEADS, TARGET_MODULES, Layout, Shape, locate
 from .adapters.huggingface.placement import Masks, family_gates, masks_of
 from .adapters.layers import feature_dim, feature_sizes
 from .adapters.rows import adapter_per_row
@@ -60,20 +62,27 @@ class HawAdaModel(BaseTuner):
     ) -> HawAdaConfig:
         if peft_config.base_sizes is not None:
             _check_base(peft_config, locate(self.model))
-        if peft_config.target_modules is not None:
-            return peft_config
+        if peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            # PEFT tells tuner layers on linear modules by the name of their class; ours wrap convolutions too.
+            wrapped = {
+                name
+                for name, module in self.model.named_modules()
+                if isinstance(module, GateAdapter) and isinstance(module.get_base_layer(), (nn.Linear, Conv1D))
+            }
+            _maybe_include_all_linear_layers(peft_config, self.model)  # writes the names into the config
+            peft_config.target_modules = set(peft_config.target_modules) | wrapped  # type: ignore[assignment]  # PEFT's own convention
+        model_type = model_config.get("model_type")
+        if peft_config.target_modules is not None or (
+            model_type in self.target_module_mapping and model_type not in FAMILIES
+        ):
+            return cast(HawAdaConfig, super()._prepare_adapter_config(peft_config, model_config))
         layout = locate(self.model)
         ends = {HEADS: layout.family.attention_out, FFN: layout.family.ffn_out}
         whole = {"blocks", "layers"} & set(peft_config.gates)
-        # A copy: the caller's config stays free for other models.
-        resolved = copy.copy(peft_config)
-        names = [end for axis, end in ends.items() if whole or axis in peft_config.gates]
-        resolved.target_modules = set(names)  # type: ignore[assignment]  # PEFT's own convention
-        resolved.base_sizes = layout.fingerprint()
-        for name, config in self.peft_config.items():
-            if config is peft_config:
-                self.peft_config[name] = resolved
-        return resolved
+        names = {end for axis, end in ends.items() if whole or axis in peft_config.gates}
+        peft_config.target_modules = names  # type: ignore[assignment]
+        peft_config.base_sizes = layout.fingerprint()
+        return peft_config
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -117,6 +126,11 @@ class HawAdaModel(BaseTuner):
         if twin is not None:
             adapter.share_layer_gate(twin)
             twin.share_layer_gate(adapter)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        super()._replace_module(parent, child_name, new_module, child)
+        if isinstance(child, GateAdapter):
+            child.release()
 
     def _twin(self, layout: Layout | None, position: tuple[int, str] | None) -> GateAdapter | None:
         """The adapter at the other end of the layer, where a layer's shared gate may live."""
@@ -163,6 +177,8 @@ class HawAdaModel(BaseTuner):
         """
         if shape is not None and keep_ratio is not None:
             raise InvalidPlanError("give either `shape` or `keep_ratio`, not both")
+        if shape is not None and not isinstance(shape, Shape):
+            raise InvalidPlanError(f"shape must be a Shape, got {shape!r}; for a ratio use `plan(keep_ratio=...)`")
         names = self._names(adapter_names)
         layout = self._layout(names)
         scores = gate_scores(self.model, layout, names)
@@ -190,10 +206,14 @@ class HawAdaModel(BaseTuner):
         Raises:
             IncompatibleBaseError: if the plan is for a model of other sizes.
             IllegalShapeError: if no vanilla model of its shape exists.
-            InvalidPlanError: if it closes something that has no gates, or several adapters are active.
+            InvalidPlanError: if it closes something without gates, several adapters are active, or they are merged.
         """
         name = self._one_name(adapter_name)
         config = copy.copy(self.peft_config[name])
+        if plan is not None and not isinstance(plan, Plan):
+            raise InvalidPlanError(f"plan must be a Plan, got a {type(plan).__name__}; see `Plan.from_dict`")
+        if any(isinstance(module, GateAdapter) and module.merged for module in self.model.modules()):
+            raise InvalidPlanError("the gates are merged into the weights; call `unmerge_adapter()` first")
         if plan is not None:
             layout = self._layout([name])
             plan.check_base(layout.dense)
@@ -310,7 +330,7 @@ class HawAdaModel(BaseTuner):
         return dense if chosen.keeps_all else slim(cast(PreTrainedModel, dense), chosen)
 
     def unload(self) -> nn.Module:
-        """The untouched dense model, bit for bit, also after `merge_adapter`."""
+        """The dense model's own weights, bit for bit, also after `merge_adapter`."""
         self._restore()
         return super().unload()
 
@@ -340,6 +360,16 @@ class HawAdaModel(BaseTuner):
             raise ValueError(
                 f"add_weighted_adapter needs one weight per existing adapter, got adapters {adapters} and weights "
                 f"{weights}; existing are {list(self.peft_config)}"
+            )
+        shared = sum(
+            sum(name in module.modules_to_save for name in adapters) > 1
+            for module in self.model.modules()
+            if isinstance(module, ModulesToSaveWrapper)
+        )
+        if shared:
+            raise ValueError(
+                "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+                f"{shared} such instance(s)."
             )
         config = dataclasses.replace(self.peft_config[adapters[0]], plan=None, plan_in_training=False)
         self.peft_config[adapter_name] = config

@@ -73,13 +73,16 @@ def attach_adapters(
             f"{filter_fn!r} selects no module of this {type(model).__name__}. Modules that gates can be placed on: "
             f"{known[:20]}{' ...' if len(known) > 20 else ''}"
         )
+    adapters = []
     for name, module in found:
         parent_name, _, child_name = name.rpartition(".")
         parent = model.get_submodule(parent_name)
         chosen = dict(options)
         if issubclass(adapter_cls, AttentionHeadAdapter):
             chosen.setdefault("head_dim", getattr(parent, "head_dim", None))
-        setattr(parent, child_name, adapter_cls(module, adapter_name, **chosen).train(module.training))
+        adapters.append((parent, child_name, adapter_cls(module, adapter_name, **chosen).train(module.training)))
+    for parent, child_name, adapter in adapters:  # once all could be made
+        setattr(parent, child_name, adapter)
     return model
 
 

@@ -102,9 +102,15 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
             adapter_names: one adapter name per row of the batch; `"__base__"` for none.
         """
         adapter_names = kwargs.pop("adapter_names", None)
-        if self.disable_adapters or self.merged:
-            if self.disable_adapters and self.merged:
+        if self.disable_adapters:
+            if self.merged:
                 self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            if adapter_names is not None:
+                raise ValueError(
+                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+                )
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._forward_rows(x, adapter_names, *args, **kwargs)
@@ -173,9 +179,14 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         for parameter, dense in zip(parameters_of(cast(Base, self.get_base_layer())), self._dense, strict=True):
-            parameter.data = dense
+            parameter.data = dense.to(device=parameter.device, dtype=parameter.dtype)
         self._dense = ()
         self.merged_adapters.clear()
+
+    def release(self) -> None:
+        """Let go of the weights kept for `unmerge` and of the other adapter: this one is taken off its module."""
+        self._dense = ()
+        self._layer_gate_home = ()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # A checkpoint of the bare module stays loadable: its keys are those of `base_layer`, and it brings no gates.

@@ -48,7 +48,8 @@ class AttentionHeadAdapter(GateAdapter):
                 f"{head_dim}: pass head_dim=model.config.hidden_size // model.config.num_attention_heads, or what the "
                 "model's config states."
             )
-        return {UNITS: HeadGate(self.in_features // head_dim, head_dim, start=start, relative=relative)}
+        dim = feature_dim(self.base_layer)
+        return {UNITS: HeadGate(self.in_features // head_dim, head_dim, dim=dim, start=start, relative=relative)}
 
 
 class BlockAdapter(GateAdapter):

@@ -33,10 +33,10 @@ class GateStart:
 
     def __post_init__(self) -> None:
         problems = []
-        if not self.temperature > 0 or not math.isfinite(self.temperature):
-            problems.append(f"temperature must be above 0 and finite, got {self.temperature}")
-        if not 0 < self.value < 1:
-            problems.append(f"the start value must be inside (0, 1), got {self.value}")
+        if not isinstance(self.temperature, (int, float)) or not 0 < self.temperature < math.inf:
+            problems.append(f"temperature must be finite and above 0, got {self.temperature!r}")
+        if not isinstance(self.value, (int, float)) or not 0 < self.value < 1:
+            problems.append(f"the start value must be a number inside (0, 1), got {self.value!r}")
         if problems:
             raise HawAdaError("\n".join(problems))
 
@@ -126,7 +126,9 @@ class SigmoidGate(nn.Module):
         """
         if kept is not None and tuple(kept.shape) != tuple(self.theta.shape):
             raise HawAdaError(f"the plan's mask has shape {tuple(kept.shape)}, the gate {tuple(self.theta.shape)}")
-        self.kept = None if kept is None else kept.to(device=self.theta.device, dtype=torch.bool)
+        # Parameters may still be on the meta device, when an adapter is being loaded.
+        device = torch.device("cpu") if self.theta.is_meta else self.theta.device
+        self.kept = None if kept is None else kept.to(device=device, dtype=torch.bool)
         self.hard_in_training = in_training and kept is not None
 
     def features(self, *, hard: bool | None = None) -> torch.Tensor:

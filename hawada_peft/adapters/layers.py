@@ -69,17 +69,16 @@ def fold_factors(base: Base, inputs: torch.Tensor | None, output: torch.Tensor |
         The new weight and bias, contiguous, in the dtypes they had.
     """
     weight = base.weight.data
-    folded = weight
-    if inputs is not None:
-        inputs = inputs.to(weight.device)
-        if isinstance(base, Conv1D):
-            inputs = inputs[:, None]  # (in, out)
-        elif isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            per_group = inputs.reshape(base.groups, 1, -1).expand(-1, base.out_channels // base.groups, -1)
-            inputs = per_group.reshape(weight.shape[:2] + (1,) * (weight.ndim - 2))  # (out, in / groups, 1, ...)
-        folded = folded * inputs
-    if output is not None:
-        folded = folded * output.to(weight.device)
+    factor = inputs if output is None else output if inputs is None else inputs * output
+    if factor is None:
+        factor = torch.ones(1)
+    factor = factor.to(weight.device)
+    if factor.numel() > 1 and isinstance(base, Conv1D):
+        factor = factor[:, None]  # (in, out)
+    elif factor.numel() > 1 and isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        per_group = factor.reshape(base.groups, 1, -1).expand(-1, base.out_channels // base.groups, -1)
+        factor = per_group.reshape(weight.shape[:2] + (1,) * (weight.ndim - 2))  # (out, in / groups, 1, ...)
+    folded = weight * factor
     result = [folded.to(weight.dtype).contiguous()]
     if base.bias is not None:
         bias = base.bias.data

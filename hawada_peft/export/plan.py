@@ -136,13 +136,16 @@ class Plan:
         missing = sorted({"dense", "layers", "heads", "channels"} - set(data))
         if missing:
             raise InvalidPlanError(f"the plan lacks {missing}")
-        masks = [int(mask, 16) for mask in data["channels"]]
-        return cls(
-            dense=Shape.from_dict(data["dense"]),
-            layers=tuple(data["layers"]),
-            heads=tuple(tuple(row) for row in data["heads"]),
-            channels=tuple(tuple(i for i, bit in enumerate(f"{mask:b}"[::-1]) if bit == "1") for mask in masks),
-        )
+        try:
+            masks = [int(mask, 16) for mask in data["channels"]]
+            fields = {
+                "layers": tuple(data["layers"]),
+                "heads": tuple(tuple(row) for row in data["heads"]),
+                "channels": tuple(tuple(i for i, bit in enumerate(f"{mask:b}"[::-1]) if bit == "1") for mask in masks),
+            }
+        except (TypeError, ValueError) as error:
+            raise InvalidPlanError(f"the plan is damaged: {error}; make it anew with `model.plan`") from None
+        return cls(dense=Shape.from_dict(data["dense"]), **fields)
 
     def to_json(self) -> str:
         """The plan as JSON text."""
@@ -167,6 +170,8 @@ def _groups(heads: tuple[int, ...], per_group: int) -> tuple[int, ...]:
 def _index_problems(name: str, kept: tuple[int, ...], total: int) -> Any:
     if not kept:
         yield f"{name}: at least one must be kept"
+    elif not all(isinstance(index, int) for index in kept):
+        yield f"{name}: kept indices must be whole numbers, got {_shorten(kept)}"
     elif list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= total:
         yield f"{name}: kept indices must rise and lie in 0..{total - 1}, got {_shorten(kept)}"
 

@@ -165,7 +165,9 @@ def ratio_shape(
     allowed = (HEADS, FFN, LAYERS)
     problems = [f"unknown axis {axis!r}; known are {list(allowed)}" for axis in ratios if axis not in allowed]
     problems += [
-        f"the keep ratio of {axis} must be in (0, 1], got {r}" for axis, r in ratios.items() if not 0 < r <= 1
+        f"keep_ratio of {axis} must be a number in (0, 1], got {ratio!r}"
+        for axis, ratio in ratios.items()
+        if not isinstance(ratio, (int, float)) or not 0 < ratio <= 1
     ]
     if problems:
         raise InvalidPlanError("\n".join(problems))

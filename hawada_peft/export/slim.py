@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -38,9 +39,14 @@ def slim(model: Model, plan: Plan) -> Model:
     Raises:
         IncompatibleBaseError: if the plan is for a model of other sizes.
         IllegalShapeError: if no vanilla model of the plan's shape exists.
-        UnsupportedModelError: if the model has no family row, or state that the row does not explain.
+        UnsupportedModelError: if the model has no family row, adapters in it, or state that the row does not explain.
     """
     layout = locate(model)
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise UnsupportedModelError(
+            "slim() takes a vanilla model, and this one has adapters in it: use `merge_and_unload(plan=...)` on the "
+            "PEFT model, or `unload()` first"
+        )
     plan.check_base(layout.dense)
     check_legal(model, layout, plan.shape)
     rules = find_axes(model, layout)

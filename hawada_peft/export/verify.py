@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
@@ -78,7 +79,7 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def output_of(model: nn.Module, inputs: Inputs) -> torch.Tensor:
-    """The model's logits (or, without a head, last hidden states) in evaluation mode; the mode is put back."""
+    """The model's logits (else last hidden states, else last feature map) in evaluation mode; the mode is put back."""
     training = model.training
     model.eval()
     try:
@@ -86,7 +87,10 @@ def output_of(model: nn.Module, inputs: Inputs) -> torch.Tensor:
             output = model(**inputs)
     finally:
         model.train(training)
-    return output["logits"] if "logits" in output else output["last_hidden_state"]
+    for name in ("logits", "last_hidden_state"):
+        if name in output:
+            return output[name]
+    return output["feature_maps"][-1]
 
 
 def verify_slim(
@@ -140,7 +144,7 @@ def _reload(folder: Path, reference: nn.Module | torch.Tensor) -> tuple[Any, Pre
         with torch.device("meta"):
             auto = auto_class_of(architecture(config))
         loaded, info = auto.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise VerificationError(
             f"{folder} does not load with transformers {transformers.__version__}: {error}"
         ) from error

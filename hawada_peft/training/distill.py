@@ -84,7 +84,7 @@ def kl_divergence(
     student = functional.log_softmax(student_logits.to(dtype) / temperature, dim=-1)
     teacher = functional.log_softmax(teacher_logits.to(dtype) / temperature, dim=-1)
     divergence = functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-    return temperature**2 * _mean(divergence, mask)
+    return temperature**2 * masked_mean(divergence, mask)
 
 
 def mean_squared_error(
@@ -101,7 +101,7 @@ def mean_squared_error(
         (), float32 or wider.
     """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    return _mean((student_logits.to(dtype) - teacher_logits.to(dtype)).square().mean(-1), mask)
+    return masked_mean((student_logits.to(dtype) - teacher_logits.to(dtype)).square().mean(-1), mask)
 
 
 def position_mask(logits: torch.Tensor, batch: Batch) -> torch.Tensor | None:
@@ -110,7 +110,8 @@ def position_mask(logits: torch.Tensor, batch: Batch) -> torch.Tensor | None:
     return mask if mask is not None and mask.shape == logits.shape[:-1] else None
 
 
-def _mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def masked_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The mean where the mask is nonzero; 0 where it is zero everywhere."""
     if mask is None:
         return values.mean()
     weights = mask.to(values.dtype)

@@ -19,9 +19,9 @@ from ..adapters.attach import collect_gates
 from ..adapters.base import UNITS
 from ..adapters.gates import SigmoidGate
 from ..errors import HawAdaError
-from .distill import Batch, get_student_logits, position_mask
+from .distill import Batch, get_student_logits, masked_mean, position_mask
 
-SPREAD = 1.0
+SPREAD = 0.5
 """Half the range over which a start by importance spreads theta / T around the common start."""
 
 
@@ -119,9 +119,7 @@ def _loss(model: nn.Module, batch: Batch, generator: torch.Generator) -> torch.T
     targets = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(flat.device)
     losses = functional.cross_entropy(flat, targets, reduction="none")
     mask = position_mask(logits, batch)
-    if mask is None:
-        return losses.mean()
-    return (losses * mask.flatten()).sum() / mask.sum()
+    return masked_mean(losses, None if mask is None else mask.flatten())
 
 
 def _examples(batch: Batch, device: torch.device) -> Iterator[dict[str, Any]]:

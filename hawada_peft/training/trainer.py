@@ -70,6 +70,8 @@ class HawAdaTrainer(Trainer):
             problems.append(
                 f"model must be made by get_peft_model(base, HawAdaConfig(...)), got {type(model).__name__}"
             )
+        elif len(model.active_adapters) != 1:
+            problems.append(f"one adapter must be active, got {model.active_adapters}; see `model.set_adapter`")
         if (shape is None) == (keep_ratio is None):
             problems.append("give either `shape` or `keep_ratio`: what the gates are trained towards")
         if not kd_temperature > 0:
@@ -93,6 +95,11 @@ class HawAdaTrainer(Trainer):
         self._terms: dict[str, list[torch.Tensor]] = {}
         self.gated: Any = model  # `self.model`, typed for what PEFT passes on to the tuner
         super().__init__(model=model, args=args, **kwargs)
+        applied = self.gated.applied_plan()
+        if applied is not None and applied.shape != self.target:
+            logger.warning("the applied plan has another shape than the target; it is opened: %s", applied)
+            self.gated.apply_plan(None)
+        self.can_return_loss = True  # the teacher takes the place of labels
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch: divide by their number
         self.add_callback(_Decide(self))
 
@@ -172,10 +179,37 @@ class HawAdaTrainer(Trainer):
             self._terms.clear()
         super().log(logs, *args, **kwargs)
 
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
+        """As in `Trainer`, with a loss also for data without labels."""
+        names = self.label_names
+        self.label_names = names if all(inputs.get(name) is not None for name in names) else []
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self.label_names = names
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """A model with soft gates is none that can be exported: it does not compete."""
+        return self.decided and super()._determine_best_metric(metrics, trial)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.state.best_model_checkpoint is not None:
+            self._load_plan(self.state.best_model_checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # PEFT loads the weights of an adapter that exists already, not its config, where the plan is.
-        config = PeftConfig.from_pretrained(resume_from_checkpoint)
+        self._load_plan(resume_from_checkpoint)
+
+    def _load_plan(self, checkpoint: str) -> None:
+        """PEFT loads the weights of an adapter that exists already, but not its config, where the plan is."""
+        config = PeftConfig.from_pretrained(checkpoint)
         plan = None if config.plan is None else Plan.from_dict(config.plan)
         self.gated.apply_plan(plan, in_training=config.plan_in_training)
 

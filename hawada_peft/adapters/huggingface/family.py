@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -35,6 +36,9 @@ class Family:
         layer_lists (`tuple[str, ...]`): config fields that hold one entry per layer.
         fused (`tuple[tuple[str, tuple[str, ...]], ...]`): modules (relative to a layer) whose rows hold several
             things: the axes in their order. One axis alone means that everything of a unit is stored together.
+        twin (`str`): the `model_type` of a class that computes the same from the same weights and allows more head
+            counts; empty if there is none.
+        twin_fields (`tuple[tuple[str, Any], ...]`): config fields that make it compute the same.
     """
 
     layers: str
@@ -46,6 +50,8 @@ class Family:
     ffn_unit: str = ""
     layer_lists: tuple[str, ...] = ()
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    twin: str = ""
+    twin_fields: tuple[tuple[str, Any], ...] = ()
 
 
 FAMILIES: dict[str, Family] = {}

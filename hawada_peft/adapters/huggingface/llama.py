@@ -1,5 +1,7 @@
 """Llama and the families that share its module names."""
 
+from dataclasses import replace
+
 from .family import Family, register_family
 
 LLAMA = Family(
@@ -12,3 +14,6 @@ LLAMA = Family(
 
 for _model_type in ("llama", "mistral", "qwen2", "qwen3", "granite", "smollm3"):
     register_family(_model_type, LLAMA)
+
+# Llama's config refuses head counts that do not divide hidden_size; a Mistral without a window is the same function.
+register_family("llama", replace(LLAMA, twin="mistral", twin_fields=(("sliding_window", None),)))

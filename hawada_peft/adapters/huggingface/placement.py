@@ -80,7 +80,7 @@ def masks_of(gates: Mapping[str, SigmoidGate], kept: Sequence[int] | None, total
     grouped = units.reshape(gate.units, -1)
     if (grouped.any(1) != grouped.all(1)).any():
         raise InvalidPlanError(
-            f"the plan splits groups of {total // gate.units} that share a gate in {what}; make it with `model.plan`, or "
-            "use gates of group_size=1"
+            f"the plan splits groups of {total // gate.units} that share a gate in {what}; make it with `model.plan`, "
+            "or use gates of group_size=1"
         )
     return [*masks, (gate, None if units.all() else grouped.all(1))]

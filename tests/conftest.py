@@ -1,0 +1,198 @@
+"""One table of tiny models, and what the tests do with them."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from hawada_peft import HawAdaConfig, Plan, Shape, Verification, collect_gates, save_slim
+from hawada_peft.adapters.huggingface import FAMILIES, TARGET_MODULES, locate
+from hawada_peft.export.verify import example_inputs, output_of
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tiny model: its class, its config's fields, and a slim shape that is legal for it."""
+
+    model: str
+    config: str
+    fields: dict[str, Any]
+    slim: Shape
+
+
+TOKENS = {"vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 64}
+SIZES = {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 4, "intermediate_size": 96}
+LM = TOKENS | SIZES | {"num_key_value_heads": 4, "head_dim": 8}
+VISION = SIZES | {"image_size": 16, "patch_size": 8, "num_labels": 3}
+SLIDING = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
+GRANITE = {"embedding_multiplier": 2.0, "residual_multiplier": 0.8, "logits_scaling": 1.5}
+GROUPED, PLAIN = Shape(4, 2, 40, 2), Shape(4, 4, 40, 2)
+
+ROWS: dict[str, Row] = {
+    "llama": Row("LlamaForCausalLM", "LlamaConfig", LM, GROUPED),
+    "mistral": Row("MistralForCausalLM", "MistralConfig", LM | {"sliding_window": 6}, GROUPED),
+    "qwen2": Row("Qwen2ForCausalLM", "Qwen2Config", LM | SLIDING, GROUPED),
+    "qwen3": Row("Qwen3ForCausalLM", "Qwen3Config", LM | SLIDING, Shape(3, 3, 40, 2)),
+    "granite": Row("GraniteForCausalLM", "GraniteConfig", LM | GRANITE, GROUPED),
+    "smollm3": Row(
+        "SmolLM3ForCausalLM",
+        "SmolLM3Config",
+        LM | {"tie_word_embeddings": True, "no_rope_layers": [1, 0, 1, 1]},
+        Shape(4, 4, 40, 2),
+    ),
+    "vit": Row("ViTForImageClassification", "ViTConfig", VISION, PLAIN),
+    "deit": Row("DeiTForImageClassification", "DeiTConfig", VISION, Shape(5, 5, 41, 2)),
+    "dinov2": Row("Dinov2ForImageClassification", "Dinov2Config", VISION | {"mlp_ratio": 2}, Shape(4, 4, 64, 2)),
+    "llama-bare": Row("LlamaModel", "LlamaConfig", LM, GROUPED),
+    "vit-bare": Row("ViTModel", "ViTConfig", VISION, PLAIN),
+    "llama-mha": Row("LlamaForCausalLM", "LlamaConfig", LM | {"num_key_value_heads": 8}, PLAIN),
+}
+LM_ROW, VISION_ROW = ROWS["llama"], ROWS["vit"]
+BARE_ROW, MIXED_ROW = ROWS["llama-bare"], ROWS["qwen2"]  # without a head; layers of several types
+EVERYTHING = ("heads", "ffn", "blocks", "layers")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """PEFT 0.21 reads a property that transformers 5.23 deprecates, in every `get_peft_model`."""
+    message = r"`is_gradient_checkpointing` is deprecated"
+    config.addinivalue_line("filterwarnings", f"ignore:{message}:FutureWarning")
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def rows_of_families() -> Iterator[None]:
+    """Lets a test register families: the rows are put back afterwards."""
+    before = dict(FAMILIES), dict(TARGET_MODULES)
+    yield
+    for current, saved in zip((FAMILIES, TARGET_MODULES), before, strict=True):
+        current.clear()
+        current.update(saved)
+
+
+def build(row: Row, dtype: torch.dtype = torch.float32, **fields: Any) -> PreTrainedModel:
+    """A model with no weight at a special value (no zero bias, no norm of ones), in evaluation mode."""
+    torch.manual_seed(1)
+    config = getattr(transformers, row.config)(**(row.fields | fields))
+    model = getattr(transformers, row.model)(config)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model.to(dtype).eval()
+
+
+def gate(model: PreTrainedModel, *, shuffle: bool = True, **options: Any) -> PeftModel:
+    """The model with an adapter whose gates are at random values, unless `shuffle` is off."""
+    model = get_peft_model(model, HawAdaConfig(**options)).eval()
+    return shuffle_gates(model) if shuffle else model
+
+
+def shuffle_gates(model: PeftModel, adapter_name: str | None = None, seed: int = 2) -> PeftModel:
+    """Random values, roughly between 0.1 and 0.9, for all gates (of a name)."""
+    generator = torch.Generator().manual_seed(seed)
+    for found in collect_gates(model, adapter_name).values():
+        found.theta.data.copy_(torch.randn(found.theta.shape, generator=generator))
+    return model
+
+
+def scattered_plan(model: torch.nn.Module, shape: Shape, seed: int = 3) -> Plan:
+    """A plan of a shape with indices drawn at random: other ones in every layer, layers not adjacent."""
+    draw = random.Random(seed)
+    dense = locate(model.get_base_model() if isinstance(model, PeftModel) else model).dense
+    shape = shape.complete(dense)
+    per_group, kept = dense.heads_per_group, shape.heads_per_group
+    layers = tuple(range(dense.num_hidden_layers))
+    if shape.num_hidden_layers < len(layers):
+        layers = layers[1::2][: shape.num_hidden_layers]
+    heads, channels = [], []
+    for _ in layers:
+        groups = sorted(draw.sample(range(dense.num_key_value_heads), shape.num_key_value_heads))
+        heads.append(tuple(g * per_group + h for g in groups for h in sorted(draw.sample(range(per_group), kept))))
+        channels.append(tuple(sorted(draw.sample(range(dense.intermediate_size), shape.intermediate_size))))
+    return Plan(dense, layers, tuple(heads), tuple(channels))
+
+
+def inputs_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Two fixed examples of what the model takes."""
+    return example_inputs(model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def logits_of(model: torch.nn.Module) -> torch.Tensor:
+    """Logits, or hidden states of a bare model, for `inputs_of`, in evaluation mode."""
+    return output_of(model, inputs_of(model)).clone()
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, relative to the largest magnitude expected."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the state dict."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_state(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Same names, dtypes and bits."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+@dataclass(frozen=True)
+class Export:
+    """A row's whole way from dense model to slim folder. Shared by tests, which leave it as it is."""
+
+    row: Row
+    plan: Plan
+    dense: torch.Tensor
+    """The dense model's logits."""
+    masked: torch.Tensor
+    """The logits under the plan."""
+    adapter: Path
+    gates: dict[str, torch.Tensor]
+    slim: PreTrainedModel
+    folder: Path
+    verification: Verification
+
+
+@pytest.fixture(scope="session", params=ROWS)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """The export of every row: heads, FFN channels and layers removed, soft values folded."""
+    row, folder = ROWS[request.param], tmp_path_factory.mktemp("exported")
+    base = build(row)
+    dense = logits_of(base)
+    model = gate(base, gates=EVERYTHING)
+    plan = scattered_plan(model, row.slim)
+    model.apply_plan(plan)
+    model.save_pretrained(folder / "adapter")
+    masked = logits_of(model)
+    gates = {name: found.theta.detach().clone() for name, found in collect_gates(model).items()}
+    slimmed = model.merge_and_unload()
+    verification = save_slim(slimmed, folder / "slim", reference=masked, inputs=inputs_of(slimmed))
+    return Export(row, plan, dense, masked, folder / "adapter", gates, slimmed, folder / "slim", verification)
+
+
+@pytest.fixture(params=ROWS)
+def row(request: pytest.FixtureRequest) -> Row:
+    """Every row of the table."""
+    return ROWS[request.param]

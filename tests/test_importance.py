@@ -1,0 +1,155 @@
+"""Fisher importance, and gates that start from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import LM_ROW, VISION_ROW, Row, build, gate, inputs_of, logits_of, scattered_plan
+from peft import PeftModel
+
+from hawada_peft import collect_gates, init_gates
+from hawada_peft.errors import HawAdaError
+from hawada_peft.training import gate_importance
+
+
+def labelled(model: PeftModel) -> list[dict[str, torch.Tensor]]:
+    inputs = inputs_of(model)
+    labels = inputs.get("input_ids", torch.tensor([0, 2]))
+    return [inputs | {"labels": labels}]
+
+
+def thetas(model: PeftModel) -> dict[str, torch.Tensor]:
+    return {name: found.theta.detach().clone() for name, found in collect_gates(model).items()}
+
+
+def test_is_the_mean_of_squared_gradients_per_example() -> None:
+    model = gate(build(VISION_ROW, torch.float64), shuffle=False)
+    (batch,) = labelled(model)
+    expected = {name: torch.zeros(found.theta.shape).double() for name, found in collect_gates(model).items()}
+    for i in range(2):
+        model.zero_grad()
+        model(**{name: tensor[i : i + 1] for name, tensor in batch.items()}).loss.backward()
+        for name, found in collect_gates(model).items():
+            expected[name] += found.theta.grad.double().square() / 2
+    found = gate_importance(model, [batch])
+    assert found.keys() == expected.keys()
+    for name, importance in found.items():
+        torch.testing.assert_close(importance, expected[name], rtol=1e-4, atol=0)
+
+
+def test_does_not_depend_on_how_examples_are_batched(row: Row) -> None:
+    model = gate(build(row), gates=("heads", "layers"))
+    inputs = inputs_of(model)
+    if not hasattr(model.get_base_model().config, "vocab_size"):
+        inputs |= {"labels": torch.tensor([0, 1])} if "logits" in model(**inputs) else {}
+    singles = [{name: tensor[i : i + 1] for name, tensor in inputs.items()} for i in range(2)]
+    whole, parts = gate_importance(model, [inputs]), gate_importance(model, singles)
+    torch.testing.assert_close(whole, parts)
+    assert all((importance >= 0).all() and importance.any() for importance in whole.values())
+
+
+def test_leaves_the_model_as_it_was() -> None:
+    model = gate(build(LM_ROW)).train()
+    model.apply_plan(scattered_plan(model, LM_ROW.slim), in_training=True)
+    before, masked, state = thetas(model), logits_of(model), torch.get_rng_state()
+    gate_importance(model, [inputs_of(model)])
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(thetas(model), before, rtol=0, atol=0)
+    assert torch.equal(logits_of(model), masked)
+    assert all(found.theta.grad is None for found in collect_gates(model).values())
+
+
+def test_is_taken_at_the_start_whatever_the_gates_are_now() -> None:
+    fresh, moved = gate(build(VISION_ROW), shuffle=False), gate(build(VISION_ROW))
+    torch.testing.assert_close(gate_importance(fresh, labelled(fresh)), gate_importance(moved, labelled(moved)))
+
+
+def test_padding_does_not_count() -> None:
+    model = gate(build(LM_ROW))
+    tokens = torch.randint(3, 128, (1, 6))
+    padded = {
+        "input_ids": torch.cat([tokens, torch.zeros(1, 3, dtype=torch.long)], 1),
+        "attention_mask": torch.tensor([[1] * 6 + [0] * 3]),
+    }
+    labels = torch.cat([tokens, torch.full((1, 3), -100)], 1)
+    expected = gate_importance(model, [{"input_ids": tokens, "labels": tokens}])
+    torch.testing.assert_close(gate_importance(model, [padded | {"labels": labels}]), expected, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("group_size", [1, 8])
+def test_gates_start_in_the_order_of_importance(row: Row, group_size: int) -> None:
+    model = gate(build(row), group_size=group_size, gates=("heads", "ffn"))
+    init_gates(model, [inputs_of(model)])
+    importance = gate_importance(model, [inputs_of(model)])
+    for name, theta in thetas(model).items():
+        assert torch.equal(theta.argsort(stable=True), importance[name].argsort(stable=True))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_gates_start_evenly_around_their_start(temperature: float) -> None:
+    model = gate(build(VISION_ROW), temperature=temperature)
+    init_gates(model, labelled(model), spread=0.5)
+    for found in collect_gates(model).values():
+        if found.units > 1:
+            steps = torch.linspace(-0.5, 0.5, found.units) * temperature
+            torch.testing.assert_close(found.theta.sort().values, found.start.theta + steps)
+
+
+def test_layers_are_ordered_over_the_whole_model() -> None:
+    model = gate(build(VISION_ROW), gates=("layers",))
+    init_gates(model, labelled(model))
+    importance = torch.cat(list(gate_importance(model, labelled(model)).values()))
+    found = torch.cat(list(thetas(model).values()))
+    assert torch.equal(found.argsort(), importance.argsort())
+    assert found.unique().numel() == 4
+
+
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_is_deterministic(with_labels: bool) -> None:
+    found = []
+    for seed in (1, 2):
+        model = gate(build(LM_ROW))
+        torch.manual_seed(seed)
+        init_gates(model, labelled(model) if with_labels else [inputs_of(model)])
+        found.append(thetas(model))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_only_the_active_adapter_starts_anew() -> None:
+    model = gate(build(VISION_ROW))
+    model.add_adapter("other", model.peft_config["default"])
+    before = thetas(model)
+    init_gates(model, labelled(model))
+    changed = {name.split(".")[-1] for name, theta in thetas(model).items() if not torch.equal(theta, before[name])}
+    assert changed == {"default"}
+
+
+@pytest.mark.parametrize(
+    ("options", "batches", "facts"),
+    [
+        ({"criterion": "magnitude"}, None, "'fisher', got 'magnitude'"),
+        ({}, [], "no calibration batches"),
+    ],
+)
+def test_bad_arguments_are_refused(options: dict[str, Any], batches: Any, facts: str) -> None:
+    model = gate(build(VISION_ROW))
+    before = thetas(model)
+    with pytest.raises(HawAdaError, match=facts):
+        init_gates(model, labelled(model) if batches is None else batches, **options)
+    torch.testing.assert_close(thetas(model), before, rtol=0, atol=0)
+
+
+def test_a_model_without_trainable_gates_is_refused() -> None:
+    model = gate(build(VISION_ROW), inference_mode=True)
+    with pytest.raises(HawAdaError, match="no trainable gates"):
+        gate_importance(model, labelled(model))
+
+
+def test_an_example_of_nothing_but_padding_does_not_count() -> None:
+    model = gate(build(LM_ROW))
+    tokens, mask = torch.randint(3, 128, (2, 6)), torch.tensor([[1] * 6, [0] * 6])
+    found = gate_importance(model, [{"input_ids": tokens, "attention_mask": mask}])
+    assert all(importance.isfinite().all() for importance in found.values())
