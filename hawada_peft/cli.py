@@ -24,7 +24,12 @@ def demo(
     # Here, so that the other commands do not need scikit-learn.
     from .demo import render, run_demo
 
-    typer.echo(render(run_demo(output, quick=quick)))
+    try:
+        rows = run_demo(output, quick=quick)
+    except FileExistsError as error:
+        typer.echo(f"{error}. Remove it, or name another folder with --output.", err=True)
+        raise typer.Exit(code=2) from None
+    typer.echo(render(rows))
 
 
 def main() -> None:

@@ -1,0 +1,102 @@
+"""The demo's second process: `python -m hawada_peft.demo.export`. It knows nothing but saved folders."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers.utils import logging as transformers_logging
+
+from .. import Shape, save_slim
+from ..adapters.huggingface import locate
+from .measure import BATCH, agreement, logits_of, median_ms, one_thread
+from .table import Row
+from .tasks import TASKS, Task
+
+
+def export_task(task: Task, folder: Path, *, repeats: int) -> list[Row]:
+    """
+    Load a teacher and its adapter, merge, save, reload, and measure.
+
+    Args:
+        task: which model.
+        folder: holds `teacher`, `adapter` and `held_out.safetensors`; gets `slim`.
+        repeats: timed forward passes of each model.
+
+    Returns:
+        Rows for dense, masked, slim.
+    """
+    saved = load_file(folder / "held_out.safetensors")
+    masked_logits = saved.pop("logits")  # of the process that trained the gates
+    inputs = {name.removeprefix("inputs."): tensor for name, tensor in saved.items()}
+    batch = {name: tensor[:BATCH] for name, tensor in inputs.items() if name != "labels"}
+    timed = {name: tensor[: task.latency_batch] for name, tensor in inputs.items() if name != "labels"}
+
+    model = PeftModel.from_pretrained(task.auto_class.from_pretrained(folder / "teacher"), folder / "adapter")
+    masked_shape = model.applied_plan().shape
+    processor = None if task.processor_class is None else task.processor_class.from_pretrained(folder / "teacher")
+    save_slim(
+        model.merge_and_unload(),
+        folder / "slim",
+        reference=masked_logits[:BATCH],
+        inputs=batch,
+        processor=processor,
+    )
+
+    dense = task.auto_class.from_pretrained(folder / "teacher").eval()
+    slim = task.auto_class.from_pretrained(folder / "slim").eval()
+    dense_logits, slim_logits = logits_of(dense, inputs), logits_of(slim, inputs)
+    latency = median_ms({"dense": dense, "slim": slim}, timed, repeats=repeats, title=f"{task.title}: latency")
+
+    def row(form: str, shape: Shape, parameters: int, logits: torch.Tensor, difference: float | None = None) -> Row:
+        sizes = shape.sizes()
+        return Row(
+            task=task.name,
+            title=task.title,
+            form=form,
+            parameters=parameters,
+            layers=sizes["num_hidden_layers"],
+            heads=sizes["num_attention_heads"],
+            kv_heads=sizes["num_key_value_heads"],
+            ffn=sizes["intermediate_size"],
+            latency_ms=latency.get(form),
+            latency_batch=task.latency_batch,
+            repeats=repeats,
+            threads=torch.get_num_threads(),
+            quality=task.quality(logits, inputs["labels"]),
+            quality_name=task.quality_name,
+            examples=len(logits),
+            held_out=task.held_out,
+            agreement=agreement(logits, dense_logits),
+            difference=difference,
+        )
+
+    difference = (slim_logits - masked_logits).abs().max().item()
+    return [
+        row("dense", locate(dense).dense, dense.num_parameters(), dense_logits),
+        row("masked", masked_shape, dense.num_parameters(), masked_logits),
+        row("slim", locate(slim).dense, slim.num_parameters(), slim_logits, difference),
+    ]
+
+
+def main() -> None:
+    """Export the tasks named on the command line, and write their rows as JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("tasks", nargs="+", choices=sorted(TASKS))
+    parser.add_argument("--repeats", type=int, required=True)
+    args = parser.parse_args()
+    transformers_logging.disable_progress_bar()
+    with one_thread():
+        for name in args.tasks:
+            rows = export_task(TASKS[name], args.folder / name, repeats=args.repeats)
+            (args.folder / name / "rows.json").write_text(json.dumps([asdict(row) for row in rows], indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The demo from end to end: teacher, gates, adapter, and a slim model in another process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import default_data_collator
+
+from .. import HawAdaConfig, HawAdaTrainer, init_gates
+from .data import Data, stack
+from .measure import logits_of, one_thread
+from .table import Row
+from .tasks import TASKS, Effort, Task
+from .teachers import SEED, no_file_bars, train, train_teacher, training_arguments
+
+logger = logging.getLogger(__name__)
+
+CALIBRATION_BATCH = 8
+"""Examples per batch of the calibration."""
+
+SOFT_FRACTION = 0.2
+"""Of the gates' training; short, because in so few steps the ranking of `init_gates` is hard to improve on."""
+
+MARKER = ".hawada-demo"
+"""In every folder that the demo makes, so that the next run knows what it may replace."""
+
+FULL_REPEATS, QUICK_REPEATS = 21, 7
+"""Timed forward passes of each model."""
+
+
+def run_demo(output_dir: str | Path, quick: bool = False) -> list[Row]:
+    """
+    Train two small models, slim them, and measure what came of it.
+
+    Args:
+        output_dir: gets a folder per model with `teacher`, `adapter` and `slim`; those of an earlier run are replaced.
+        quick: much shorter trainings, worse teachers.
+
+    Returns:
+        Three rows per model: dense, masked, slim.
+
+    Raises:
+        FileExistsError: if such a folder exists that is not of an earlier run.
+        subprocess.CalledProcessError: if the exporting process fails; its messages are on stderr.
+    """
+    output_dir = Path(output_dir)
+    clear(output_dir)
+    with one_thread():
+        for task in TASKS.values():
+            train_task(task, task.quick if quick else task.full, output_dir / task.name)
+    return export(output_dir, list(TASKS), repeats=QUICK_REPEATS if quick else FULL_REPEATS)
+
+
+def clear(output_dir: Path) -> None:
+    """Remove what an earlier run left, and refuse to touch anything else."""
+    present = [output_dir / name for name in TASKS if (output_dir / name).exists()]
+    foreign = [str(folder) for folder in present if not (folder / MARKER).exists()]
+    if foreign:
+        raise FileExistsError(f"{', '.join(foreign)} is not from an earlier demo; choose another output folder")
+    for folder in present:
+        shutil.rmtree(folder)
+
+
+def train_task(task: Task, effort: Effort, folder: Path) -> None:
+    """
+    Train a teacher, then gates on the saved teacher.
+
+    Args:
+        task: which model.
+        effort: how long.
+        folder: gets `teacher`, `adapter`, and `held_out.safetensors` with the held-out examples and the logits of the
+            masked model on them.
+    """
+    folder.mkdir(parents=True)
+    (folder / MARKER).touch()
+    data = task.load()
+    train_teacher(task, data, effort.teacher, folder / "teacher")
+    with no_file_bars():
+        base = task.auto_class.from_pretrained(folder / "teacher")
+    model = get_peft_model(base, HawAdaConfig())
+    batches = calibration_batches(data, effort.calibration)
+    init_gates(model, tqdm(batches, desc=f"{task.title}: importance", unit="batch"), criterion="fisher")
+    trainer = HawAdaTrainer(
+        model=model,
+        args=training_arguments(effort.gates, folder),
+        train_dataset=data.train,
+        data_collator=default_data_collator,
+        shape=task.shape,
+        soft_fraction=SOFT_FRACTION,
+    )
+    train(trainer, f"{task.title}: gates")
+    model.save_pretrained(str(folder / "adapter"))
+    held_out = stack(data.held_out)
+    inputs = {f"inputs.{name}": tensor for name, tensor in held_out.items()}
+    save_file(inputs | {"logits": logits_of(model, held_out)}, folder / "held_out.safetensors")
+    logger.info("%s: adapter in %s", task.title, folder / "adapter")
+
+
+def calibration_batches(data: Data, count: int) -> list[dict[str, torch.Tensor]]:
+    """Batches of training examples, drawn at random but always the same ones."""
+    picks = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(SEED))
+    return [stack([data.train[pick] for pick in part]) for part in picks.split(CALIBRATION_BATCH)[:count]]
+
+
+def export(output_dir: Path, tasks: Sequence[str], *, repeats: int) -> list[Row]:
+    """Slim, reload and measure the tasks' adapters in a new process, which has nothing but the saved folders."""
+    command = [sys.executable, "-m", f"{__package__}.export", str(output_dir), *tasks, "--repeats", str(repeats)]
+    subprocess.run(command, check=True)
+    return [Row(**row) for task in tasks for row in json.loads((output_dir / task / "rows.json").read_text())]

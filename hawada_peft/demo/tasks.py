@@ -1,0 +1,150 @@
+"""What the demo slims: two models and their data, as rows of one table. The rest of the demo has one way for both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from .. import Shape
+from .data import VOCABULARY, WINDOW, Data, load_digits, load_topics
+from .measure import accuracy, perplexity
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps, examples per step and peak learning rate (after a tenth of the steps; cosine to 0) of one training."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Effort:
+    """
+    How long one run of the demo works.
+
+    Args:
+        teacher, gates: the two trainings.
+        calibration: batches that `init_gates` sees.
+    """
+
+    teacher: Schedule
+    gates: Schedule
+    calibration: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    One model, its data, and how its quality is told.
+
+    Args:
+        name, title: of its folder; in the table.
+        auto_class: loads its folders.
+        processor_class: loads its tokenizer, if it has one.
+        build: the untrained model.
+        load: its data.
+        quality: of logits and labels of the held-out examples; `quality_name` and `held_out` say what that is.
+        shape: the sizes to slim to.
+        latency_batch: examples in a timed forward pass; enough that arithmetic and not Python decides.
+        full, quick: how long to work.
+    """
+
+    name: str
+    title: str
+    auto_class: Any
+    processor_class: Any
+    build: Callable[[], PreTrainedModel]
+    load: Callable[[], Data]
+    quality: Callable[[torch.Tensor, torch.Tensor], float]
+    quality_name: str
+    held_out: str
+    shape: Shape
+    latency_batch: int
+    full: Effort
+    quick: Effort
+
+
+def build_vit() -> PreTrainedModel:
+    """A ViT that sees a scan as 16 patches of 2x2."""
+    config = ViTConfig(
+        image_size=8,
+        patch_size=2,
+        num_channels=1,
+        num_labels=10,  # type: ignore[call-arg]  # a field of every config, which the stub leaves out
+        hidden_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        intermediate_size=256,
+        initializer_range=0.1,  # the usual 0.02 takes several times the steps at this width
+    )
+    return ViTForImageClassification(config)
+
+
+def build_llama() -> PreTrainedModel:
+    """A Llama with 8 query heads in 4 KV groups."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=256,
+        hidden_size=96,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=16,
+        intermediate_size=384,
+        tie_word_embeddings=True,
+        initializer_range=0.06,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+DIGITS = Task(
+    name="digits",
+    title="ViT on digits",
+    auto_class=AutoModelForImageClassification,
+    processor_class=None,
+    build=build_vit,
+    load=load_digits,
+    quality=accuracy,
+    quality_name="accuracy in %",
+    held_out="held-out scans",
+    shape=Shape(num_attention_heads=6, intermediate_size=128, num_hidden_layers=4),
+    latency_batch=256,
+    full=Effort(Schedule(200, 64, 2e-3), Schedule(200, 32, 0.2), calibration=32),
+    quick=Effort(Schedule(80, 32, 2e-3), Schedule(40, 32, 0.2), calibration=8),
+)
+
+TOPICS = Task(
+    name="topics",
+    title="Llama on topics",
+    auto_class=AutoModelForCausalLM,
+    processor_class=AutoTokenizer,
+    build=build_llama,
+    load=load_topics,
+    quality=perplexity,
+    quality_name="perplexity",
+    held_out=f"held-out windows of {WINDOW} tokens",
+    shape=Shape(num_attention_heads=6, num_key_value_heads=3, intermediate_size=192, num_hidden_layers=4),
+    latency_batch=32,
+    full=Effort(Schedule(400, 8, 3e-3), Schedule(100, 8, 0.1), calibration=32),
+    quick=Effort(Schedule(150, 3, 1e-2), Schedule(30, 4, 0.1), calibration=8),
+)
+
+TASKS = {task.name: task for task in (DIGITS, TOPICS)}
