@@ -28,7 +28,7 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
 
 def trainer_of(folder: Path, model: PeftModel | None = None, *, args: Any = None, **options: Any) -> HawAdaTrainer:
     model = gate(build(LM_ROW), shuffle=False) if model is None else model
-    options = {"shape": TARGET, "train_dataset": DATA, "eval_dataset": LABELLED} | options
+    options = {"shape": TARGET, "train_dataset": DATA, "eval_dataset": LABELLED, "soft_fraction": 0.5} | options
     return HawAdaTrainer(model, arguments(folder, **(args or {})), **options)
 
 
@@ -201,3 +201,10 @@ def test_images_train_as_well(tmp_path: Path) -> None:
     trainer = HawAdaTrainer(model, arguments(tmp_path, max_steps=2), train_dataset=data, shape=Shape(4, 4, 40, 2))
     trainer.train()
     assert trainer.model.merge_and_unload().config.num_hidden_layers == 2
+
+
+def test_the_config_is_the_base_models(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path)
+    before = trainer.model.config.to_dict() | {"use_cache": True}
+    trainer.train()
+    assert trainer.model.config.to_dict() == before

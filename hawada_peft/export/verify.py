@@ -16,6 +16,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 from ..errors import VerificationError
 
@@ -47,10 +48,10 @@ class Verification:
 
 def auto_class_of(model: PreTrainedModel) -> Any:
     """The `AutoModel*` class that loads this model's folder as this class; the class itself if none does."""
-    for name in sorted(dir(transformers)):
+    for name in sorted(vars(modeling_auto)):
         if not name.startswith("AutoModel"):
             continue
-        auto = getattr(transformers, name)
+        auto = getattr(modeling_auto, name)
         mapping = getattr(auto, "_model_mapping", None)
         if mapping is None or type(model.config) not in mapping:
             continue

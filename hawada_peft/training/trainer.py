@@ -61,7 +61,7 @@ class HawAdaTrainer(Trainer):
         kl_weight: float = 1.0,
         mse_weight: float = 0.0,
         size_weight: float = 10.0,
-        soft_fraction: float = 0.5,
+        soft_fraction: float = 0.25,
         **kwargs: Any,
     ) -> None:
         problems = []
@@ -94,6 +94,8 @@ class HawAdaTrainer(Trainer):
         self.size_weight, self.soft_fraction = size_weight, soft_fraction
         self._terms: dict[str, list[torch.Tensor]] = {}
         self.gated: Any = model  # `self.model`, typed for what PEFT passes on to the tuner
+        # Trainer switches the cache off for good; the slim model's config is the base model's.
+        self._use_cache: bool | None = getattr(model.config, "use_cache", None)
         super().__init__(model=model, args=args, **kwargs)
         applied = self.gated.applied_plan()
         if applied is not None and applied.shape != self.target:
@@ -137,6 +139,14 @@ class HawAdaTrainer(Trainer):
         plan = self.gated.plan(self.target)
         self.gated.apply_plan(plan, in_training=True)
         logger.info("step %d: %s", self.state.global_step, plan)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`; the base model's `use_cache` is put back afterwards."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._use_cache is not None:
+                self.gated.config.use_cache = self._use_cache
 
     def _size_penalty(self) -> torch.Tensor:
         """The sum over axes, against keep ratios that fall from 1 to the target's over the soft part of training."""
