@@ -22,7 +22,12 @@ from .adapters.huggingface import Family, Shape, register_family
 from .config import HawAdaConfig
 from .export import (
     Plan,
+    SearchEffort,
+    SearchResult,
     Verification,
+    find_plan,
+    measure_table,
+    rehome,
     save_slim,
     slice_conv,
     slice_embedding,
@@ -30,6 +35,7 @@ from .export import (
     slim,
     verify_slim,
 )
+from .latency import LatencyBudget, LatencyTable, Regime, Timing, measure_many
 from .model import HawAdaModel
 from .training import HawAdaTrainer, get_student_logits, get_teacher_logits, init_gates
 
@@ -49,19 +55,29 @@ __all__ = [
     "HawAdaModel",
     "HawAdaTrainer",
     "HeadGate",
+    "LatencyBudget",
+    "LatencyTable",
     "Plan",
+    "Regime",
+    "SearchEffort",
+    "SearchResult",
     "Shape",
     "SigmoidGate",
+    "Timing",
     "Verification",
     "attach_adapters",
     "collect_gates",
     "detach_adapters",
+    "find_plan",
     "get_student_logits",
     "get_teacher_logits",
     "init_gates",
     "is_attention_layer",
     "is_ffn_layer",
+    "measure_many",
+    "measure_table",
     "register_family",
+    "rehome",
     "save_slim",
     "slice_conv",
     "slice_embedding",

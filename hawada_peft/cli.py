@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from .errors import HawAdaError
+
 app = typer.Typer(help="Hardware-aware slimming of Hugging Face models.", no_args_is_help=True, add_completion=False)
+
+Model = Annotated[str, typer.Argument(help="Folder or id of the dense model.")]
+Mode = Annotated[str | None, typer.Option(help="forward, prefill or decode; by the kind of model if left out.")]
+BatchSize = Annotated[int, typer.Option(help="Rows per call.")]
+SeqLen = Annotated[int | None, typer.Option(help="Tokens per row.")]
+ImageSize = Annotated[int | None, typer.Option(help="Pixels along each side; the config's if left out.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the model's if left out.")]
+Backend = Annotated[str, typer.Option(help="eager, compile or cuda_graph.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
 @app.callback()
 def _root() -> None:
-    """Hardware-aware slimming of Hugging Face models."""
+    """Hardware-aware slimming of Hugging Face models. Exit codes: 0 done, 1 an error that the message explains."""
+
+
+@contextmanager
+def _one_message() -> Iterator[None]:
+    """Errors on bad input as one message, without a traceback."""
+    try:
+        yield
+    except (HawAdaError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(code=1) from None
 
 
 @app.command()
@@ -24,12 +49,136 @@ def demo(
     # Here, so that the other commands do not need scikit-learn.
     from .demo import render, run_demo
 
-    try:
-        rows = run_demo(output, quick=quick)
-    except FileExistsError as error:
-        typer.echo(f"{error}. Remove it, or name another folder with --output.", err=True)
-        raise typer.Exit(code=2) from None
-    typer.echo(render(rows))
+    with _one_message():
+        typer.echo(render(run_demo(output, quick=quick)))
+
+
+@app.command()
+def measure(
+    model: Model,
+    mode: Mode = None,
+    batch_size: BatchSize = 1,
+    seq_len: SeqLen = None,
+    image_size: ImageSize = None,
+    dtype: Dtype = None,
+    backend: Backend = "eager",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """
+    Measure a latency table of a model's shapes on this machine. No weights are loaded.
+
+    Example: hawada measure meta-llama/Llama-3.2-1B --batch-size 8 --seq-len 1024 --dtype bfloat16 --device cuda
+    """
+    from .adapters.huggingface import Shape
+    from .export.find_plan import measure_table, regime_of
+    from .latency import LatencyBudget
+    from .loading import load_skeleton
+
+    with _one_message():
+        skeleton = load_skeleton(model)
+        asked = LatencyBudget(
+            speedup=1.0,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            image_size=image_size,
+            mode=mode,
+            dtype=dtype,
+            backend=backend,
+            device=device,
+        )
+        table = measure_table(skeleton, regime_of(skeleton, asked))
+        if as_json:
+            typer.echo(json.dumps(table.to_dict()))
+            return
+        sizes = table.dense.sizes()
+        layers, ffn = sizes["num_hidden_layers"], sizes["intermediate_size"]
+        typer.echo(str(table))
+        typer.echo(f"FFN sizes in multiples of {table.multiple} are not slower than larger ones")
+        for text, shape in (
+            (f"{layers * 3 // 4} of {layers} layers", Shape(num_hidden_layers=max(1, layers * 3 // 4))),
+            (f"{layers // 2} of {layers} layers", Shape(num_hidden_layers=max(1, layers // 2))),
+            (f"FFN {ffn // 2} of {ffn}", Shape(intermediate_size=ffn // 2)),
+        ):
+            ms = table.estimate(shape.complete(table.dense))
+            typer.echo(f"  {text:24} {ms:9.3f} ms  {table.dense_ms / ms:5.2f}x  (estimated)")
+
+
+@app.command()
+def plan(
+    model: Model,
+    calibration: Annotated[Path, typer.Argument(help="Examples: .safetensors of input tensors, or .txt for an LM.")],
+    output: Annotated[Path, typer.Option(help="Where to write the plan.")] = Path("plan.json"),
+    speedup: Annotated[float | None, typer.Option(help="Times faster than the dense model.")] = None,
+    latency_ms: Annotated[float | None, typer.Option(help="Milliseconds per call.")] = None,
+    fraction: Annotated[float | None, typer.Option(help="Of the dense model's latency.")] = None,
+    max_parameters: Annotated[int | None, typer.Option(help="Parameters at most.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Trained gates; Fisher importance if left out.")] = None,
+    examples: Annotated[int, typer.Option(help="Calibration examples at most.")] = 64,
+    mode: Mode = None,
+    batch_size: BatchSize = 1,
+    seq_len: SeqLen = None,
+    image_size: ImageSize = None,
+    dtype: Dtype = None,
+    backend: Backend = "eager",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """
+    Find the shape of least loss that meets a budget on this machine, and write the plan for it.
+
+    Example: hawada plan ./teacher text.txt --speedup 1.5 --batch-size 8 --seq-len 256
+    """
+    from peft import PeftModel, get_peft_model
+
+    from .config import HawAdaConfig
+    from .export.find_plan import find_plan
+    from .latency import LatencyBudget
+    from .loading import batches_of, load_examples, load_model
+    from .training import gate_importance
+
+    with _one_message():
+        budget = LatencyBudget(
+            speedup=speedup,
+            latency_ms=latency_ms,
+            fraction=fraction,
+            max_parameters=max_parameters,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            image_size=image_size,
+            mode=mode,
+            dtype=dtype,
+            backend=backend,
+            device=device,
+        )
+        batches = batches_of(load_examples(calibration, model, length=seq_len or 256, count=examples), 8)
+        base = load_model(model, device)
+        if adapter is None:
+            gated: PeftModel = get_peft_model(base, HawAdaConfig())
+            importance = gate_importance(gated, batches)
+        else:
+            gated, importance = PeftModel.from_pretrained(base, str(adapter)), None
+        result = find_plan(gated, budget, batches, importance=importance)
+        if result.plan is not None:
+            output.write_text(result.plan.to_json())
+        best = result.best
+        if as_json:
+            typer.echo(
+                json.dumps(
+                    {
+                        "shape": best.shape.to_dict(),
+                        "measured_ms": best.measured_ms,
+                        "dense_ms": result.dense_ms,
+                        "speedup": result.speedup,
+                        "measured_loss": best.measured_loss,
+                        "parameters": best.parameters,
+                        "plan": str(output),
+                    }
+                )
+            )
+            return
+        typer.echo(str(result))
+        typer.echo(f"plan written to {output}")
 
 
 def main() -> None:

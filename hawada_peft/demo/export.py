@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,19 +15,22 @@ from transformers.utils import logging as transformers_logging
 
 from .. import Shape, save_slim
 from ..adapters.huggingface import locate
-from .measure import BATCH, agreement, logits_of, median_ms, one_thread
+from ..errors import UnsettledTimingWarning
+from ..export.find_plan import regime_of
+from ..latency import measure_many
+from .measure import BATCH, agreement, logits_of, one_thread
 from .table import Row
-from .tasks import TASKS, Task
+from .tasks import TASKS, Effort, Task
 
 
-def export_task(task: Task, folder: Path, *, repeats: int) -> list[Row]:
+def export_task(task: Task, folder: Path, effort: Effort) -> list[Row]:
     """
     Load a teacher and its adapter, merge, save, reload, and measure.
 
     Args:
         task: which model.
         folder: holds `teacher`, `adapter` and `held_out.safetensors`; gets `slim`.
-        repeats: timed forward passes of each model.
+        effort: how many forward passes are timed.
 
     Returns:
         Rows for dense, masked, slim.
@@ -35,7 +39,6 @@ def export_task(task: Task, folder: Path, *, repeats: int) -> list[Row]:
     masked_logits = saved.pop("logits")  # of the process that trained the gates
     inputs = {name.removeprefix("inputs."): tensor for name, tensor in saved.items()}
     batch = {name: tensor[:BATCH] for name, tensor in inputs.items() if name != "labels"}
-    timed = {name: tensor[: task.latency_batch] for name, tensor in inputs.items() if name != "labels"}
 
     model = PeftModel.from_pretrained(task.auto_class.from_pretrained(folder / "teacher"), folder / "adapter")
     masked_shape = model.applied_plan().shape
@@ -51,7 +54,11 @@ def export_task(task: Task, folder: Path, *, repeats: int) -> list[Row]:
     dense = task.auto_class.from_pretrained(folder / "teacher").eval()
     slim = task.auto_class.from_pretrained(folder / "slim").eval()
     dense_logits, slim_logits = logits_of(dense, inputs), logits_of(slim, inputs)
-    latency = median_ms({"dense": dense, "slim": slim}, timed, repeats=repeats, title=f"{task.title}: latency")
+    regime = regime_of(dense, task.budget)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnsettledTimingWarning)
+        timings = measure_many({"dense": dense, "slim": slim}, regime, effort=effort.final)
+    latency = {form: timing.median_ms for form, timing in timings.items()}
 
     def row(form: str, shape: Shape, parameters: int, logits: torch.Tensor, difference: float | None = None) -> Row:
         sizes = shape.sizes()
@@ -65,9 +72,10 @@ def export_task(task: Task, folder: Path, *, repeats: int) -> list[Row]:
             kv_heads=sizes["num_key_value_heads"],
             ffn=sizes["intermediate_size"],
             latency_ms=latency.get(form),
-            latency_batch=task.latency_batch,
-            repeats=repeats,
-            threads=torch.get_num_threads(),
+            budget=str(task.budget),
+            regime=str(regime),
+            device=regime.device_name,
+            rounds=timings["slim"].rounds,
             quality=task.quality(logits, inputs["labels"]),
             quality_name=task.quality_name,
             examples=len(logits),
@@ -89,12 +97,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("tasks", nargs="+", choices=sorted(TASKS))
-    parser.add_argument("--repeats", type=int, required=True)
+    parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     transformers_logging.disable_progress_bar()
     with one_thread():
         for name in args.tasks:
-            rows = export_task(TASKS[name], args.folder / name, repeats=args.repeats)
+            task = TASKS[name]
+            rows = export_task(task, args.folder / name, task.quick if args.quick else task.full)
             (args.folder / name / "rows.json").write_text(json.dumps([asdict(row) for row in rows], indent=2))
 
 

@@ -1,22 +1,16 @@
-"""What the demo measures: logits, quality, agreement, milliseconds."""
+"""What the demo measures: logits, quality, agreement."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.nn import functional
-from tqdm import tqdm
 
 BATCH = 64
 """Examples per forward pass where time does not matter."""
-
-WARMUP = 3
-"""Forward passes of each model before the timed ones."""
 
 
 def logits_of(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -57,31 +51,6 @@ def perplexity(logits: torch.Tensor, labels: torch.Tensor) -> float:
         labels: (windows, tokens), the tokens themselves.
     """
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()).exp().item()
-
-
-def median_ms(
-    models: Mapping[str, nn.Module], inputs: Mapping[str, torch.Tensor], *, repeats: int, title: str
-) -> dict[str, float]:
-    """
-    Milliseconds of a forward pass, by name: medians, after a warm-up, of passes taken in turns.
-
-    In turns, so that whatever else the machine does meanwhile, it does to all of them.
-
-    Args:
-        models: in evaluation mode, on the CPU.
-        inputs: one batch.
-        repeats: timed passes of each model.
-        title: of the progress bar.
-    """
-    times: dict[str, list[float]] = {name: [] for name in models}
-    with torch.inference_mode():
-        for repeat in tqdm(range(WARMUP + repeats), desc=title, unit="pass"):
-            for name, model in models.items():
-                start = time.perf_counter()
-                model(**inputs)
-                if repeat >= WARMUP:
-                    times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from tqdm import tqdm
 from transformers import default_data_collator
 
 from .. import HawAdaConfig, HawAdaTrainer, init_gates
+from ..errors import UnsettledTimingWarning
+from ..export.find_plan import find_plan
 from .data import Data, stack
 from .measure import logits_of, one_thread
 from .table import Row
@@ -33,9 +36,6 @@ SOFT_FRACTION = 0.2
 
 MARKER = ".hawada-demo"
 """In every folder that the demo makes, so that the next run knows what it may replace."""
-
-FULL_REPEATS, QUICK_REPEATS = 21, 7
-"""Timed forward passes of each model."""
 
 
 def run_demo(output_dir: str | Path, quick: bool = False) -> list[Row]:
@@ -58,7 +58,7 @@ def run_demo(output_dir: str | Path, quick: bool = False) -> list[Row]:
     with one_thread():
         for task in TASKS.values():
             train_task(task, task.quick if quick else task.full, output_dir / task.name)
-    return export(output_dir, list(TASKS), repeats=QUICK_REPEATS if quick else FULL_REPEATS)
+    return export(output_dir, list(TASKS), quick=quick)
 
 
 def clear(output_dir: Path) -> None:
@@ -73,7 +73,7 @@ def clear(output_dir: Path) -> None:
 
 def train_task(task: Task, effort: Effort, folder: Path) -> None:
     """
-    Train a teacher, then gates on the saved teacher.
+    Train a teacher, find the shape for the budget, then train gates on the saved teacher.
 
     Args:
         task: which model.
@@ -90,12 +90,25 @@ def train_task(task: Task, effort: Effort, folder: Path) -> None:
     model = get_peft_model(base, HawAdaConfig())
     batches = calibration_batches(data, effort.calibration)
     init_gates(model, tqdm(batches, desc=f"{task.title}: importance", unit="batch"), criterion="fisher")
+    with warnings.catch_warnings():
+        # A few rounds on a machine that may be busy: the table that is printed shows what came of it.
+        warnings.simplefilter("ignore", UnsettledTimingWarning)
+        found = find_plan(
+            model,
+            task.budget,
+            batches[: effort.evaluation],
+            table_plan=effort.table,
+            timing=effort.timing,
+            effort=effort.search,
+            cache=False,
+        )
+    logger.info("%s: %s", task.title, found)
     trainer = HawAdaTrainer(
         model=model,
         args=training_arguments(effort.gates, folder),
         train_dataset=data.train,
         data_collator=default_data_collator,
-        shape=task.shape,
+        shape=found.best.shape,
         soft_fraction=SOFT_FRACTION,
     )
     train(trainer, f"{task.title}: gates")
@@ -112,8 +125,8 @@ def calibration_batches(data: Data, count: int) -> list[dict[str, torch.Tensor]]
     return [stack([data.train[pick] for pick in part]) for part in picks.split(CALIBRATION_BATCH)[:count]]
 
 
-def export(output_dir: Path, tasks: Sequence[str], *, repeats: int) -> list[Row]:
+def export(output_dir: Path, tasks: Sequence[str], *, quick: bool) -> list[Row]:
     """Slim, reload and measure the tasks' adapters in a new process, which has nothing but the saved folders."""
-    command = [sys.executable, "-m", f"{__package__}.export", str(output_dir), *tasks, "--repeats", str(repeats)]
+    command = [sys.executable, "-m", f"{__package__}.export", str(output_dir), *tasks, *(["--quick"] if quick else [])]
     subprocess.run(command, check=True)
     return [Row(**row) for task in tasks for row in json.loads((output_dir / task / "rows.json").read_text())]

@@ -17,7 +17,7 @@ class Row:
         parameters: in memory.
         layers, heads, kv_heads, ffn: sizes; for the masked form, what its plan leaves open.
         latency_ms: median of a forward pass; None for the masked form, which is not meant to be fast.
-        latency_batch, repeats, threads: examples in a timed pass, passes, CPU threads.
+        budget, regime, device, rounds: what was asked for; how it was timed, on what, how often.
         quality, quality_name: on the held-out examples, and what it is.
         examples, held_out: how many those are, and what.
         agreement: per cent of the predictions (largest logits) that are the dense model's.
@@ -33,9 +33,10 @@ class Row:
     kv_heads: int
     ffn: int
     latency_ms: float | None
-    latency_batch: int
-    repeats: int
-    threads: int
+    budget: str
+    regime: str
+    device: str
+    rounds: int
     quality: float
     quality_name: str
     examples: int
@@ -50,7 +51,7 @@ NOTES = """\
 dense       the trained teacher
 masked      the same weights behind trained gates, those outside the plan closed
 slim        what merge_and_unload made of it, saved, and reloaded with Auto*.from_pretrained
-latency     of one forward pass on {threads} CPU thread(s): median of {repeats}, dense and slim in turns
+latency     median of {rounds} passes, dense and slim in turns, on {device}
 agrees      predictions (largest logits) that are the dense model's
 difference  largest absolute difference of held-out logits, masked before saving, slim reloaded"""
 
@@ -71,11 +72,11 @@ def render(rows: Sequence[Row]) -> str:
     for task, first in dense.items():
         text += [_heading(first), *(_aligned(line, widths) for line in cells[task]), rule]
     sample = next(iter(dense.values()))
-    return "\n".join([*text, NOTES.format(threads=sample.threads, repeats=sample.repeats)])
+    return "\n".join([*text, NOTES.format(rounds=sample.rounds, device=sample.device)])
 
 
 def _heading(row: Row) -> str:
-    return f"{row.title}: {row.quality_name} on {row.examples} {row.held_out}; latency at batch {row.latency_batch}"
+    return f"{row.title}, asked for {row.budget} ({row.regime})\n{row.quality_name} on {row.examples} {row.held_out}"
 
 
 def _cells(row: Row, dense: Row) -> tuple[str, ...]:

@@ -18,7 +18,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from .. import Shape
+from ..export.search_state import SearchEffort
+from ..latency import Effort as TimingEffort
+from ..latency import LatencyBudget, TablePlan
 from .data import VOCABULARY, WINDOW, Data, load_digits, load_topics
 from .measure import accuracy, perplexity
 
@@ -39,12 +41,20 @@ class Effort:
 
     Args:
         teacher, gates: the two trainings.
-        calibration: batches that `init_gates` sees.
+        calibration: batches for the importance of the gates.
+        evaluation: how many of them the search closes gates on.
+        table, timing, search: how hard the search for the shape looks and measures.
+        final: timed forward passes of each model for the table that is printed.
     """
 
     teacher: Schedule
     gates: Schedule
     calibration: int
+    evaluation: int
+    table: TablePlan
+    timing: TimingEffort
+    search: SearchEffort
+    final: TimingEffort
 
 
 @dataclass(frozen=True)
@@ -59,8 +69,7 @@ class Task:
         build: the untrained model.
         load: its data.
         quality: of logits and labels of the held-out examples; `quality_name` and `held_out` say what that is.
-        shape: the sizes to slim to.
-        latency_batch: examples in a timed forward pass; enough that arithmetic and not Python decides.
+        budget: what the slim model may cost, on this machine and one thread.
         full, quick: how long to work.
     """
 
@@ -73,8 +82,7 @@ class Task:
     quality: Callable[[torch.Tensor, torch.Tensor], float]
     quality_name: str
     held_out: str
-    shape: Shape
-    latency_batch: int
+    budget: LatencyBudget
     full: Effort
     quick: Effort
 
@@ -115,6 +123,35 @@ def build_llama() -> PreTrainedModel:
     return LlamaForCausalLM(config)
 
 
+FULL: dict[str, Any] = {
+    "calibration": 32,
+    "evaluation": 4,
+    "table": TablePlan(
+        attention=4,
+        ffn=4,
+        realised=4,
+        depth=4,
+        effort=TimingEffort(min_rounds=4, max_rounds=20, max_seconds=1.5),
+    ),
+    "timing": TimingEffort(min_rounds=9, max_rounds=30, max_seconds=3),
+    "search": SearchEffort(top=3, rounds=6, instances=2),
+    "final": TimingEffort(min_rounds=21, max_rounds=21),
+}
+QUICK: dict[str, Any] = {
+    "calibration": 8,
+    "evaluation": 1,
+    "table": TablePlan(
+        attention=2,
+        ffn=2,
+        realised=0,
+        depth=3,
+        effort=TimingEffort(warmup=1, min_rounds=3, max_rounds=8, max_seconds=0.5),
+    ),
+    "timing": TimingEffort(warmup=1, min_rounds=5, max_rounds=10, max_seconds=1),
+    "search": SearchEffort(top=2, rounds=3, instances=1),
+    "final": TimingEffort(min_rounds=7, max_rounds=7),
+}
+
 DIGITS = Task(
     name="digits",
     title="ViT on digits",
@@ -125,10 +162,9 @@ DIGITS = Task(
     quality=accuracy,
     quality_name="accuracy in %",
     held_out="held-out scans",
-    shape=Shape(num_attention_heads=6, intermediate_size=128, num_hidden_layers=4),
-    latency_batch=256,
-    full=Effort(Schedule(200, 64, 2e-3), Schedule(200, 32, 0.2), calibration=32),
-    quick=Effort(Schedule(80, 32, 2e-3), Schedule(40, 32, 0.2), calibration=8),
+    budget=LatencyBudget(speedup=1.5, batch_size=64, mode="forward"),
+    full=Effort(Schedule(200, 64, 2e-3), Schedule(200, 32, 0.2), **FULL),
+    quick=Effort(Schedule(80, 32, 2e-3), Schedule(40, 32, 0.2), **QUICK),
 )
 
 TOPICS = Task(
@@ -141,10 +177,9 @@ TOPICS = Task(
     quality=perplexity,
     quality_name="perplexity",
     held_out=f"held-out windows of {WINDOW} tokens",
-    shape=Shape(num_attention_heads=6, num_key_value_heads=3, intermediate_size=192, num_hidden_layers=4),
-    latency_batch=32,
-    full=Effort(Schedule(400, 8, 3e-3), Schedule(100, 8, 0.1), calibration=32),
-    quick=Effort(Schedule(150, 3, 1e-2), Schedule(30, 4, 0.1), calibration=8),
+    budget=LatencyBudget(speedup=1.5, batch_size=8, seq_len=WINDOW, mode="forward"),
+    full=Effort(Schedule(400, 8, 3e-3), Schedule(100, 8, 0.1), **FULL),
+    quick=Effort(Schedule(150, 3, 1e-2), Schedule(30, 4, 0.1), **QUICK),
 )
 
 TASKS = {task.name: task for task in (DIGITS, TOPICS)}

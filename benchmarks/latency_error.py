@@ -1,0 +1,92 @@
+"""
+Estimated against measured latency over random legal shapes that the table has not seen.
+
+    python benchmarks/latency_error.py llama-3.2-1b:prefill:8x1024:bfloat16:eager vit-b16:forward:64:float32:eager \
+        --device cuda
+    python benchmarks/latency_error.py TEACHER_FOLDER:prefill:1x128:float32:eager --device cpu --threads 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from latency_cases import add_arguments, parse_case, rank_correlation
+
+from hawada_peft.adapters.huggingface import locate
+from hawada_peft.export.find_plan import builder, measure_table
+from hawada_peft.latency.build import TablePlan, random_shapes
+from hawada_peft.latency.measure import Effort, measure_built
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--shapes", type=int, default=30)
+    parser.add_argument("--table-seconds", type=float, default=6.0, help="per group of timed models")
+    parser.add_argument(
+        "--tie", action="store_true", help="scale by the dense model timed beside the shapes, where the machine drifts"
+    )
+    parser.add_argument("--check-seconds", type=float, default=15.0, help="per group of timed models")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    columns = "case, dense ms, table s, multiple, shapes, median, p95, max, bias, rank, affine median, affine p95"
+    print("| " + columns.replace(", ", " | ") + " |")
+    print("|" + "---|" * 12)
+    raw = []
+    for text in options.cases:
+        case = parse_case(text, options.device)
+        model = case.load()
+        plan = TablePlan(effort=Effort(min_rounds=7, max_rounds=40, max_seconds=options.table_seconds))
+        started = time.perf_counter()
+        clock = time.thread_time if options.cpu_time else time.perf_counter
+        table = measure_table(
+            model, case.regime, plan=plan, allow_rehome=options.allow_rehome, cache=False, clock=clock
+        )
+        seconds = time.perf_counter() - started
+        layout = locate(model)
+        heads, build = builder(model, case.regime, allow_rehome=options.allow_rehome)
+        shapes = random_shapes(layout.dense, heads, table.multiple, options.shapes, seed=12345)
+        effort = Effort(min_rounds=10, max_rounds=60, max_seconds=options.check_seconds, tolerance=0.005)
+        timings = measure_built(build, shapes, case.regime, reference=layout.dense, effort=effort, clock=clock)
+        scale = table.dense_ms / timings[layout.dense].median_ms if options.tie else 1.0
+        real = np.array([timings[shape].median_ms * scale for shape in shapes])
+        spread = max(timing.error for timing in timings.values())
+        estimates = np.array([table.estimate(shape) for shape in shapes])
+        affine = replace(table, realised=())
+        plain = np.array([affine.estimate(shape) for shape in shapes])
+        error, rough = np.abs(estimates / real - 1), np.abs(plain / real - 1)
+        found = (np.median(error), np.percentile(error, 95), error.max(), np.median(estimates / real - 1))
+        shares = " | ".join(f"{value:.2%}" for value in found)
+        print(
+            f"| {case} | {table.dense_ms:.3f} | {seconds:.0f} | {table.multiple} | {len(shapes)} | {shares} | "
+            f"{rank_correlation(estimates, real):.4f} | {np.median(rough):.2%} | {np.percentile(rough, 95):.2%} |",
+            flush=True,
+        )
+        print(f"timers known to {spread:.2%} at worst", file=sys.stderr, flush=True)
+        points = [
+            {"shape": shape.to_dict(), "ms": ms, "estimate": e}
+            for shape, ms, e in zip(shapes, real, estimates, strict=True)
+        ]
+        raw.append(
+            {
+                "case": text,
+                "dense_again": timings[layout.dense].median_ms,
+                "spread": spread,
+                "table": table.to_dict(),
+                "points": points,
+            }
+        )
+        if options.out:
+            Path(options.out).write_text(json.dumps(raw), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

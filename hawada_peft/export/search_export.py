@@ -1,0 +1,70 @@
+"""The search for the shape: every legal one under the budget, scored, realised and timed until one meets it."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import numpy as np
+
+from ..latency.budget import LatencyBudget
+from ..latency.table import LatencyTable
+from .quality import Quality
+from .search_state import Realise, SearchEffort, SearchResult, SearchState
+from .space import SearchSpace
+
+logger = logging.getLogger(__name__)
+
+
+def search(
+    space: SearchSpace,
+    table: LatencyTable,
+    quality: Quality,
+    budget: LatencyBudget,
+    realise: Realise,
+    *,
+    effort: SearchEffort | None = None,
+) -> SearchResult:
+    """
+    Find the shape of least loss that meets a budget.
+
+    All shapes are estimated and scored. The best are built with random weights and timed, and evaluated with their
+    gates closed; table and scores are corrected by that and the search is repeated, until the best shape is one that
+    was timed, evaluated, timed once more on its own and found to meet the budget.
+
+    Args:
+        space: the shapes.
+        table: their latencies.
+        quality: their losses.
+        budget: the limits.
+        realise: builds and times shapes.
+        effort: how hard to look.
+
+    Raises:
+        InfeasibleBudgetError: if no shape meets the budget, with the range that can be reached and what binds.
+    """
+    effort = effort or SearchEffort()
+    state = SearchState(space, table, budget, effort)
+    state.check_feasible()
+    state.predicted = quality.predict(space)
+    confirmed: set[int] = set()
+    for number in range(1, effort.rounds + 1):
+        fits = np.flatnonzero(state.fits())
+        if len(fits) == 0:
+            break
+        loss = state.loss().ravel()
+        ranked = fits[np.lexsort((state.ms().ravel()[fits], loss[fits]))]
+        best = int(ranked[0])
+        if best in confirmed:
+            return state.result(best, quality, number)
+        if best in state.times or math.isinf(state.limit):
+            logger.info("round %d: timing %s once more", number, space.shape(best).to_dict())
+            state.time([best], realise, final=True)
+            state.evaluate([best], quality)
+            confirmed.add(best)
+            continue
+        chosen = state.choose(ranked, effort.top)
+        logger.info("round %d: realising %s", number, [space.shape(index).to_dict() for index in chosen])
+        state.evaluate(chosen, quality)
+        state.time(chosen, realise)
+    return state.settle(quality, effort.rounds)

@@ -1,0 +1,318 @@
+"""What is known while shapes are searched, and what is returned in the end."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..adapters.huggingface.shape import Shape
+from ..errors import InfeasibleBudgetError, InvalidBudgetError
+from ..latency.budget import LatencyBudget
+from ..latency.interpolate import smooth
+from ..latency.table import LatencyTable, Realised
+from ..latency.timing import Timing
+from .plan import Plan
+from .quality import Quality
+from .space import SearchSpace
+
+logger = logging.getLogger(__name__)
+Realise = Callable[[Sequence[Shape]], Mapping[Shape, Timing]]
+"""Builds shapes with random weights and times them side by side, the dense shape among them."""
+
+KERNEL_WIDTH, KERNEL_PRIOR = 0.15, 0.3
+"""How far a measured loss reaches, in parts of the dense sizes, and how much it is trusted."""
+
+
+@dataclass(frozen=True)
+class SearchEffort:
+    """
+    How hard to look.
+
+    Args:
+        margin (`float`): how far below the budget to stay, in parts of it; room for the spread of the timer.
+        top (`int`): shapes that are realised, timed and evaluated per round.
+        rounds (`int`): rounds at most.
+        instances (`int`): how often the dense model and the answer are built and timed side by side at the end. Models
+            of one shape differ in speed by where their weights lie in memory; the median counts.
+
+    Raises:
+        InvalidBudgetError: on impossible numbers.
+    """
+
+    margin: float = 0.01
+    top: int = 4
+    rounds: int = 12
+    instances: int = 3
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.margin < 0.5 or min(self.top, self.rounds, self.instances) < 1:
+            raise InvalidBudgetError(
+                f"search needs 0 <= margin < 0.5, and top, rounds and instances of at least 1; got {self}"
+            )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """
+    A shape and what is known about it.
+
+    Args:
+        shape (`Shape`): the sizes.
+        estimate_ms (`float`): by the table, corrected by all that was timed.
+        predicted_loss (`float`): nats per prediction over the dense model's, before any recovery, corrected likewise.
+        parameters (`int`): of the slim model.
+        memory (`float`): bytes of its weights and KV cache.
+        rehomed (`bool`): whether only the family's twin takes it.
+        measured_ms (`float`, *optional*): on the scale of `SearchResult.dense_ms`.
+        measured_loss (`float`, *optional*): by closing the gates of what goes.
+    """
+
+    shape: Shape
+    estimate_ms: float
+    predicted_loss: float
+    parameters: int
+    memory: float
+    rehomed: bool
+    measured_ms: float | None = None
+    measured_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """
+    What the search found.
+
+    Args:
+        budget (`LatencyBudget`): what was asked for.
+        best (`Candidate`): the shape; its latency is measured, not estimated.
+        plan (`Plan`, *optional*): what of the model stays at that shape.
+        dense_ms (`float`): the dense model, timed side by side with `best`.
+        limit_ms (`float`): what the budget allows on that scale; infinite if it does not limit latency.
+        frontier (`tuple[Candidate, ...]`): for every latency the shape of least predicted loss, slowest first.
+        measured (`tuple[Candidate, ...]`): every shape that was timed.
+        table (`LatencyTable`): corrected by all that was timed.
+        rounds (`int`): rounds it took.
+    """
+
+    budget: LatencyBudget
+    best: Candidate
+    plan: Plan | None
+    dense_ms: float
+    limit_ms: float
+    frontier: tuple[Candidate, ...]
+    measured: tuple[Candidate, ...]
+    table: LatencyTable
+    rounds: int
+
+    @property
+    def ms(self) -> float:
+        """The best shape's measured latency in milliseconds."""
+        return self.best.estimate_ms if self.best.measured_ms is None else self.best.measured_ms
+
+    @property
+    def speedup(self) -> float:
+        """The dense model's latency over the best shape's, both measured."""
+        return self.dense_ms / self.ms
+
+    def __str__(self) -> str:
+        sizes, home = self.best.shape.to_dict(), " (re-homed)" if self.best.rehomed else ""
+        loss = self.best.predicted_loss if self.best.measured_loss is None else self.best.measured_loss
+        return (
+            f"{sizes}{home}: {self.ms:.3f} ms measured, budget {self.limit_ms:.3f} ms, dense {self.dense_ms:.3f} ms "
+            f"({self.speedup:.2f}x); {loss:.4f} nats before recovery; {self.best.parameters:,} parameters"
+        )
+
+
+class SearchState:
+    """What is known about the space while it is searched. Latencies are on the scale of the table's dense model."""
+
+    def __init__(self, space: SearchSpace, table: LatencyTable, budget: LatencyBudget, effort: SearchEffort) -> None:
+        self.space, self.table, self.budget, self.effort = space, table, budget, effort
+        self.shape_of_space = (len(space.layers), len(space.heads), len(space.ffn))
+        self.predicted = np.zeros(self.shape_of_space)
+        self.times: dict[int, float] = {}
+        self.losses: dict[int, float] = {}
+        self.dense_ms = table.dense_ms
+        self._estimates: np.ndarray | None = None
+
+    @property
+    def limit(self) -> float:
+        """The budget on the table's scale: the machine may be faster or slower now than when the table was made."""
+        return self.budget.limit_ms(self.dense_ms) * self.table.dense_ms / self.dense_ms
+
+    def ms(self) -> np.ndarray:
+        """Over the space: measured where it was timed, estimated elsewhere."""
+        if self._estimates is None:
+            self._estimates = self.table.estimate_sizes(*self.space.axes).numpy().copy()
+            self._estimates.ravel()[list(self.times)] = list(self.times.values())
+        return self._estimates
+
+    def loss(self) -> np.ndarray:
+        """Over the space: measured where it was evaluated, else predicted, corrected by what was measured nearby."""
+        if not self.losses:
+            return self.predicted
+        where = self._places()
+        known = list(self.losses)
+        measured = np.maximum([self.losses[index] for index in known], 1e-9)
+        left = np.log(measured / np.maximum(self.predicted.ravel()[known], 1e-9))
+        residual = smooth(
+            where, where[known], torch.from_numpy(np.clip(left, -5, 5)), width=KERNEL_WIDTH, prior=KERNEL_PRIOR
+        )
+        corrected = self.predicted.ravel() * np.exp(residual.numpy())
+        corrected[known] = measured
+        return corrected.reshape(self.shape_of_space)
+
+    def fits(self) -> np.ndarray:
+        """Over the flattened space: whether all limits hold, with the margin for what is only estimated."""
+        ms, room = self.ms().ravel(), np.full(len(self.space), 1 - self.effort.margin)
+        room[list(self.times)] = 1 - self.effort.margin / 2
+        latency = ms <= self.limit * room if math.isfinite(self.limit) else np.ones(len(self.space), dtype=bool)
+        return latency & self._small().ravel()
+
+    def _small(self) -> np.ndarray:
+        parameters, memory = self.budget.max_parameters, self.budget.max_memory
+        fits = np.ones(self.shape_of_space, dtype=bool)
+        if parameters is not None:
+            fits &= self.space.parameters <= parameters
+        if memory is not None:
+            fits &= self.space.memory <= memory
+        return fits
+
+    def check_feasible(self) -> None:
+        """
+        Raises:
+            InfeasibleBudgetError: if no shape meets the budget by the table, with the range and what binds.
+        """
+        if self.fits().any():
+            return
+        fast = self.ms() <= self.limit * (1 - self.effort.margin)
+        small = self._small()
+        binding = []
+        if not fast.any():
+            binding.append("latency")
+        if not small.any():
+            binding.append("size")
+        together = "" if binding else " Each limit can be met, but not all of them by one shape."
+        dense, least = self.table.dense_ms, float(self.ms().min())
+        asked = f" (asked: {self.limit:.3f} ms)" if math.isfinite(self.limit) else ""
+        raise InfeasibleBudgetError(
+            f"no legal shape meets the budget ({self.budget}); binding: {' and '.join(binding) or 'both together'}."
+            f"{together} Reachable on {self.table.device_name} ({self.table.regime}): {least:.3f} to {dense:.3f} ms, "
+            f"a speedup of 1 to {dense / least:.2f}{asked}; "
+            f"{int(self.space.parameters.min()):,} to {int(self.space.parameters.max()):,} parameters; "
+            f"{self.space.memory.min() / 2**20:,.1f} to {self.space.memory.max() / 2**20:,.1f} MiB. Ask for less, or "
+            "give the search more to cut (the config's `gates`)."
+        )
+
+    def choose(self, ranked: np.ndarray, count: int) -> list[int]:
+        """The best shapes that were not timed yet: first the best of each of several depths, then the best at all."""
+        untimed = [int(index) for index in ranked if int(index) not in self.times]
+        if self.times:
+            return untimed[:count]
+        seen: dict[int, int] = {}
+        for index in untimed:
+            seen.setdefault(self.space.shape(index).num_hidden_layers or 0, index)
+        return list(dict.fromkeys([*list(seen.values())[:count], *untimed]))[:count]
+
+    def evaluate(self, indices: Sequence[int], quality: Quality) -> None:
+        """Measure the loss of shapes, where it can be."""
+        for index in indices:
+            if index not in self.losses:
+                loss = quality.evaluate(self.space.shape(index))
+                if loss is not None:
+                    self.losses[index] = loss
+
+    def time(self, indices: Sequence[int], realise: Realise, *, final: bool = False) -> None:
+        """
+        Realise and time shapes; correct the table by them. What counts is the ratio to the dense model beside them. A
+        final timing is made of several instances and replaces an earlier one.
+        """
+        shapes = [self.space.shape(index) for index in indices]
+        runs = [realise(shapes) for _ in range(self.effort.instances if final else 1)]
+        dense = [timings[self.space.dense].median_ms for timings in runs]
+        self.dense_ms = float(np.median(dense))
+        for index, shape in zip(indices, shapes, strict=True):
+            ratios = [timings[shape].median_ms / beside for timings, beside in zip(runs, dense, strict=True)]
+            self.times[index] = float(np.median(ratios)) * self.table.dense_ms
+        points = [Realised(shape, self.times[index]) for index, shape in zip(indices, shapes, strict=True)]
+        self.table = self.table.with_realised([point for point in points if point.shape != self.space.dense])
+        self._estimates = None
+
+    def settle(self, quality: Quality, rounds: int) -> SearchResult:
+        """
+        The rounds are used up: the best of the shapes that were timed and met the budget.
+
+        Raises:
+            InfeasibleBudgetError: if none did.
+        """
+        fits, loss = self.fits(), self.loss().ravel()
+        met = [index for index in self.times if fits[index]]
+        if met:
+            return self.result(min(met, key=lambda index: loss[index]), quality, rounds)
+        least = min(self.times.values(), default=float(self.ms().min()))
+        raise InfeasibleBudgetError(
+            f"no shape that was built and timed met the budget ({self.budget}): the fastest took {least:.3f} ms, "
+            f"{self.limit:.3f} ms was asked for, dense {self.table.dense_ms:.3f} ms. Ask for less, or measure on a "
+            "quieter machine."
+        )
+
+    def result(self, index: int, quality: Quality, rounds: int) -> SearchResult:
+        """What is returned for a shape."""
+        ms, loss = self.ms().ravel(), self.loss().ravel()
+        scale = self.dense_ms / self.table.dense_ms
+
+        def candidate(index: int) -> Candidate:
+            timed = self.times.get(index)
+            return Candidate(
+                shape=self.space.shape(index),
+                estimate_ms=float(ms[index]) * scale,
+                predicted_loss=float(loss[index]),
+                parameters=int(self.space.parameters.ravel()[index]),
+                memory=float(self.space.memory.ravel()[index]),
+                rehomed=self.space.rehomed[np.unravel_index(index, self.shape_of_space)[1]],
+                measured_ms=None if timed is None else timed * scale,
+                measured_loss=self.losses.get(index),
+            )
+
+        shape = self.space.shape(index)
+        result = SearchResult(
+            budget=self.budget,
+            best=candidate(index),
+            plan=quality.plan(shape),
+            dense_ms=self.dense_ms,
+            limit_ms=self.limit * scale,
+            frontier=tuple(candidate(int(place)) for place in frontier(ms, loss)),
+            measured=tuple(candidate(place) for place in self.times),
+            table=self.table,
+            rounds=rounds,
+        )
+        logger.info("%s", result)
+        return result
+
+    def _places(self) -> torch.Tensor:
+        """(space, 4) in parts of the dense sizes."""
+        groups, per_group, ffn, layers = self.space.axes
+        sizes = self.space.dense.sizes().values()
+        parts = [v / s for v, s in zip((groups * per_group, groups, ffn, layers), sizes, strict=True)]
+        return torch.from_numpy(np.stack(np.broadcast_arrays(*parts), axis=-1).reshape(-1, 4).copy())
+
+
+def frontier(ms: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    """
+    The shapes that no other beats in both latency and loss.
+
+    Args:
+        ms, loss: (shapes,).
+
+    Returns:
+        Indices, the slowest and best first.
+    """
+    order = np.lexsort((loss, ms))
+    best = np.minimum.accumulate(loss[order])
+    keep = np.concatenate([[True], loss[order][1:] < best[:-1]])
+    return order[keep][::-1]

@@ -1,0 +1,153 @@
+"""Every shape that may be chosen, as arrays: sizes, parameters, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from ..adapters.huggingface.family import Layout, locate
+from ..adapters.huggingface.shape import Shape
+from ..latency.build import SMALLEST_FFN
+from ..latency.regime import Regime
+from .legality import build_sizes, edit_config, legal_head_shapes
+from .rehome import has_twin, twin_skeleton
+
+MOST_FFN_SIZES = 256
+"""FFN sizes that are searched at most; finer steps than that change nothing that can be measured."""
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """
+    The shapes of a search: every combination of its axes. Arrays over it are (layers, heads, FFN sizes).
+
+    Args:
+        dense (`Shape`): the dense sizes, complete.
+        layers (`tuple[int, ...]`): numbers of layers.
+        heads (`tuple[Shape, ...]`): (query heads, KV groups).
+        ffn (`tuple[int, ...]`): FFN sizes.
+        rehomed (`tuple[bool, ...]`): which of `heads` only the family's twin takes.
+        parameters (`np.ndarray`): of the slim model, over the space.
+        cache_bytes (`np.ndarray`): of its KV cache under the regime, over the space.
+        weight_bytes (`int`): per parameter.
+    """
+
+    dense: Shape
+    layers: tuple[int, ...]
+    heads: tuple[Shape, ...]
+    ffn: tuple[int, ...]
+    rehomed: tuple[bool, ...]
+    parameters: np.ndarray
+    cache_bytes: np.ndarray
+    weight_bytes: int = 4
+
+    def __len__(self) -> int:
+        return len(self.layers) * len(self.heads) * len(self.ffn)
+
+    @cached_property
+    def memory(self) -> np.ndarray:
+        """Bytes of weights and KV cache, over the space."""
+        return self.parameters * self.weight_bytes + self.cache_bytes
+
+    @property
+    def axes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """KV groups, heads per group, FFN channels and layers, ready to broadcast over the space."""
+        groups = np.array([shape.num_key_value_heads for shape in self.heads], dtype=float)[None, :, None]
+        per_group = np.array([shape.heads_per_group for shape in self.heads], dtype=float)[None, :, None]
+        ffn = np.array(self.ffn, dtype=float)[None, None, :]
+        layers = np.array(self.layers, dtype=float)[:, None, None]
+        return groups, per_group, ffn, layers
+
+    def shape(self, index: int) -> Shape:
+        """The shape at a position of the flattened space."""
+        layer, pair, size = np.unravel_index(index, (len(self.layers), len(self.heads), len(self.ffn)))
+        return replace(self.heads[pair], intermediate_size=self.ffn[size], num_hidden_layers=self.layers[layer])
+
+    def index(self, shape: Shape) -> int:
+        """The inverse of `shape`."""
+        pair = Shape(shape.num_attention_heads, shape.num_key_value_heads)
+        place = (
+            self.layers.index(shape.sizes()["num_hidden_layers"]),
+            self.heads.index(pair),
+            self.ffn.index(shape.sizes()["intermediate_size"]),
+        )
+        return int(np.ravel_multi_index(place, (len(self.layers), len(self.heads), len(self.ffn))))
+
+
+def search_space(
+    model: PreTrainedModel,
+    layout: Layout,
+    regime: Regime,
+    *,
+    multiple: int = 1,
+    group_size: int = 1,
+    free: Sequence[str] = ("heads", "ffn", "layers"),
+    allow_rehome: bool = False,
+) -> SearchSpace:
+    """
+    The space of a model: what its class (or its family's twin) builds as asked.
+
+    Args:
+        model: the dense model, or its class and config on the meta device.
+        layout: its family row and sizes.
+        regime: for the size of weights and KV cache.
+        multiple: FFN sizes are multiples of it: `LatencyTable.multiple`.
+        group_size: and of this: the channels per gate.
+        free: what may be cut.
+        allow_rehome: also take heads that only the twin takes.
+    """
+    dense = layout.dense
+    size = dense.sizes()["intermediate_size"]
+    heads = legal_head_shapes(model, layout) if "heads" in free else [_pair(dense)]
+    twin = twin_skeleton(model) if allow_rehome and "heads" in free and has_twin(model) else None
+    more = [] if twin is None else [pair for pair in legal_head_shapes(twin, locate(twin)) if pair not in heads]
+    step = int(np.lcm.reduce([multiple, group_size, layout.hidden_size if layout.family.ffn_unit else 1]))
+    while size // step > MOST_FFN_SIZES:
+        step *= 2
+    smallest = max(1, round(SMALLEST_FFN * size / step)) * step
+    ffn = tuple(range(smallest, size, step)) if "ffn" in free else ()
+    if layout.family.ffn_unit:
+        ffn = tuple(f for f in ffn if build_sizes(model, layout, Shape(intermediate_size=f).complete(dense)) is None)
+    ffn = (*ffn, size)
+    total = dense.sizes()["num_hidden_layers"]
+    layers = tuple(range(1, total + 1)) if "layers" in free else (total,)
+    pairs = (*heads, *more)
+    tokens = regime.batch_size * ((regime.seq_len or 0) + (regime.mode == "decode")) if regime.mode != "forward" else 0
+    bytes_each = regime.torch_dtype.itemsize
+    cache = 2.0 * tokens * layout.head_dim * bytes_each * np.array([p.num_key_value_heads for p in pairs])
+    per_pair = [_parameters(model if p in heads else twin or model, layout, p, size, 1) for p in pairs]
+    one, two = (_parameters(model, layout, _pair(dense), size, count) for count in (1, 2))
+    low = _parameters(model, layout, _pair(dense), ffn[0], 1)
+    per_channel = (one - low) / (size - ffn[0]) if len(ffn) > 1 else 0.0
+    count, width = np.array(layers, dtype=float)[:, None, None], np.array(ffn, dtype=float)[None, None, :]
+    fixed = 2 * one - two
+    layer = np.array(per_pair, dtype=float)[None, :, None] - fixed + per_channel * (width - size)
+    return SearchSpace(
+        dense=dense,
+        layers=layers,
+        heads=pairs,
+        ffn=ffn,
+        rehomed=(False,) * len(heads) + (True,) * len(more),
+        parameters=fixed + count * layer,
+        cache_bytes=np.broadcast_to(count * cache[None, :, None], (len(layers), len(pairs), len(ffn))),
+        weight_bytes=bytes_each,
+    )
+
+
+def _pair(shape: Shape) -> Shape:
+    return Shape(shape.num_attention_heads, shape.num_key_value_heads)
+
+
+def _parameters(model: PreTrainedModel, layout: Layout, pair: Shape, ffn: int, layers: int) -> int:
+    """Parameters of a model of these sizes, by building it on the meta device."""
+    if model.config.model_type != layout.model_type:
+        layout = locate(model)
+    shape = replace(pair, intermediate_size=ffn, num_hidden_layers=layers)
+    with torch.device("meta"):
+        built = type(model)(edit_config(model.config, layout, shape, layers=(0,) * layers))
+    return built.num_parameters()

@@ -1,0 +1,119 @@
+"""From timed shapes to costs per size: one least-squares fit of all of them, weighed by how well each is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..adapters.huggingface.shape import Shape
+
+BEND = 0.03
+"""How far a cost is off a straight line or a plane, typically, in parts of a dense layer."""
+
+INTERACTION = 0.1
+"""How far attention and FFN are from adding up, typically, in parts of a dense layer."""
+
+MODEL_ERROR = 0.003
+"""Relative error that the form of the fit has even without noise."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A timed shape: its latency in milliseconds and the relative standard error of that."""
+
+    shape: Shape
+    ms: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Costs:
+    """
+    Milliseconds per size; `LatencyTable` says how they add up.
+
+    Args:
+        fixed_ms, layer_ms, interaction_ms: as in the table.
+        attention_ms: (KV groups, heads per group), beyond the smallest.
+        ffn_ms: per FFN size, beyond the smallest.
+    """
+
+    fixed_ms: float
+    layer_ms: float
+    interaction_ms: float
+    attention_ms: tuple[tuple[float, ...], ...]
+    ffn_ms: tuple[float, ...]
+
+
+def fit_costs(
+    observations: Sequence[Observation],
+    dense: Shape,
+    groups: tuple[int, ...],
+    per_group: tuple[int, ...],
+    ffn: tuple[int, ...],
+) -> Costs:
+    """
+    The costs that explain timed shapes of different depths best.
+
+    Unknown are the fixed cost, the cost of a layer, a slope and a departure from it for each attention size, a cost
+    for each FFN size, and the interaction of both. Departures from planes and straight lines are expected to be small
+    (`BEND`), so noise is averaged out where there is noise, and nothing is smoothed where there is none. This is
+    Bayesian linear regression with Gaussian priors.
+
+    Args:
+        observations: timed shapes, at two depths or more. Attention sizes are on the grid, FFN sizes among `ffn`.
+        dense: the dense sizes.
+        groups, per_group: the grid of attention sizes.
+        ffn: FFN sizes, rising.
+    """
+    heads, _, widest, _ = dense.sizes().values()
+    cells = [(g, r) for g in groups for r in per_group]
+    # Columns: fixed, layer, slope of KV groups, slope of heads, interaction, one per cell, one per FFN size.
+    first_cell, first_ffn = 5, 5 + len(cells)
+    columns = first_ffn + len(ffn)
+    rows, targets = [], []
+    for seen in observations:
+        count, pairs, size, layers = seen.shape.sizes().values()
+        row = np.zeros(columns)
+        row[:5] = 1 / layers, 1, pairs, count, (1 - count / heads) * (1 - size / widest)
+        row[first_cell + cells.index((pairs, count // pairs))] = 1
+        row[first_ffn + ffn.index(size)] = 1
+        weight = 1 / (seen.ms * np.hypot(seen.error, MODEL_ERROR))
+        rows.append(row * layers * weight)
+        targets.append(seen.ms * weight)
+    deepest = max(seen.shape.sizes()["num_hidden_layers"] for seen in observations)
+    per_layer = max(seen.ms for seen in observations) / deepest
+    bend = BEND * per_layer
+    for index in range(len(cells)):
+        rows.append(_unit(columns, {first_cell + index: 1 / bend}))
+    rows.append(_unit(columns, {4: 1 / (INTERACTION * per_layer)}))
+    rows.append(_unit(columns, {first_ffn: 1e3 / per_layer}))  # the smallest FFN counts as part of the layer
+    for index in range(1, len(ffn) - 1):
+        low, here, high = ffn[index - 1 : index + 2]
+        part = (here - low) / (high - low)
+        weights = {first_ffn + index - 1: (part - 1) / bend, first_ffn + index: 1 / bend}
+        rows.append(_unit(columns, weights | {first_ffn + index + 1: -part / bend}))
+    for index in (2, 3):  # slopes that the observations leave open stay at 0
+        rows.append(_unit(columns, {index: 1e-3 / per_layer}))
+    targets += [0.0] * (len(rows) - len(targets))
+    found = np.linalg.lstsq(np.array(rows), np.array(targets), rcond=None)[0]
+    cost = {
+        cell: found[2] * cell[0] + found[3] * cell[0] * cell[1] + found[first_cell + i] for i, cell in enumerate(cells)
+    }
+    low = min(cost.values())
+    channels = found[first_ffn:]
+    return Costs(
+        fixed_ms=float(found[0]),
+        layer_ms=float(found[1] + low + channels[0]),
+        interaction_ms=float(found[4]),
+        attention_ms=tuple(tuple(float(cost[g, r] - low) for r in per_group) for g in groups),
+        ffn_ms=tuple((channels - channels[0]).tolist()),
+    )
+
+
+def _unit(columns: int, weights: dict[int, float]) -> np.ndarray:
+    row = np.zeros(columns)
+    for column, weight in weights.items():
+        row[column] = weight
+    return row

@@ -1,0 +1,154 @@
+"""What is timed: one call of a model under a regime, ready to be repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+from ..errors import InvalidRegimeError
+from .regime import Regime
+
+CAPTURE_WARMUP = 3
+"""Calls on a side stream before a CUDA graph is captured, as torch asks for."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """
+    One call, ready to be repeated.
+
+    Args:
+        call: does the work; returns nothing that is looked at.
+        reset: puts back what the call has changed (the KV cache); not timed.
+    """
+
+    call: Callable[[], Any]
+    reset: Callable[[], Any]
+
+
+def prepare(model: nn.Module, regime: Regime) -> Runner:
+    """
+    Make the call of a model under a regime.
+
+    Args:
+        model: a transformers model in the regime's dtype on its device; set to evaluation mode.
+        regime: the conditions.
+
+    Raises:
+        InvalidRegimeError: if the model is elsewhere, of another dtype, or cannot run that way.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise InvalidRegimeError(f"only transformers models can be timed by regime, got {type(model).__name__}")
+    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    if weight.dtype != regime.torch_dtype or weight.device.type != torch.device(regime.device).type:
+        raise InvalidRegimeError(
+            f"the model is {weight.dtype} on {weight.device}, the regime asks for {regime.dtype} on {regime.device}: "
+            "move the model (`model.to(...)`) or change the regime"
+        )
+    if regime.mode != "forward" and not model.can_generate():
+        raise InvalidRegimeError(
+            f"{type(model).__name__} does not generate; mode {regime.mode!r} needs that: use 'forward'"
+        )
+    model.eval()
+    inputs = make_inputs(model, regime)
+    with torch.inference_mode():
+        runner = {"forward": _forward, "prefill": _prefill, "decode": _decode}[regime.mode](model, regime, inputs)
+        return _capture(runner, torch.device(regime.device)) if regime.backend == "cuda_graph" else runner
+
+
+def make_inputs(model: PreTrainedModel, regime: Regime) -> torch.Tensor:
+    """
+    Random input of the regime's size, the same at every call.
+
+    Returns:
+        (batch, channels, size, size) of the regime's dtype for a vision model, else token ids (batch, seq).
+
+    Raises:
+        InvalidRegimeError: if the size does not fit the model.
+    """
+    generator = torch.Generator().manual_seed(0)
+    if model.main_input_name == "pixel_values":
+        if regime.seq_len is not None:
+            raise InvalidRegimeError(
+                f"{type(model).__name__} takes images: leave seq_len out (got {regime.seq_len}), or give image_size"
+            )
+        size = regime.image_size or model.config.image_size
+        pixels = (regime.batch_size, model.config.num_channels, size, size)
+        return torch.randn(pixels, generator=generator).to(device=regime.device, dtype=regime.torch_dtype)
+    if regime.seq_len is None:
+        raise InvalidRegimeError(f"{type(model).__name__} takes tokens: the regime needs seq_len")
+    needed, limit = regime.seq_len + (regime.mode == "decode"), model.config.max_position_embeddings
+    if needed > limit:
+        raise InvalidRegimeError(f"{type(model).__name__} has {limit} positions, the regime needs {needed}")
+    shape = (regime.batch_size, regime.seq_len)
+    return torch.randint(model.config.vocab_size, shape, generator=generator).to(regime.device)
+
+
+def _forward(model: PreTrainedModel, regime: Regime, inputs: torch.Tensor) -> Runner:
+    options = {"use_cache": False} if model.can_generate() else {}
+    run = _compiled(model, regime)
+    return Runner(call=lambda: run(**{model.main_input_name: inputs}, **options), reset=_nothing)
+
+
+def _prefill(model: PreTrainedModel, regime: Regime, inputs: torch.Tensor) -> Runner:
+    run, options = _compiled(model, regime), _last_logits(model)
+    return Runner(call=lambda: run(input_ids=inputs, use_cache=True, **options), reset=_nothing)
+
+
+def _decode(model: PreTrainedModel, regime: Regime, inputs: torch.Tensor) -> Runner:
+    filled, options = inputs.shape[1], _last_logits(model)
+    run, token = _compiled(model, regime), inputs[:, -1:].clone()
+    if regime.backend == "eager":
+        cache: Any = DynamicCache(config=model.config)
+        model(input_ids=inputs, past_key_values=cache, use_cache=True, **options)
+
+        def crop() -> None:
+            if cache.get_seq_length() > filled:
+                cache.crop(filled - cache.get_seq_length())
+
+        return Runner(lambda: run(input_ids=token, past_key_values=cache, use_cache=True, **options), crop)
+    cache = StaticCache(config=model.config, max_cache_len=filled + 1)
+    model(input_ids=inputs, past_key_values=cache, use_cache=True, **options)
+    # As `generate` prepares it outside of what is compiled: every position of the full cache may be seen.
+    mask = torch.ones(inputs.shape[0], 1, 1, filled + 1, dtype=torch.bool, device=inputs.device)
+
+    def rewind() -> None:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(filled)
+
+    rewind()
+    return Runner(
+        lambda: run(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True, **options), rewind
+    )
+
+
+def _last_logits(model: Any) -> dict[str, int]:
+    return {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+
+
+def _compiled(model: PreTrainedModel, regime: Regime) -> Callable[..., Any]:
+    return torch.compile(model, dynamic=False) if regime.backend == "compile" else model
+
+
+def _capture(runner: Runner, device: torch.device) -> Runner:
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(CAPTURE_WARMUP):
+            runner.call()
+            runner.reset()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        runner.call()
+    runner.reset()
+    return Runner(call=graph.replay, reset=runner.reset)
+
+
+def _nothing() -> None:
+    """Nothing to put back."""

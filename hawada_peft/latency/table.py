@@ -1,0 +1,294 @@
+"""The latency table: measured milliseconds per size, and the estimates that follow from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..adapters.huggingface.shape import Shape
+from ..errors import IncompatibleTableError
+from .interpolate import bilinear, linear, smooth
+from .regime import Regime
+
+FORMAT = 1
+KERNEL_WIDTH, KERNEL_PRIOR = 0.15, 0.5
+"""How far a realised shape's residual reaches, in parts of the dense sizes, and how much it is trusted."""
+
+RIDGE = 1e-3
+"""Pulls the affine correction towards "none", in units of squared relative errors."""
+
+
+@dataclass(frozen=True)
+class Realised:
+    """A shape that was built and timed as a whole: its milliseconds, on the scale of the table's `dense_ms`."""
+
+    shape: Shape
+    ms: float
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """
+    Measured costs of a model's parts on one device under one regime.
+
+    The latency of n layers with g KV groups of r query heads and f FFN channels is estimated as
+    `scale * (fixed + n * (layer + attention(g, r) + ffn(f) + interaction(g, r, f))) + offset`, times a factor that
+    carries what realised shapes nearby differed from it. `interaction` is `interaction_ms` times the parts of heads
+    and of FFN channels that are missing: 0 where either is dense.
+
+    Args:
+        regime (`Regime`): the conditions.
+        device_name (`str`): what the device is.
+        model (`dict`): model type, hidden size, head size and dense sizes.
+        versions (`dict[str, str]`): of torch and transformers.
+        fixed_ms (`float`): what does not depend on the layers.
+        layer_ms (`float`): per layer, with the smallest attention and FFN that were timed.
+        kv_groups, heads_per_group (`tuple[int, ...]`): the grid of attention sizes.
+        attention_ms (`tuple[tuple[float, ...], ...]`): per layer beyond the smallest, (KV groups, heads per group).
+        ffn_sizes (`tuple[int, ...]`), ffn_ms (`tuple[float, ...]`): per layer beyond the smallest.
+        interaction_ms (`float`): what small attention and FFN together cost beyond the sum.
+        multiple (`int`): FFN sizes that are not a multiple of it are slower than larger ones that are.
+        dense_ms (`float`): the whole dense model.
+        scale, offset_ms (`float`): the affine correction.
+        realised (`tuple[Realised, ...]`): shapes that were timed as a whole.
+        errors (`dict[str, float]`): relative errors of the estimate on the realised shapes, each left out of the fit
+            in turn: `median`, `p95`.
+        seconds (`float`): what measuring took.
+    """
+
+    regime: Regime
+    device_name: str
+    model: Mapping[str, int | str]
+    versions: Mapping[str, str]
+    fixed_ms: float
+    layer_ms: float
+    kv_groups: tuple[int, ...]
+    heads_per_group: tuple[int, ...]
+    attention_ms: tuple[tuple[float, ...], ...]
+    ffn_sizes: tuple[int, ...]
+    ffn_ms: tuple[float, ...]
+    interaction_ms: float
+    multiple: int
+    dense_ms: float
+    scale: float = 1.0
+    offset_ms: float = 0.0
+    realised: tuple[Realised, ...] = ()
+    errors: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @cached_property
+    def dense(self) -> Shape:
+        """The dense sizes."""
+        return Shape.from_dict({name: int(self.model[name]) for name in asdict(Shape())})
+
+    def estimate(self, shape: Shape) -> float:
+        """
+        The latency of a shape in milliseconds.
+
+        Args:
+            shape: the sizes; what it leaves out is dense.
+        """
+        sizes = shape.complete(self.dense)
+        _, groups, ffn, layers = sizes.sizes().values()
+        return float(self.estimate_sizes(groups, sizes.heads_per_group, ffn, layers))
+
+    def estimate_sizes(self, kv_groups: Any, heads_per_group: Any, ffn: Any, layers: Any) -> torch.Tensor:
+        """
+        The latency of many shapes at once, differentiable.
+
+        Args:
+            kv_groups, heads_per_group, ffn, layers: tensors, arrays or numbers that broadcast.
+
+        Returns:
+            Milliseconds, float64, of the broadcast shape.
+        """
+        groups, per_group, ffn, layers = (_tensor(value) for value in (kv_groups, heads_per_group, ffn, layers))
+        raw = self.fixed_ms + layers * self._layer(groups, per_group, ffn)
+        return self._corrected(raw, self._coordinates(groups * per_group, groups, ffn, layers))
+
+    def expected(
+        self, *, heads: torch.Tensor, kv_groups: torch.Tensor, ffn: torch.Tensor, layers: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        The latency of expected sizes that differ per layer, differentiable: what a trainer bounds.
+
+        Args:
+            heads, kv_groups, ffn: (layers,) expected query heads, KV groups and FFN channels of each layer.
+            layers: (layers,) the probability that each layer stays.
+
+        Returns:
+            () milliseconds, float64.
+        """
+        heads, kv_groups, ffn, layers = (_tensor(value) for value in (heads, kv_groups, ffn, layers))
+        safe = kv_groups.clamp(min=1e-6)
+        raw = self.fixed_ms + (layers * self._layer(kv_groups, heads / safe, ffn)).sum()
+        depth = layers.sum()
+        part = layers / depth.clamp(min=1e-6)
+        where = self._coordinates((part * heads).sum(), (part * kv_groups).sum(), (part * ffn).sum(), depth)
+        return self._corrected(raw, where)
+
+    def with_realised(self, realised: Sequence[Realised]) -> LatencyTable:
+        """
+        The table corrected by more shapes that were timed as a whole: the affine fit is made anew, by least squares on
+        relative errors.
+        """
+        seen = {point.shape: point for point in (*self.realised, *realised)}
+        points = tuple(seen.values())
+        fitted = self._fit(points)
+        misses = [
+            abs(self._fit(points[:index] + points[index + 1 :]).estimate(point.shape) / point.ms - 1)
+            for index, point in enumerate(points)
+        ]
+        errors = {"median": float(np.median(misses)), "p95": float(np.percentile(misses, 95))} if misses else {}
+        return replace(fitted, errors=errors)
+
+    def _fit(self, points: tuple[Realised, ...]) -> LatencyTable:
+        plain = replace(self, scale=1.0, offset_ms=0.0, realised=())
+        if not points:
+            return plain
+        measured = np.array([point.ms for point in points])
+        raw = plain._estimates(points).numpy()
+        # scale = 1 + u, offset = v * dense: both small, both pulled to 0.
+        design = np.stack([raw / measured, self.dense_ms / measured], axis=1)
+        target = 1 - raw / measured
+        penalty = RIDGE * len(points) * np.eye(2)
+        u, v = np.linalg.solve(design.T @ design + penalty, design.T @ target)
+        return replace(plain, scale=float(1 + u), offset_ms=float(v * self.dense_ms), realised=points)
+
+    def _layer(self, groups: torch.Tensor, per_group: torch.Tensor, ffn: torch.Tensor) -> torch.Tensor:
+        """Milliseconds per layer, uncorrected, of the broadcast shape."""
+        groups, per_group, ffn = torch.broadcast_tensors(groups, per_group, ffn)
+        grid = torch.tensor(self.attention_ms, dtype=torch.float64, device=groups.device)
+        column = torch.tensor(self.ffn_ms, dtype=torch.float64, device=groups.device)
+        attention = bilinear(groups, per_group, self.kv_groups, self.heads_per_group, grid)
+        channels = linear(ffn, self.ffn_sizes, column)
+        heads, _, size, _ = self.dense.sizes().values()
+        absent = (1 - groups * per_group / heads) * (1 - ffn / size)
+        return self.layer_ms + attention + channels + self.interaction_ms * absent
+
+    def _corrected(self, raw: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        affine = self.scale * raw + self.offset_ms
+        points, residuals = self._residuals
+        left = smooth(
+            where, points.to(where.device), residuals.to(where.device), width=KERNEL_WIDTH, prior=KERNEL_PRIOR
+        )
+        return affine * torch.exp(left)
+
+    @cached_property
+    def _residuals(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where shapes were realised, (n, 4), and the logarithm of measured over affine estimate, (n,)."""
+        if not self.realised:
+            return torch.zeros(0, 4, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
+        measured = torch.tensor([point.ms for point in self.realised], dtype=torch.float64)
+        heads, groups, ffn, layers = self._sizes(self.realised)
+        estimates = replace(self, realised=())._estimates(self.realised)
+        return self._coordinates(heads, groups, ffn, layers), torch.log(measured / estimates)
+
+    def _sizes(self, points: Sequence[Realised]) -> torch.Tensor:
+        """(4, points): query heads, KV groups, FFN channels, layers."""
+        sizes = [list(point.shape.complete(self.dense).sizes().values()) for point in points]
+        return torch.tensor(sizes, dtype=torch.float64).T
+
+    def _estimates(self, points: Sequence[Realised]) -> torch.Tensor:
+        heads, groups, ffn, layers = self._sizes(points)
+        return self.estimate_sizes(groups, heads / groups, ffn, layers)
+
+    def _coordinates(
+        self, heads: torch.Tensor, groups: torch.Tensor, ffn: torch.Tensor, layers: torch.Tensor
+    ) -> torch.Tensor:
+        sizes = self.dense.sizes().values()
+        parts = [value / size for value, size in zip((heads, groups, ffn, layers), sizes, strict=True)]
+        return torch.stack(torch.broadcast_tensors(*parts), dim=-1)
+
+    def check(self, *, regime: Regime, model: Mapping[str, int | str]) -> None:
+        """
+        Check that the table was measured for this device, dtype, regime and model.
+
+        Args:
+            regime: what is asked for, on this machine.
+            model: model type, hidden size, head size and dense sizes.
+
+        Raises:
+            IncompatibleTableError: naming what differs.
+        """
+        mine = {"device name": self.device_name, **_plain_device(self.regime), **self.model}
+        asked = {"device name": regime.device_name, **_plain_device(regime), **model}
+        differing = [
+            f"{name}: table {mine.get(name)}, asked {asked[name]}" for name in asked if mine.get(name) != asked[name]
+        ]
+        if differing:
+            raise IncompatibleTableError(
+                f"the latency table was measured for something else ({'; '.join(differing)}); measure one here"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        data = asdict(self)
+        data["realised"] = [{"shape": point.shape.to_dict(), "ms": point.ms} for point in self.realised]
+        return {"format": FORMAT, **data}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LatencyTable:
+        """
+        The inverse of `to_dict`.
+
+        Raises:
+            IncompatibleTableError: if this is not a table, or one of an unknown format.
+        """
+        fields = dict(data)
+        if fields.pop("format", None) != FORMAT:
+            raise IncompatibleTableError(
+                f"cannot read a latency table of format {data.get('format')!r}; this version reads {FORMAT}: "
+                "measure again"
+            )
+        missing = sorted(set(cls.__dataclass_fields__) - set(fields))
+        if missing:
+            raise IncompatibleTableError(f"the latency table lacks {missing}: measure again")
+        for name in ("kv_groups", "heads_per_group", "ffn_sizes", "ffn_ms"):
+            fields[name] = tuple(fields[name])
+        fields["attention_ms"] = tuple(tuple(row) for row in fields["attention_ms"])
+        fields["regime"] = Regime.from_dict(fields["regime"])
+        fields["realised"] = tuple(Realised(Shape.from_dict(p["shape"]), p["ms"]) for p in fields["realised"])
+        return cls(**fields)
+
+    def save(self, path: str | Path) -> None:
+        """Write the table as a JSON file."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> LatencyTable:
+        """
+        Read a table that `save` has written.
+
+        Raises:
+            IncompatibleTableError: if the file holds something else.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise IncompatibleTableError(f"{path} is no latency table: {error}; measure again") from None
+        if not isinstance(data, dict):
+            raise IncompatibleTableError(
+                f"{path} is no latency table: it holds a {type(data).__name__}; measure again"
+            )
+        return cls.from_dict(data)
+
+    def __str__(self) -> str:
+        quality = f", error {self.errors['median']:.1%} (p95 {self.errors['p95']:.1%})" if self.errors else ""
+        return f"LatencyTable({self.regime} on {self.device_name}, dense {self.dense_ms:.3f} ms{quality})"
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    return torch.as_tensor(value).to(torch.float64)
+
+
+def _plain_device(regime: Regime) -> dict[str, Any]:
+    """The regime without the number of a device: `cuda:1` is as good as `cuda` if the name is the same."""
+    return {**regime.to_dict(), "device": torch.device(regime.device).type}

@@ -1,0 +1,130 @@
+"""What a timer says: a median and its spread, from samples that drift."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from ..errors import UnsettledTimingError
+from .regime import Regime
+
+MEDIAN_ERROR = 1.2533 / 1.349
+"""Standard error of a median over the interquartile range, times the root of the count, for normal noise."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """
+    A measured latency.
+
+    Args:
+        median_ms (`float`): milliseconds per call. Where candidates were timed side by side, the drift that all of
+            them saw is taken out.
+        p95_ms (`float`): 95th percentile of the calls as they were.
+        iqr_ms (`float`): interquartile range of the calls as they were.
+        error (`float`): relative standard error of the median.
+        settled (`bool`): whether the error is below the tolerance asked for.
+        rounds (`int`): timed calls.
+        regime (`Regime`): the conditions.
+        device_name (`str`): what the device is.
+        versions (`dict[str, str]`): of torch and transformers.
+    """
+
+    median_ms: float
+    p95_ms: float
+    iqr_ms: float
+    error: float
+    settled: bool
+    rounds: int
+    regime: Regime
+    device_name: str
+    versions: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Timing:
+        """The inverse of `to_dict`."""
+        return cls(**{**data, "regime": Regime.from_dict(data["regime"])})
+
+    def scaled(self, factor: float) -> Timing:
+        """The same timing on a machine that takes `factor` times as long."""
+        return replace(
+            self, median_ms=self.median_ms * factor, p95_ms=self.p95_ms * factor, iqr_ms=self.iqr_ms * factor
+        )
+
+    def __str__(self) -> str:
+        spread = f"p95 {self.p95_ms:.3f}, IQR {self.iqr_ms:.3f}, {self.rounds} rounds"
+        return f"{self.median_ms:.3f} ms ({spread}; {self.regime})"
+
+
+def median_errors(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """
+    The median of each candidate with the drift between rounds taken out, and its relative standard error.
+
+    Logarithms of the times are split into a candidate's and a round's part by Tukey's median polish ("Exploratory Data
+    Analysis", 1977); a single candidate is left as it is.
+
+    Args:
+        samples: milliseconds, (candidates, rounds).
+
+    Returns:
+        Milliseconds (candidates,) and relative errors (candidates,).
+    """
+    logs = np.log(np.maximum(samples, 1e-9))
+    drift = np.zeros(logs.shape[1])
+    if len(logs) > 1:
+        for _ in range(3):
+            centre = np.median(logs - drift, axis=1, keepdims=True)
+            drift = np.median(logs - centre, axis=0)
+        drift -= np.median(drift)
+    flat = logs - drift
+    low, high = np.percentile(flat, [25, 75], axis=1)
+    return np.exp(np.median(flat, axis=1)), MEDIAN_ERROR * (high - low) / np.sqrt(flat.shape[1])
+
+
+def summarise(samples: np.ndarray, regime: Regime, tolerance: float) -> list[Timing]:
+    """Timings of samples in milliseconds, (candidates, rounds)."""
+    medians, errors = median_errors(samples)
+    low, high, p95 = np.percentile(samples, [25, 75, 95], axis=1)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    name = regime.device_name
+    return [
+        Timing(
+            median_ms=float(medians[index]),
+            p95_ms=float(p95[index]),
+            iqr_ms=float(high[index] - low[index]),
+            error=float(errors[index]),
+            settled=bool(errors[index] <= tolerance),
+            rounds=samples.shape[1],
+            regime=regime,
+            device_name=name,
+            versions=versions,
+        )
+        for index in range(len(samples))
+    ]
+
+
+def require_settled(timing: Timing, limit: float) -> None:
+    """
+    Refuse a timing that decides nothing.
+
+    Args:
+        timing: the timing.
+        limit: the largest relative error that is accepted.
+
+    Raises:
+        UnsettledTimingError: with the spread.
+    """
+    if timing.error > limit:
+        raise UnsettledTimingError(
+            f"the timer did not settle: {timing}, its median is known to {timing.error:.1%}, {limit:.1%} is "
+            "needed. Stop other work on the machine, or measure for more rounds."
+        )

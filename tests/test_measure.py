@@ -1,0 +1,246 @@
+"""The clock, without one: fake time, fake devices, tiny models."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
+
+from hawada_peft.errors import HawAdaError, InvalidRegimeError, UnsettledTimingError, UnsettledTimingWarning
+from hawada_peft.latency import measure as module
+from hawada_peft.latency import runner as runner_module
+from hawada_peft.latency.measure import (
+    Effort,
+    interleave,
+    measure,
+    measure_built,
+    measure_many,
+)
+from hawada_peft.latency.regime import Regime
+from hawada_peft.latency.runner import Runner, prepare
+from hawada_peft.latency.timing import Timing, median_errors, require_settled
+
+
+class Machine:
+    """Time passes when something is called; the calls are written down."""
+
+    def __init__(self) -> None:
+        self.now, self.calls, self.syncs = 0.0, [], 0
+
+    def clock(self) -> float:
+        return self.now
+
+    def sync(self) -> None:
+        self.syncs += 1
+
+    def runner(self, name: str, seconds: Callable[[], float], reset_seconds: float = 0.0) -> Runner:
+        def call() -> None:
+            self.calls.append(name)
+            self.now += seconds()
+
+        def reset() -> None:
+            self.now += reset_seconds
+
+        return Runner(call, reset)
+
+
+@pytest.fixture
+def machine() -> Machine:
+    return Machine()
+
+
+@pytest.fixture(scope="module")
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=32,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def vit() -> ViTForImageClassification:
+    config = ViTConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    return ViTForImageClassification(config).eval()
+
+
+def test_a_regime_survives_json() -> None:
+    regime = Regime(mode="decode", batch_size=2, seq_len=8, dtype="bfloat16", backend="compile")
+    assert Regime.from_dict(regime.to_dict()) == regime
+
+
+def test_a_regime_names_every_problem() -> None:
+    with pytest.raises(InvalidRegimeError) as caught:
+        Regime(mode="prefil", batch_size=0, dtype="int8", backend="cuda_graph")
+    for part in ("mode must be one of", "batch_size", "dtype must be one of", "needs a CUDA device"):
+        assert part in str(caught.value)
+    with pytest.raises(InvalidRegimeError, match="needs seq_len"):
+        Regime(mode="decode")
+    with pytest.raises(InvalidRegimeError, match="unknown fields"):
+        Regime.from_dict({"batch": 1})
+
+
+def test_effort_refuses_impossible_numbers() -> None:
+    with pytest.raises(HawAdaError, match="min_rounds <= max_rounds"):
+        Effort(min_rounds=5, max_rounds=4)
+
+
+def test_candidates_are_timed_in_turns(machine: Machine) -> None:
+    runners = [machine.runner(name, lambda: 0.001, reset_seconds=5.0) for name in "abc"]
+    effort = Effort(warmup=1, lead_in=1, min_rounds=4, max_rounds=4, max_seconds=1e9)
+    samples = interleave(runners, effort, clock=machine.clock, sync=machine.sync)
+    assert "".join(machine.calls) == "abc" + "aabbccccbbaa" * 2
+    np.testing.assert_allclose(samples, np.ones((3, 4)), rtol=1e-6)  # resets are not timed
+    assert machine.syncs == 2 * 12
+
+
+def test_rounds_end_when_medians_have_settled_or_time_is_up(machine: Machine) -> None:
+    steady = [machine.runner("a", lambda: 0.001)]
+    assert interleave(steady, Effort(min_rounds=5), clock=machine.clock, sync=machine.sync).shape == (1, 5)
+    rng = np.random.default_rng(0)
+    shaky = [machine.runner("a", lambda: float(rng.exponential()))]
+    effort = Effort(min_rounds=5, max_rounds=30, max_seconds=1e9)
+    assert interleave(shaky, effort, clock=machine.clock, sync=machine.sync).shape == (1, 30)
+    effort = Effort(min_rounds=5, max_rounds=30, max_seconds=0.0)
+    assert interleave(shaky, effort, clock=machine.clock, sync=machine.sync).shape == (1, 5)
+
+
+def test_drift_that_all_candidates_share_is_taken_out() -> None:
+    rng = np.random.default_rng(0)
+    drift = np.exp(rng.normal(0, 0.3, 41))
+    true = np.array([1.0, 2.0, 5.0])
+    medians, errors = median_errors(true[:, None] * drift)
+    np.testing.assert_allclose(medians[1:] / medians[0], [2.0, 5.0], rtol=1e-9)
+    assert errors.max() < 1e-9
+    assert median_errors(true[:1, None] * drift)[1][0] > 0.02
+
+
+@pytest.mark.parametrize("mode", ["forward", "prefill", "decode"])
+def test_a_language_model_is_timed_in_every_mode(llama: LlamaForCausalLM, machine: Machine, mode: str) -> None:
+    ticks = iter(range(1000))
+    timing = measure(
+        llama,
+        Regime(mode=mode, batch_size=2, seq_len=8),
+        effort=Effort(min_rounds=3),
+        clock=lambda: float(next(ticks)),
+        sync=machine.sync,
+    )
+    assert timing.median_ms == pytest.approx(1000.0)
+    assert timing.settled
+    assert timing.rounds == 3
+    assert timing.regime.mode == mode
+    assert timing.versions["torch"] == torch.__version__
+    assert "threads" in timing.device_name
+    assert Timing.from_dict(timing.to_dict()) == timing
+    assert "1000.000 ms" in str(timing)
+
+
+@pytest.mark.parametrize("backend", ["eager", "compile"])
+def test_decode_is_one_token_on_a_filled_cache(
+    llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    monkeypatch.setattr(runner_module, "_compiled", lambda model, regime: model)  # the static cache, uncompiled
+    regime = Regime(mode="decode", batch_size=2, seq_len=8, backend=backend)
+    runner = prepare(llama, regime)
+    with torch.inference_mode():
+        outputs = []
+        for _ in range(3):
+            outputs.append(runner.call().logits)
+            runner.reset()
+        tokens = runner_module.make_inputs(llama, regime)
+        whole = llama(torch.cat([tokens, tokens[:, -1:]], dim=1)).logits[:, -1:]
+    for output in outputs:
+        torch.testing.assert_close(output, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_prefill_gives_the_last_logits_and_fills_a_cache(llama: LlamaForCausalLM) -> None:
+    with torch.inference_mode():
+        output = prepare(llama, Regime(mode="prefill", batch_size=2, seq_len=8)).call()
+    assert output.logits.shape == (2, 1, 64)
+    assert output.past_key_values.get_seq_length() == 8
+
+
+def test_an_image_model_is_timed_forward(vit: ViTForImageClassification) -> None:
+    with torch.inference_mode():
+        assert prepare(vit, Regime(batch_size=3)).call().logits.shape == (3, 2)
+
+
+def test_what_a_model_cannot_do_is_refused(llama: LlamaForCausalLM, vit: ViTForImageClassification) -> None:
+    for model, regime, message in (
+        (vit, Regime(mode="prefill", seq_len=4), "does not generate"),
+        (vit, Regime(seq_len=4), "takes images"),
+        (llama, Regime(), "needs seq_len"),
+        (llama, Regime(seq_len=4, dtype="bfloat16"), "the regime asks for bfloat16"),
+        (llama, Regime(mode="decode", seq_len=32), "has 32 positions, the regime needs 33"),
+        (nn.Linear(2, 2), Regime(), "only transformers models"),
+    ):
+        with pytest.raises(InvalidRegimeError, match=message):
+            prepare(model, regime)
+
+
+def test_a_timer_that_never_settles_is_reported_with_its_spread(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(module, "prepare", lambda model, regime: machine.runner("a", lambda: float(rng.exponential())))
+    effort = Effort(min_rounds=5, max_rounds=20, max_seconds=1e9)
+    with pytest.warns(UnsettledTimingWarning, match=r"1 of 1 timers did not settle within 20 rounds.*IQR"):
+        timing = measure(nn.Identity(), Regime(), effort=effort, clock=machine.clock, sync=machine.sync)
+    assert not timing.settled
+    with pytest.raises(UnsettledTimingError, match="IQR"):
+        require_settled(timing, 0.01)
+
+
+def test_groups_are_tied_by_their_reference(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine gets slower with every group; the result does not show it."""
+    alive: list[int] = []
+    speed = {"now": 1.0}
+
+    class Model(nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.size = size
+
+    def build(size: int) -> nn.Module:
+        if size == 10:  # the reference comes first in each group
+            speed["now"] *= 1.5
+            alive.clear()
+        alive.append(size)
+        assert len(alive) <= 3
+        return Model(size)
+
+    monkeypatch.setattr(
+        module, "prepare", lambda model, regime: machine.runner("a", lambda: 1e-3 * model.size * speed["now"])
+    )
+    sizes = [1, 2, 3, 4, 5, 6]
+    timings = measure_built(
+        build,
+        sizes,
+        Regime(),
+        reference=10,
+        effort=Effort(min_rounds=2),
+        group=3,
+        clock=machine.clock,
+        sync=machine.sync,
+    )
+    assert set(timings) == {*sizes, 10}
+    for size in sizes:
+        assert timings[size].median_ms / timings[10].median_ms == pytest.approx(size / 10, rel=0.01)
+
+
+def test_settled_timers_are_silent(llama: LlamaForCausalLM) -> None:
+    ticks = iter(range(1000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        timings = measure_many(
+            {"a": llama, "b": llama}, Regime(seq_len=4), clock=lambda: float(next(ticks)), effort=Effort(min_rounds=2)
+        )
+    assert set(timings) == {"a", "b"}

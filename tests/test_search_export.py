@@ -1,0 +1,400 @@
+"""The search, on a machine that obeys a law its table does not know, with qualities that can be checked by hand."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import EVERYTHING, LM_ROW, VISION_ROW, build, gate, inputs_of, logits_of
+from peft import get_peft_model
+
+from hawada_peft import HawAdaConfig, Shape, collect_gates, slim
+from hawada_peft.adapters.huggingface import locate
+from hawada_peft.errors import (
+    HawAdaError,
+    InfeasibleBudgetError,
+    InvalidBudgetError,
+    InvalidPlanError,
+    InvalidRegimeError,
+)
+from hawada_peft.export import find_plan as find_plan_module
+from hawada_peft.export.find_plan import dense_model, find_plan, measure_table, regime_of
+from hawada_peft.export.legality import head_shapes
+from hawada_peft.export.plan import Plan
+from hawada_peft.export.quality import MaskedQuality
+from hawada_peft.export.realise import realiser
+from hawada_peft.export.search_export import search
+from hawada_peft.export.search_state import SearchEffort, frontier
+from hawada_peft.export.space import SearchSpace, search_space
+from hawada_peft.latency.budget import LatencyBudget
+from hawada_peft.latency.regime import Regime
+from hawada_peft.latency.table import LatencyTable
+from hawada_peft.latency.timing import Timing
+from hawada_peft.training import gate_importance
+
+DENSE = Shape(16, 4, 1024, 8)
+REGIME = Regime(mode="prefill", seq_len=8)
+
+
+def toy_table(
+    dense: Shape, *, launch: float, arithmetic: float, model: Mapping[str, int | str] | None = None
+) -> LatencyTable:
+    """Milliseconds per layer: `launch`, and `arithmetic` in equal parts for attention and FFN."""
+    heads, groups, ffn, layers = dense.sizes().values()
+    per_group = dense.heads_per_group
+    grid = [[arithmetic / 2 * g * r / heads for r in range(1, per_group + 1)] for g in range(1, groups + 1)]
+    low = grid[0][0]
+    return LatencyTable(
+        regime=REGIME,
+        device_name=REGIME.device_name,
+        model=model or {"model_type": "toy", "hidden_size": 64, "head_dim": 4, **dense.sizes()},
+        versions={},
+        fixed_ms=0.1,
+        layer_ms=launch + low,
+        kv_groups=tuple(range(1, groups + 1)),
+        heads_per_group=tuple(range(1, per_group + 1)),
+        attention_ms=tuple(tuple(value - low for value in row) for row in grid),
+        ffn_sizes=(0, ffn),
+        ffn_ms=(0.0, arithmetic / 2),
+        interaction_ms=0.0,
+        multiple=8,
+        dense_ms=0.1 + layers * (launch + arithmetic),
+    )
+
+
+def toy_space(dense: Shape = DENSE) -> SearchSpace:
+    heads, sizes = tuple(head_shapes(dense)), tuple(range(64, 1025, 64))
+    layers = tuple(range(1, 9))
+    parameters = np.array([n * (p.num_attention_heads * 100 + f * 10) for n in layers for p in heads for f in sizes])
+    shape = (len(layers), len(heads), len(sizes))
+    return SearchSpace(
+        dense, layers, heads, sizes, (False,) * len(heads), parameters.reshape(shape).astype(float), np.zeros(shape)
+    )
+
+
+class ToyQuality:
+    """Loss grows with the square of what is cut on each axis."""
+
+    def __init__(self, *, measurable: bool = True) -> None:
+        self.measurable, self.evaluated = measurable, []
+
+    def predict(self, space: SearchSpace) -> np.ndarray:
+        groups, per_group, ffn, layers = space.axes
+        return (1 - groups * per_group / 16) ** 2 + (1 - ffn / 1024) ** 2 + (1 - layers / 8) ** 2 + 0.01
+
+    def evaluate(self, shape: Shape) -> float | None:
+        self.evaluated.append(shape)
+        heads, _, ffn, layers = shape.sizes().values()
+        loss = (1 - heads / 16) ** 2 + (1 - ffn / 1024) ** 2 + (1 - layers / 8) ** 2 + 0.01
+        return loss if self.measurable else None
+
+    def plan(self, shape: Shape) -> Plan | None:
+        return None
+
+
+class Machine:
+    """Takes `factor` times what a table says, and another speed each time it is asked."""
+
+    def __init__(self, table: LatencyTable, factor: float = 1.0) -> None:
+        self.table, self.factor, self.rounds = table, factor, 0
+
+    def ms(self, shape: Shape) -> float:
+        dense = self.table.estimate(DENSE)
+        return self.table.estimate(shape) * (
+            1 if shape == DENSE else 1 + (self.factor - 1) * (1 - self.table.estimate(shape) / dense)
+        )
+
+    def __call__(self, shapes: Sequence[Shape]) -> dict[Shape, Timing]:
+        self.rounds += 1
+        speed = 1 + 0.2 * (self.rounds % 3)
+        return {shape: timing(self.ms(shape) * speed) for shape in (*shapes, DENSE)}
+
+
+def timing(ms: float) -> Timing:
+    return Timing(ms, ms, 0.0, 0.0, True, 1, REGIME, REGIME.device_name, {})
+
+
+@pytest.mark.parametrize("speedup", [1.25, 1.5, 2.0])
+@pytest.mark.parametrize("factor", [0.8, 1.0, 1.3])
+def test_the_answer_is_measured_and_meets_the_budget(speedup: float, factor: float) -> None:
+    table = toy_table(DENSE, launch=0.5, arithmetic=1.0)
+    machine = Machine(table, factor)
+    result = search(toy_space(), table, ToyQuality(), LatencyBudget(speedup=speedup), machine)
+    true = machine.ms(result.best.shape) / machine.ms(DENSE) * speedup
+    assert 0.9 < true <= 1
+    assert result.ms <= result.limit_ms
+    assert result.speedup == pytest.approx(machine.ms(DENSE) / machine.ms(result.best.shape))
+    assert result.best.measured_ms is not None
+    assert result.best.measured_loss is not None
+    assert "measured, budget" in str(result)
+
+
+def test_the_answer_is_the_best_of_all_shapes() -> None:
+    table, space, quality = toy_table(DENSE, launch=0.5, arithmetic=1.0), toy_space(), ToyQuality()
+    result = search(space, table, quality, LatencyBudget(speedup=1.5), Machine(table), effort=SearchEffort(margin=0))
+    loss = quality.predict(space).ravel()
+    every = [space.shape(index) for index in range(len(space))]
+    fits = [index for index, shape in enumerate(every) if table.estimate(shape) <= table.dense_ms / 1.5]
+    assert result.best.predicted_loss == pytest.approx(min(loss[index] for index in fits))
+
+
+def test_depth_is_cut_where_launches_dominate_and_width_where_arithmetic_does() -> None:
+    found = {}
+    for name, launch, arithmetic in (("launches", 1.0, 0.05), ("arithmetic", 0.05, 1.0)):
+        table = toy_table(DENSE, launch=launch, arithmetic=arithmetic)
+        found[name] = search(toy_space(), table, ToyQuality(), LatencyBudget(speedup=1.5), Machine(table)).best.shape
+    assert found["launches"].num_hidden_layers == 5
+    assert found["launches"].intermediate_size == 1024
+    assert found["arithmetic"].num_hidden_layers > 5
+    assert found["arithmetic"].intermediate_size < 1024
+    assert found["arithmetic"].num_attention_heads < 16
+
+
+def test_a_quality_that_cannot_be_measured_is_searched_by_prediction() -> None:
+    table = toy_table(DENSE, launch=0.5, arithmetic=1.0)
+    result = search(
+        toy_space(), table, ToyQuality(measurable=False), LatencyBudget(latency_ms=table.dense_ms / 2), Machine(table)
+    )
+    assert result.best.measured_loss is None
+    assert result.best.measured_ms is not None
+
+
+def test_limits_on_size_combine_with_latency() -> None:
+    table, space = toy_table(DENSE, launch=0.5, arithmetic=1.0), toy_space()
+    dense = int(space.parameters.max())
+    budget = LatencyBudget(speedup=1.2, max_parameters=dense // 2)
+    result = search(space, table, ToyQuality(), budget, Machine(table))
+    assert result.best.parameters <= dense // 2
+    only_size = search(space, table, ToyQuality(), LatencyBudget(max_memory=dense * 2), Machine(table))
+    assert only_size.best.memory <= dense * 2
+    assert only_size.best.measured_ms is not None
+    assert math.isinf(only_size.limit_ms)
+
+
+@pytest.mark.parametrize(
+    ("asked", "binding"),
+    [
+        ({"speedup": 50.0}, "binding: latency"),
+        ({"max_parameters": 10}, "binding: size"),
+        ({"speedup": 50.0, "max_parameters": 10}, "binding: latency and size"),
+    ],
+)
+def test_a_budget_below_the_floor_is_refused_with_the_range(asked: dict[str, float], binding: str) -> None:
+    table = toy_table(DENSE, launch=0.5, arithmetic=1.0)
+    machine = Machine(table)
+    with pytest.raises(InfeasibleBudgetError, match=binding) as caught:
+        search(toy_space(), table, ToyQuality(), LatencyBudget(**asked), machine)
+    assert re.search(r"a speedup of 1 to \d+\.\d+.*740 to 94,720 parameters", str(caught.value))
+    assert machine.rounds == 0
+
+
+def test_a_machine_that_never_meets_the_budget_is_reported() -> None:
+    table = toy_table(DENSE, launch=0.5, arithmetic=1.0)
+
+    def stuck(shapes: Sequence[Shape]) -> dict[Shape, Timing]:
+        return {shape: timing(10.0) for shape in (*shapes, DENSE)}
+
+    with pytest.raises(InfeasibleBudgetError, match=r"10\.|fastest took"):
+        search(toy_space(), table, ToyQuality(), LatencyBudget(speedup=4), stuck, effort=SearchEffort(rounds=3))
+
+
+def test_search_effort_refuses_impossible_numbers() -> None:
+    with pytest.raises(InvalidBudgetError, match="margin"):
+        SearchEffort(margin=0.7)
+
+
+def test_the_frontier_holds_what_nothing_beats() -> None:
+    ms, loss = np.array([5.0, 4.0, 4.0, 2.0, 1.0]), np.array([0.0, 0.3, 0.2, 0.2, 0.9])
+    assert frontier(ms, loss).tolist() == [0, 3, 4]
+
+
+def test_shapes_and_places_of_a_space_agree() -> None:
+    space = toy_space()
+    for index in (0, 17, len(space) - 1):
+        assert space.index(space.shape(index)) == index
+
+
+@pytest.mark.parametrize("row", [LM_ROW, VISION_ROW], ids=["llama", "vit"])
+def test_parameters_are_those_of_the_built_model(row: object) -> None:
+    model = build(row)
+    layout = locate(model)
+    space = search_space(model, layout, REGIME, multiple=8, allow_rehome=True)
+    build_shape = realiser(model, layout, Regime())
+    for index in np.linspace(0, len(space) - 1, 7).astype(int):
+        shape = space.shape(int(index))
+        if not space.rehomed[space.heads.index(Shape(shape.num_attention_heads, shape.num_key_value_heads))]:
+            assert space.parameters.ravel()[index] == build_shape(shape).num_parameters()
+    assert space.shape(len(space) - 1).num_hidden_layers == 4
+    assert max(space.ffn) == layout.dense.intermediate_size
+
+
+def test_only_the_twin_takes_more_heads() -> None:
+    model = build(LM_ROW)
+    alone = search_space(model, locate(model), REGIME)
+    both = search_space(model, locate(model), REGIME, allow_rehome=True)
+    assert not any(alone.rehomed)
+    assert len(both.heads) > len(alone.heads)
+    assert both.rehomed[both.heads.index(Shape(6, 3))]
+    frozen = search_space(model, locate(model), REGIME, free=("ffn",))
+    assert frozen.layers == (4,)
+    assert len(frozen.heads) == 1
+    assert (both.memory > both.parameters * 4).all()  # a KV cache comes with prefill
+
+
+def test_random_models_leave_the_random_state_alone() -> None:
+    model = build(LM_ROW)
+    before = torch.get_rng_state()
+    built = realiser(model, locate(model), Regime(dtype="bfloat16"))(Shape(4, 2, 40, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert built.dtype is torch.bfloat16
+    assert locate(built).dense == Shape(4, 2, 40, 2)
+    assert not built.training
+
+
+# --------------------------------------------------------------------------------------------------- masked quality
+
+
+def quality_of(row: object, **options: object) -> MaskedQuality:
+    model = get_peft_model(build(row), HawAdaConfig(**options))
+    batches = [inputs_of(model)]
+    return MaskedQuality(model, batches, gate_importance(model, batches))
+
+
+@pytest.mark.parametrize("row", [LM_ROW, VISION_ROW], ids=["llama", "vit"])
+def test_masked_quality_is_nothing_for_the_dense_model_and_grows(row: object) -> None:
+    quality = quality_of(row)
+    dense = quality.layout.dense
+    assert quality.loss(Plan.keep_all(dense)) == pytest.approx(0.0, abs=1e-6)
+    assert quality.evaluate(Shape(num_hidden_layers=2)) > 0
+    space = search_space(quality.model.get_base_model(), quality.layout, Regime(), multiple=8)
+    loss = quality.predict(space)
+    assert loss.shape == (4, len(space.heads), len(space.ffn))
+    assert loss.ravel()[space.index(dense)] == 0
+    full = space.heads.index(Shape(8, dense.num_key_value_heads))
+    assert (np.diff(loss[:, full, -1]) <= 0).all()  # more layers, less loss
+    assert (np.diff(loss, axis=2) <= 1e-9).all()  # more channels, less loss
+
+
+def test_measured_widths_are_met_by_the_prediction() -> None:
+    quality = quality_of(LM_ROW)
+    space = search_space(quality.model.get_base_model(), quality.layout, Regime(), multiple=8)
+    loss = quality.predict(space)
+    shape = Shape(intermediate_size=72).complete(quality.layout.dense)  # three quarters: one of the measured widths
+    assert loss.ravel()[space.index(shape)] == pytest.approx(quality.evaluate(shape), rel=1e-6)
+
+
+def test_layers_are_dropped_greedily_and_scored_anew() -> None:
+    quality = quality_of(LM_ROW)
+    space = search_space(quality.model.get_base_model(), quality.layout, Regime(), multiple=8)
+    quality.predict(space)
+    first = {layer: quality.loss(quality._without([layer])) for layer in range(4)}
+    assert quality._order[0] == min(first, key=first.__getitem__)
+    second = {
+        layer: quality.loss(quality._without([quality._order[0], layer]))
+        for layer in set(range(4)) - {quality._order[0]}
+    }
+    assert quality._order[1] == min(second, key=second.__getitem__)
+    plan = quality.plan(Shape(num_hidden_layers=2))
+    assert set(plan.layers) == set(range(4)) - set(quality._order[:2])
+
+
+def test_the_gated_model_is_left_as_it_was() -> None:
+    model = gate(build(LM_ROW), gates=EVERYTHING)
+    model.apply_plan(model.plan(Shape(4, 2, 40, 2)))
+    before = {name: (gate.theta.clone(), gate.kept) for name, gate in collect_gates(model).items()}
+    expected = logits_of(model)
+    quality = MaskedQuality(model, [inputs_of(model)], gate_importance(model, [inputs_of(model)]))
+    quality.evaluate(Shape(intermediate_size=48))
+    for name, found in collect_gates(model).items():
+        assert torch.equal(found.theta, before[name][0])
+        assert found.kept is before[name][1] or torch.equal(found.kept, before[name][1])
+    assert torch.equal(logits_of(model), expected)
+
+
+def test_without_importance_the_gates_decide() -> None:
+    model = gate(build(LM_ROW))
+    quality = MaskedQuality(model, [inputs_of(model)])
+    assert quality.plan(Shape(4, 4, 40)) == model.plan(Shape(4, 4, 40))
+
+
+def test_what_has_no_gates_is_not_free() -> None:
+    assert quality_of(LM_ROW, gates=("ffn",)).free == ("ffn",)
+    assert quality_of(LM_ROW).free == ("heads", "ffn", "layers")
+
+
+def test_bad_quality_input_is_refused() -> None:
+    model = gate(build(LM_ROW))
+    with pytest.raises(HawAdaError, match="no calibration batches"):
+        MaskedQuality(model, [])
+    with pytest.raises(InvalidPlanError, match="gates that the model lacks"):
+        MaskedQuality(model, [inputs_of(model)], {"other": torch.ones(1)})
+
+
+def test_padding_does_not_count() -> None:
+    model = get_peft_model(build(LM_ROW), HawAdaConfig())
+    batch = inputs_of(model)
+    mask = torch.ones_like(batch["input_ids"])
+    full = MaskedQuality(model, [batch | {"attention_mask": mask}])
+    mask = mask.clone()
+    mask[:, -2:] = 0
+    part = MaskedQuality(model, [batch | {"attention_mask": mask}])
+    shape = Shape(num_hidden_layers=2)
+    assert part.evaluate(shape) != pytest.approx(full.evaluate(shape), rel=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------- all tied together
+
+
+@pytest.mark.parametrize("allow_rehome", [False, True])
+def test_a_plan_is_found_for_a_budget(monkeypatch: pytest.MonkeyPatch, allow_rehome: bool) -> None:
+    model = get_peft_model(build(LM_ROW), HawAdaConfig())
+    layout = locate(model.get_base_model())
+    table = toy_table(layout.dense, launch=0.2, arithmetic=1.0, model=layout.fingerprint())
+    budget = LatencyBudget(speedup=1.5, mode="prefill", seq_len=8)
+
+    def timed(build_shape: object, shapes: Sequence[Shape], regime: Regime, **options: object) -> dict[Shape, Timing]:
+        for shape in shapes:
+            assert locate(build_shape(shape)).dense == shape  # every candidate can be built
+        return {shape: timing(table.estimate(shape)) for shape in (*shapes, layout.dense)}
+
+    monkeypatch.setattr(find_plan_module, "measure_built", timed)
+    batches = [inputs_of(model)]
+    result = find_plan(
+        model, budget, batches, importance=gate_importance(model, batches), table=table, allow_rehome=allow_rehome
+    )
+    assert result.speedup >= 1.5
+    assert result.plan is not None
+    assert result.plan.shape == result.best.shape
+    assert all(not candidate.rehomed for candidate in result.frontier) or allow_rehome
+    if not result.best.rehomed:
+        assert locate(slim(model.unload(), result.plan)).dense == result.best.shape
+
+
+def test_a_table_is_measured_for_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    model = build(LM_ROW)
+    law = toy_table(locate(model).dense, launch=0.2, arithmetic=1.0)
+
+    def timed(build_shape: object, shapes: Sequence[Shape], regime: Regime, **options: object) -> dict[Shape, Timing]:
+        wanted = (*shapes, options["reference"])
+        return {shape: timing(law.estimate(shape)) for shape in wanted}
+
+    monkeypatch.setattr("hawada_peft.latency.build.measure_built", timed)
+    table = measure_table(model, REGIME, cache=tmp_path, allow_rehome=True)
+    shape = Shape(4, 2, 40, 2)
+    assert table.estimate(shape) == pytest.approx(law.estimate(shape), rel=0.02)
+    monkeypatch.setattr("hawada_peft.latency.build.measure_built", None)
+    assert measure_table(model, REGIME, cache=tmp_path, allow_rehome=True) == table
+    assert replace(table, seconds=0.0) != replace(table, seconds=1.0)
+
+
+def test_the_regime_comes_from_the_model() -> None:
+    model = get_peft_model(build(VISION_ROW, torch.bfloat16), HawAdaConfig())
+    regime = regime_of(model, LatencyBudget(speedup=2, batch_size=4))
+    assert (regime.mode, regime.dtype, regime.device) == ("forward", "bfloat16", "cpu")
+    with pytest.raises(InvalidRegimeError, match="only transformers models"):
+        dense_model(torch.nn.Linear(2, 2))

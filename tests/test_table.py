@@ -1,0 +1,239 @@
+"""The table: what it estimates, what it refuses, and how it is measured, on a machine that obeys a law."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hawada_peft import Shape
+from hawada_peft.errors import HawAdaError, IncompatibleTableError
+from hawada_peft.export.legality import head_shapes
+from hawada_peft.latency import build as build_module
+from hawada_peft.latency import measure as measure_module
+from hawada_peft.latency.build import TablePlan, build_table, choose_pairs, random_shapes
+from hawada_peft.latency.cache import cached_table
+from hawada_peft.latency.interpolate import bilinear, linear, smooth
+from hawada_peft.latency.measure import Effort
+from hawada_peft.latency.regime import Regime
+from hawada_peft.latency.runner import Runner
+from hawada_peft.latency.table import LatencyTable, Realised
+
+DENSE = Shape(16, 4, 1024, 8)
+MODEL = {"model_type": "toy", "hidden_size": 64, "head_dim": 4, **DENSE.sizes()}
+REGIME = Regime(mode="prefill", seq_len=8)
+
+
+def law(shape: Shape) -> float:
+    """Milliseconds of a machine on which FFN sizes are slow that are not a multiple of 16."""
+    heads, groups, ffn, layers = shape.sizes().values()
+    channels = 0.002 * ffn * (1.5 if ffn % 16 else 1.0)
+    missing = (1 - heads / 16) * (1 - ffn / 1024)
+    return 0.7 + layers * (0.1 + 0.05 * heads + 0.03 * groups + channels + 0.1 * missing)
+
+
+class Built(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[], float]:
+    now = [0.0]
+
+    def prepare(model: Built, regime: Regime) -> Runner:
+        def call() -> None:
+            now[0] += law(model.shape) * 1e-3
+
+        return Runner(call, lambda: None)
+
+    monkeypatch.setattr(measure_module, "prepare", prepare)
+    return lambda: now[0]
+
+
+def make(clock: Callable[[], float], **plan: object) -> LatencyTable:
+    effort = Effort(warmup=0, min_rounds=2)
+    return build_table(
+        Built,
+        dense=DENSE,
+        heads=head_shapes(DENSE),
+        model=MODEL,
+        regime=REGIME,
+        plan=TablePlan(effort=effort, **plan),
+        clock=clock,
+        sync=lambda: None,
+    )
+
+
+@pytest.fixture
+def table(clock: Callable[[], float]) -> LatencyTable:
+    return make(clock)
+
+
+def test_linear_interpolation_meets_its_knots_and_goes_on() -> None:
+    values = torch.tensor([1.0, 3.0, 4.0])
+    x = torch.tensor([0.0, 1.0, 2.0, 4.0, 6.0], requires_grad=True)
+    y = linear(x, (1, 2, 4), values)
+    assert y.tolist() == [-1.0, 1.0, 3.0, 4.0, 5.0]
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [2.0, 2.0, 0.5, 0.5, 0.5]
+
+
+def test_bilinear_interpolation_meets_its_knots() -> None:
+    values = torch.tensor([[1.0, 2.0], [3.0, 8.0]])
+    x, y = torch.tensor([1.0, 2.0, 1.5]), torch.tensor([3.0, 5.0, 4.0])
+    assert bilinear(x, y, (1, 2), (3, 5), values).tolist() == [1.0, 8.0, 3.5]
+    assert bilinear(x, y, (1,), (3,), values[:1, :1]).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_residuals_fall_to_nothing_far_from_any_point() -> None:
+    points, residuals = torch.zeros(1, 2), torch.ones(1)
+    near, far = smooth(torch.tensor([[0.0, 0.0], [9.0, 9.0]]), points, residuals, width=1.0, prior=1.0)
+    assert near == pytest.approx(0.5)
+    assert far == pytest.approx(0.0, abs=1e-9)
+    assert smooth(torch.ones(3, 2), points[:0], residuals[:0], width=1.0, prior=1.0).tolist() == [0, 0, 0]
+
+
+def test_a_table_reproduces_the_law_of_its_machine(table: LatencyTable) -> None:
+    shapes = random_shapes(DENSE, head_shapes(DENSE), table.multiple, 40, seed=7)
+    errors = [abs(table.estimate(shape) / law(shape) - 1) for shape in shapes]
+    assert max(errors) < 0.01
+    assert table.dense_ms == pytest.approx(law(DENSE), rel=0.01)
+    assert table.fixed_ms == pytest.approx(0.7, rel=0.1)
+    assert table.errors["median"] < 0.01
+
+
+def test_the_multiple_is_found(table: LatencyTable) -> None:
+    assert table.multiple == 16
+    assert all(size % 16 == 0 for size in table.ffn_sizes)
+
+
+def test_what_is_left_out_of_a_shape_is_dense(table: LatencyTable) -> None:
+    assert table.estimate(Shape()) == table.estimate(DENSE)
+
+
+def test_estimates_are_vectorised(table: LatencyTable) -> None:
+    shapes = random_shapes(DENSE, head_shapes(DENSE), 8, 10, seed=1)
+    columns = np.array(
+        [[s.num_key_value_heads, s.heads_per_group, s.intermediate_size, s.num_hidden_layers] for s in shapes]
+    )
+    many = table.estimate_sizes(*columns.T)
+    np.testing.assert_allclose(many, [table.estimate(shape) for shape in shapes])
+
+
+def test_the_expected_latency_agrees_and_has_gradients(table: LatencyTable) -> None:
+    def sizes(heads: float, groups: float, ffn: float, layers: float) -> list[torch.Tensor]:
+        each = [torch.full((8,), value, dtype=torch.float64, requires_grad=True) for value in (heads, groups, ffn)]
+        return [*each, torch.full((8,), layers, dtype=torch.float64, requires_grad=True)]
+
+    def expected(values: list[torch.Tensor]) -> torch.Tensor:
+        return table.expected(heads=values[0], kv_groups=values[1], ffn=values[2], layers=values[3])
+
+    assert expected(sizes(8, 2, 512, 1.0)).item() == pytest.approx(table.estimate(Shape(8, 2, 512, 8)))
+    values = sizes(9.3, 3.1, 777.0, 0.8)
+    assert torch.autograd.gradcheck(lambda *each: expected(list(each)), values)
+    expected(values).backward()
+    assert all(value.grad is not None and (value.grad > 0).all() for value in (values[0], *values[2:]))
+
+
+def test_shapes_that_were_realised_correct_the_table(table: LatencyTable) -> None:
+    slower = [Realised(point.shape, 1.2 * point.ms) for point in table.realised]
+    corrected = table.with_realised(slower)
+    shape = Shape(8, 4, 512, 4)
+    assert corrected.estimate(shape) == pytest.approx(1.2 * table.estimate(shape), rel=0.02)
+    assert len(corrected.realised) == len(table.realised)
+
+
+def test_a_table_survives_json(table: LatencyTable, tmp_path: Path) -> None:
+    table.save(tmp_path / "table.json")
+    loaded = LatencyTable.load(tmp_path / "table.json")
+    assert loaded == table
+    assert loaded.estimate(Shape(8, 2, 512, 4)) == table.estimate(Shape(8, 2, 512, 4))
+    assert "LatencyTable(prefill 1x8" in str(loaded)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "no latency table"), ("[1]", "holds a list"), ('{"format": 9}', "format 9"), ('{"format": 1}', "lacks")],
+)
+def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(text)
+    with pytest.raises(IncompatibleTableError, match=message):
+        LatencyTable.load(path)
+
+
+def test_a_table_for_something_else_is_refused(table: LatencyTable) -> None:
+    table.check(regime=REGIME, model=MODEL)
+    for regime, model, message in (
+        (replace(REGIME, dtype="bfloat16"), MODEL, "dtype: table float32, asked bfloat16"),
+        (replace(REGIME, batch_size=4), MODEL, "batch_size: table 1, asked 4"),
+        (REGIME, MODEL | {"hidden_size": 128}, "hidden_size: table 64, asked 128"),
+    ):
+        with pytest.raises(IncompatibleTableError, match=message):
+            table.check(regime=regime, model=model)
+    elsewhere = replace(table, device_name="another device")
+    with pytest.raises(IncompatibleTableError, match="device name: table another device"):
+        elsewhere.check(regime=REGIME, model=MODEL)
+
+
+def test_tables_are_cached(table: LatencyTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def measure() -> LatencyTable:
+        made.append(1)
+        return table
+
+    first = cached_table(measure, {"regime": REGIME.to_dict()}, tmp_path)
+    assert cached_table(measure, {"regime": REGIME.to_dict()}, tmp_path) == first
+    assert len(made) == 1
+    cached_table(measure, {"regime": replace(REGIME, dtype="bfloat16").to_dict()}, tmp_path)
+    assert len(made) == 2
+    monkeypatch.setenv("HAWADA_CACHE", str(tmp_path / "elsewhere"))
+    cached_table(measure, {}, None)
+    files = list((tmp_path / "elsewhere").iterdir())
+    assert len(files) == 1
+    assert json.loads(files[0].read_text())["format"] == 1
+
+
+def test_a_grid_of_heads_is_thinned_with_its_ends_kept() -> None:
+    heads = head_shapes(Shape(64, 64, 8, 1))
+    chosen = choose_pairs(heads, 20)
+    assert len(chosen) <= 20
+    assert {heads[0], heads[-1]} <= set(chosen)
+
+
+def test_random_shapes_differ_and_are_never_dense() -> None:
+    shapes = random_shapes(DENSE, head_shapes(DENSE), 64, 20, seed=0)
+    assert len(set(shapes)) == 20
+    assert DENSE not in shapes
+    assert all(shape.sizes()["intermediate_size"] % 64 == 0 for shape in shapes)
+
+
+def test_one_layer_is_enough_for_a_table(clock: Callable[[], float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_module, "PROBES", (1, 2, 4, 8))
+    single = Shape(2, 2, 64, 1)
+    table = build_table(
+        Built,
+        dense=single,
+        heads=head_shapes(single),
+        model=MODEL | single.sizes(),
+        regime=REGIME,
+        plan=TablePlan(effort=Effort(warmup=0, min_rounds=2), realised=4),
+        clock=clock,
+        sync=lambda: None,
+    )
+    assert table.estimate(Shape(1, 1, 32, 1)) == pytest.approx(law(Shape(1, 1, 32, 1)), rel=0.05)
+
+
+def test_a_table_plan_refuses_impossible_numbers() -> None:
+    with pytest.raises(HawAdaError, match="at least 2"):
+        TablePlan(depth=1)
