@@ -25,9 +25,6 @@ from .export import (
     SearchEffort,
     SearchResult,
     Verification,
-    find_plan,
-    measure_table,
-    rehome,
     save_slim,
     slice_conv,
     slice_embedding,
@@ -35,6 +32,8 @@ from .export import (
     slim,
     verify_slim,
 )
+from .export.find_plan import find_plan, measure_table
+from .export.rehome import rehome
 from .latency import LatencyBudget, LatencyTable, Regime, Timing, measure_many
 from .model import HawAdaModel
 from .training import HawAdaTrainer, get_student_logits, get_teacher_logits, init_gates

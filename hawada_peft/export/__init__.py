@@ -1,8 +1,6 @@
 """From gates to a verified vanilla model: plan, legality, slicing, slim model, verification."""
 
-from .find_plan import find_plan, measure_table
 from .plan import Plan
-from .rehome import rehome
 from .search_state import SearchEffort, SearchResult
 from .slicing import slice_conv, slice_embedding, slice_linear
 from .slim import slim
@@ -13,9 +11,6 @@ __all__ = [
     "SearchEffort",
     "SearchResult",
     "Verification",
-    "find_plan",
-    "measure_table",
-    "rehome",
     "save_slim",
     "slice_conv",
     "slice_embedding",
