@@ -12,8 +12,8 @@ LLAMA = Family(
     layer_lists=("layer_types", "no_rope_layers"),
 )
 
-for _model_type in ("llama", "mistral", "qwen2", "qwen3", "granite", "smollm3"):
-    register_family(_model_type, LLAMA)
-
 # Llama's config refuses head counts that do not divide hidden_size; a Mistral without a window is the same function.
 register_family("llama", replace(LLAMA, twin="mistral", twin_fields=(("sliding_window", None),)))
+
+for _model_type in ("mistral", "qwen2", "qwen3", "granite", "smollm3"):
+    register_family(_model_type, LLAMA)
