@@ -37,10 +37,6 @@ class InvalidRegimeError(HawAdaError):
     """What is to be timed contradicts itself, or the model cannot run that way."""
 
 
-class UnsettledTimingError(HawAdaError):
-    """A timer's spread stayed too wide to decide anything by it."""
-
-
 class IncompatibleTableError(HawAdaError):
     """A latency table was measured for another device, dtype, regime or model."""
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import transformers
 
-from ..errors import UnsettledTimingError
 from .regime import Regime
 
 MEDIAN_ERROR = 1.2533 / 1.349
@@ -110,21 +109,3 @@ def summarise(samples: np.ndarray, regime: Regime, tolerance: float) -> list[Tim
         )
         for index in range(len(samples))
     ]
-
-
-def require_settled(timing: Timing, limit: float) -> None:
-    """
-    Refuse a timing that decides nothing.
-
-    Args:
-        timing: the timing.
-        limit: the largest relative error that is accepted.
-
-    Raises:
-        UnsettledTimingError: with the spread.
-    """
-    if timing.error > limit:
-        raise UnsettledTimingError(
-            f"the timer did not settle: {timing}, its median is known to {timing.error:.1%}, {limit:.1%} is "
-            "needed. Stop other work on the machine, or measure for more rounds."
-        )
