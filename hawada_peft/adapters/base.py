@@ -13,7 +13,8 @@ from torch import nn
 
 from ..errors import BrokenGatesError, UnsupportedModelError
 from .gates import SigmoidGate
-from .layers import Base, feature_dim, feature_sizes, fold_factors, parameters_of, scale_rows
+from .layers import Base, feature_dim, feature_sizes, fold_factors, parameters_of, scales_through
+from .scale import scale, scale_rows
 
 UNITS, BLOCK, LAYER = "hawada_units", "hawada_block", "hawada_layer"
 """The slots of an adapter: gates on the input's features, on the output, one that both of a layer's blocks share."""
@@ -114,16 +115,14 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._forward_rows(x, adapter_names, *args, **kwargs)
-        active = [self.gates(name) for name in self.active_adapters]
-        for gates in active:
-            if UNITS in gates:
-                x = gates[UNITS](x)
+        inputs, output = self.input_factor(self.active_adapters), self.output_factor(self.active_adapters)
+        if inputs is not None and output is not None and scales_through(self.base_layer):
+            inputs, output = inputs * output, None  # one pass less, and no output kept for the backward pass
+        dim = feature_dim(self.get_base_layer())
+        if inputs is not None:
+            x = scale(x, inputs, dim)
         y = self.base_layer(x, *args, **kwargs)
-        for gates in active:
-            for slot in (BLOCK, LAYER):
-                if slot in gates:
-                    y = gates[slot](y)
-        return y
+        return y if output is None else scale(y, output)
 
     def _forward_rows(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         if len(adapter_names) != len(x):

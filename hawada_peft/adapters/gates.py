@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import HawAdaError
+from .scale import scale
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,11 @@ class SigmoidGate(nn.Module):
 
     def value(self) -> torch.Tensor:
         """`g = sigmoid(theta / temperature)`, in [0, 1], of theta's shape, at least float32."""
-        return torch.sigmoid(self._theta() / self.start.temperature)
+        return self._sigmoid(self._theta())
+
+    def _sigmoid(self, theta: torch.Tensor) -> torch.Tensor:
+        temperature = self.start.temperature
+        return torch.sigmoid(theta if temperature == 1 else theta / temperature)  # a step runs this hundreds of times
 
     def factor(self, *, hard: bool) -> torch.Tensor:
         """
@@ -109,7 +114,7 @@ class SigmoidGate(nn.Module):
         if self.relative:
             # The start value goes through the same operation, element by element, so an untrained gate is exactly 1.
             start = torch.full_like(value, self.start.theta, requires_grad=False)
-            value = value / torch.sigmoid(start / self.start.temperature)
+            value = value / self._sigmoid(start)
         if hard and self.kept is not None:
             value = value * self.kept.to(value.device)
         return value
@@ -142,9 +147,7 @@ class SigmoidGate(nn.Module):
         Args:
             x: any layout in which the axes up to `dim` match the gate's shape (or broadcast to it).
         """
-        features = self.features()
-        trailing = x.ndim - 1 - self.dim % x.ndim
-        return (x * features.reshape(features.shape + (1,) * trailing)).to(x.dtype)
+        return scale(x, self.features(), self.dim)
 
     def extra_repr(self) -> str:
         """The shape and the temperature."""

@@ -50,6 +50,11 @@ def feature_dim(module: nn.Module) -> int:
     return -1
 
 
+def scales_through(module: nn.Module) -> bool:
+    """Whether scaling all inputs by a number scales the output by it: a linear map without a bias."""
+    return isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.bias is None
+
+
 def parameters_of(base: Base) -> list[nn.Parameter]:
     """The weight, and the bias if there is one."""
     found = (base.weight, base.bias)
@@ -84,19 +89,3 @@ def fold_factors(base: Base, inputs: torch.Tensor | None, output: torch.Tensor |
         bias = base.bias.data
         result.append(bias if output is None else (bias * output.to(bias.device)).to(bias.dtype))
     return result
-
-
-def scale_rows(x: torch.Tensor, factors: torch.Tensor, dim: int) -> torch.Tensor:
-    """
-    Multiply features row by row.
-
-    Args:
-        x: (batch, ..., features, ...), with the features on axis `dim`.
-        factors: (batch, features).
-        dim: counted from the end.
-
-    Returns:
-        A tensor like x.
-    """
-    between, trailing = (1,) * (x.ndim - 1 + dim), (1,) * (-1 - dim)
-    return (x * factors.reshape(factors.shape[:1] + between + factors.shape[1:] + trailing)).to(x.dtype)
