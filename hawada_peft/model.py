@@ -22,7 +22,7 @@ from .adapters.concrete import AttentionHeadAdapter, ChannelAdapter
 from .adapters.gates import ChannelGate, SigmoidGate
 from .adapters.huggingface import FAMILIES, FFN, HEADS, TARGET_MODULES, Layout, Shape, locate
 from .adapters.huggingface.placement import Masks, family_gates, masks_of
-from .adapters.layers import feature_dim, feature_sizes
+from .adapters.layers import check_unquantized, feature_dim, feature_sizes
 from .adapters.rows import adapter_per_row
 from .config import HawAdaConfig
 from .errors import IncompatibleBaseError, InvalidPlanError
@@ -308,6 +308,7 @@ class HawAdaModel(BaseTuner):
         Raises:
             IncompatibleBaseError, IllegalShapeError: as `apply_plan`; nothing has been changed then.
             BrokenGatesError: if gates hold NaN.
+            UnsupportedModelError: if weights are quantized; nothing has been changed then.
         """
         names = self._names(adapter_names)
         chosen = self.applied_plan(names) if plan is None else plan
@@ -318,6 +319,7 @@ class HawAdaModel(BaseTuner):
                 stacklevel=2,
             )
             return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        check_unquantized(self.model)
         layout = self._layout(names)
         chosen.check_base(layout.dense)
         check_legal(self.model, layout, chosen.shape)
@@ -328,6 +330,12 @@ class HawAdaModel(BaseTuner):
                 self._set_masks(None, name, False)  # another plan's closed units must not be folded away
         dense = super().merge_and_unload(progressbar, safe_merge, adapter_names) if fold else super().unload()
         return dense if chosen.keeps_all else slim(cast(PreTrainedModel, dense), chosen)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for module in self.model.modules():
+            if isinstance(module, GateAdapter):
+                check_unquantized(module.get_base_layer())  # before the first module is folded
 
     def unload(self) -> nn.Module:
         """The dense model's own weights, bit for bit, also after `merge_adapter`."""

@@ -11,9 +11,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from ..errors import BrokenGatesError, UnsupportedModelError
+from ..errors import BrokenGatesError
 from .gates import SigmoidGate
-from .layers import Base, feature_dim, feature_sizes, fold_factors, parameters_of, scales_through
+from .layers import Base, check_unquantized, feature_dim, feature_sizes, fold_factors, parameters_of, scales_through
 from .scale import scale, scale_rows
 
 UNITS, BLOCK, LAYER = "hawada_units", "hawada_block", "hawada_layer"
@@ -156,10 +156,7 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
             if not self.gates(name):
                 continue
             base = cast(Base, self.get_base_layer())
-            if not base.weight.is_floating_point():
-                raise UnsupportedModelError(
-                    f"Cannot fold gates into a weight of dtype {base.weight.dtype}: load the base model unquantized."
-                )
+            check_unquantized(base)
             with torch.no_grad():
                 factors = [self.input_factor([name], hard=True), self.output_factor([name], hard=True)]
                 folded = fold_factors(base, *factors)

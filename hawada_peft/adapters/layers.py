@@ -55,6 +55,23 @@ def scales_through(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.bias is None
 
 
+def check_unquantized(module: nn.Module) -> None:
+    """
+    Refuse weights that are held as packed integers (bitsandbytes): they can be neither folded into nor sliced.
+
+    Raises:
+        UnsupportedModelError: naming the first one, and the two ways out.
+    """
+    for name, parameter in module.named_parameters():
+        if not parameter.is_floating_point():
+            raise UnsupportedModelError(
+                f"{name!r} is quantized ({parameter.dtype}): gates cannot be folded into it, and it cannot be sliced. "
+                "Either load the unquantized base model and the saved adapter on it, "
+                "`PeftModel.from_pretrained(base, folder)`, and merge there; or turn the weights back first, with "
+                "`model.dequantize()` of transformers."
+            )
+
+
 def parameters_of(base: Base) -> list[nn.Parameter]:
     """The weight, and the bias if there is one."""
     found = (base.weight, base.bias)

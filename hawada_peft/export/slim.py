@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..adapters.huggingface.family import FFN, HEADS, KV_GROUPS, Layout, locate
+from ..adapters.layers import check_unquantized
 from ..errors import UnsupportedModelError
 from .axes import SliceRule, find_axes
 from .legality import check_legal, edit_config
@@ -39,7 +40,8 @@ def slim(model: Model, plan: Plan) -> Model:
     Raises:
         IncompatibleBaseError: if the plan is for a model of other sizes.
         IllegalShapeError: if no vanilla model of the plan's shape exists.
-        UnsupportedModelError: if the model has no family row, adapters in it, or state that the row does not explain.
+        UnsupportedModelError: if the model has no family row, adapters in it, quantized weights, or state that the row
+            does not explain.
     """
     layout = locate(model)
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
@@ -47,6 +49,7 @@ def slim(model: Model, plan: Plan) -> Model:
             "slim() takes a vanilla model, and this one has adapters in it: use `merge_and_unload(plan=...)` on the "
             "PEFT model, or `unload()` first"
         )
+    check_unquantized(model)
     plan.check_base(layout.dense)
     check_legal(model, layout, plan.shape)
     rules = find_axes(model, layout)
