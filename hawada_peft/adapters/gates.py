@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -41,7 +42,7 @@ class GateStart:
         if problems:
             raise HawAdaError("\n".join(problems))
 
-    @property
+    @cached_property
     def theta(self) -> float:
         """The raw parameter at the start, rounded to bfloat16 so that every dtype holds the same number."""
         exact = self.temperature * math.log(self.value / (1 - self.value))
@@ -87,6 +88,7 @@ class SigmoidGate(nn.Module):
         # Not saved: a plan travels in the adapter's config. A buffer, so that it follows the gate to its device.
         self.register_buffer("kept", None, persistent=False)
         self.hard_in_training = False
+        self._start_value: torch.Tensor | None = None
 
     @property
     def units(self) -> int:
@@ -104,6 +106,19 @@ class SigmoidGate(nn.Module):
         temperature = self.start.temperature
         return torch.sigmoid(theta if temperature == 1 else theta / temperature)  # a step runs this hundreds of times
 
+    def _value_at_start(self, value: torch.Tensor) -> torch.Tensor:
+        """What `value` was at the start. Kept: a step asks for it hundreds of times."""
+        kept = self._start_value
+        same = kept is not None and (kept.dtype, kept.device, kept.shape) == (value.dtype, value.device, value.shape)
+        if kept is None or not same or torch.compiler.is_compiling():
+            # It goes through the same operation, element by element, so an untrained gate is exactly 1. Never a tensor
+            # of inference mode: training may follow.
+            with torch.inference_mode(False), torch.no_grad():
+                kept = self._sigmoid(torch.full_like(value, self.start.theta, requires_grad=False))
+            if not torch.compiler.is_compiling():
+                self._start_value = kept
+        return kept
+
     def factor(self, *, hard: bool) -> torch.Tensor:
         """
         What a unit is multiplied by, of theta's shape, at least float32.
@@ -112,9 +127,7 @@ class SigmoidGate(nn.Module):
         """
         value = self.value()
         if self.relative:
-            # The start value goes through the same operation, element by element, so an untrained gate is exactly 1.
-            start = torch.full_like(value, self.start.theta, requires_grad=False)
-            value = value / self._sigmoid(start)
+            value = value / self._value_at_start(value)
         if hard and self.kept is not None:
             value = value * self.kept.to(value.device)
         return value
