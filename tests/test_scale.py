@@ -149,7 +149,7 @@ def test_can_be_differentiated_twice() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_compiles_without_a_break(dtype: torch.dtype) -> None:
-    eager, x = ChannelGate(8, 2), half(4, 8, dtype=dtype)
+    eager, x = ChannelGate(8, 2, relative=True), half(4, 8, dtype=dtype)
     nn.init.normal_(eager.theta)
     compiled = torch.compile(eager, backend="aot_eager", fullgraph=True)
     results = []

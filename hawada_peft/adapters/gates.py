@@ -108,16 +108,16 @@ class SigmoidGate(nn.Module):
 
     def _value_at_start(self, value: torch.Tensor) -> torch.Tensor:
         """What `value` was at the start. Kept: a step asks for it hundreds of times."""
-        kept = self._start_value
-        same = kept is not None and (kept.dtype, kept.device, kept.shape) == (value.dtype, value.device, value.shape)
-        if kept is None or not same or torch.compiler.is_compiling():
+        known = self._start_value
+        same = known is not None and (known.dtype, known.device, known.shape) == (value.dtype, value.device, value.shape)
+        if known is None or not same or torch.compiler.is_compiling():
             # It goes through the same operation, element by element, so an untrained gate is exactly 1. Never a tensor
             # of inference mode: training may follow.
             with torch.inference_mode(False), torch.no_grad():
-                kept = self._sigmoid(torch.full_like(value, self.start.theta, requires_grad=False))
+                known = self._sigmoid(torch.full_like(value, self.start.theta, requires_grad=False))
             if not torch.compiler.is_compiling():
-                self._start_value = kept
-        return kept
+                self._start_value = known
+        return known
 
     def factor(self, *, hard: bool) -> torch.Tensor:
         """
