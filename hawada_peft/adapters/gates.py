@@ -133,7 +133,10 @@ class SigmoidGate(nn.Module):
 
     def features(self, *, hard: bool | None = None) -> torch.Tensor:
         """The factor of every feature along the gated axis; `hard` defaults to what the mode asks for."""
-        return self.factor(hard=(self.hard_in_training or not self.training) if hard is None else hard)
+        return self.factor(hard=self._is_hard(hard))
+
+    def _is_hard(self, hard: bool | None) -> bool:
+        return (self.hard_in_training or not self.training) if hard is None else hard
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
@@ -142,7 +145,7 @@ class SigmoidGate(nn.Module):
         Args:
             x: any layout in which the axes up to `dim` match the gate's shape (or broadcast to it).
         """
-        features = self.features()
+        features = self.features().to(x.device)  # a shared gate may live on another device
         trailing = x.ndim - 1 - self.dim % x.ndim
         return (x * features.reshape(features.shape + (1,) * trailing)).to(x.dtype)
 
@@ -204,6 +207,38 @@ class HeadGate(ChannelGate):
         relative: bool = False,
     ) -> None:
         super().__init__(num_heads * head_dim, head_dim, dim=dim, start=start, relative=relative)
+
+
+class HiddenGate(ChannelGate):
+    """
+    The gate on the channels of the residual stream, one for the whole model.
+
+    Args:
+        num_features, group_size, dim, start, relative: as in `ChannelGate`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        group_size: int = 1,
+        *,
+        dim: int = -1,
+        start: GateStart | None = None,
+        relative: bool = False,
+    ) -> None:
+        super().__init__(num_features, group_size, dim=dim, start=start, relative=relative)
+        self.index: torch.Tensor | None
+        self.register_buffer("index", None, persistent=False)
+
+    def set_plan(self, kept: torch.Tensor | None, *, in_training: bool = False) -> None:
+        """As in `SigmoidGate`."""
+        super().set_plan(kept, in_training=in_training)
+        # Looked up once: it is needed at every norm, and finding it makes the host wait for the device.
+        self.index = None if self.kept is None else self.kept.repeat_interleave(self.group_size).nonzero()[:, 0]
+
+    def kept_features(self, *, hard: bool | None = None) -> torch.Tensor | None:
+        """The indices of the features that the plan keeps, or None for all; `hard` as in `features`."""
+        return self.index if self._is_hard(hard) else None
 
 
 class BlockGate(SigmoidGate):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..adapters.huggingface.shape import Shape
+from ..adapters.huggingface.shape import AXES, Shape
 from ..errors import IncompatibleTableError
 from .interpolate import bilinear, linear, smooth
 from .regime import Regime
@@ -86,7 +86,7 @@ class LatencyTable:
     @cached_property
     def dense(self) -> Shape:
         """The dense sizes."""
-        return Shape.from_dict({name: int(self.model[name]) for name in asdict(Shape())})
+        return Shape.from_dict({name: int(self.model[name]) for name in AXES})
 
     def estimate(self, shape: Shape) -> float:
         """

@@ -79,8 +79,9 @@ def init_gates(
     """
     Start the gates in the order of their importance, close to where they start anyway.
 
-    Heads and channels are ordered within their module, gates on blocks and layers over the whole model. The least
-    important gate of n gets `theta = start - spread * T`, the most important `start + spread * T`, evenly in between.
+    Heads and channels are ordered within their module, channels of the residual stream among each other, gates on
+    blocks and layers over the whole model. The least important gate of n gets `theta = start - spread * T`, the most
+    important `start + spread * T`, evenly in between.
 
     Args:
         model: a gated model.
