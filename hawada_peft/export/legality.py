@@ -132,11 +132,7 @@ def head_shapes(dense: Shape) -> list[Shape]:
 
 def legal_head_shapes(model: PreTrainedModel, layout: Layout, hidden_size: int | None = None) -> list[Shape]:
     """The (query heads, KV groups) of `head_shapes` that the model's class builds as asked (at a hidden size)."""
-    dense = layout.dense
-    if hidden_size is not None:
-        dense = replace(dense, hidden_size=hidden_size)
-        if layout.family.ffn_unit == "hidden_size":
-            dense = replace(dense, intermediate_size=hidden_size)
+    dense = layout.narrowed(hidden_size)
     return [shape for shape in head_shapes(layout.dense) if build_sizes(model, layout, shape.complete(dense)) is None]
 
 

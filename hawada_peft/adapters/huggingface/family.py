@@ -129,6 +129,19 @@ class Layout:
         size = None if shape.hidden_size == self.hidden_size else shape.hidden_size
         return replace(shape, hidden_size=size).complete(self.dense)
 
+    def narrowed(self, hidden_size: int | None) -> Shape:
+        """
+        The dense sizes with another hidden size (None: the dense one); an FFN size that is a multiple of it is rounded
+        down.
+        """
+        if hidden_size in (None, self.hidden_size):
+            return self.dense
+        narrow = replace(self.dense, hidden_size=hidden_size)
+        if self.family.ffn_unit == "hidden_size":
+            ffn = self.dense.sizes()["intermediate_size"]
+            narrow = replace(narrow, intermediate_size=max(1, ffn // hidden_size) * hidden_size)
+        return narrow
+
     def position(self, name: str) -> tuple[int, str] | None:
         """
         The layer (-1: after the layers) and the axis (`"heads"`, `"ffn"`, `"hidden"`) that are gated at a module; None
