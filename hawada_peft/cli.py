@@ -115,7 +115,7 @@ def plan(
     max_parameters: Annotated[int | None, typer.Option(help="Parameters at most.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Trained gates; Fisher importance if left out.")] = None,
     examples: Annotated[int, typer.Option(help="Calibration examples at most.")] = 64,
-    hidden: Annotated[bool, typer.Option("--hidden", help="Also cut the hidden size; more to measure.")] = False,
+    hidden: Annotated[bool, typer.Option("--hidden", help="Without --adapter: cut the hidden size, too.")] = False,
     mode: Mode = None,
     batch_size: BatchSize = 1,
     seq_len: SeqLen = None,

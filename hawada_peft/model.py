@@ -156,9 +156,9 @@ class HawAdaModel(BaseTuner):
         config = self.peft_config[adapter_name]
         if config.base_sizes is not None and HIDDEN in config.gates:
             norms = [self.model.get_submodule(name) for name in locate(self.model).norms]
-            home, *others = [norm for norm in norms if isinstance(norm, HiddenAdapter)]
-            for adapter in others:
-                adapter.share_hidden_gate(home)
+            wrapped = [norm for norm in norms if isinstance(norm, HiddenAdapter)]
+            for adapter in wrapped[1:]:
+                adapter.share_hidden_gate(wrapped[0])
         if config.plan is not None:
             self._set_masks(Plan.from_dict(config.plan), adapter_name, config.plan_in_training)
 

@@ -109,8 +109,10 @@ class HiddenAdapter(GateAdapter):
         return self.base_layer(x, *args, **kwargs) if index is None else kept_norm(self.get_base_layer(), x, index)
 
     def _forward_rows(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
-        y = torch.empty_like(x)
-        for name in set(adapter_names):
-            rows = torch.tensor([each == name for each in adapter_names], device=x.device)
-            y[rows] = self._gated(x[rows], [name], *args, **kwargs)
-        return y
+        if len(x) == 0:
+            return self.base_layer(x, *args, **kwargs)
+        names = sorted(set(adapter_names))
+        rows = [[row for row, each in enumerate(adapter_names) if each == name] for name in names]
+        parts = [self._gated(x[mine], [name], *args, **kwargs) for name, mine in zip(names, rows, strict=True)]
+        order = torch.tensor([row for mine in rows for row in mine], device=x.device).argsort()
+        return torch.cat(parts)[order]
