@@ -74,7 +74,7 @@ def check_unquantized(module: nn.Module) -> None:
 
 def parameters_of(base: Base) -> list[nn.Parameter]:
     """The weight, and the bias if there is one."""
-    found = (base.weight, base.bias)
+    found = (base.weight, getattr(base, "bias", None))
     return [parameter for parameter in found if isinstance(parameter, nn.Parameter)]
 
 
@@ -83,14 +83,14 @@ def fold_factors(base: Base, inputs: torch.Tensor | None, output: torch.Tensor |
     The module's weight (and bias, if it has one) with factors of its inputs and of its output multiplied in.
 
     Args:
-        base: the module; left as it is.
+        base: the module, or a norm; left as it is.
         inputs: (in_features,), or None.
-        output: (1,), or None.
+        output: (1,), or None; (features,) for a norm.
 
     Returns:
         The new weight and bias, contiguous, in the dtypes they had.
     """
-    weight = base.weight.data
+    weight, base_bias = base.weight.data, getattr(base, "bias", None)
     factor = inputs if output is None else output if inputs is None else inputs * output
     if factor is None:
         factor = torch.ones(1)
@@ -102,7 +102,7 @@ def fold_factors(base: Base, inputs: torch.Tensor | None, output: torch.Tensor |
         factor = per_group.reshape(weight.shape[:2] + (1,) * (weight.ndim - 2))  # (out, in / groups, 1, ...)
     folded = weight * factor
     result = [folded.to(weight.dtype).contiguous()]
-    if base.bias is not None:
-        bias = base.bias.data
+    if base_bias is not None:
+        bias = base_bias.data
         result.append(bias if output is None else (bias * output.to(bias.device)).to(bias.dtype))
     return result
