@@ -57,7 +57,7 @@ def all_reduced(tensor: torch.Tensor) -> torch.Tensor:
 def _kl(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     dtype = torch.promote_types(expected.dtype, torch.float32)
     log_found, log_expected = (functional.log_softmax(logits.to(dtype), dim=-1) for logits in (found, expected))
-    return functional.kl_div(log_found, log_expected, reduction="none", log_target=True).sum(-1)
+    return functional.kl_div(log_found, log_expected, reduction="none", log_target=True).sum(-1).clamp(min=0)
 
 
 def _squares(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from .fidelity import all_reduced
@@ -20,13 +22,10 @@ class Moments:
     """
 
     def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
-        options = {"dtype": torch.float64, "device": device}
-        self.count = torch.zeros((), **options)
-        self.x = torch.zeros(inputs, **options)
-        self.y = torch.zeros(outputs, **options)
-        self.xx = torch.zeros(inputs, inputs, **options)
-        self.yx = torch.zeros(outputs, inputs, **options)
-        self.yy = torch.zeros((), **options)
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        self.count, self.yy = zeros(()), zeros(())
+        self.x, self.y = zeros(inputs), zeros(outputs)
+        self.xx, self.yx = zeros((inputs, inputs)), zeros((outputs, inputs))
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """
@@ -71,10 +70,10 @@ def refit(
     moments: Moments, weight: torch.Tensor, bias: torch.Tensor | None, damping: float
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """
-    The ridge regression towards a given map: `W' = W + (Y'X - W X'X) (X'X + d I)^-1`, d = damping * mean(diag X'X).
+    The ridge regression towards a given map: `W' = W + (Y'X - W X'X) (X'X + D)^-1`, D = damping * diag(X'X).
 
     With a bias, moments are centred and the bias follows from the means. Much damping gives back the given weight;
-    none gives least squares.
+    none gives least squares. The scale of a single input feature makes no difference.
 
     Args:
         moments: of x (inputs) and the wanted y (outputs).
@@ -92,8 +91,9 @@ def refit(
     if bias is not None:
         xx = xx - torch.outer(moments.x, moments.x) / moments.count
         yx = yx - torch.outer(moments.y, moments.x) / moments.count
+    diagonal = xx.diagonal()
     damped = xx.clone()
-    damped.diagonal().add_(damping * xx.diagonal().mean())
+    damped.diagonal().add_(damping * diagonal.clamp(min=1e-9 * diagonal.mean()))  # some inputs are always zero
     factor, failed = torch.linalg.cholesky_ex(damped)
     if failed:
         return None

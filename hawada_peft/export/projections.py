@@ -14,6 +14,9 @@ from .least_squares import Moments, refit
 
 Projection = nn.Linear | Conv1D
 
+ROUNDING = 1e-6
+"""Errors that differ by less than this part of the target's square are equal: products are taken in float32."""
+
 
 @dataclass(frozen=True)
 class Refit:
@@ -85,6 +88,7 @@ def choose(
         return held_out.error(scale[:, None] * weight.double(), None if bias is None else scale * bias.double())
 
     weight, bias = _map(module)
+    total = max(float(held_out.yy), torch.finfo(torch.float64).tiny)
     before = best = error(weight, bias)
     damping, chosen = None, None
     prior = scale[:, None] * weight.double(), None if bias is None else scale * bias.double()
@@ -97,13 +101,12 @@ def choose(
         if bias is not None and solved[1] is not None and prior[1] is not None:
             new_bias = (bias.double() + inverse * (solved[1] - prior[1])).to(bias.dtype)
         found = error(new, new_bias)
-        if found < best:
+        if found < best - ROUNDING * total:
             best, damping, chosen = found, candidate, (new, new_bias)
     if chosen is not None:
         module.weight.data = chosen[0].T.contiguous() if isinstance(module, Conv1D) else chosen[0]
         if chosen[1] is not None:
             module.bias.data = chosen[1]
-    total = max(float(held_out.yy), torch.finfo(torch.float64).tiny)
     return Refit(name, before / total, best / total, damping, gain is not None)
 
 

@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -17,12 +17,15 @@ from ..errors import HawAdaError, IncompatibleBaseError
 from .fidelity import Batch, all_reduced, divergence, position_mask
 from .plan import Plan
 from .projections import Refit, as_projection, choose, new_moments
-from .streams import Stream, residual_gains
+from .streams import Gains, Stream, residual_gains
 
 logger = logging.getLogger(__name__)
 
-DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """What the damping of each projection is chosen from."""
+
+CORRECTION = 0.5
+"""The part of the difference that earlier layers left which each projection is asked to make up for."""
 
 HELD_OUT = 0.125
 """The part of the calibration batches that nothing is fitted to."""
@@ -62,7 +65,7 @@ def reconstruct(
     *,
     dampings: Sequence[float] = DAMPINGS,
     held_out: float = HELD_OUT,
-    target: str = "ahead",
+    correction: float = CORRECTION,
 ) -> Reconstruction:
     """
     Refit the slim model's output projections (attention, FFN) to the dense model, layer by layer.
@@ -123,7 +126,7 @@ def reconstruct(
         ends = [name(i) for i in range(len(student.layers)) for name in (layout.attention_out, layout.ffn_out)]
         projections = {name: as_projection(slim.get_submodule(name), name) for name in ends}
         plain = {name: [p.data for p in parameters_of(module)] for name, module in projections.items()}
-        refits = tuple(_refit_layers(teacher, student, plan, masks, len(fitted), dampings, target))
+        refits = tuple(_refit_layers(teacher, student, plan, masks, len(fitted), dampings, correction))
         _, after = divergence(dense, slim, held)
     applied = after < before
     if not applied:
@@ -149,46 +152,72 @@ def _refit_layers(
     masks: Sequence[torch.Tensor | None],
     fitted: int,
     dampings: Sequence[float],
-    target: str,
+    correction: float,
 ) -> Iterator[Refit]:
     """Refit layer after layer; the first `fitted` batches are fitted to, the others choose the damping."""
-    batches = range(len(masks))
+    ends = [*plan.layers[1:], plan.dense.sizes()["num_hidden_layers"]]
     for layer in range(plan.layers[0]):
         teacher.advance(layer)
-    for index, layer in enumerate(plan.layers):
+    for index, (layer, end) in enumerate(zip(plan.layers, ends, strict=True)):
         gains, dense_gains = residual_gains(student, index), residual_gains(teacher, layer)
-        residual = gains is not None and dense_gains is not None and target != "block"
-        attention, ffn = [], []
-        for batch in batches:
-            output, from_attention, from_ffn = teacher.outputs(layer, batch)
-            if residual:
-                from_attention, from_ffn = teacher.hidden[batch] + dense_gains[0] * from_attention, output
-            attention.append(from_attention)
-            ffn.append(from_ffn)
-            teacher.hidden[batch] = output
-        # The slim model goes on where the next kept layer begins: dropped layers are this layer's FFN to make up for.
-        for dropped in range(layer + 1, [*plan.layers, plan.dense.sizes()["num_hidden_layers"]][index + 1]):
-            teacher.advance(dropped)
-        if residual and target == "ahead":
-            ffn = list(teacher.hidden)
-        for end, (name, wanted) in enumerate(
-            ((student.layout.attention_out(index), attention), (student.layout.ffn_out(index), ffn))
-        ):
+        if gains is None or dense_gains is None:
+            gains = dense_gains = None
+        targets = _targets(teacher, layer, end, dense_gains)
+        names = student.layout.attention_out(index), student.layout.ffn_out(index)
+        for which, (name, wanted) in enumerate(zip(names, targets, strict=True)):
             module = as_projection(student.model.get_submodule(name), name)
             moments = new_moments(module), new_moments(module)
-            for batch in batches:
-                inputs, from_attention = student.inputs_at(module, index, batch)
-                y = wanted[batch].float()
-                if residual:
-                    y = y - student.hidden[batch].float()
-                    if end == 1:
-                        y = y - gains[0].float() * from_attention[0].float()
-                rows = slice(None) if masks[batch] is None else masks[batch].flatten()
-                moments[batch >= fitted].add(inputs.flatten(0, -2)[rows], y.flatten(0, -2)[rows])
-                wanted[batch] = None
-            yield choose(name, module, *(m.all_reduce() for m in moments), gains[end] if residual else None, dampings)
+            for batch, mask in enumerate(masks):
+                inputs, stream = student.inputs_at(module, index, batch, gains)
+                added = wanted[batch].added.float()
+                if gains is not None:
+                    added = added + correction * (wanted[batch].stream.float() - stream.float())
+                rows = slice(None) if mask is None else mask.flatten()
+                moments[batch >= fitted].add(inputs.flatten(0, -2)[rows], added.flatten(0, -2)[rows])
+            wanted.clear()
+            gain = None if gains is None else gains[which]
+            yield choose(name, module, moments[0].all_reduce(), moments[1].all_reduce(), gain, dampings)
         student.advance(index)
-        logger.debug("layer %d of %d", index + 1, len(plan.layers))
+        logger.debug("layer %d of %d is refitted", index + 1, len(plan.layers))
+
+
+@dataclass(frozen=True)
+class _Target:
+    """
+    What a block of the teacher does on one batch.
+
+    Args:
+        stream: (batch, positions, hidden_size), the residual stream before it.
+        added: what it adds to the stream; the output of its projection, where that is not what is added.
+    """
+
+    stream: torch.Tensor
+    added: torch.Tensor
+
+
+def _targets(teacher: Stream, layer: int, end: int, gains: Gains) -> tuple[list[_Target], list[_Target]]:
+    """
+    Take the teacher through a layer, and through those after it up to `end`, which the slim model does not have: what
+    they add is for the FFN of the layer before them to make up for.
+
+    Returns:
+        Per batch what the attention does, and what the FFN and the dropped layers after it do.
+    """
+    attention, ffn = [], []
+    for batch, stream in enumerate(teacher.hidden):
+        output, from_attention, from_ffn = teacher.outputs(layer, batch)
+        if gains is not None:
+            from_attention, from_ffn = gains[0] * from_attention, gains[1] * from_ffn
+        attention.append(_Target(stream, from_attention))
+        ffn.append(_Target(stream + from_attention, from_ffn))
+        teacher.hidden[batch] = output
+    before = list(teacher.hidden)
+    for dropped in range(layer + 1, end):
+        teacher.advance(dropped)
+    if gains is not None and end > layer + 1:
+        differences = [new.float() - old.float() for old, new in zip(before, teacher.hidden, strict=True)]
+        ffn = [replace(block, added=block.added + more) for block, more in zip(ffn, differences, strict=True)]
+    return attention, ffn
 
 
 @contextmanager
@@ -208,7 +237,7 @@ def _split(
     calibration: Iterable[Batch], device: torch.device, main_input: str, held_out: float
 ) -> tuple[list[Batch], list[Batch]]:
     """The batches to fit and those to hold out, on the device, without labels; the rows, if there is one batch."""
-    batches = [
+    batches: list[Batch] = [
         {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if k != "labels"}
         for batch in calibration
     ]

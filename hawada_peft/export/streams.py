@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..adapters.huggingface.family import Layout
 
 Batch = Mapping[str, Any]
+Gains = tuple[torch.Tensor, torch.Tensor] | None
 
 
 class _EnoughError(Exception):
@@ -104,10 +105,17 @@ class Stream:
             output = self.call(layer, batch)
         return output, found[0], found[1]
 
-    def inputs_at(self, module: nn.Module, layer: int, batch: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def inputs_at(self, module: nn.Module, layer: int, batch: int, gains: Gains) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        What one of a layer's two projections is called with on a batch's stream: (batch, positions, features); and
-        the output of the attention's projection, where that comes before.
+        What one of a layer's two projections gets on a batch's stream.
+
+        Args:
+            module: the projection.
+            layer, batch: which.
+            gains: of the layer, as `residual_gains` gives them.
+
+        Returns:
+            Its inputs, (batch, positions, features), and the residual stream that its output is added to.
         """
         found: list[torch.Tensor] = []
         attention: list[torch.Tensor] = []
@@ -120,11 +128,12 @@ class Stream:
             hooks.callback(module.register_forward_pre_hook(stop).remove)
             first = self.attention_out(layer)
             hooks.callback(first.register_forward_hook(lambda _module, _args, out: attention.append(out)).remove)
-            try:
+            with suppress(_EnoughError):
                 self.call(layer, batch)
-            except _EnoughError:
-                return found[0], attention
-        raise RuntimeError(f"layer {layer} did not call its {type(module).__name__}")
+        stream = self.hidden[batch]
+        if attention and gains is not None:
+            stream = stream + gains[0] * attention[0]
+        return found[0], stream
 
     def advance(self, layer: int) -> None:
         """Take the stream through a layer."""
@@ -132,7 +141,7 @@ class Stream:
             self.hidden[batch] = self.call(layer, batch)
 
 
-def residual_gains(stream: Stream, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+def residual_gains(stream: Stream, layer: int) -> Gains:
     """
     What multiplies the outputs of a layer's two projections where they are added to the residual stream.
 
