@@ -33,6 +33,7 @@ from .export import (
     verify_slim,
 )
 from .export.find_plan import find_plan, measure_table
+from .export.reconstruct import Reconstruction, reconstruct
 from .export.rehome import rehome
 from .latency import LatencyBudget, LatencyTable, Regime, Timing, measure_many
 from .model import HawAdaModel
@@ -57,6 +58,7 @@ __all__ = [
     "LatencyBudget",
     "LatencyTable",
     "Plan",
+    "Reconstruction",
     "Regime",
     "SearchEffort",
     "SearchResult",
@@ -75,6 +77,7 @@ __all__ = [
     "is_ffn_layer",
     "measure_many",
     "measure_table",
+    "reconstruct",
     "register_family",
     "rehome",
     "save_slim",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -23,13 +23,14 @@ from .adapters.gates import ChannelGate, HiddenGate, SigmoidGate
 from .adapters.hidden import HiddenAdapter, norm_sizes
 from .adapters.huggingface import FAMILIES, FFN, HEADS, HIDDEN, TARGET_MODULES, Layout, Shape, find_module, locate
 from .adapters.huggingface.placement import Masks, family_gates, hidden_gate, hidden_home, masks_of
-from .adapters.layers import check_unquantized, feature_dim, feature_sizes
+from .adapters.layers import Base, check_unquantized, feature_dim, feature_sizes, fold_factors, parameters_of
 from .adapters.rows import adapter_per_row
 from .config import HawAdaConfig
 from .errors import IncompatibleBaseError, InvalidPlanError
 from .export.legality import check_legal, fit_hidden, legal_head_shapes
 from .export.plan import Plan
 from .export.rank import gate_scores, hidden_multiple, open_shape, rank, ratio_shape
+from .export.reconstruct import Reconstruction, reconstruct
 from .export.slim import slim
 
 
@@ -324,12 +325,14 @@ class HawAdaModel(BaseTuner):
         *,
         plan: Plan | None = None,
         fold: bool = True,
+        calibration: Iterable[Mapping[str, Any]] | None = None,
+        on_reconstruction: Callable[[Reconstruction], None] | None = None,
     ) -> nn.Module:
         """
         Fold the gates into the weights and remove what the plan closes: a vanilla model, without any adapter.
 
-        What the model computes does not change. As in PEFT the base model is used up; with a plan the result is a new
-        model of the same class.
+        What the model computes does not change, except by reconstruction, when that is asked for. As in PEFT the base
+        model is used up; with a plan the result is a new model of the same class.
 
         Args:
             progressbar (`bool`): show progress.
@@ -337,6 +340,9 @@ class HawAdaModel(BaseTuner):
             adapter_names (`list[str]`, *optional*): adapters to merge; the active ones if left out.
             plan (`Plan`, *optional*): what to keep, instead of the applied plan.
             fold (`bool`): `False` leaves the soft values out and only removes.
+            calibration (*optional*): batches, keyword arguments of the forward pass. The slim model's output
+                projections are refitted on them to the dense model (`reconstruct`), if held-out ones say it is better.
+            on_reconstruction (*optional*): called with the `Reconstruction`, which tells what that did.
 
         Returns:
             `nn.Module`: the vanilla model.
@@ -345,6 +351,7 @@ class HawAdaModel(BaseTuner):
             IncompatibleBaseError, IllegalShapeError: as `apply_plan`; nothing has been changed then.
             BrokenGatesError: if gates hold NaN.
             UnsupportedModelError: if weights are quantized; nothing has been changed then.
+            HawAdaError: as `reconstruct`.
         """
         names = self._names(adapter_names)
         chosen = self.applied_plan(names) if plan is None else plan
@@ -359,13 +366,58 @@ class HawAdaModel(BaseTuner):
         layout = self._layout(names)
         chosen.check_base(layout.full)
         check_legal(self.model, layout, chosen.shape)
+        if calibration is not None and chosen.hidden is not None:
+            raise InvalidPlanError(
+                "reconstruction compares residual streams of one width, and this plan narrows it: leave `calibration` "
+                "out, or cut no hidden channels"
+            )
         gate_scores(self.model, layout, names)  # refuses broken gates before anything is touched
         self._restore()
         if plan is not None:
             for name in names:
                 self.set_masks(None, name)  # another plan's closed units must not be folded away
+        if calibration is not None and not chosen.keeps_all:
+            small, report = self._reconstruct(chosen, layout, names if fold else [], calibration)
+            if on_reconstruction is not None:
+                on_reconstruction(report)
+            return small
         dense = super().merge_and_unload(progressbar, safe_merge, adapter_names) if fold else super().unload()
         return dense if chosen.keeps_all else slim(cast(PreTrainedModel, dense), chosen)
+
+    def _reconstruct(
+        self, plan: Plan, layout: Layout, names: Sequence[str], calibration: Iterable[Mapping[str, Any]]
+    ) -> tuple[PreTrainedModel, Reconstruction]:
+        """Slim, then fold: the same bits as folding first, and the dense weights stay as they are for the teacher."""
+        with torch.no_grad():  # before the adapters let go of each other
+            factors = {
+                name: [(module.input_factor([n], hard=True), module.output_factor([n], hard=True)) for n in names]
+                for name, module in self.model.named_modules()
+                if isinstance(module, GateAdapter)
+            }
+        originals = {
+            name: module.original_module
+            for name, module in self.model.named_modules()
+            if isinstance(module, ModulesToSaveWrapper)
+        }
+        dense = cast(PreTrainedModel, super().unload())
+        small = slim(dense, plan)
+        for name, original in originals.items():  # the slim model has the trained copies
+            dense.set_submodule(name, original)
+        there = locate(small)
+        for index, layer in enumerate(plan.layers):
+            for source, target, units, width in (
+                (layout.attention_out(layer), there.attention_out(index), plan.heads[index], layout.head_dim),
+                (layout.ffn_out(layer), there.ffn_out(index), plan.channels[index], 1),
+            ):
+                rows = (torch.tensor(units)[:, None] * width + torch.arange(width)).flatten()
+                module = cast(Base, small.get_submodule(target))
+                for inputs, output in factors.get(source, []):
+                    kept = None if inputs is None else inputs[rows.to(inputs.device)]
+                    for parameter, tensor in zip(
+                        parameters_of(module), fold_factors(module, kept, output), strict=True
+                    ):
+                        parameter.data = tensor
+        return small, reconstruct(dense, small, plan, calibration)
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
