@@ -36,7 +36,7 @@ from .export.find_plan import find_plan, measure_table
 from .export.rehome import rehome
 from .latency import LatencyBudget, LatencyTable, Regime, Timing, measure_many
 from .model import HawAdaModel
-from .training import HawAdaTrainer, get_student_logits, get_teacher_logits, init_gates
+from .training import DistillTrainer, HawAdaTrainer, get_student_logits, get_teacher_logits, init_gates
 
 __version__ = version("hawada_peft")
 
@@ -48,6 +48,7 @@ __all__ = [
     "BlockGate",
     "ChannelAdapter",
     "ChannelGate",
+    "DistillTrainer",
     "Family",
     "GateAdapter",
     "HawAdaConfig",
