@@ -115,6 +115,7 @@ def plan(
     max_parameters: Annotated[int | None, typer.Option(help="Parameters at most.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Trained gates; Fisher importance if left out.")] = None,
     examples: Annotated[int, typer.Option(help="Calibration examples at most.")] = 64,
+    hidden: Annotated[bool, typer.Option("--hidden", help="Without --adapter: cut the hidden size, too.")] = False,
     mode: Mode = None,
     batch_size: BatchSize = 1,
     seq_len: SeqLen = None,
@@ -154,7 +155,8 @@ def plan(
         batches = batches_of(load_examples(calibration, model, length=seq_len or 256, count=examples), 8)
         base = load_model(model, device)
         if adapter is None:
-            gated: PeftModel = get_peft_model(base, HawAdaConfig())
+            kinds = ("heads", "ffn", "layers", "hidden") if hidden else ("heads", "ffn", "layers")
+            gated: PeftModel = get_peft_model(base, HawAdaConfig(gates=kinds))
             importance = gate_importance(gated, batches)
         else:
             gated, importance = PeftModel.from_pretrained(base, str(adapter)), None

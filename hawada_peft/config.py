@@ -12,8 +12,8 @@ from ._register import NAME
 from .adapters.gates import GateStart
 from .errors import HawAdaError
 
-GATES = ("heads", "ffn", "blocks", "layers")
-"""What can be gated: attention heads, FFN channels, attention and FFN as a whole, layers as a whole."""
+GATES = ("heads", "ffn", "blocks", "layers", "hidden")
+"""What can be gated: attention heads, FFN channels, attention and FFN as a whole, layers, the residual stream."""
 
 
 @dataclass
@@ -24,10 +24,12 @@ class HawAdaConfig(PeftConfig):
     Args:
         gates (`list[str]`, *optional*, defaults to `("heads", "ffn", "layers")`):
             What is gated when `target_modules` is left out: any of `"heads"` (one gate per query head), `"ffn"` (one
-            per group of FFN channels), `"blocks"` (one per attention and one per FFN), `"layers"` (one per layer).
+            per group of FFN channels), `"blocks"` (one per attention and one per FFN), `"layers"` (one per layer),
+            `"hidden"` (one per group of channels of the residual stream, for the whole model).
         group_size (`int`, *optional*, defaults to `1`):
-            Neighbouring FFN channels, or input features of an explicitly targeted module, that share a gate. A slim
-            FFN size is a multiple of it. Larger groups make smaller adapters and coarser choices.
+            Neighbouring FFN channels, channels of the residual stream, or input features of an explicitly targeted
+            module, that share a gate. A slim FFN or hidden size is a multiple of it. Larger groups make smaller
+            adapters and coarser choices.
         temperature (`float`, *optional*, defaults to `1.0`):
             T in `g = sigmoid(theta / T)`.
         init_value (`float`, *optional*, defaults to `0.9`):
@@ -41,7 +43,8 @@ class HawAdaConfig(PeftConfig):
             `group_size` input features; such gates fold into the weights but remove nothing.
         exclude_modules (`list[str]` or `str`, *optional*): modules to leave out, names or a regular expression.
         modules_to_save (`list[str]`, *optional*): further modules to train and to save with the adapter.
-        layers_to_transform (`list[int]` or `int`, *optional*): the layers to gate; all if left out.
+        layers_to_transform (`list[int]` or `int`, *optional*): the layers to gate; all if left out. Not with
+            `"hidden"`.
         layers_pattern (`list[str]` or `str`, *optional*): the name of the list of layers, if it is an unusual one.
         plan (`dict`, *optional*): the applied plan; written by `apply_plan`, saved with the adapter.
         plan_in_training (`bool`, *optional*, defaults to `False`): whether the plan closes gates in training as well.
@@ -104,6 +107,8 @@ class HawAdaConfig(PeftConfig):
             yield "`layers_to_transform` cannot be used when `target_modules` is a str."
         if isinstance(self.target_modules, str) and self.layers_pattern is not None:
             yield "`layers_pattern` cannot be used when `target_modules` is a str."
+        if "hidden" in self.gates and self.layers_to_transform is not None:
+            yield "the gate on 'hidden' is one for all layers: leave out either it or `layers_to_transform`"
         if self.layers_pattern and self.layers_to_transform is None:
             yield "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "
 

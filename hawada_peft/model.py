@@ -17,18 +17,19 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ._register import PREFIX
-from .adapters.base import LAYER, UNITS, GateAdapter
+from .adapters.base import HIDDEN_UNITS, LAYER, UNITS, GateAdapter
 from .adapters.concrete import AttentionHeadAdapter, ChannelAdapter
-from .adapters.gates import ChannelGate, SigmoidGate
-from .adapters.huggingface import FAMILIES, FFN, HEADS, TARGET_MODULES, Layout, Shape, locate
-from .adapters.huggingface.placement import Masks, family_gates, masks_of
-from .adapters.layers import feature_dim, feature_sizes
+from .adapters.gates import ChannelGate, HiddenGate, SigmoidGate
+from .adapters.hidden import HiddenAdapter, norm_sizes
+from .adapters.huggingface import FAMILIES, FFN, HEADS, HIDDEN, TARGET_MODULES, Layout, Shape, find_module, locate
+from .adapters.huggingface.placement import Masks, family_gates, hidden_gate, hidden_home, masks_of
+from .adapters.layers import check_unquantized, feature_dim, feature_sizes
 from .adapters.rows import adapter_per_row
 from .config import HawAdaConfig
 from .errors import IncompatibleBaseError, InvalidPlanError
-from .export.legality import check_legal, legal_head_shapes
+from .export.legality import check_legal, fit_hidden, legal_head_shapes
 from .export.plan import Plan
-from .export.rank import gate_scores, open_shape, rank, ratio_shape
+from .export.rank import gate_scores, hidden_multiple, open_shape, rank, ratio_shape
 from .export.slim import slim
 
 
@@ -80,6 +81,9 @@ class HawAdaModel(BaseTuner):
         ends = {HEADS: layout.family.attention_out, FFN: layout.family.ffn_out}
         whole = {"blocks", "layers"} & set(peft_config.gates)
         names = {end for axis, end in ends.items() if whole or axis in peft_config.gates}
+        if HIDDEN in peft_config.gates:
+            _check_norms(self.model, layout)
+            names |= {*layout.family.hidden_norms, layout.norms[-1]}
         peft_config.target_modules = names  # type: ignore[assignment]
         peft_config.base_sizes = layout.fingerprint()
         return peft_config
@@ -98,7 +102,14 @@ class HawAdaModel(BaseTuner):
         position = None if layout is None else layout.position(current_key)
         twin = self._twin(layout, position)
         gates: dict[str, SigmoidGate]
-        if layout is not None and position is not None:
+        cls: type[GateAdapter] = ChannelAdapter
+        if layout is not None and position is not None and position[1] == HIDDEN:
+            cls, gates = HiddenAdapter, {}
+            if current_key == hidden_home(layout):
+                start, size = peft_config.start(), peft_config.group_size
+                gates[HIDDEN_UNITS] = HiddenGate(layout.hidden_size, size, start=start, relative=True)
+        elif layout is not None and position is not None:
+            cls = AttentionHeadAdapter if position[1] == HEADS else ChannelAdapter
             gates = family_gates(
                 layout,
                 position[1],
@@ -107,7 +118,7 @@ class HawAdaModel(BaseTuner):
                 group_size=peft_config.group_size,
                 start=peft_config.start(),
             )
-            if twin is not None and adapter_name in twin.hawada_layer:
+            if twin is not None and adapter_name in getattr(twin, LAYER):
                 gates.pop(LAYER, None)
         else:
             base = target.get_base_layer() if isinstance(target, GateAdapter) else target
@@ -117,7 +128,6 @@ class HawAdaModel(BaseTuner):
             adapter: GateAdapter = target
             adapter.update_layer(adapter_name, gates, peft_config.inference_mode)
         else:
-            cls = AttentionHeadAdapter if position is not None and position[1] == HEADS else ChannelAdapter
             adapter = cls(target, adapter_name, gates=gates, inference_mode=peft_config.inference_mode)
             if adapter_name not in self.active_adapters:
                 # adding an additional adapter: it is not automatically trainable
@@ -134,7 +144,7 @@ class HawAdaModel(BaseTuner):
 
     def _twin(self, layout: Layout | None, position: tuple[int, str] | None) -> GateAdapter | None:
         """The adapter at the other end of the layer, where a layer's shared gate may live."""
-        if layout is None or position is None:
+        if layout is None or position is None or position[1] == HIDDEN:
             return None
         layer, axis = position
         other = self.model.get_submodule(layout.ffn_out(layer) if axis == HEADS else layout.attention_out(layer))
@@ -144,8 +154,13 @@ class HawAdaModel(BaseTuner):
         """Wrap the target modules, and apply the plan that a saved config carries. Arguments as in PEFT."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
+        if config.base_sizes is not None and HIDDEN in config.gates:
+            norms = [self.model.get_submodule(name) for name in locate(self.model).norms]
+            wrapped = [norm for norm in norms if isinstance(norm, HiddenAdapter)]
+            for adapter in wrapped[1:]:
+                adapter.share_hidden_gate(wrapped[0])
         if config.plan is not None:
-            self._set_masks(Plan.from_dict(config.plan), adapter_name, config.plan_in_training)
+            self.set_masks(Plan.from_dict(config.plan), adapter_name, in_training=config.plan_in_training)
 
     # ------------------------------------------------------------------ plan
 
@@ -162,7 +177,7 @@ class HawAdaModel(BaseTuner):
         Args:
             shape (`Shape`, *optional*): the sizes of the slim model; what it leaves out stays as it is.
             keep_ratio (`float` or `dict[str, float]`, *optional*): kept over total, for heads and FFN, or by axis:
-                `{"heads": 0.5, "ffn": 0.5, "layers": 0.75}`. Rounded to the nearest legal sizes.
+                `{"heads": 0.5, "ffn": 0.5, "layers": 0.75, "hidden": 0.75}`. Rounded to the nearest legal sizes.
             adapter_names (`list[str]`, *optional*): whose gates count (their product); the active ones if left out.
 
         With neither, units whose gate is below 0.5 are closed, and the sizes rounded up to legal ones.
@@ -188,7 +203,10 @@ class HawAdaModel(BaseTuner):
                 shape = open_shape(layout, scores, legal)
             else:
                 shape = ratio_shape(layout, keep_ratio, legal, scores.group_size)
-        shape = shape.complete(layout.dense)
+            if shape.hidden_size is not None:
+                step = hidden_multiple(layout, scores.hidden_group)
+                shape = fit_hidden(self.model, layout, shape, step=step, at_least=keep_ratio is None)
+        shape = layout.complete(shape)
         check_legal(self.model, layout, shape)
         return rank(layout, scores, shape)
 
@@ -216,9 +234,9 @@ class HawAdaModel(BaseTuner):
             raise InvalidPlanError("the gates are merged into the weights; call `unmerge_adapter()` first")
         if plan is not None:
             layout = self._layout([name])
-            plan.check_base(layout.dense)
+            plan.check_base(layout.full)
             check_legal(self.model, layout, plan.shape)
-        self._set_masks(plan, name, in_training)
+        self.set_masks(plan, name, in_training=in_training)
         config.plan = None if plan is None else plan.to_dict()
         config.plan_in_training = in_training and plan is not None
         self.peft_config[name] = config
@@ -238,7 +256,19 @@ class HawAdaModel(BaseTuner):
             )
         return applied[0] if applied else None
 
-    def _set_masks(self, plan: Plan | None, adapter_name: str, in_training: bool) -> None:
+    def set_masks(self, plan: Plan | None, adapter_name: str | None = None, *, in_training: bool = False) -> None:
+        """
+        Close what a plan removes, whatever its legality, and without a word in the config: for as long as it is tried.
+
+        Args:
+            plan (`Plan`, *optional*): `None` opens everything.
+            adapter_name (`str`, *optional*): whose gates; those of the one active adapter if left out.
+            in_training (`bool`): in training as well.
+
+        Raises:
+            InvalidPlanError: if it closes something without gates, or several adapters are active.
+        """
+        adapter_name = self._one_name(adapter_name)
         layout = self._layout([adapter_name])
         sizes = layout.dense.sizes()
         masks: Masks = []
@@ -253,6 +283,12 @@ class HawAdaModel(BaseTuner):
                     masks += [(gate, None) for gate in gates.values()]
                 else:
                     masks += masks_of(gates, plan.kept(axis, layer), total, f"{axis} in layer {layer}")
+        stream = hidden_gate(self.model, layout, adapter_name)
+        if stream is not None or (plan is not None and plan.hidden is not None):
+            gates = {} if stream is None else {UNITS: stream}
+            everything = tuple(range(layout.hidden_size))
+            kept = everything if plan is None or plan.hidden is None else plan.hidden
+            masks += masks_of(gates, kept, len(everything), "channels of the residual stream (gates on 'hidden')")
         for gate, mask in masks:
             gate.set_plan(mask, in_training=in_training)
 
@@ -308,6 +344,7 @@ class HawAdaModel(BaseTuner):
         Raises:
             IncompatibleBaseError, IllegalShapeError: as `apply_plan`; nothing has been changed then.
             BrokenGatesError: if gates hold NaN.
+            UnsupportedModelError: if weights are quantized; nothing has been changed then.
         """
         names = self._names(adapter_names)
         chosen = self.applied_plan(names) if plan is None else plan
@@ -318,16 +355,23 @@ class HawAdaModel(BaseTuner):
                 stacklevel=2,
             )
             return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        check_unquantized(self.model)
         layout = self._layout(names)
-        chosen.check_base(layout.dense)
+        chosen.check_base(layout.full)
         check_legal(self.model, layout, chosen.shape)
         gate_scores(self.model, layout, names)  # refuses broken gates before anything is touched
         self._restore()
         if plan is not None:
             for name in names:
-                self._set_masks(None, name, False)  # another plan's closed units must not be folded away
+                self.set_masks(None, name)  # another plan's closed units must not be folded away
         dense = super().merge_and_unload(progressbar, safe_merge, adapter_names) if fold else super().unload()
         return dense if chosen.keeps_all else slim(cast(PreTrainedModel, dense), chosen)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for module in self.model.modules():
+            if isinstance(module, GateAdapter):
+                check_unquantized(module.get_base_layer())  # before the first module is folded
 
     def unload(self) -> nn.Module:
         """The dense model's own weights, bit for bit, also after `merge_adapter`."""
@@ -402,6 +446,15 @@ class HawAdaModel(BaseTuner):
         num_beams = kwargs.get("num_beams")
         with adapter_per_row(self.model, adapter_names, beams=num_beams if isinstance(num_beams, int) else 1):
             yield
+
+
+def _check_norms(model: nn.Module, layout: Layout) -> None:
+    """That the family's row names norms of this model that can carry the gate on the residual stream."""
+    hidden_home(layout)
+    for name in layout.norms:
+        module = find_module(model, name, layout.model_type)
+        if not isinstance(module, GateAdapter):
+            norm_sizes(module)
 
 
 def _check_base(config: HawAdaConfig, layout: Layout) -> None:

@@ -18,9 +18,10 @@ from conftest import (
 )
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hawada_peft import get_student_logits, get_teacher_logits
-from hawada_peft.errors import UnsupportedModelError
+from hawada_peft.errors import HawAdaError, UnsupportedModelError
 from hawada_peft.training import kl_divergence, mean_squared_error
 from hawada_peft.training.distill import position_mask
 
@@ -131,6 +132,71 @@ def test_gradient_draws_the_student_to_the_teacher() -> None:
     before = kl_divergence(student, teacher)
     before.backward()
     assert kl_divergence(student - 0.5 * student.grad, teacher) < before
+
+
+def divergence_by_autograd(
+    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    p, q = (teacher / temperature).softmax(-1), (student / temperature).log_softmax(-1)
+    values = (p * (p.log() - q)).sum(-1)
+    return temperature**2 * (values * mask).sum() / mask.sum()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("mask", [None, torch.tensor([[1, 0, 1], [0, 1, 1]])], ids=["all", "masked"])
+def test_gradients_written_by_hand_are_those_of_the_value(temperature: float, mask: torch.Tensor | None) -> None:
+    student, teacher = (logits.double() for logits in pair(2, 3, 5))
+    student.requires_grad_(True)
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda s: 3 * kl_divergence(s, teacher, temperature=temperature, mask=mask), student)
+        assert check(lambda s: 3 * mean_squared_error(s, teacher, mask=mask), student)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_many_slices_are_one_mean(temperature: float) -> None:
+    student, teacher = pair(2, 7, 100_000)  # of 262,144 elements at most
+    student, teacher, mask = student.double(), teacher.double(), torch.rand(2, 7).double()
+    student.requires_grad_(True)
+    found = kl_divergence(student, teacher, temperature=temperature, mask=mask * 10)
+    expected = divergence_by_autograd(student, teacher, mask, temperature)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (found, expected)))
+    squared = mean_squared_error(student, teacher)
+    torch.testing.assert_close(squared, functional.mse_loss(student, teacher))
+    torch.testing.assert_close(torch.autograd.grad(squared, student)[0], (student - teacher) * 2 / student.numel())
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor of a dtype that any operation gives."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype, self.elements = dtype, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == self.dtype:
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("loss", [kl_divergence, mean_squared_error])
+def test_no_wide_copy_of_all_logits_is_made(loss) -> None:
+    student, teacher = (logits.to(torch.bfloat16) for logits in pair(12, 100_000))
+    student.requires_grad_(True)
+    with Largest(torch.float32) as largest:
+        loss(student, teacher).backward()
+    assert 0 < largest.elements <= student.numel() / 4
+    assert student.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("loss", [kl_divergence, mean_squared_error])
+def test_losses_refuse_other_shapes(loss) -> None:
+    student, teacher = pair(2, 3, 5)
+    with pytest.raises(HawAdaError, match=r"one shape, got \(2, 3, 5\) and \(2, 3, 4\)"):
+        loss(student, teacher[..., :4])
+    with pytest.raises(HawAdaError, match=r"the positions, \(2, 3\), got \(3,\)"):
+        loss(student, teacher, mask=torch.ones(3))
 
 
 @pytest.mark.parametrize(("mask", "used"), [(torch.ones(2, 3), True), (torch.ones(2, 1, 3), False), (None, False)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -38,6 +39,16 @@ def test_relative_gate_starts_as_exactly_one(dtype: torch.dtype, temperature: fl
     gate = SigmoidGate(17, start=start, relative=True).to(dtype)
     x = torch.randn(2, 17).to(dtype)
     assert torch.equal(gate(x), x)
+
+
+def test_relative_gate_starts_as_exactly_one_after_every_move() -> None:
+    gate, x = SigmoidGate(17, start=GateStart(value=0.93), relative=True), torch.randn(2, 17)
+    with torch.inference_mode():
+        assert torch.equal(gate(x), x)
+    gate(x).sum().backward()
+    for dtype in (torch.float64, torch.bfloat16, torch.float32):
+        assert torch.equal(gate.to(dtype)(x), x)
+    assert torch.equal(copy.deepcopy(gate)(x), x)
 
 
 def test_random_start_is_far_from_one_and_from_each_other() -> None:

@@ -10,13 +10,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import EVERYTHING, LM_ROW, VISION_ROW, build, gate, inputs_of, logits_of
+from conftest import EVERYTHING, LM_ROW, ROWS, VISION_ROW, build, difference, gate, inputs_of, logits_of
 from peft import get_peft_model
 
 from hawada_peft import HawAdaConfig, Shape, collect_gates, slim
 from hawada_peft.adapters.huggingface import locate
 from hawada_peft.errors import (
     HawAdaError,
+    IllegalShapeError,
     InfeasibleBudgetError,
     InvalidBudgetError,
     InvalidPlanError,
@@ -30,7 +31,7 @@ from hawada_peft.export.quality import MaskedQuality
 from hawada_peft.export.realise import realiser
 from hawada_peft.export.search_export import search
 from hawada_peft.export.search_state import SearchEffort, frontier
-from hawada_peft.export.space import SearchSpace, search_space
+from hawada_peft.export.space import SearchSpace, narrower_sizes, search_space
 from hawada_peft.latency.budget import LatencyBudget
 from hawada_peft.latency.regime import Regime
 from hawada_peft.latency.table import LatencyTable
@@ -398,3 +399,147 @@ def test_the_regime_comes_from_the_model() -> None:
     assert (regime.mode, regime.dtype, regime.device) == ("forward", "bfloat16", "cpu")
     with pytest.raises(InvalidRegimeError, match="only transformers models"):
         dense_model(torch.nn.Linear(2, 2))
+
+
+# ----------------------------------------------------------------------------------------------------- hidden width
+
+
+def narrowed(size: int) -> tuple[SearchSpace, LatencyTable]:
+    """The toy space of a narrower residual stream, in which arithmetic takes so much less."""
+    part = size / 64
+    model = {"model_type": "toy", "head_dim": 4, **DENSE.sizes(), "hidden_size": size, "dense_hidden_size": 64}
+    table = toy_table(DENSE, launch=0.05, arithmetic=1.0 * part, model=model)
+    # Its dense_ms is that of the dense model, measured when the machine was half as fast.
+    whole = toy_table(DENSE, launch=0.05, arithmetic=1.0)
+    slow = {name: 2 * getattr(table, name) for name in ("fixed_ms", "layer_ms")}
+    attention = tuple(tuple(2 * value for value in row) for row in table.attention_ms)
+    ffn = tuple(2 * value for value in table.ffn_ms)
+    slower = replace(table, dense_ms=2 * whole.dense_ms, attention_ms=attention, ffn_ms=ffn, **slow)
+    return replace(toy_space(), hidden_size=size), slower
+
+
+class WideQuality(ToyQuality):
+    """Hidden width costs less than the other axes, so it is worth cutting."""
+
+    def predict(self, space: SearchSpace) -> np.ndarray:
+        return super().predict(space) + 0.2 * (1 - (space.hidden_size or 64) / 64) ** 2
+
+    def evaluate(self, shape: Shape) -> float | None:
+        return super().evaluate(shape) + 0.2 * (1 - (shape.hidden_size or 64) / 64) ** 2
+
+
+def test_hidden_sizes_are_searched_together_with_the_rest() -> None:
+    table, quality = toy_table(DENSE, launch=0.05, arithmetic=1.0), WideQuality()
+    narrower = [narrowed(size) for size in (48, 32)]
+    laws = {None: table} | {size: toy_table(DENSE, launch=0.05, arithmetic=size / 64) for size in (48, 32)}
+
+    def ms(shape: Shape) -> float:
+        return laws[shape.hidden_size].estimate(replace(shape, hidden_size=None))
+
+    def machine(shapes: Sequence[Shape]) -> dict[Shape, Timing]:
+        return {shape: timing(ms(shape)) for shape in (*shapes, DENSE)}
+
+    space = toy_space()
+    result = search(
+        space,
+        table,
+        quality,
+        LatencyBudget(speedup=2),
+        machine,
+        narrower=narrower,
+        effort=SearchEffort(margin=0, rounds=40),
+    )
+    assert result.best.shape.hidden_size in (48, 32)
+    assert result.best.measured_ms == pytest.approx(ms(result.best.shape))
+    best = min(
+        float(loss)
+        for each in (space, *(other for other, _ in narrower))
+        for index, loss in enumerate(quality.predict(each).ravel())
+        if ms(each.shape(index)) <= table.dense_ms / 2
+    )
+    assert result.best.predicted_loss == pytest.approx(best, rel=0.02)
+    assert {candidate.shape.hidden_size for candidate in result.frontier} >= {None, 48}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "vit", "dinov2"])
+def test_parameters_of_a_narrower_model_are_those_of_the_built_one(name: str) -> None:
+    model = build(ROWS[name])
+    layout = locate(model)
+    build_shape = realiser(model, layout, Regime())
+    for size in narrower_sizes(model, layout, multiple=8):
+        space = search_space(model, layout, REGIME, multiple=8, hidden_size=size)
+        for index in np.linspace(0, len(space) - 1, 5).astype(int):
+            shape = space.shape(int(index))
+            built = build_shape(shape)
+            assert shape.hidden_size == locate(built).hidden_size == size
+            assert space.parameters.ravel()[index] == built.num_parameters()
+            assert space.index(shape) == index
+
+
+def test_narrower_sizes_are_legal_steps() -> None:
+    sizes = {name: narrower_sizes(build(ROWS[name]), locate(build(ROWS[name]))) for name in ("llama", "qwen3")}
+    assert sizes == {"llama": [56, 48, 40, 32], "qwen3": [56, 48, 40, 32]}
+    model = build(LM_ROW)
+    assert narrower_sizes(model, locate(model), multiple=16) == [48, 32]
+
+
+def test_the_loss_of_a_hidden_size_is_measured() -> None:
+    quality = quality_of(LM_ROW, gates=("heads", "ffn", "layers", "hidden"))
+    assert quality.free == ("heads", "ffn", "layers", "hidden")
+    space = search_space(quality.model.get_base_model(), quality.layout, Regime(), multiple=8, hidden_size=48)
+    top = replace(quality.layout.dense, hidden_size=48)
+    loss = quality.predict(space).ravel()
+    assert loss[space.index(top)] == pytest.approx(quality.evaluate(top), rel=1e-9)
+    assert loss.min() == loss[space.index(top)] > 0
+    kept = quality.plan(top).hidden
+    importance = next(value for value in (quality.scores.hidden,) if value is not None)
+    assert list(kept) == sorted(importance.argsort(descending=True, stable=True)[:48].tolist())
+
+
+def test_a_plan_with_a_hidden_size_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    """On a machine where nothing but the hidden size saves time."""
+    model = get_peft_model(build(LM_ROW), HawAdaConfig(gates=("heads", "ffn", "layers", "hidden")))
+    layout = locate(model.get_base_model())
+    seen: set[int | None] = set()
+
+    def ms(shape: Shape) -> float:
+        return 1.0 + (shape.hidden_size or 64) / 8
+
+    def timed(build_shape: object, shapes: Sequence[Shape], regime: Regime, **options: object) -> dict[Shape, Timing]:
+        seen.update(shape.hidden_size for shape in shapes)
+        return {shape: timing(ms(shape)) for shape in (*shapes, options.get("reference", layout.dense))}
+
+    monkeypatch.setattr("hawada_peft.latency.build.measure_built", timed)
+    monkeypatch.setattr(find_plan_module, "measure_built", timed)
+    batches = [inputs_of(model)]
+    budget = LatencyBudget(speedup=1.2, mode="prefill", seq_len=8)
+    result = find_plan(model, budget, batches, importance=gate_importance(model, batches), cache=tmp_path)
+    assert seen == {None, 56, 48, 40, 32}
+    assert result.best.shape.hidden_size == 48
+    assert result.speedup == pytest.approx(9 / 7)
+    assert result.plan.shape == result.best.shape
+    model.apply_plan(result.plan)
+    masked = logits_of(model)
+    assert difference(logits_of(model.merge_and_unload()), masked) <= 1e-5
+
+
+def test_without_gates_on_it_no_hidden_size_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_peft_model(build(LM_ROW), HawAdaConfig())
+    layout = locate(model.get_base_model())
+    table = toy_table(layout.dense, launch=0.2, arithmetic=1.0, model=layout.fingerprint())
+    seen: list[Shape] = []
+
+    def timed(build_shape: object, shapes: Sequence[Shape], regime: Regime, **options: object) -> dict[Shape, Timing]:
+        seen.extend(shapes)
+        return {shape: timing(table.estimate(shape)) for shape in (*shapes, layout.dense)}
+
+    monkeypatch.setattr("hawada_peft.latency.build.measure_built", None)  # would fail if it were called
+    monkeypatch.setattr(find_plan_module, "measure_built", timed)
+    budget = LatencyBudget(speedup=1.5, mode="prefill", seq_len=8)
+    find_plan(model, budget, [inputs_of(model)], table=table, hidden_sizes=[48])
+    assert {shape.hidden_size for shape in seen} == {None}
+
+
+def test_a_hidden_size_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(IllegalShapeError, match=r"LlamaConfig refuses.*\n.*nearest.*48"):
+        measure_table(build(LM_ROW), REGIME, hidden_size=44)

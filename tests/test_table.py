@@ -35,7 +35,8 @@ def law(shape: Shape) -> float:
     heads, groups, ffn, layers = shape.sizes().values()
     channels = 0.002 * ffn * (1.5 if ffn % 16 else 1.0)
     missing = (1 - heads / 16) * (1 - ffn / 1024)
-    return 0.7 + layers * (0.1 + 0.05 * heads + 0.03 * groups + channels + 0.1 * missing)
+    width = (shape.hidden_size or 64) / 64
+    return 0.7 + layers * (0.1 + width * (0.05 * heads + 0.03 * groups + channels + 0.1 * missing))
 
 
 class Built(nn.Module):
@@ -109,6 +110,28 @@ def test_a_table_reproduces_the_law_of_its_machine(table: LatencyTable) -> None:
     assert table.dense_ms == pytest.approx(law(DENSE), rel=0.01)
     assert table.fixed_ms == pytest.approx(0.7, rel=0.1)
     assert table.errors["median"] < 0.01
+
+
+def test_a_table_of_a_narrower_stream_is_on_the_scale_of_the_dense_model(clock: Callable[[], float]) -> None:
+    widest = replace(DENSE, hidden_size=32)
+    table = build_table(
+        Built,
+        dense=DENSE,
+        heads=head_shapes(DENSE),
+        model=MODEL | {"hidden_size": 32, "dense_hidden_size": 64},
+        regime=REGIME,
+        plan=TablePlan(effort=Effort(warmup=0, min_rounds=2)),
+        widest=widest,
+        clock=clock,
+        sync=lambda: None,
+    )
+    shapes = random_shapes(widest, head_shapes(DENSE), table.multiple, 40, seed=7)
+    assert {shape.hidden_size for shape in shapes} == {32}
+    assert max(abs(table.estimate(shape) / law(shape) - 1) for shape in shapes) < 0.01
+    assert table.dense_ms == pytest.approx(law(DENSE), rel=0.01)
+    assert LatencyTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+    with pytest.raises(IncompatibleTableError, match=r"hidden size of 32, asked 48.*hidden_size=48"):
+        table.estimate(Shape(hidden_size=48))
 
 
 def test_the_multiple_is_found(table: LatencyTable) -> None:

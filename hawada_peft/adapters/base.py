@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from ..errors import BrokenGatesError, UnsupportedModelError
+from ..errors import BrokenGatesError
 from .gates import SigmoidGate
-from .layers import Base, feature_dim, feature_sizes, fold_factors, parameters_of, scale_rows
+from .layers import Base, check_unquantized, feature_dim, feature_sizes, fold_factors, parameters_of, scales_through
+from .scale import scale, scale_rows
 
-UNITS, BLOCK, LAYER = "hawada_units", "hawada_block", "hawada_layer"
-"""The slots of an adapter: gates on the input's features, on the output, one that both of a layer's blocks share."""
+UNITS, BLOCK, LAYER, HIDDEN_UNITS = "hawada_units", "hawada_block", "hawada_layer", "hawada_hidden"
+"""
+The slots of an adapter: gates on the input's features, on the output, one that both of a layer's blocks share, one on
+the residual stream that all norms share.
+"""
 
 
 class GateAdapter(nn.Module, BaseTunerLayer, ABC):
@@ -32,7 +36,9 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
         inference_mode (`bool`): make the gates without gradients.
     """
 
-    adapter_layer_names = (UNITS, BLOCK, LAYER)
+    adapter_layer_names: tuple[str, ...] = (UNITS, BLOCK, LAYER)
+    output_slots: tuple[str, ...] = (BLOCK, LAYER)
+    sizes_of = staticmethod(feature_sizes)
 
     def __init__(
         self,
@@ -44,16 +50,15 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = feature_sizes(base_layer)
+        self.in_features, self.out_features = self.sizes_of(base_layer)
         self.base_layer = base_layer
-        self.hawada_units = nn.ModuleDict()
-        self.hawada_block = nn.ModuleDict()
-        self.hawada_layer = nn.ModuleDict()
+        for slot in self.adapter_layer_names:
+            setattr(self, slot, nn.ModuleDict())
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
-        # Another adapter of the same layer that holds the layer's shared gate; a tuple hides it from nn.Module.
-        self._layer_gate_home: tuple[GateAdapter, ...] = ()
+        # Other adapters that hold a gate shared with this one, by its slot; a dict hides them from nn.Module.
+        self._gate_homes: dict[str, GateAdapter] = {}
         # The dense weight and bias while merged: closed gates cannot be divided out again.
         self._dense: tuple[torch.Tensor, ...] = ()
         self.update_layer(adapter_name, self.make_gates(**options) if gates is None else gates, inference_mode)
@@ -71,7 +76,7 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
 
     def share_layer_gate(self, home: GateAdapter) -> None:
         """Use the layer gate that lives in `home` for every name that has none here."""
-        self._layer_gate_home = (home,)
+        self._gate_homes[LAYER] = home
 
     def gates(self, adapter_name: str) -> dict[str, SigmoidGate]:
         """What this adapter gates under a name: slot to gate; empty if the name has no gates here."""
@@ -80,9 +85,9 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
             modules = getattr(self, slot)
             if adapter_name in modules:
                 found[slot] = modules[adapter_name]
-        for home in self._layer_gate_home:
-            if LAYER not in found and adapter_name in home.hawada_layer:
-                found[LAYER] = cast(SigmoidGate, home.hawada_layer[adapter_name])
+        for slot, home in self._gate_homes.items():
+            if slot not in found and adapter_name in getattr(home, slot):
+                found[slot] = getattr(home, slot)[adapter_name]
         return found
 
     def input_factor(self, adapter_names: Iterable[str], *, hard: bool | None = None) -> torch.Tensor | None:
@@ -90,8 +95,8 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
         return _product([self.gates(name).get(UNITS) for name in adapter_names], hard)
 
     def output_factor(self, adapter_names: Iterable[str], *, hard: bool | None = None) -> torch.Tensor | None:
-        """The product of the gates on the output: (1,), or None where there are none."""
-        return _product([self.gates(name).get(slot) for name in adapter_names for slot in (BLOCK, LAYER)], hard)
+        """The product of the gates on the output: (1,), (features,) at a norm, or None where there are none."""
+        return _product([self.gates(name).get(slot) for name in adapter_names for slot in self.output_slots], hard)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """
@@ -111,26 +116,32 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
                 raise ValueError(
                     "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
                 )
-            return self.base_layer(x, *args, **kwargs)
+            return self._base_output(x, self.merged_adapters, True, *args, **kwargs)
         if adapter_names is not None:
+            if len(adapter_names) != len(x):
+                raise ValueError(
+                    "Length of `adapter_names` should be the same as the number of inputs, but got "
+                    f"{len(adapter_names)} and {len(x)} respectively."
+                )
             return self._forward_rows(x, adapter_names, *args, **kwargs)
-        active = [self.gates(name) for name in self.active_adapters]
-        for gates in active:
-            if UNITS in gates:
-                x = gates[UNITS](x)
-        y = self.base_layer(x, *args, **kwargs)
-        for gates in active:
-            for slot in (BLOCK, LAYER):
-                if slot in gates:
-                    y = gates[slot](y)
-        return y
+        return self._gated(x, self.active_adapters, *args, **kwargs)
+
+    def _gated(self, x: torch.Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        inputs, output = self.input_factor(adapter_names), self.output_factor(adapter_names)
+        if inputs is not None and output is not None and scales_through(self.base_layer):
+            inputs, output = inputs * output, None  # one pass less, and no output kept for the backward pass
+        if inputs is not None:
+            x = scale(x, inputs, feature_dim(self.get_base_layer()))
+        y = self._base_output(x, adapter_names, None, *args, **kwargs)
+        return y if output is None else scale(y, output.to(y.device))  # a shared gate may live on another device
+
+    def _base_output(
+        self, x: torch.Tensor, adapter_names: Iterable[str], hard: bool | None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """What the wrapped module makes of x under the plans of some adapters; only a norm depends on them."""
+        return self.base_layer(x, *args, **kwargs)
 
     def _forward_rows(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
-        if len(adapter_names) != len(x):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
-            )
         names = sorted(set(adapter_names))
         rows = torch.tensor([names.index(name) for name in adapter_names], dtype=torch.long, device=x.device)
         inputs = _stack([self.input_factor([name]) for name in names])
@@ -157,10 +168,7 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
             if not self.gates(name):
                 continue
             base = cast(Base, self.get_base_layer())
-            if not base.weight.is_floating_point():
-                raise UnsupportedModelError(
-                    f"Cannot fold gates into a weight of dtype {base.weight.dtype}: load the base model unquantized."
-                )
+            check_unquantized(base)
             with torch.no_grad():
                 factors = [self.input_factor([name], hard=True), self.output_factor([name], hard=True)]
                 folded = fold_factors(base, *factors)
@@ -184,9 +192,9 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
         self.merged_adapters.clear()
 
     def release(self) -> None:
-        """Let go of the weights kept for `unmerge` and of the other adapter: this one is taken off its module."""
+        """Let go of the weights kept for `unmerge` and of other adapters: this one is taken off its module."""
         self._dense = ()
-        self._layer_gate_home = ()
+        self._gate_homes.clear()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # A checkpoint of the bare module stays loadable: its keys are those of `base_layer`, and it brings no gates.

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
 
 from ..errors import HawAdaError
+from .relaxation import Closing, Relaxation
+from .scale import scale
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class GateStart:
         if problems:
             raise HawAdaError("\n".join(problems))
 
-    @property
+    @cached_property
     def theta(self) -> float:
         """The raw parameter at the start, rounded to bfloat16 so that every dtype holds the same number."""
         exact = self.temperature * math.log(self.value / (1 - self.value))
@@ -86,6 +89,8 @@ class SigmoidGate(nn.Module):
         # Not saved: a plan travels in the adapter's config. A buffer, so that it follows the gate to its device.
         self.register_buffer("kept", None, persistent=False)
         self.hard_in_training = False
+        self.relaxation: Relaxation | None = None
+        self._start_value: torch.Tensor | None = None
 
     @property
     def units(self) -> int:
@@ -97,19 +102,50 @@ class SigmoidGate(nn.Module):
 
     def value(self) -> torch.Tensor:
         """`g = sigmoid(theta / temperature)`, in [0, 1], of theta's shape, at least float32."""
-        return torch.sigmoid(self._theta() / self.start.temperature)
+        return self._sigmoid(self._theta())
+
+    def _sigmoid(self, theta: torch.Tensor) -> torch.Tensor:
+        temperature = self.start.temperature
+        return torch.sigmoid(theta if temperature == 1 else theta / temperature)  # a step runs this hundreds of times
+
+    def logits(self) -> torch.Tensor:
+        """`theta / temperature`, of theta's shape, at least float32."""
+        return self._theta() / self.start.temperature
+
+    def open_probability(self) -> torch.Tensor:
+        """How likely each unit stays, in [0, 1], of theta's shape, as the relaxation says; 1 for an untrained gate."""
+        relaxation = self.relaxation or Closing()
+        return relaxation.open_probability(self.logits(), self.start.theta / self.start.temperature)
+
+    def _value_at_start(self, value: torch.Tensor) -> torch.Tensor:
+        """What `value` was at the start. Kept: a step asks for it hundreds of times."""
+        known = self._start_value
+        same = known is not None and (known.dtype, known.device, known.shape) == (
+            value.dtype,
+            value.device,
+            value.shape,
+        )
+        if known is None or not same or torch.compiler.is_compiling():
+            # It goes through the same operation, element by element, so an untrained gate is exactly 1. Never a tensor
+            # of inference mode: training may follow.
+            with torch.inference_mode(False), torch.no_grad():
+                known = self._sigmoid(torch.full_like(value, self.start.theta, requires_grad=False))
+            if not torch.compiler.is_compiling():
+                self._start_value = known
+        return known
 
     def factor(self, *, hard: bool) -> torch.Tensor:
         """
         What a unit is multiplied by, of theta's shape, at least float32.
 
-        `g`, or `g / g_start` for a relative gate; times the plan's 0 or 1 when `hard` and a plan is set.
+        `g`, or `g / g_start` for a relative gate; times the plan's 0 or 1 when `hard` and a plan is set. In training
+        that is not hard, what the `relaxation` says, if there is one.
         """
+        if self.relaxation is not None and self.training and not hard:
+            return self.relaxation.factor(self.logits(), self.start.theta / self.start.temperature, self.kept)
         value = self.value()
         if self.relative:
-            # The start value goes through the same operation, element by element, so an untrained gate is exactly 1.
-            start = torch.full_like(value, self.start.theta, requires_grad=False)
-            value = value / torch.sigmoid(start / self.start.temperature)
+            value = value / self._value_at_start(value)
         if hard and self.kept is not None:
             value = value * self.kept.to(value.device)
         return value
@@ -133,7 +169,10 @@ class SigmoidGate(nn.Module):
 
     def features(self, *, hard: bool | None = None) -> torch.Tensor:
         """The factor of every feature along the gated axis; `hard` defaults to what the mode asks for."""
-        return self.factor(hard=(self.hard_in_training or not self.training) if hard is None else hard)
+        return self.factor(hard=self._is_hard(hard))
+
+    def _is_hard(self, hard: bool | None) -> bool:
+        return (self.hard_in_training or not self.training) if hard is None else hard
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
@@ -142,9 +181,7 @@ class SigmoidGate(nn.Module):
         Args:
             x: any layout in which the axes up to `dim` match the gate's shape (or broadcast to it).
         """
-        features = self.features()
-        trailing = x.ndim - 1 - self.dim % x.ndim
-        return (x * features.reshape(features.shape + (1,) * trailing)).to(x.dtype)
+        return scale(x, self.features().to(x.device), self.dim)  # a shared gate may live on another device
 
     def extra_repr(self) -> str:
         """The shape and the temperature."""
@@ -204,6 +241,38 @@ class HeadGate(ChannelGate):
         relative: bool = False,
     ) -> None:
         super().__init__(num_heads * head_dim, head_dim, dim=dim, start=start, relative=relative)
+
+
+class HiddenGate(ChannelGate):
+    """
+    The gate on the channels of the residual stream, one for the whole model.
+
+    Args:
+        num_features, group_size, dim, start, relative: as in `ChannelGate`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        group_size: int = 1,
+        *,
+        dim: int = -1,
+        start: GateStart | None = None,
+        relative: bool = False,
+    ) -> None:
+        super().__init__(num_features, group_size, dim=dim, start=start, relative=relative)
+        self.index: torch.Tensor | None
+        self.register_buffer("index", None, persistent=False)
+
+    def set_plan(self, kept: torch.Tensor | None, *, in_training: bool = False) -> None:
+        """As in `SigmoidGate`."""
+        super().set_plan(kept, in_training=in_training)
+        # Looked up once: it is needed at every norm, and finding it makes the host wait for the device.
+        self.index = None if self.kept is None else self.kept.repeat_interleave(self.group_size).nonzero()[:, 0]
+
+    def kept_features(self, *, hard: bool | None = None) -> torch.Tensor | None:
+        """The indices of the features that the plan keeps, or None for all; `hard` as in `features`."""
+        return self.index if self._is_hard(hard) else None
 
 
 class BlockGate(SigmoidGate):

@@ -50,9 +50,31 @@ def feature_dim(module: nn.Module) -> int:
     return -1
 
 
+def scales_through(module: nn.Module) -> bool:
+    """Whether scaling all inputs by a number scales the output by it: a linear map without a bias."""
+    return isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.bias is None
+
+
+def check_unquantized(module: nn.Module) -> None:
+    """
+    Refuse weights that are held as packed integers (bitsandbytes): they can be neither folded into nor sliced.
+
+    Raises:
+        UnsupportedModelError: naming the first one, and the two ways out.
+    """
+    for name, parameter in module.named_parameters():
+        if not parameter.is_floating_point():
+            raise UnsupportedModelError(
+                f"{name!r} is quantized ({parameter.dtype}): gates cannot be folded into it, and it cannot be sliced. "
+                "Either load the unquantized base model and the saved adapter on it, "
+                "`PeftModel.from_pretrained(base, folder)`, and merge there; or turn the weights back first, with "
+                "`model.dequantize()` of transformers."
+            )
+
+
 def parameters_of(base: Base) -> list[nn.Parameter]:
     """The weight, and the bias if there is one."""
-    found = (base.weight, base.bias)
+    found = (base.weight, getattr(base, "bias", None))
     return [parameter for parameter in found if isinstance(parameter, nn.Parameter)]
 
 
@@ -61,14 +83,14 @@ def fold_factors(base: Base, inputs: torch.Tensor | None, output: torch.Tensor |
     The module's weight (and bias, if it has one) with factors of its inputs and of its output multiplied in.
 
     Args:
-        base: the module; left as it is.
+        base: the module, or a norm; left as it is.
         inputs: (in_features,), or None.
-        output: (1,), or None.
+        output: (1,), or None; (features,) for a norm.
 
     Returns:
         The new weight and bias, contiguous, in the dtypes they had.
     """
-    weight = base.weight.data
+    weight, base_bias = base.weight.data, getattr(base, "bias", None)
     factor = inputs if output is None else output if inputs is None else inputs * output
     if factor is None:
         factor = torch.ones(1)
@@ -80,23 +102,7 @@ def fold_factors(base: Base, inputs: torch.Tensor | None, output: torch.Tensor |
         factor = per_group.reshape(weight.shape[:2] + (1,) * (weight.ndim - 2))  # (out, in / groups, 1, ...)
     folded = weight * factor
     result = [folded.to(weight.dtype).contiguous()]
-    if base.bias is not None:
-        bias = base.bias.data
+    if base_bias is not None:
+        bias = base_bias.data
         result.append(bias if output is None else (bias * output.to(bias.device)).to(bias.dtype))
     return result
-
-
-def scale_rows(x: torch.Tensor, factors: torch.Tensor, dim: int) -> torch.Tensor:
-    """
-    Multiply features row by row.
-
-    Args:
-        x: (batch, ..., features, ...), with the features on axis `dim`.
-        factors: (batch, features).
-        dim: counted from the end.
-
-    Returns:
-        A tensor like x.
-    """
-    between, trailing = (1,) * (x.ndim - 1 + dim), (1,) * (-1 - dim)
-    return (x * factors.reshape(factors.shape[:1] + between + factors.shape[1:] + trailing)).to(x.dtype)

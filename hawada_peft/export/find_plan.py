@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from functools import cache as remember
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..adapters.huggingface.family import locate
+from ..adapters.huggingface.family import HIDDEN, locate
 from ..adapters.huggingface.shape import Shape
 from ..errors import InvalidRegimeError
 from ..latency.budget import LatencyBudget
@@ -23,16 +23,19 @@ from ..latency.measure import Clock, Effort, measure_built
 from ..latency.regime import Regime
 from ..latency.table import LatencyTable
 from ..latency.timing import Timing
-from .legality import legal_head_shapes
+from .legality import check_legal, legal_head_shapes
 from .quality import Batch, MaskedQuality
 from .realise import realiser
 from .rehome import has_twin, twin_skeleton
 from .search_export import search
 from .search_state import SearchEffort, SearchResult
-from .space import search_space
+from .space import narrower_sizes, search_space
 
 CONFIRM = Effort(min_rounds=15, max_rounds=100, max_seconds=30.0, tolerance=0.004)
 """How long the shapes of a search are timed."""
+
+NARROWER = TablePlan(attention=16, ffn=9, realised=6)
+"""What is measured for the table of a further hidden size."""
 
 
 def measure_table(
@@ -41,6 +44,7 @@ def measure_table(
     *,
     plan: TablePlan | None = None,
     allow_rehome: bool = False,
+    hidden_size: int | None = None,
     cache: str | Path | bool = True,
     clock: Clock = time.perf_counter,
 ) -> LatencyTable:
@@ -52,30 +56,37 @@ def measure_table(
         regime: the conditions.
         plan: what is measured.
         allow_rehome: also time heads that only the family's twin takes.
+        hidden_size: of all that is timed, for a table of a narrower residual stream; the dense one if left out.
         cache: a folder; `True` for the user's cache folder, `False` for none.
         clock: seconds.
 
     Raises:
         UnsupportedModelError: if the model has no family row.
+        IllegalShapeError: if no model of the hidden size exists.
         InvalidRegimeError: if the model cannot run that way.
     """
     base, plan = dense_model(model), plan or TablePlan()
     layout = locate(base)
-    heads, build = builder(base, regime, allow_rehome=allow_rehome)
+    widest, model_key = layout.narrowed(hidden_size), layout.fingerprint()
+    if widest.hidden_size is not None:
+        check_legal(base, layout, widest)
+        model_key |= widest.to_dict() | {"dense_hidden_size": layout.hidden_size}
+    heads, build = builder(base, regime, allow_rehome=allow_rehome, hidden_size=widest.hidden_size)
     make = partial(
         build_table,
         build,
         dense=layout.dense,
         heads=heads,
-        model=layout.fingerprint(),
+        model=model_key,
         regime=regime,
-        ffn_unit=layout.hidden_size if layout.family.ffn_unit else 1,
+        ffn_unit=widest.hidden_size or layout.hidden_size if layout.family.ffn_unit else 1,
         plan=plan,
+        widest=widest,
         clock=clock,
     )
     if cache is False:
         return make()
-    key = table_key(regime, layout.fingerprint(), heads, plan)
+    key = table_key(regime, model_key, heads, plan)
     return cached_table(make, key, None if cache is True else cache)
 
 
@@ -88,6 +99,7 @@ def find_plan(
     table: LatencyTable | None = None,
     table_plan: TablePlan | None = None,
     allow_rehome: bool = False,
+    hidden_sizes: Sequence[int] | None = None,
     effort: SearchEffort | None = None,
     timing: Effort | None = None,
     cache: str | Path | bool = True,
@@ -104,6 +116,8 @@ def find_plan(
         table_plan: what is measured for it then.
         allow_rehome: also offer shapes that only the family's twin takes (a Llama as a Mistral): `result.best.rehomed`
             says so, and such a plan is exported by `slim(rehome(dense), plan)`.
+        hidden_sizes: to search besides the dense one, each by a table of its own; a few even steps down to half of it
+            if left out. Only with gates on `"hidden"`.
         effort: how hard to look.
         timing: how long candidates are timed.
         cache: of the table, as in `measure_table`.
@@ -113,6 +127,7 @@ def find_plan(
 
     Raises:
         InfeasibleBudgetError: before any training, if no shape meets the budget.
+        IllegalShapeError: if no model of one of the hidden sizes exists.
         IncompatibleTableError: if the table is for another device, regime or model.
     """
     base = dense_model(model)
@@ -122,17 +137,29 @@ def find_plan(
         table = measure_table(model, regime, plan=table_plan, allow_rehome=allow_rehome, cache=cache)
     table.check(regime=regime, model=layout.fingerprint())
     quality = MaskedQuality(model, calibration, importance)
-    space = search_space(
-        base,
-        layout,
-        regime,
-        multiple=table.multiple,
-        group_size=quality.scores.group_size,
-        free=quality.free,
-        allow_rehome=allow_rehome,
-    )
+    sizes: Sequence[int] = ()
+    if HIDDEN in quality.free:
+        group = quality.scores.hidden_group
+        found = narrower_sizes(base, layout, multiple=table.multiple, group_size=group)
+        sizes = found if hidden_sizes is None else hidden_sizes
+    narrow = partial(measure_table, model, regime, plan=table_plan or NARROWER, allow_rehome=allow_rehome, cache=cache)
+    tables = [table, *(narrow(hidden_size=size) for size in sizes)]
+    spaces = [
+        search_space(
+            base,
+            layout,
+            regime,
+            multiple=each.multiple,
+            group_size=quality.scores.group_size,
+            free=quality.free,
+            allow_rehome=allow_rehome,
+            hidden_size=size,
+        )
+        for size, each in zip((None, *sizes), tables, strict=True)
+    ]
     realise = realise_with(base, regime, allow_rehome=allow_rehome, timing=timing)
-    return search(space, table, quality, budget, realise, effort=effort)
+    narrower = list(zip(spaces[1:], tables[1:], strict=True))
+    return search(spaces[0], table, quality, budget, realise, effort=effort, narrower=narrower)
 
 
 def realise_with(
@@ -175,25 +202,29 @@ def dense_model(model: nn.Module) -> PreTrainedModel:
 
 
 def builder(
-    base: PreTrainedModel, regime: Regime, *, allow_rehome: bool
+    base: PreTrainedModel, regime: Regime, *, allow_rehome: bool, hidden_size: int | None = None
 ) -> tuple[list[Shape], Callable[[Shape], PreTrainedModel]]:
     """
     The (query heads, KV groups) that can be built, and what builds them: the model's class, or else its twin's.
+
+    What builds takes shapes of any hidden size; the pairs are those of one.
 
     Args:
         base: the dense model; only its class and config are used.
         regime: the dtype and device of what is built.
         allow_rehome: whether the twin counts.
+        hidden_size: of the pairs that are returned; the dense one if left out.
     """
     layout = locate(base)
-    home, own = legal_head_shapes(base, layout), realiser(base, layout, regime)
+    home, own = remember(partial(legal_head_shapes, base, layout)), realiser(base, layout, regime)
+    here = home(hidden_size)
     if not allow_rehome or not has_twin(base):
-        return home, own
+        return here, own
     twin = twin_skeleton(base)
-    other, away = legal_head_shapes(twin, locate(twin)), realiser(twin, locate(twin), regime)
+    other, away = legal_head_shapes(twin, locate(twin), hidden_size), realiser(twin, locate(twin), regime)
 
     def build(shape: Shape) -> PreTrainedModel:
-        pair = replace(shape, intermediate_size=None, num_hidden_layers=None)
-        return (own if pair in home else away)(shape)
+        pair = Shape(shape.num_attention_heads, shape.num_key_value_heads)
+        return (own if pair in home(shape.hidden_size) else away)(shape)
 
-    return [*home, *(pair for pair in other if pair not in home)], build
+    return [*here, *(pair for pair in other if pair not in here)], build

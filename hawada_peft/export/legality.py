@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneConfigMixin
 
 from ..adapters.huggingface.family import Layout, locate
+from ..adapters.huggingface.placement import hidden_home
 from ..adapters.huggingface.shape import Shape
 from ..errors import IllegalShapeError
 
@@ -39,17 +40,21 @@ def edit_config(
     def put(name: str, value: Any) -> None:
         fields[config.attribute_map.get(name, name)] = value
 
+    hidden = shape.hidden_size or layout.hidden_size
+    put("hidden_size", hidden)
     put("num_attention_heads", sizes["num_attention_heads"])
     put("num_hidden_layers", sizes["num_hidden_layers"])
     if family.kv_heads_field:
         put(family.kv_heads_field, sizes["num_key_value_heads"])
-    if family.head_dim_field and sizes["num_attention_heads"] != dense["num_attention_heads"]:
-        # Many configs derive it from the head count. Not written when nothing changes: older versions of some
-        # families do not know the field.
+    if family.head_dim_field and (
+        sizes["num_attention_heads"] != dense["num_attention_heads"] or hidden != layout.hidden_size
+    ):
+        # Many configs derive it from these sizes. Not written when nothing changes: older versions of some families
+        # do not know the field.
         put(family.head_dim_field, layout.head_dim)
     size = sizes["intermediate_size"]
     if family.ffn_unit:
-        unit = getattr(config, family.ffn_unit)
+        unit = hidden if family.ffn_unit == "hidden_size" else getattr(config, family.ffn_unit)
         put(family.ffn_field, size / unit if size % unit else size // unit)
     else:
         put(family.ffn_field, size)
@@ -74,6 +79,7 @@ def build_sizes(model: PreTrainedModel, layout: Layout, shape: Shape) -> str | N
         `None` if it does; otherwise the reason why not.
     """
     wanted = Shape(num_hidden_layers=1).complete(shape)
+    hidden = shape.hidden_size or layout.hidden_size
     try:
         config = edit_config(model.config, layout, wanted, layers=(0,))
         with torch.device("meta"):
@@ -81,12 +87,40 @@ def build_sizes(model: PreTrainedModel, layout: Layout, shape: Shape) -> str | N
     except (StrictDataclassError, ValueError, TypeError) as error:
         # The last line holds the cause; those before it name transformers' validator.
         return f"{type(model.config).__name__} refuses: {str(error).strip().splitlines()[-1].strip()}"
-    if built.dense != wanted or built.head_dim != layout.head_dim:
+    if built.full != replace(wanted, hidden_size=hidden) or built.head_dim != layout.head_dim:
+        found = built.dense if shape.hidden_size is None and built.hidden_size == hidden else built.full
         return (
-            f"{type(model).__name__} builds {built.dense.to_dict()} with heads of {built.head_dim} features when "
+            f"{type(model).__name__} builds {found.to_dict()} with heads of {built.head_dim} features when "
             f"asked for {wanted.to_dict()} with heads of {layout.head_dim}"
         )
     return None
+
+
+def fit_hidden(model: PreTrainedModel, layout: Layout, shape: Shape, *, step: int, at_least: bool = False) -> Shape:
+    """
+    The legal shape nearest to one whose `hidden_size` need not be legal.
+
+    Where the FFN size is a multiple of the hidden size it is rounded to one, without exceeding the dense one.
+
+    Args:
+        model: the dense model.
+        layout: its family row and sizes.
+        shape: the sizes wished for, complete.
+        step: hidden sizes are multiples of it, or the dense one.
+        at_least: take no smaller hidden size than the one wished for.
+    """
+    wish, ffn = shape.hidden_size or layout.hidden_size, shape.sizes()["intermediate_size"]
+    sizes = {*range(step, layout.hidden_size, step), layout.hidden_size}
+    for size in sorted(sizes, key=lambda size: (abs(size - wish), -size)):
+        if at_least and size < wish:
+            continue
+        candidate = replace(shape, hidden_size=size)
+        if layout.family.ffn_unit == "hidden_size":
+            most = layout.dense.sizes()["intermediate_size"] // size
+            candidate = replace(candidate, intermediate_size=size * max(1, min(most, round(ffn / size))))
+        if build_sizes(model, layout, candidate) is None:
+            return candidate
+    return replace(shape, hidden_size=None)
 
 
 def head_shapes(dense: Shape) -> list[Shape]:
@@ -96,13 +130,10 @@ def head_shapes(dense: Shape) -> list[Shape]:
     return [Shape(num_attention_heads=h, num_key_value_heads=g) for h, g in sorted(pairs, reverse=True)]
 
 
-def legal_head_shapes(model: PreTrainedModel, layout: Layout) -> list[Shape]:
-    """The (query heads, KV groups) of `head_shapes` that the model's class builds as asked."""
-    return [
-        shape
-        for shape in head_shapes(layout.dense)
-        if build_sizes(model, layout, shape.complete(layout.dense)) is None
-    ]
+def legal_head_shapes(model: PreTrainedModel, layout: Layout, hidden_size: int | None = None) -> list[Shape]:
+    """The (query heads, KV groups) of `head_shapes` that the model's class builds as asked (at a hidden size)."""
+    dense = layout.narrowed(hidden_size)
+    return [shape for shape in head_shapes(layout.dense) if build_sizes(model, layout, shape.complete(dense)) is None]
 
 
 def check_legal(model: PreTrainedModel, layout: Layout, shape: Shape) -> None:
@@ -116,8 +147,11 @@ def check_legal(model: PreTrainedModel, layout: Layout, shape: Shape) -> None:
 
     Raises:
         IllegalShapeError: with every problem, and the sizes that are possible instead.
+        UnsupportedModelError: if the residual stream of this family cannot be cut.
     """
-    dense, sizes = layout.dense.sizes(), shape.sizes()
+    if shape.hidden_size not in (None, layout.hidden_size):
+        hidden_home(layout)
+    dense, sizes = layout.full.to_dict(), {"hidden_size": layout.hidden_size} | shape.to_dict()
     problems = [f"{name} {sizes[name]} exceeds {dense[name]}" for name in dense if sizes[name] > dense[name]]
     heads, groups = sizes["num_attention_heads"], sizes["num_key_value_heads"]
     if not problems and Shape(heads, groups) not in head_shapes(layout.dense):
@@ -132,8 +166,11 @@ def check_legal(model: PreTrainedModel, layout: Layout, shape: Shape) -> None:
         return
     widths = asdict(shape) | {"num_attention_heads": None, "num_key_value_heads": None, "num_hidden_layers": None}
     if build_sizes(model, layout, Shape(**widths).complete(layout.dense)) is None:
-        possible = ", ".join(_pairs(legal_head_shapes(model, layout)))
+        possible = ", ".join(_pairs(legal_head_shapes(model, layout, shape.hidden_size)))
         problems.append(f"possible (query heads, KV groups) in {type(model).__name__}: {possible}")
+    elif shape.hidden_size is not None and sizes["hidden_size"] <= dense["hidden_size"]:
+        nearest = fit_hidden(model, layout, shape, step=1)
+        problems.append(f"nearest that {type(model).__name__} builds: {nearest.to_dict()}")
     elif layout.family.ffn_unit:
         unit = getattr(model.config, layout.family.ffn_unit)
         problems.append(f"possible intermediate_size: multiples of {layout.family.ffn_unit} = {unit}")

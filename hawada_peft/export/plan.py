@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..adapters.huggingface.family import FFN, HEADS, KV_GROUPS
@@ -25,6 +25,8 @@ class Plan:
         heads (`tuple[tuple[int, ...], ...]`): the kept query heads, one entry per kept layer. The KV group of head
             h is `h // dense.heads_per_group`; every kept group keeps the same number of heads.
         channels (`tuple[tuple[int, ...], ...]`): the kept FFN channels, one entry per kept layer.
+        hidden (`tuple[int, ...]`, *optional*): the kept channels of the residual stream, of which `dense` states the
+            number then; all if left out.
 
     Raises:
         InvalidPlanError: if the entries contradict each other or the dense sizes.
@@ -34,6 +36,7 @@ class Plan:
     layers: tuple[int, ...]
     heads: tuple[tuple[int, ...], ...]
     channels: tuple[tuple[int, ...], ...]
+    hidden: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         problems = list(self._problems())
@@ -53,6 +56,10 @@ class Plan:
                 yield f"every kept layer must keep the same number of {name}, got {[len(row) for row in rows]}"
             for layer, row in zip(self.layers, rows, strict=False):
                 yield from _index_problems(f"{name} of layer {layer}", row, total)
+        if (self.hidden is None) != (self.dense.hidden_size is None):
+            yield "the kept channels of the residual stream (hidden) and dense.hidden_size must be given together"
+        elif self.hidden is not None:
+            yield from _index_problems("hidden", self.hidden, self.dense.hidden_size or 0)
         per_group = self.dense.heads_per_group
         counts = [{g: [h // per_group for h in row].count(g) for g in _groups(row, per_group)} for row in self.heads]
         if len({(len(groups), count) for groups in counts for count in groups.values()}) > 1:
@@ -80,6 +87,7 @@ class Plan:
             num_key_value_heads=len(self.kv_groups[0]),
             intermediate_size=len(self.channels[0]),
             num_hidden_layers=len(self.layers),
+            hidden_size=None if self.hidden is None else len(self.hidden),
         )
 
     @property
@@ -90,6 +98,7 @@ class Plan:
     @classmethod
     def keep_all(cls, dense: Shape) -> Plan:
         """The plan that removes nothing of a model of these (complete) sizes."""
+        dense = replace(dense, hidden_size=None)
         sizes = dense.sizes()
         layers = sizes["num_hidden_layers"]
         return cls(
@@ -101,27 +110,32 @@ class Plan:
 
     def check_base(self, dense: Shape) -> None:
         """
-        Check that the plan was made for a model of these sizes.
+        Check that the plan was made for a model of these sizes; that of the residual stream counts if both state it.
 
         Raises:
             IncompatibleBaseError: naming the sizes that differ.
         """
-        mine, theirs = self.dense.sizes(), dense.sizes()
-        differing = [f"{name}: plan {mine[name]}, model {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+        mine, theirs = self.dense.to_dict(), dense.to_dict()
+        differing = [
+            f"{name}: plan {mine[name]}, model {theirs[name]}"
+            for name in mine
+            if name in theirs and mine[name] != theirs[name]
+        ]
         if differing:
             raise IncompatibleBaseError(
                 f"the plan was made for another base model ({'; '.join(differing)}); make one for this model"
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON. The channels of a layer are a hexadecimal bit mask, channel 0 in the lowest bit."""
-        return {
+        """For JSON. Channels are a hexadecimal bit mask, channel 0 in the lowest bit; `hidden` only if it is given."""
+        data: dict[str, Any] = {
             "format": FORMAT,
             "dense": self.dense.to_dict(),
             "layers": list(self.layers),
             "heads": [list(row) for row in self.heads],
-            "channels": [f"{sum(1 << channel for channel in row):x}" for row in self.channels],
+            "channels": [_to_mask(row) for row in self.channels],
         }
+        return data if self.hidden is None else data | {"hidden": _to_mask(self.hidden)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
@@ -137,11 +151,11 @@ class Plan:
         if missing:
             raise InvalidPlanError(f"the plan lacks {missing}")
         try:
-            masks = [int(mask, 16) for mask in data["channels"]]
-            fields = {
+            fields: dict[str, Any] = {
                 "layers": tuple(data["layers"]),
                 "heads": tuple(tuple(row) for row in data["heads"]),
-                "channels": tuple(tuple(i for i, bit in enumerate(f"{mask:b}"[::-1]) if bit == "1") for mask in masks),
+                "channels": tuple(_from_mask(mask) for mask in data["channels"]),
+                "hidden": None if data.get("hidden") is None else _from_mask(data["hidden"]),
             }
         except (TypeError, ValueError) as error:
             raise InvalidPlanError(f"the plan is damaged: {error}; make it anew with `model.plan`") from None
@@ -157,7 +171,7 @@ class Plan:
         return cls.from_dict(json.loads(text))
 
     def __str__(self) -> str:
-        slim, dense = self.shape.sizes(), self.dense.sizes()
+        slim, dense = self.shape.to_dict(), self.dense.to_dict()
         changes = ", ".join(f"{name} {slim[name]}/{dense[name]}" for name in dense)
         dropped = sorted(set(range(dense["num_hidden_layers"])) - set(self.layers))
         return f"Plan({changes}; dropped layers {dropped})"
@@ -165,6 +179,14 @@ class Plan:
 
 def _groups(heads: tuple[int, ...], per_group: int) -> tuple[int, ...]:
     return tuple(sorted({head // per_group for head in heads}))
+
+
+def _to_mask(kept: tuple[int, ...]) -> str:
+    return f"{sum(1 << index for index in kept):x}"
+
+
+def _from_mask(mask: str) -> tuple[int, ...]:
+    return tuple(index for index, bit in enumerate(f"{int(mask, 16):b}"[::-1]) if bit == "1")
 
 
 def _index_problems(name: str, kept: tuple[int, ...], total: int) -> Any:

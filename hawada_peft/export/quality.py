@@ -15,8 +15,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..adapters.attach import collect_gates
-from ..adapters.base import UNITS, GateAdapter
-from ..adapters.huggingface.family import Layout
+from ..adapters.base import BLOCK, HIDDEN_UNITS, LAYER, UNITS, GateAdapter
+from ..adapters.huggingface.family import HIDDEN, Layout
 from ..adapters.huggingface.shape import Shape
 from ..errors import HawAdaError, InvalidPlanError
 from .plan import Plan
@@ -101,7 +101,8 @@ class MaskedQuality:
     def free(self) -> tuple[str, ...]:
         """What the gates allow to cut."""
         scores = {"heads": self.scores.heads, "ffn": self.scores.channels, "layers": self.scores.layers}
-        return tuple(axis for axis, values in scores.items() if all(value is not None for value in values))
+        free = tuple(axis for axis, values in scores.items() if all(value is not None for value in values))
+        return free if self.scores.hidden is None else (*free, HIDDEN)
 
     def plan(self, shape: Shape) -> Plan:
         """What stays at a shape: layers by the order of dropping, units by their scores."""
@@ -127,7 +128,9 @@ class MaskedQuality:
         return self.measured[plan]
 
     def predict(self, space: SearchSpace) -> np.ndarray:
-        """The predicted loss over the space: (layers, heads, FFN sizes)."""
+        """
+        The predicted loss over the space: (layers, heads, FFN sizes). That of its hidden size is measured, and added.
+        """
         self._drop_layers(min(space.layers))
         total = self.layout.dense.sizes()["num_hidden_layers"]
         heads = np.stack([self._heads_cut(layer, space.heads) for layer in range(total)])
@@ -135,13 +138,37 @@ class MaskedQuality:
         heads_loss = self._measured_curve(heads.sum(0), [replace(pair) for pair in space.heads], "num_attention_heads")
         sizes = [Shape(intermediate_size=size) for size in space.ffn]
         ffn_loss = self._measured_curve(ffn.sum(0), sizes, "intermediate_size")
+        hidden = 0.0 if space.hidden_size is None else max(0.0, self.evaluate(Shape(hidden_size=space.hidden_size)))
         result = np.empty((len(space.layers), len(space.heads), len(space.ffn)))
         for row, count in enumerate(space.layers):
             dropped = self._order[: total - count]
             kept = [layer for layer in range(total) if layer not in dropped]
-            depth = self._depth_loss[total - count - 1] if dropped else 0.0
+            depth = hidden + (self._depth_loss[total - count - 1] if dropped else 0.0)
             result[row] = depth + heads_loss(heads[kept].sum(0))[:, None] + ffn_loss(ffn[kept].sum(0))[None, :]
         return result
+
+    def drop_order(self, layers: int) -> list[int]:
+        """The layers to drop so that `layers` remain, the cheapest first."""
+        total = self.layout.dense.sizes()["num_hidden_layers"]
+        self._drop_layers(layers)
+        return self._order[: total - layers]
+
+    def without_layers(self, layers: int) -> Plan:
+        """The plan that drops those and nothing else."""
+        return self._without(self.drop_order(layers))
+
+    def depth_gates(self, layer: int) -> list[SigmoidGate]:
+        """The gates on the blocks and on the whole of a layer."""
+        ends = self.layout.attention_out(layer), self.layout.ffn_out(layer)
+        adapters = [cast(nn.Module, self.model.base_model.model).get_submodule(end) for end in ends]
+        return [
+            gate
+            for adapter in adapters
+            if isinstance(adapter, GateAdapter)
+            for name in self.names
+            for slot, gate in adapter.gates(name).items()
+            if slot in (BLOCK, LAYER)
+        ]
 
     def _drop_layers(self, least: int) -> None:
         """Drop one layer after the other, the cheapest first, scoring those that remain anew each time."""
@@ -214,7 +241,7 @@ class MaskedQuality:
         training = self.model.training
         self.model.eval()
         try:
-            self.tuner._set_masks(plan, name, False)
+            self.tuner.set_masks(plan, name)
             yield
         finally:
             for gate, (kept, hard) in zip(gates, before, strict=True):
@@ -275,9 +302,9 @@ def unit_scores(
         )
     by_gate = {id(gates[name]): value for name, value in importance.items()}
 
-    def scores(end: str) -> torch.Tensor | None:
+    def scores(end: str, slot: str = UNITS) -> torch.Tensor | None:
         adapter = base.get_submodule(end)
-        found = [adapter.gates(name).get(UNITS) for name in adapter_names] if isinstance(adapter, GateAdapter) else []
+        found = [adapter.gates(name).get(slot) for name in adapter_names] if isinstance(adapter, GateAdapter) else []
         total: torch.Tensor | None = None
         for gate in found:
             if gate is not None and id(gate) in by_gate:
@@ -287,12 +314,14 @@ def unit_scores(
 
     layers = range(layout.dense.sizes()["num_hidden_layers"])
     size = layout.dense.sizes()["intermediate_size"]
-    channels = [scores(layout.ffn_out(layer)) for layer in layers]
     return replace(
         plain,
         heads=tuple(scores(layout.attention_out(layer)) for layer in layers),
-        channels=tuple(
-            None if value is None else (value * len(value) / size).repeat_interleave(size // len(value))
-            for value in channels
-        ),
+        channels=tuple(_spread(scores(layout.ffn_out(layer)), size) for layer in layers),
+        hidden=None if plain.hidden is None else _spread(scores(layout.norms[0], HIDDEN_UNITS), layout.hidden_size),
     )
+
+
+def _spread(scores: torch.Tensor | None, size: int) -> torch.Tensor | None:
+    """Scores of groups as scores of their channels: (size,)."""
+    return None if scores is None else (scores * len(scores) / size).repeat_interleave(size // len(scores))

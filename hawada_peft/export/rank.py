@@ -11,7 +11,8 @@ from torch import nn
 
 from ..adapters.base import BLOCK, LAYER, UNITS, GateAdapter
 from ..adapters.gates import ChannelGate, HeadGate, SigmoidGate
-from ..adapters.huggingface.family import FFN, HEADS, Layout
+from ..adapters.huggingface.family import FFN, HEADS, HIDDEN, Layout
+from ..adapters.huggingface.placement import hidden_gate
 from ..adapters.huggingface.shape import Shape
 from ..errors import BrokenGatesError, InvalidPlanError
 from .plan import Plan
@@ -35,12 +36,16 @@ class UnitScores:
         channels: per layer (FFN channels,).
         layers: per layer ().
         group_size: neighbouring channels that stay or go together.
+        hidden: (channels of the residual stream,).
+        hidden_group: neighbouring ones of these that stay or go together.
     """
 
     heads: Scores
     channels: Scores
     layers: Scores
     group_size: int = 1
+    hidden: torch.Tensor | None = None
+    hidden_group: int = 1
 
 
 def gate_scores(model: nn.Module, layout: Layout, adapter_names: Sequence[str]) -> UnitScores:
@@ -61,7 +66,15 @@ def gate_scores(model: nn.Module, layout: Layout, adapter_names: Sequence[str]) 
         if not whole and attention[BLOCK] and ffn[BLOCK]:
             whole = attention[BLOCK] + ffn[BLOCK]
         layers.append(_product(whole))
-    return UnitScores(tuple(heads), tuple(channels), tuple(layers), math.lcm(*sizes))
+    stream = [gate for name in adapter_names if (gate := hidden_gate(model, layout, name)) is not None]
+    return UnitScores(
+        heads=tuple(heads),
+        channels=tuple(channels),
+        layers=tuple(layers),
+        group_size=math.lcm(*sizes),
+        hidden=_product(stream),
+        hidden_group=math.lcm(*(gate.group_size for gate in stream)),
+    )
 
 
 def _gates(module: nn.Module, adapter_names: Sequence[str]) -> dict[str, list[SigmoidGate]]:
@@ -73,7 +86,7 @@ def _gates(module: nn.Module, adapter_names: Sequence[str]) -> dict[str, list[Si
     return found
 
 
-def _product(gates: list[SigmoidGate]) -> torch.Tensor | None:
+def _product(gates: Sequence[SigmoidGate]) -> torch.Tensor | None:
     product: torch.Tensor | None = None
     for gate in gates:
         value = torch.sigmoid(gate.theta.detach().double().cpu() / gate.start.temperature)
@@ -92,7 +105,7 @@ def rank(layout: Layout, scores: UnitScores, shape: Shape) -> Plan:
     The plan of a given shape that keeps what scores highest.
 
     Layers by their score; in each kept layer the KV groups by the sum of their heads' scores, then the best heads of
-    each kept group, and the best channels. Of equals the first stay.
+    each kept group, and the best channels; the best channels of the residual stream. Of equals the first stay.
 
     Args:
         layout: the dense model's row and sizes.
@@ -109,6 +122,9 @@ def rank(layout: Layout, scores: UnitScores, shape: Shape) -> Plan:
             f"intermediate_size must be a multiple of the gates' group_size {scores.group_size}, got "
             f"{wanted['intermediate_size']}"
         )
+    dense_shape, hidden = layout.dense, None
+    if shape.hidden_size not in (None, layout.hidden_size):
+        dense_shape, hidden = layout.full, _top_hidden(scores, shape.hidden_size or 0)
     layers = list(range(dense["num_hidden_layers"]))
     if len(layers) > wanted["num_hidden_layers"]:
         depth = torch.cat([_required(score, LAYERS, layer).reshape(1) for layer, score in enumerate(scores.layers)])
@@ -126,7 +142,20 @@ def rank(layout: Layout, scores: UnitScores, shape: Shape) -> Plan:
             channels.append(tuple(_top(values, wanted["intermediate_size"])))
         else:
             channels.append(tuple(range(dense["intermediate_size"])))
-    return Plan(dense=layout.dense, layers=tuple(layers), heads=tuple(heads), channels=tuple(channels))
+    return Plan(dense=dense_shape, layers=tuple(layers), heads=tuple(heads), channels=tuple(channels), hidden=hidden)
+
+
+def _top_hidden(scores: UnitScores, size: int) -> tuple[int, ...]:
+    if scores.hidden is None:
+        raise InvalidPlanError(
+            "cannot choose what to cut: there are no gates on hidden, or not on every norm that reads the residual "
+            "stream. Add 'hidden' to the config's `gates` (no `exclude_modules`)."
+        )
+    if size % scores.hidden_group:
+        raise InvalidPlanError(
+            f"hidden_size must be a multiple of the gates' group_size {scores.hidden_group}, got {size}"
+        )
+    return tuple(_top(scores.hidden, size))
 
 
 def _required(score: torch.Tensor | None, axis: str, layer: int) -> torch.Tensor:
@@ -146,15 +175,15 @@ def ratio_shape(
     layout: Layout, keep_ratio: float | Mapping[str, float], legal_heads: Sequence[Shape], group_size: int
 ) -> Shape:
     """
-    The legal shape nearest to a keep ratio.
+    The legal shape nearest to a keep ratio; the hidden size is left to `legality.fit_hidden`.
 
     Heads: the nearest legal count; of equally near ones the larger, of equal counts that with more KV groups. FFN: the
-    nearest multiple of `ffn_multiple`. Layers: the nearest count. At least one of each.
+    nearest multiple of `ffn_multiple`. Layers, hidden: the nearest count. At least one of each.
 
     Args:
         layout: the dense model's row and sizes.
         keep_ratio: kept over total, in (0, 1]: one number for heads and FFN, or one per axis (`"heads"`, `"ffn"`,
-            `"layers"`).
+            `"layers"`, `"hidden"`).
         legal_heads: the (query heads, KV groups) to choose from.
         group_size: channels per gate.
 
@@ -162,7 +191,7 @@ def ratio_shape(
         InvalidPlanError: on other axes or ratios.
     """
     ratios = dict(keep_ratio) if isinstance(keep_ratio, Mapping) else {HEADS: keep_ratio, FFN: keep_ratio}
-    allowed = (HEADS, FFN, LAYERS)
+    allowed = (HEADS, FFN, LAYERS, HIDDEN)
     problems = [f"unknown axis {axis!r}; known are {list(allowed)}" for axis in ratios if axis not in allowed]
     problems += [
         f"keep_ratio of {axis} must be a number in (0, 1], got {ratio!r}"
@@ -181,12 +210,14 @@ def ratio_shape(
         num_key_value_heads=heads["num_key_value_heads"],
         intermediate_size=min(ffn, dense["intermediate_size"]),
         num_hidden_layers=max(1, _round(ratios.get(LAYERS, 1.0) * dense["num_hidden_layers"])),
+        hidden_size=max(1, _round(ratios[HIDDEN] * layout.hidden_size)) if ratios.get(HIDDEN, 1) < 1 else None,
     )
 
 
 def open_shape(layout: Layout, scores: UnitScores, legal_heads: Sequence[Shape]) -> Shape:
     """
-    The smallest legal shape with room for every unit whose score is at least `OPEN`, in every layer that stays.
+    The smallest legal shape with room for every unit whose score is at least `OPEN`, in every layer that stays; the
+    hidden size is left to `legality.fit_hidden`.
 
     Args:
         layout: the dense model's row and sizes.
@@ -209,11 +240,13 @@ def open_shape(layout: Layout, scores: UnitScores, legal_heads: Sequence[Shape])
     ]
     heads = min(roomy, key=lambda s: s["num_attention_heads"])
     multiple = ffn_multiple(dense["intermediate_size"], layout, scores.group_size)
+    hidden = max(1, int(_opened(scores.hidden, layout.hidden_size).sum()))
     return Shape(
         num_attention_heads=heads["num_attention_heads"],
         num_key_value_heads=heads["num_key_value_heads"],
         intermediate_size=min(-(-channels // multiple) * multiple, dense["intermediate_size"]),
         num_hidden_layers=len(layers),
+        hidden_size=hidden if hidden < layout.hidden_size else None,
     )
 
 
@@ -224,11 +257,20 @@ def ffn_multiple(dense_size: int, layout: Layout, group_size: int) -> int:
     Misaligned sizes run slower than larger aligned ones, so a size keeps the power of two that divides the dense one,
     up to 64 and up to 1/16 of it. Families that state the size as a multiple of another field step by that field.
     """
+    unit = layout.hidden_size if layout.family.ffn_unit else 1
+    return math.lcm(_aligned(dense_size), group_size, unit)
+
+
+def hidden_multiple(layout: Layout, group_size: int) -> int:
+    """The step of hidden sizes that are chosen for the user: aligned as FFN sizes are."""
+    return math.lcm(_aligned(layout.hidden_size), group_size)
+
+
+def _aligned(dense_size: int) -> int:
     aligned = math.gcd(dense_size, 64)
     while aligned > 1 and aligned * 16 > dense_size:
         aligned //= 2
-    unit = layout.hidden_size if layout.family.ffn_unit else 1
-    return math.lcm(aligned, group_size, unit)
+    return aligned
 
 
 def _distance(sizes: Mapping[str, int], target: float) -> tuple[float, int, int]:

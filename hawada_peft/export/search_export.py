@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -24,6 +25,7 @@ def search(
     realise: Realise,
     *,
     effort: SearchEffort | None = None,
+    narrower: Sequence[tuple[SearchSpace, LatencyTable]] = (),
 ) -> SearchResult:
     """
     Find the shape of least loss that meets a budget.
@@ -39,32 +41,33 @@ def search(
         budget: the limits.
         realise: builds and times shapes.
         effort: how hard to look.
+        narrower: the shapes of other hidden sizes, and their tables; searched together with the rest.
 
     Raises:
         InfeasibleBudgetError: if no shape meets the budget, with the range that can be reached and what binds.
     """
     effort = effort or SearchEffort()
-    state = SearchState(space, table, budget, effort)
+    state = SearchState(space, table, budget, effort, narrower)
     state.check_feasible()
-    state.predicted = quality.predict(space)
+    state.predict(quality)
     confirmed: set[int] = set()
     for number in range(1, effort.rounds + 1):
         fits = np.flatnonzero(state.fits())
         if len(fits) == 0:
             break
-        loss = state.loss().ravel()
-        ranked = fits[np.lexsort((state.ms().ravel()[fits], loss[fits]))]
+        loss = state.loss()
+        ranked = fits[np.lexsort((state.ms()[fits], loss[fits]))]
         best = int(ranked[0])
         if best in confirmed:
             return state.result(best, quality, number)
         if best in state.times or math.isinf(state.limit):
-            logger.info("round %d: timing %s once more", number, space.shape(best).to_dict())
+            logger.info("round %d: timing %s once more", number, state.shape(best).to_dict())
             state.time([best], realise, final=True)
             state.evaluate([best], quality)
             confirmed.add(best)
             continue
         chosen = state.choose(ranked, effort.top)
-        logger.info("round %d: realising %s", number, [space.shape(index).to_dict() for index in chosen])
+        logger.info("round %d: realising %s", number, [state.shape(index).to_dict() for index in chosen])
         state.evaluate(chosen, quality)
         state.time(chosen, realise)
     return state.settle(quality, effort.rounds)

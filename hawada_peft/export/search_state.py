@@ -95,7 +95,7 @@ class SearchResult:
         limit_ms (`float`): what the budget allows on that scale; infinite if it does not limit latency.
         frontier (`tuple[Candidate, ...]`): for every latency the shape of least predicted loss, slowest first.
         measured (`tuple[Candidate, ...]`): every shape that was timed.
-        table (`LatencyTable`): corrected by all that was timed.
+        table (`LatencyTable`): of the dense hidden size, corrected by all of it that was timed.
         rounds (`int`): rounds it took.
     """
 
@@ -129,16 +129,49 @@ class SearchResult:
 
 
 class SearchState:
-    """What is known about the space while it is searched. Latencies are on the scale of the table's dense model."""
+    """
+    What is known about the space while it is searched, by the position in it. It is made of the spaces of all hidden
+    sizes, one after the other. Latencies are on the scale of the first table's dense model.
+    """
 
-    def __init__(self, space: SearchSpace, table: LatencyTable, budget: LatencyBudget, effort: SearchEffort) -> None:
-        self.space, self.table, self.budget, self.effort = space, table, budget, effort
-        self.shape_of_space = (len(space.layers), len(space.heads), len(space.ffn))
-        self.predicted = np.zeros(self.shape_of_space)
+    def __init__(
+        self,
+        space: SearchSpace,
+        table: LatencyTable,
+        budget: LatencyBudget,
+        effort: SearchEffort,
+        narrower: Sequence[tuple[SearchSpace, LatencyTable]] = (),
+    ) -> None:
+        self.budget, self.effort = budget, effort
+        self.spaces, self.tables = [space, *(each for each, _ in narrower)], [table, *(each for _, each in narrower)]
+        self.ends = np.cumsum([len(each) for each in self.spaces])
+        self.dense = space.dense
+        self.parameters = np.concatenate([each.parameters.ravel() for each in self.spaces])
+        self.memory = np.concatenate([each.memory.ravel() for each in self.spaces])
+        self.predicted = np.zeros(len(self.parameters))
         self.times: dict[int, float] = {}
         self.losses: dict[int, float] = {}
         self.dense_ms = table.dense_ms
         self._estimates: np.ndarray | None = None
+
+    @property
+    def table(self) -> LatencyTable:
+        """The table of the dense hidden size."""
+        return self.tables[0]
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Which of the spaces a position lies in, and where there."""
+        part = int(np.searchsorted(self.ends, index, side="right"))
+        return part, index - int(self.ends[part]) + len(self.spaces[part])
+
+    def shape(self, index: int) -> Shape:
+        """The shape at a position."""
+        part, local = self.place(index)
+        return self.spaces[part].shape(local)
+
+    def predict(self, quality: Quality) -> None:
+        """Ask for the predicted losses."""
+        self.predicted = np.concatenate([quality.predict(space).ravel() for space in self.spaces])
 
     @property
     def limit(self) -> float:
@@ -148,8 +181,12 @@ class SearchState:
     def ms(self) -> np.ndarray:
         """Over the space: measured where it was timed, estimated elsewhere."""
         if self._estimates is None:
-            self._estimates = self.table.estimate_sizes(*self.space.axes).numpy().copy()
-            self._estimates.ravel()[list(self.times)] = list(self.times.values())
+            parts = [
+                table.estimate_sizes(*space.axes).numpy().ravel() * (self.table.dense_ms / table.dense_ms)
+                for space, table in zip(self.spaces, self.tables, strict=True)
+            ]
+            self._estimates = np.concatenate(parts)
+            self._estimates[list(self.times)] = list(self.times.values())
         return self._estimates
 
     def loss(self) -> np.ndarray:
@@ -159,28 +196,28 @@ class SearchState:
         where = self._places()
         known = list(self.losses)
         measured = np.maximum([self.losses[index] for index in known], 1e-9)
-        left = np.log(measured / np.maximum(self.predicted.ravel()[known], 1e-9))
+        left = np.log(measured / np.maximum(self.predicted[known], 1e-9))
         residual = smooth(
             where, where[known], torch.from_numpy(np.clip(left, -5, 5)), width=KERNEL_WIDTH, prior=KERNEL_PRIOR
         )
-        corrected = self.predicted.ravel() * np.exp(residual.numpy())
+        corrected = self.predicted * np.exp(residual.numpy())
         corrected[known] = measured
-        return corrected.reshape(self.shape_of_space)
+        return corrected
 
     def fits(self) -> np.ndarray:
-        """Over the flattened space: whether all limits hold, with the margin for what is only estimated."""
-        ms, room = self.ms().ravel(), np.full(len(self.space), 1 - self.effort.margin)
+        """Over the space: whether all limits hold, with the margin for what is only estimated."""
+        ms, room = self.ms(), np.full(len(self.parameters), 1 - self.effort.margin)
         room[list(self.times)] = 1 - self.effort.margin / 2
-        latency = ms <= self.limit * room if math.isfinite(self.limit) else np.ones(len(self.space), dtype=bool)
-        return latency & self._small().ravel()
+        latency = ms <= self.limit * room if math.isfinite(self.limit) else np.ones(len(ms), dtype=bool)
+        return latency & self._small()
 
     def _small(self) -> np.ndarray:
         parameters, memory = self.budget.max_parameters, self.budget.max_memory
-        fits = np.ones(self.shape_of_space, dtype=bool)
+        fits = np.ones(len(self.parameters), dtype=bool)
         if parameters is not None:
-            fits &= self.space.parameters <= parameters
+            fits &= self.parameters <= parameters
         if memory is not None:
-            fits &= self.space.memory <= memory
+            fits &= self.memory <= memory
         return fits
 
     def check_feasible(self) -> None:
@@ -204,8 +241,8 @@ class SearchState:
             f"no legal shape meets the budget ({self.budget}); binding: {' and '.join(binding) or 'both together'}."
             f"{together} Reachable on {self.table.device_name} ({self.table.regime}): {least:.3f} to {dense:.3f} ms, "
             f"a speedup of 1 to {dense / least:.2f}{asked}; "
-            f"{int(self.space.parameters.min()):,} to {int(self.space.parameters.max()):,} parameters; "
-            f"{self.space.memory.min() / 2**20:,.1f} to {self.space.memory.max() / 2**20:,.1f} MiB. Ask for less, or "
+            f"{int(self.parameters.min()):,} to {int(self.parameters.max()):,} parameters; "
+            f"{self.memory.min() / 2**20:,.1f} to {self.memory.max() / 2**20:,.1f} MiB. Ask for less, or "
             "give the search more to cut (the config's `gates`)."
         )
 
@@ -216,31 +253,35 @@ class SearchState:
             return untimed[:count]
         seen: dict[int, int] = {}
         for index in untimed:
-            seen.setdefault(self.space.shape(index).num_hidden_layers or 0, index)
+            seen.setdefault(self.shape(index).num_hidden_layers or 0, index)
         return list(dict.fromkeys([*list(seen.values())[:count], *untimed]))[:count]
 
     def evaluate(self, indices: Sequence[int], quality: Quality) -> None:
         """Measure the loss of shapes, where it can be."""
         for index in indices:
             if index not in self.losses:
-                loss = quality.evaluate(self.space.shape(index))
+                loss = quality.evaluate(self.shape(index))
                 if loss is not None:
                     self.losses[index] = loss
 
     def time(self, indices: Sequence[int], realise: Realise, *, final: bool = False) -> None:
         """
-        Realise and time shapes; correct the table by them. What counts is the ratio to the dense model beside them. A
-        final timing is made of several instances and replaces an earlier one.
+        Realise and time shapes; correct their tables by them. What counts is the ratio to the dense model beside them.
+        A final timing is made of several instances and replaces an earlier one.
         """
-        shapes = [self.space.shape(index) for index in indices]
+        shapes = [self.shape(index) for index in indices]
         runs = [realise(shapes) for _ in range(self.effort.instances if final else 1)]
-        dense = [timings[self.space.dense].median_ms for timings in runs]
+        dense = [timings[self.dense].median_ms for timings in runs]
         self.dense_ms = float(np.median(dense))
+        points: dict[int, list[Realised]] = {}
         for index, shape in zip(indices, shapes, strict=True):
             ratios = [timings[shape].median_ms / beside for timings, beside in zip(runs, dense, strict=True)]
-            self.times[index] = float(np.median(ratios)) * self.table.dense_ms
-        points = [Realised(shape, self.times[index]) for index, shape in zip(indices, shapes, strict=True)]
-        self.table = self.table.with_realised([point for point in points if point.shape != self.space.dense])
+            ratio, part = float(np.median(ratios)), self.place(index)[0]
+            self.times[index] = ratio * self.table.dense_ms
+            mine = [] if shape == self.dense else [Realised(shape, ratio * self.tables[part].dense_ms)]
+            points.setdefault(part, []).extend(mine)
+        for part, realised in points.items():
+            self.tables[part] = self.tables[part].with_realised(realised)
         self._estimates = None
 
     def settle(self, quality: Quality, rounds: int) -> SearchResult:
@@ -250,7 +291,7 @@ class SearchState:
         Raises:
             InfeasibleBudgetError: if none did.
         """
-        fits, loss = self.fits(), self.loss().ravel()
+        fits, loss = self.fits(), self.loss()
         met = [index for index in self.times if fits[index]]
         if met:
             return self.result(min(met, key=lambda index: loss[index]), quality, rounds)
@@ -263,27 +304,27 @@ class SearchState:
 
     def result(self, index: int, quality: Quality, rounds: int) -> SearchResult:
         """What is returned for a shape."""
-        ms, loss = self.ms().ravel(), self.loss().ravel()
+        ms, loss = self.ms(), self.loss()
         scale = self.dense_ms / self.table.dense_ms
 
         def candidate(index: int) -> Candidate:
-            timed = self.times.get(index)
+            timed, (part, local) = self.times.get(index), self.place(index)
+            space = self.spaces[part]
             return Candidate(
-                shape=self.space.shape(index),
+                shape=space.shape(local),
                 estimate_ms=float(ms[index]) * scale,
                 predicted_loss=float(loss[index]),
-                parameters=int(self.space.parameters.ravel()[index]),
-                memory=float(self.space.memory.ravel()[index]),
-                rehomed=self.space.rehomed[np.unravel_index(index, self.shape_of_space)[1]],
+                parameters=int(self.parameters[index]),
+                memory=float(self.memory[index]),
+                rehomed=space.rehomed[np.unravel_index(local, space.parameters.shape)[1]],
                 measured_ms=None if timed is None else timed * scale,
                 measured_loss=self.losses.get(index),
             )
 
-        shape = self.space.shape(index)
         result = SearchResult(
             budget=self.budget,
             best=candidate(index),
-            plan=quality.plan(shape),
+            plan=quality.plan(self.shape(index)),
             dense_ms=self.dense_ms,
             limit_ms=self.limit * scale,
             frontier=tuple(candidate(int(place)) for place in frontier(ms, loss)),
@@ -295,11 +336,18 @@ class SearchState:
         return result
 
     def _places(self) -> torch.Tensor:
-        """(space, 4) in parts of the dense sizes."""
-        groups, per_group, ffn, layers = self.space.axes
-        sizes = self.space.dense.sizes().values()
-        parts = [v / s for v, s in zip((groups * per_group, groups, ffn, layers), sizes, strict=True)]
-        return torch.from_numpy(np.stack(np.broadcast_arrays(*parts), axis=-1).reshape(-1, 4).copy())
+        """(space, 4) in parts of the dense sizes; (space, 5) where there are several hidden sizes."""
+        rows = []
+        for space, table in zip(self.spaces, self.tables, strict=True):
+            groups, per_group, ffn, layers = space.axes
+            sizes = self.dense.sizes().values()
+            parts = [v / s for v, s in zip((groups * per_group, groups, ffn, layers), sizes, strict=True)]
+            if len(self.spaces) > 1:
+                parts.append(
+                    np.full((1, 1, 1), int(table.model["hidden_size"]) / int(self.table.model["hidden_size"]))
+                )
+            rows.append(np.stack(np.broadcast_arrays(*parts), axis=-1).reshape(-1, len(parts)))
+        return torch.from_numpy(np.concatenate(rows))
 
 
 def frontier(ms: np.ndarray, loss: np.ndarray) -> np.ndarray:

@@ -12,7 +12,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..adapters.huggingface.family import FFN, HEADS, KV_GROUPS, Layout, locate
+from ..adapters.huggingface.family import FFN, HEADS, HIDDEN, KV_GROUPS, Layout, locate
+from ..adapters.layers import check_unquantized
 from ..errors import UnsupportedModelError
 from .axes import SliceRule, find_axes
 from .legality import check_legal, edit_config
@@ -39,7 +40,8 @@ def slim(model: Model, plan: Plan) -> Model:
     Raises:
         IncompatibleBaseError: if the plan is for a model of other sizes.
         IllegalShapeError: if no vanilla model of the plan's shape exists.
-        UnsupportedModelError: if the model has no family row, adapters in it, or state that the row does not explain.
+        UnsupportedModelError: if the model has no family row, adapters in it, quantized weights, or state that the row
+            does not explain.
     """
     layout = locate(model)
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
@@ -47,9 +49,10 @@ def slim(model: Model, plan: Plan) -> Model:
             "slim() takes a vanilla model, and this one has adapters in it: use `merge_and_unload(plan=...)` on the "
             "PEFT model, or `unload()` first"
         )
-    plan.check_base(layout.dense)
+    check_unquantized(model)
+    plan.check_base(layout.full)
     check_legal(model, layout, plan.shape)
-    rules = find_axes(model, layout)
+    rules = find_axes(model, layout, hidden=plan.hidden is not None)
     config = edit_config(model.config, layout, plan.shape, layers=plan.layers)
     add_v4_rope_keys(config)
     with torch.device("meta"):
@@ -82,10 +85,10 @@ def _sliced(
 
 
 def _source(name: str, layout: Layout, plan: Plan) -> tuple[str, int, str]:
-    """The dense name of a slim parameter, its layer's position in the plan (-1: outside), its name in the layer."""
+    """The dense name of a slim parameter, its layer's position in the plan (-1: outside), its name in `find_axes`."""
     prefix = f"{layout.stack}."
     if not name.startswith(prefix):
-        return name, -1, ""
+        return name, -1, f".{name}"
     index, _, short = name.removeprefix(prefix).partition(".")
     return f"{prefix}{plan.layers[int(index)]}.{short}", int(index), short
 
@@ -96,6 +99,7 @@ def _rows(rule: SliceRule, layout: Layout, plan: Plan, layer: int) -> torch.Tens
         HEADS: (plan.heads[layer], dense["num_attention_heads"]),
         KV_GROUPS: (plan.kv_groups[layer], dense["num_key_value_heads"]),
         FFN: (plan.channels[layer], dense["intermediate_size"]),
+        HIDDEN: (plan.hidden or tuple(range(layout.hidden_size)), layout.hidden_size),
     }
     offset, rows = 0, []
     for axis in rule.segments:

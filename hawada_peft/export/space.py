@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,8 +15,12 @@ from ..adapters.huggingface.family import Layout, locate
 from ..adapters.huggingface.shape import Shape
 from ..latency.build import SMALLEST_FFN
 from ..latency.regime import Regime
-from .legality import build_sizes, edit_config, legal_head_shapes
+from .legality import build_sizes, edit_config, fit_hidden, legal_head_shapes
+from .rank import hidden_multiple
 from .rehome import has_twin, twin_skeleton
+
+HIDDEN = (7 / 8, 3 / 4, 5 / 8, 1 / 2)
+"""Hidden sizes that are searched, in parts of the dense one. Each needs a latency table of its own."""
 
 MOST_FFN_SIZES = 256
 """FFN sizes that are searched at most; finer steps than that change nothing that can be measured."""
@@ -35,6 +40,7 @@ class SearchSpace:
         parameters (`np.ndarray`): of the slim model, over the space.
         cache_bytes (`np.ndarray`): of its KV cache under the regime, over the space.
         weight_bytes (`int`): per parameter.
+        hidden_size (`int`, *optional*): of all shapes, if it is not the dense one.
     """
 
     dense: Shape
@@ -45,6 +51,7 @@ class SearchSpace:
     parameters: np.ndarray
     cache_bytes: np.ndarray
     weight_bytes: int = 4
+    hidden_size: int | None = None
 
     def __len__(self) -> int:
         return len(self.layers) * len(self.heads) * len(self.ffn)
@@ -66,7 +73,12 @@ class SearchSpace:
     def shape(self, index: int) -> Shape:
         """The shape at a position of the flattened space."""
         layer, pair, size = np.unravel_index(index, (len(self.layers), len(self.heads), len(self.ffn)))
-        return replace(self.heads[pair], intermediate_size=self.ffn[size], num_hidden_layers=self.layers[layer])
+        return replace(
+            self.heads[pair],
+            intermediate_size=self.ffn[size],
+            num_hidden_layers=self.layers[layer],
+            hidden_size=self.hidden_size,
+        )
 
     def index(self, shape: Shape) -> int:
         """The inverse of `shape`."""
@@ -88,6 +100,7 @@ def search_space(
     group_size: int = 1,
     free: Sequence[str] = ("heads", "ffn", "layers"),
     allow_rehome: bool = False,
+    hidden_size: int | None = None,
 ) -> SearchSpace:
     """
     The space of a model: what its class (or its family's twin) builds as asked.
@@ -100,13 +113,20 @@ def search_space(
         group_size: and of this: the channels per gate.
         free: what may be cut.
         allow_rehome: also take heads that only the twin takes.
+        hidden_size: of all shapes; the dense one if left out.
     """
-    dense = layout.dense
+    dense = layout.narrowed(hidden_size)
     size = dense.sizes()["intermediate_size"]
-    heads = legal_head_shapes(model, layout) if "heads" in free else [_pair(dense)]
+    heads = legal_head_shapes(model, layout, hidden_size) if "heads" in free else [_pair(dense)]
     twin = twin_skeleton(model) if allow_rehome and "heads" in free and has_twin(model) else None
-    more = [] if twin is None else [pair for pair in legal_head_shapes(twin, locate(twin)) if pair not in heads]
-    step = int(np.lcm.reduce([multiple, group_size, layout.hidden_size if layout.family.ffn_unit else 1]))
+    more = (
+        []
+        if twin is None
+        else [pair for pair in legal_head_shapes(twin, locate(twin), hidden_size) if pair not in heads]
+    )
+    step = int(
+        np.lcm.reduce([multiple, group_size, dense.hidden_size or layout.hidden_size if layout.family.ffn_unit else 1])
+    )
     while size // step > MOST_FFN_SIZES:
         step *= 2
     smallest = max(1, round(SMALLEST_FFN * size / step)) * step
@@ -120,15 +140,16 @@ def search_space(
     tokens = regime.batch_size * ((regime.seq_len or 0) + (regime.mode == "decode")) if regime.mode != "forward" else 0
     bytes_each = regime.torch_dtype.itemsize
     cache = 2.0 * tokens * layout.head_dim * bytes_each * np.array([p.num_key_value_heads for p in pairs])
-    per_pair = [_parameters(model if p in heads else twin or model, layout, p, size, 1) for p in pairs]
-    one, two = (_parameters(model, layout, _pair(dense), size, count) for count in (1, 2))
-    low = _parameters(model, layout, _pair(dense), ffn[0], 1)
+    plain = replace(dense, num_hidden_layers=1)
+    per_pair = [_parameters(model if p in heads else twin or model, layout, p.complete(plain)) for p in pairs]
+    one, two = (_parameters(model, layout, replace(plain, num_hidden_layers=count)) for count in (1, 2))
+    low = _parameters(model, layout, replace(plain, intermediate_size=ffn[0]))
     per_channel = (one - low) / (size - ffn[0]) if len(ffn) > 1 else 0.0
     count, width = np.array(layers, dtype=float)[:, None, None], np.array(ffn, dtype=float)[None, None, :]
     fixed = 2 * one - two
     layer = np.array(per_pair, dtype=float)[None, :, None] - fixed + per_channel * (width - size)
     return SearchSpace(
-        dense=dense,
+        dense=layout.dense,
         layers=layers,
         heads=pairs,
         ffn=ffn,
@@ -136,18 +157,37 @@ def search_space(
         parameters=fixed + count * layer,
         cache_bytes=np.broadcast_to(count * cache[None, :, None], (len(layers), len(pairs), len(ffn))),
         weight_bytes=bytes_each,
+        hidden_size=dense.hidden_size,
     )
+
+
+def narrower_sizes(model: PreTrainedModel, layout: Layout, *, multiple: int = 1, group_size: int = 1) -> list[int]:
+    """
+    A few hidden sizes below the dense one that the model's class builds, the largest first: the parts `HIDDEN` of it.
+
+    Args:
+        model: the dense model, or its class and config on the meta device.
+        layout: its family row and sizes.
+        multiple: sizes are multiples of it (`LatencyTable.multiple`), besides those of `rank.hidden_multiple`.
+        group_size: channels per gate.
+    """
+    step = hidden_multiple(layout, group_size)
+    if not layout.family.ffn_unit:  # otherwise the table's multiple is one of the hidden size itself
+        step = math.lcm(step, multiple)
+    wishes = [replace(layout.dense, hidden_size=max(1, round(part * layout.hidden_size))) for part in HIDDEN]
+    found = [layout.complete(fit_hidden(model, layout, wish, step=step)).hidden_size for wish in wishes]
+    return sorted({size for size in found if size is not None}, reverse=True)
 
 
 def _pair(shape: Shape) -> Shape:
     return Shape(shape.num_attention_heads, shape.num_key_value_heads)
 
 
-def _parameters(model: PreTrainedModel, layout: Layout, pair: Shape, ffn: int, layers: int) -> int:
+def _parameters(model: PreTrainedModel, layout: Layout, shape: Shape) -> int:
     """Parameters of a model of these sizes, by building it on the meta device."""
     if model.config.model_type != layout.model_type:
         layout = locate(model)
-    shape = replace(pair, intermediate_size=ffn, num_hidden_layers=layers)
+    layers = (0,) * shape.sizes()["num_hidden_layers"]
     with torch.device("meta"):
-        built = type(model)(edit_config(model.config, layout, shape, layers=(0,) * layers))
+        built = type(model)(edit_config(model.config, layout, shape, layers=layers))
     return built.num_parameters()

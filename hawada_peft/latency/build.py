@@ -81,6 +81,7 @@ def build_table(
     regime: Regime,
     ffn_unit: int = 1,
     plan: TablePlan | None = None,
+    widest: Shape | None = None,
     clock: Clock = time.perf_counter,
     sync: Sync | None = None,
 ) -> LatencyTable:
@@ -98,17 +99,19 @@ def build_table(
         regime: the conditions.
         ffn_unit: FFN sizes are multiples of it.
         plan: what is measured.
+        widest: the sizes that the table's shapes are cut from, complete, if these are not the dense ones: those of a
+            narrower residual stream. The dense model is timed beside them, as `dense_ms`.
         clock, sync: as in `measure`.
 
     Raises:
         InvalidRegimeError: if the model cannot run that way.
     """
-    plan = plan or TablePlan()
+    plan, whole, dense = plan or TablePlan(), dense, widest or dense
     started = time.perf_counter()
     many = min(dense.sizes()["num_hidden_layers"], plan.depth)
     few = max(1, many // 4)
     timer = partial(measure_built, build, regime=regime, effort=plan.effort, group=plan.group, clock=clock, sync=sync)
-    reference = replace(dense, num_hidden_layers=many)
+    reference = replace(whole, num_hidden_layers=many)
     slopes = _Slopes(timer, reference, few)
     multiple = find_multiple(slopes, dense, ffn_unit)
     logger.info("FFN sizes that are not a multiple of %d are slower on %s", multiple, regime.device_name)
@@ -130,7 +133,11 @@ def build_table(
     )
     groups = tuple(sorted({shape.num_key_value_heads or 1 for shape in pairs}))
     per_group = tuple(sorted({shape.heads_per_group for shape in pairs}))
-    seen = [each for each in slopes.observations() if each.shape.sizes()["intermediate_size"] in sizes]
+    seen = [
+        each
+        for each in slopes.observations()
+        if each.shape.sizes()["intermediate_size"] in sizes and each.shape.hidden_size == dense.hidden_size
+    ]
     costs = fit_costs(seen, dense, groups, per_group, sizes)
     table = LatencyTable(
         regime=regime,
@@ -145,8 +152,8 @@ def build_table(
         **vars(costs),
     )
     shapes = random_shapes(dense, heads, multiple, plan.realised, seed=plan.seed)
-    slopes.add_whole([dense, *shapes])
-    table = replace(table, dense_ms=slopes.times[dense])
+    slopes.add_whole([whole, dense, *shapes])
+    table = replace(table, dense_ms=slopes.times[whole])
     table = table.with_realised([Realised(shape, slopes.times[shape]) for shape in (dense, *shapes)])
     table = replace(table, seconds=time.perf_counter() - started)
     logger.info("%s in %.0f s", table, table.seconds)
@@ -265,7 +272,10 @@ def random_shapes(dense: Shape, heads: Sequence[Shape], multiple: int, count: in
     for _ in range(50 * count):
         pair = heads[int(rng.integers(len(heads)))]
         shape = replace(
-            pair, intermediate_size=int(rng.choice(np.array(ffn))), num_hidden_layers=int(rng.choice(np.array(layers)))
+            pair,
+            intermediate_size=int(rng.choice(np.array(ffn))),
+            num_hidden_layers=int(rng.choice(np.array(layers))),
+            hidden_size=dense.hidden_size,
         )
         if shape != dense and len(shapes) < count:
             shapes[shape] = None

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..adapters.huggingface.shape import Shape
+from ..adapters.huggingface.shape import AXES, Shape
 from ..errors import IncompatibleTableError
 from .interpolate import bilinear, linear, smooth
 from .regime import Regime
@@ -55,7 +55,8 @@ class LatencyTable:
         ffn_sizes (`tuple[int, ...]`), ffn_ms (`tuple[float, ...]`): per layer beyond the smallest.
         interaction_ms (`float`): what small attention and FFN together cost beyond the sum.
         multiple (`int`): FFN sizes that are not a multiple of it are slower than larger ones that are.
-        dense_ms (`float`): the whole dense model.
+        dense_ms (`float`): the whole dense model; also in a table for a narrower residual stream, whose `model` states
+            that `hidden_size` and the dense one as `dense_hidden_size`.
         scale, offset_ms (`float`): the affine correction.
         realised (`tuple[Realised, ...]`): shapes that were timed as a whole.
         errors (`dict[str, float]`): relative errors of the estimate on the realised shapes, each left out of the fit
@@ -86,7 +87,7 @@ class LatencyTable:
     @cached_property
     def dense(self) -> Shape:
         """The dense sizes."""
-        return Shape.from_dict({name: int(self.model[name]) for name in asdict(Shape())})
+        return Shape.from_dict({name: int(self.model[name]) for name in AXES})
 
     def estimate(self, shape: Shape) -> float:
         """
@@ -94,7 +95,15 @@ class LatencyTable:
 
         Args:
             shape: the sizes; what it leaves out is dense.
+
+        Raises:
+            IncompatibleTableError: if it has another hidden size than the table.
         """
+        if shape.hidden_size not in (None, self.model["hidden_size"]):
+            raise IncompatibleTableError(
+                f"the latency table is for a hidden size of {self.model['hidden_size']}, asked {shape.hidden_size}; "
+                f"measure one with `measure_table(..., hidden_size={shape.hidden_size})`"
+            )
         sizes = shape.complete(self.dense)
         _, groups, ffn, layers = sizes.sizes().values()
         return float(self.estimate_sizes(groups, sizes.heads_per_group, ffn, layers))

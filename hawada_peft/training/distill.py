@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.nn import functional
 
 from ..errors import UnsupportedModelError
+from .positions import Divergence, SquaredError, mean_over_positions
 
 Batch = Mapping[str, Any]
 
@@ -72,19 +72,17 @@ def kl_divergence(
     """
     `T^2 KL(teacher || student)` of the softened distributions, averaged over positions (Hinton et al., 2015).
 
+    Computed slice by slice, as is the gradient: no float32 copy of all logits is made.
+
     Args:
-        student_logits, teacher_logits: (..., classes).
+        student_logits, teacher_logits: (..., classes); gradients flow to the student's alone.
         temperature: T, above 0.
         mask: (...), nonzero where a position counts; all if left out.
 
     Returns:
         () in nats, float32 or wider.
     """
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    student = functional.log_softmax(student_logits.to(dtype) / temperature, dim=-1)
-    teacher = functional.log_softmax(teacher_logits.to(dtype) / temperature, dim=-1)
-    divergence = functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-    return temperature**2 * masked_mean(divergence, mask)
+    return mean_over_positions(Divergence(temperature), student_logits, teacher_logits, mask)
 
 
 def mean_squared_error(
@@ -94,14 +92,13 @@ def mean_squared_error(
     The squared difference of logits, averaged over classes and positions.
 
     Args:
-        student_logits, teacher_logits: (..., classes).
+        student_logits, teacher_logits: (..., classes); gradients flow to the student's alone.
         mask: (...), nonzero where a position counts; all if left out.
 
     Returns:
         (), float32 or wider.
     """
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    return masked_mean((student_logits.to(dtype) - teacher_logits.to(dtype)).square().mean(-1), mask)
+    return mean_over_positions(SquaredError(), student_logits, teacher_logits, mask)
 
 
 def position_mask(logits: torch.Tensor, batch: Batch) -> torch.Tensor | None:

@@ -9,23 +9,27 @@ References:
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.nn import functional
 
 from ..adapters.attach import collect_gates
 from ..adapters.base import UNITS
 from ..adapters.gates import SigmoidGate
+from ..adapters.huggingface.shape import Shape
 from ..errors import HawAdaError
+from ..export.plan import Plan
+from ..export.quality import MaskedQuality
 from .distill import Batch, get_student_logits, masked_mean, position_mask
 
 SPREAD = 0.5
 """Half the range over which a start by importance spreads theta / T around the common start."""
 
 
-def gate_importance(model: nn.Module, batches: Iterable[Batch]) -> dict[str, torch.Tensor]:
+def gate_importance(model: nn.Module, batches: Iterable[Batch], plan: Plan | None = None) -> dict[str, torch.Tensor]:
     """
     The empirical Fisher information of every active gate at its start: the mean over examples of the squared
     gradient of the loss.
@@ -37,6 +41,7 @@ def gate_importance(model: nn.Module, batches: Iterable[Batch]) -> dict[str, tor
         model: a gated model in any mode; its gates are put back afterwards.
         batches: keyword arguments of its forward pass. One gradient is taken per example: squares of a batch's mean
             gradient rank far worse.
+        plan: what it closes stays closed meanwhile, whatever its legality: importance in the model without it.
 
     Returns:
         By the names of `collect_gates`: a tensor of the gate's shape, float64, on the CPU.
@@ -58,6 +63,8 @@ def gate_importance(model: nn.Module, batches: Iterable[Batch]) -> dict[str, tor
         for gate in gates.values():
             gate.set_plan(None)
             nn.init.constant_(gate.theta, gate.start.theta)
+        if plan is not None:
+            cast(Any, model).set_masks(plan)
         for example in (example for batch in batches for example in _examples(batch, thetas[0].device)):
             count += 1
             gradients = torch.autograd.grad(_loss(model, example, generator), thetas)
@@ -74,18 +81,27 @@ def gate_importance(model: nn.Module, batches: Iterable[Batch]) -> dict[str, tor
 
 
 def init_gates(
-    model: nn.Module, batches: Iterable[Batch], criterion: str = "fisher", *, spread: float = SPREAD
+    model: nn.Module,
+    batches: Iterable[Batch],
+    criterion: str = "fisher",
+    *,
+    shape: Shape | None = None,
+    spread: float = SPREAD,
 ) -> None:
     """
     Start the gates in the order of their importance, close to where they start anyway.
 
-    Heads and channels are ordered within their module, gates on blocks and layers over the whole model. The least
-    important gate of n gets `theta = start - spread * T`, the most important `start + spread * T`, evenly in between.
+    Heads and channels are ordered within their module, channels of the residual stream among each other, gates on
+    blocks and layers over the whole model. The least important gate of n gets `theta = start - spread * T`, the most
+    important `start + spread * T`, evenly in between.
 
     Args:
         model: a gated model.
         batches: calibration batches, as in `gate_importance`.
         criterion: `"fisher"`.
+        shape: the shape that is aimed at. If it has fewer layers, those to go are found by dropping one after the
+            other and measuring the loss (`MaskedQuality`), and everything else is ordered by its importance without
+            them. A squared gradient says little about something as large as a layer.
         spread: see above.
 
     Raises:
@@ -93,10 +109,19 @@ def init_gates(
     """
     if criterion != "fisher":
         raise HawAdaError(f"criterion must be 'fisher', got {criterion!r}")
+    batches = list(batches)
     gates = collect_gates(model)
+    without, places = None, {}
+    if shape is not None:
+        quality = MaskedQuality(cast(PeftModel, model), batches)
+        layers = shape.complete(quality.layout.dense).sizes()["num_hidden_layers"]
+        if layers < quality.layout.dense.sizes()["num_hidden_layers"]:
+            without, places = quality.without_layers(layers), _places(quality, layers)
     pooled: dict[str, list[tuple[SigmoidGate, torch.Tensor]]] = {}
-    for name, importance in gate_importance(model, batches).items():
+    for name, importance in gate_importance(model, batches, without).items():
         slot, adapter = name.split(".")[-2:]
+        if id(gates[name]) in places:
+            importance = torch.full_like(importance, places[id(gates[name])])
         pooled.setdefault(name if slot == UNITS else f"{slot}.{adapter}", []).append((gates[name], importance))
     with torch.no_grad():
         for members in pooled.values():
@@ -108,6 +133,14 @@ def init_gates(
             for (gate, _), part in zip(members, order.split([gate.units for gate, _ in members]), strict=True):
                 offset = spread * gate.start.temperature * part.reshape(gate.theta.shape)
                 gate.theta.copy_(gate.start.theta + offset)
+
+
+def _places(quality: MaskedQuality, layers: int) -> dict[int, float]:
+    """For the gates on whole blocks of the dropped layers, by their identity: below any importance, in that order."""
+    order = quality.drop_order(layers)
+    return {
+        id(gate): float(place - len(order)) for place, layer in enumerate(order) for gate in quality.depth_gates(layer)
+    }
 
 
 def _loss(model: nn.Module, batch: Batch, generator: torch.Generator) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,7 @@ from ...errors import UnsupportedModelError
 from ..layers import feature_sizes
 from .shape import Shape
 
-HEADS, KV_GROUPS, FFN = "heads", "kv_groups", "ffn"
+HEADS, KV_GROUPS, FFN, HIDDEN = "heads", "kv_groups", "ffn", "hidden"
 """The axes of width. In a fused layout they name what a stretch of rows belongs to."""
 
 
@@ -34,11 +34,15 @@ class Family:
         ffn_field (`str`): the config field with the FFN size.
         ffn_unit (`str`): the config field that `ffn_field` is a multiple of; empty if it counts channels.
         layer_lists (`tuple[str, ...]`): config fields that hold one entry per layer.
-        fused (`tuple[tuple[str, tuple[str, ...]], ...]`): modules (relative to a layer) whose rows hold several
-            things: the axes in their order. One axis alone means that everything of a unit is stored together.
+        fused (`tuple[tuple[str, tuple[str, ...]], ...]`): modules (relative to a layer; with a dot before it, relative
+            to the model) whose rows, or inputs from the residual stream, hold several things: the axes in their
+            order. One axis alone means that everything of a unit is stored together.
         twin (`str`): the `model_type` of a class that computes the same from the same weights and allows more head
             counts; empty if there is none.
         twin_fields (`tuple[tuple[str, Any], ...]`): config fields that make it compute the same.
+        hidden_norms (`tuple[str, ...]`), final_norm (`str`): the norms through which everything reads the residual
+            stream, relative to a layer, and after the layers, relative to `model.base_model`. The gate on the stream
+            sits there; empty if it has no place, because something else reads the stream or depends on its size.
     """
 
     layers: str
@@ -52,6 +56,8 @@ class Family:
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
     twin: str = ""
     twin_fields: tuple[tuple[str, Any], ...] = ()
+    hidden_norms: tuple[str, ...] = ()
+    final_norm: str = ""
 
 
 FAMILIES: dict[str, Family] = {}
@@ -82,6 +88,7 @@ class Layout:
         model_type (`str`): the row's key.
         family (`Family`): the row.
         stack (`str`): the list of layers, by its full dotted name.
+        root (`str`): `model.base_model`, by its full dotted name; empty if it is the model.
         dense (`Shape`): the model's sizes, complete.
         head_dim (`int`): features per head.
         hidden_size (`int`): features of the residual stream.
@@ -90,6 +97,7 @@ class Layout:
     model_type: str
     family: Family
     stack: str
+    root: str
     dense: Shape
     head_dim: int
     hidden_size: int
@@ -102,10 +110,49 @@ class Layout:
         """The dotted name of a layer's FFN output projection."""
         return f"{self.stack}.{layer}.{self.family.ffn_out}"
 
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The dotted names of all norms that read the residual stream; the first of them holds the stream's gate."""
+        if not self.family.hidden_norms or not self.family.final_norm:
+            return ()
+        layers = range(self.dense.sizes()["num_hidden_layers"])
+        inside = [f"{self.stack}.{layer}.{norm}" for layer in layers for norm in self.family.hidden_norms]
+        return (*inside, f"{self.root}.{self.family.final_norm}" if self.root else self.family.final_norm)
+
+    @property
+    def full(self) -> Shape:
+        """The dense sizes with that of the residual stream."""
+        return replace(self.dense, hidden_size=self.hidden_size)
+
+    def complete(self, shape: Shape) -> Shape:
+        """Fill what was left out from the dense model; a `hidden_size` that is the dense one is left out."""
+        size = None if shape.hidden_size == self.hidden_size else shape.hidden_size
+        return replace(shape, hidden_size=size).complete(self.dense)
+
+    def narrowed(self, hidden_size: int | None) -> Shape:
+        """
+        The dense sizes with another hidden size (None: the dense one); an FFN size that is a multiple of it is rounded
+        down.
+        """
+        if hidden_size in (None, self.hidden_size):
+            return self.dense
+        narrow = replace(self.dense, hidden_size=hidden_size)
+        if self.family.ffn_unit == "hidden_size":
+            ffn = self.dense.sizes()["intermediate_size"]
+            narrow = replace(narrow, intermediate_size=max(1, ffn // hidden_size) * hidden_size)
+        return narrow
+
     def position(self, name: str) -> tuple[int, str] | None:
-        """The layer and the axis (`"heads"` or `"ffn"`) that are gated at a module; None if the row gates nothing."""
+        """
+        The layer (-1: after the layers) and the axis (`"heads"`, `"ffn"`, `"hidden"`) that are gated at a module; None
+        if the row gates nothing there.
+        """
+        if self.norms and name == self.norms[-1]:
+            return -1, HIDDEN
         match = re.fullmatch(rf"{re.escape(self.stack)}\.(\d+)\.(.+)", name)
-        axes = {self.family.attention_out: HEADS, self.family.ffn_out: FFN}
+        axes = {self.family.attention_out: HEADS, self.family.ffn_out: FFN} | dict.fromkeys(
+            self.family.hidden_norms, HIDDEN
+        )
         if match is None or match[2] not in axes:
             return None
         return int(match[1]), axes[match[2]]
@@ -143,15 +190,16 @@ def locate(model: nn.Module) -> Layout:
         )
     root = next(name for name, module in model.named_modules() if module is model.base_model)
     stack_name = f"{root}.{family.layers}" if root else family.layers
-    stack = _find(model, stack_name, config.model_type)
+    stack = find_module(model, stack_name, config.model_type)
     if not isinstance(stack, nn.ModuleList) or len(stack) == 0:
         raise UnsupportedModelError(
             f"model_type={config.model_type!r}: {stack_name!r} should be a list of layers, is a {type(stack).__name__}"
         )
     sizes = []
     for index in range(len(stack)):
-        attention = feature_sizes(_find(model, f"{stack_name}.{index}.{family.attention_out}", config.model_type))
-        ffn = feature_sizes(_find(model, f"{stack_name}.{index}.{family.ffn_out}", config.model_type))
+        layer = f"{stack_name}.{index}"
+        attention = feature_sizes(find_module(model, f"{layer}.{family.attention_out}", config.model_type))
+        ffn = feature_sizes(find_module(model, f"{layer}.{family.ffn_out}", config.model_type))
         sizes.append((attention[0], ffn[0]))
     heads = config.num_attention_heads
     if len(set(sizes)) > 1 or sizes[0][0] % heads:
@@ -163,6 +211,7 @@ def locate(model: nn.Module) -> Layout:
         model_type=config.model_type,
         family=family,
         stack=stack_name,
+        root=root,
         dense=Shape(
             num_attention_heads=heads,
             num_key_value_heads=getattr(config, family.kv_heads_field) if family.kv_heads_field else heads,
@@ -174,7 +223,13 @@ def locate(model: nn.Module) -> Layout:
     )
 
 
-def _find(model: nn.Module, name: str, model_type: str) -> nn.Module:
+def find_module(model: nn.Module, name: str, model_type: str) -> nn.Module:
+    """
+    A module by its dotted name.
+
+    Raises:
+        UnsupportedModelError: if the model does not have it.
+    """
     try:
         return model.get_submodule(name)
     except AttributeError:

@@ -10,6 +10,8 @@ LLAMA = Family(
     ffn_out="mlp.down_proj",
     kv_heads_field="num_key_value_heads",
     layer_lists=("layer_types", "no_rope_layers"),
+    hidden_norms=("input_layernorm", "post_attention_layernorm"),
+    final_norm="norm",
 )
 
 # Llama's config refuses head counts that do not divide hidden_size; a Mistral without a window is the same function.

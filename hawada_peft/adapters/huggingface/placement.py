@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
+from torch import nn
 
-from ...errors import InvalidPlanError
-from ..base import BLOCK, LAYER, UNITS
-from ..gates import BlockGate, ChannelGate, GateStart, HeadGate, SigmoidGate
-from .family import HEADS, Layout
+from ...errors import InvalidPlanError, UnsupportedModelError
+from ..base import BLOCK, HIDDEN_UNITS, LAYER, UNITS, GateAdapter
+from ..gates import BlockGate, ChannelGate, GateStart, HeadGate, HiddenGate, SigmoidGate
+from .family import FAMILIES, HEADS, Layout
 
 Masks = list[tuple[SigmoidGate, torch.Tensor | None]]
 
@@ -41,6 +42,36 @@ def family_gates(
     if "layers" in kinds:
         gates[LAYER] = BlockGate(start=start, relative=True)
     return gates
+
+
+def hidden_home(layout: Layout) -> str:
+    """
+    The dotted name of the norm that holds the gate on the residual stream.
+
+    Raises:
+        UnsupportedModelError: if the family's row has no place for that gate.
+    """
+    if not layout.norms:
+        raise UnsupportedModelError(
+            f"gates on 'hidden' are not known for model_type={layout.model_type!r}: its family row names no "
+            "`hidden_norms` and `final_norm`, through which everything reads the residual stream; rows that do: "
+            f"{sorted(name for name, row in FAMILIES.items() if row.hidden_norms)}. Leave 'hidden' out of the "
+            "config's `gates`."
+        )
+    return layout.norms[0]
+
+
+def hidden_gate(model: nn.Module, layout: Layout, adapter_name: str) -> HiddenGate | None:
+    """The gate on the residual stream; None if there is none, or not all norms that read the stream share it."""
+    found: HiddenGate | None = None
+    for name in layout.norms:
+        parent, _, child = name.rpartition(".")
+        adapter = model.get_submodule(parent)._modules.get(child)
+        gate = adapter.gates(adapter_name).get(HIDDEN_UNITS) if isinstance(adapter, GateAdapter) else None
+        if not isinstance(gate, HiddenGate) or gate is not (found or gate):
+            return None
+        found = gate
+    return found
 
 
 def masks_of(gates: Mapping[str, SigmoidGate], kept: Sequence[int] | None, total: int, what: str) -> Masks:

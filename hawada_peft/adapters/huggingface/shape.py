@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from ...errors import IllegalShapeError
 
+AXES = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "num_hidden_layers")
+"""The sizes that every complete shape states."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -19,17 +22,20 @@ class Shape:
             query head per KV group (plain multi-head attention) it follows `num_attention_heads`.
         intermediate_size (`int`, *optional*): FFN channels in every layer.
         num_hidden_layers (`int`, *optional*): layers.
+        hidden_size (`int`, *optional*): channels of the residual stream. A complete shape may leave it out as well:
+            the dense model's.
 
     Example:
 
-        >>> Shape(intermediate_size=512).complete(Shape(12, 4, 1024, 6))
-        Shape(num_attention_heads=12, num_key_value_heads=4, intermediate_size=512, num_hidden_layers=6)
+        >>> Shape(intermediate_size=512).complete(Shape(12, 4, 1024, 6)).to_dict()
+        {'num_attention_heads': 12, 'num_key_value_heads': 4, 'intermediate_size': 512, 'num_hidden_layers': 6}
     """
 
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
     intermediate_size: int | None = None
     num_hidden_layers: int | None = None
+    hidden_size: int | None = None
 
     def __post_init__(self) -> None:
         problems = [
@@ -62,15 +68,16 @@ class Shape:
 
     def sizes(self) -> dict[str, int]:
         """
-        The sizes of a complete shape, by name.
+        The sizes that a complete shape states, by name, in the order of `AXES`: all but `hidden_size`.
 
         Raises:
             IllegalShapeError: if one is left out.
         """
-        missing = [name for name, size in asdict(self).items() if size is None]
+        sizes = {name: getattr(self, name) for name in AXES}
+        missing = [name for name, size in sizes.items() if size is None]
         if missing:
             raise IllegalShapeError(f"the shape leaves out {missing}; call `complete(dense_shape)` on it first")
-        return asdict(self)
+        return sizes
 
     def to_dict(self) -> dict[str, int]:
         """The sizes that are given, for JSON."""

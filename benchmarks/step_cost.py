@@ -1,0 +1,200 @@
+"""What a training step costs: our gates, LoRA and IA3 on the same model, in the same distillation step.
+
+    python benchmarks/step_cost.py llama-3.2-1b --device cuda --dtype bfloat16 --size 4x1024
+    python benchmarks/step_cost.py FOLDER --size 2x128 --rounds 10
+
+A step is: the teacher's logits (the same model with the adapter disabled, no gradients), the student's, the KL
+divergence on all of them (`kl_divergence`, the same for every adapter), the backward pass, AdamW on the adapter. The
+adapters share one copy of the base weights and take turns, one step each per round, in an order that is rotated; the
+figures are medians over the rounds after the warm-up. `--checkpointing both` does all of it without and with gradient
+checkpointing.
+
+The peak is that of torch's allocator, as if each adapter were alone: the base weights, the adapter, its optimizer's
+state, and the most that a step holds at once. On CUDA it is the median over the rounds; on the CPU it is added up from
+the profiler's record of every allocation in one more step.
+
+The model is a folder of a causal LM or a preset (random weights), with projections named as in Llama.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from latency_cases import PRESETS
+from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from hawada_peft import HawAdaConfig, get_student_logits, get_teacher_logits
+from hawada_peft.training import kl_divergence
+
+QV, ALL = "LoRA r=8 on q, v", "LoRA r=8 on all linears"
+ADAPTERS: dict[str, Callable[[], PeftConfig]] = {
+    "gates": HawAdaConfig,
+    "gates, groups of 32": lambda: HawAdaConfig(group_size=32),
+    QV: lambda: LoraConfig(r=8, target_modules=["q_proj", "v_proj"]),
+    ALL: lambda: LoraConfig(r=8, target_modules="all-linear"),
+    "IA3 on inputs of o, down": lambda: IA3Config(
+        target_modules=["o_proj", "down_proj"], feedforward_modules=["o_proj", "down_proj"]
+    ),
+}
+MIB = 2**20
+
+
+class Contestant:
+    """An adapter on the shared weights, with its optimizer."""
+
+    def __init__(self, base: PreTrainedModel, config: PeftConfig, checkpointing: bool) -> None:
+        shared = {id(tensor): tensor for tensor in [*base.parameters(), *base.buffers()]}
+        self.model = get_peft_model(copy.deepcopy(base, shared), config).train()
+        if checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-3)
+        self.seconds: list[float] = []
+        self.peaks: list[float] = []
+
+    def step(self, batch: dict[str, torch.Tensor]) -> None:
+        teacher = get_teacher_logits(self.model, batch)
+        student = get_student_logits(self.model, batch)
+        kl_divergence(student, teacher).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def held_mib(self) -> float:
+        """The base weights, the adapter and its optimizer's state."""
+        state = [t for entry in self.optimizer.state.values() for t in entry.values() if isinstance(t, torch.Tensor)]
+        tensors = {*self.model.parameters(), *self.model.buffers(), *state}
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / MIB
+
+
+def timed_step(contestant: Contestant, batch: dict[str, torch.Tensor], clock: Callable[[], float]) -> None:
+    on_cuda = batch["input_ids"].is_cuda
+    if on_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    start = clock()
+    contestant.step(batch)
+    if on_cuda:
+        torch.cuda.synchronize()
+        contestant.peaks.append((torch.cuda.max_memory_allocated() - before) / MIB)
+    contestant.seconds.append(clock() - start)
+
+
+def profiled_peak(contestant: Contestant, batch: dict[str, torch.Tensor]) -> float:
+    """The most that one step holds at once on the CPU, in MiB."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        contestant.step(batch)
+    held = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / MIB
+
+
+def load(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    if name in PRESETS:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(PRESETS[name], dtype=dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
+    model.config.use_cache = False
+    return model
+
+
+def compare(base: PreTrainedModel, arguments: argparse.Namespace, checkpointing: bool) -> list[dict[str, object]]:
+    """A row per adapter."""
+    contestants = {name: Contestant(base, make(), checkpointing) for name, make in ADAPTERS.items()}
+    batch_size, seq_len = (int(number) for number in arguments.size.split("x"))
+    tokens = torch.randint(base.config.vocab_size, (batch_size, seq_len), device=base.device)
+    batch, names = {"input_ids": tokens}, list(contestants)
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    for turn in range(arguments.warm_up + arguments.rounds):
+        for place in range(len(names)):
+            timed_step(contestants[names[(turn + place) % len(names)]], batch, clock)
+    rows = []
+    for name, contestant in contestants.items():
+        seconds = contestant.seconds[arguments.warm_up :]
+        peaks = contestant.peaks[arguments.warm_up :] or [profiled_peak(contestant, batch)]
+        rows.append(
+            {
+                "adapter": name,
+                "checkpointing": checkpointing,
+                "trainable": sum(parameter.numel() for parameter in contestant.trained),
+                "ms": 1000 * statistics.median(seconds),
+                "ms_quartiles": [1000 * cut for cut in statistics.quantiles(seconds, n=4)[::2]],
+                "peak_mib": contestant.held_mib() + statistics.median(peaks),
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """The rows as Markdown."""
+    ratios = "to LoRA q, v | to LoRA all"
+    lines = [
+        f"| adapter | trainable | step, ms (quartiles) | {ratios} | peak, MiB | {ratios} |",
+        "|---" * 8 + "|",
+    ]
+    reference = {row["adapter"]: row for row in rows}
+    for row in rows:
+        low, high = row["ms_quartiles"]
+        cells = [str(row["adapter"]), f"{row['trainable']:,}", f"{row['ms']:.1f} ({low:.1f} to {high:.1f})"]
+        cells += [f"{row['ms'] / reference[other]['ms']:.3f}" for other in (QV, ALL)]
+        cells += [f"{row['peak_mib']:.0f}"]
+        cells += [f"{row['peak_mib'] / reference[other]['peak_mib']:.3f}" for other in (QV, ALL)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help=f"a folder, or one of {sorted(PRESETS)}")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--size", default="2x128", help="BATCHxSEQ")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--warm-up", type=int, default=3, help="rounds before those that count")
+    parser.add_argument("--checkpointing", default="both", choices=["off", "on", "both"])
+    parser.add_argument("--threads", type=int, default=0, help="torch's CPU threads; 0: as torch decides")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="time by the process's processor time: for --threads 1 on a machine shared with other work",
+    )
+    parser.add_argument("--out", default="", help="a JSON file for the figures")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.cpu_time and (arguments.device != "cpu" or torch.get_num_threads() != 1):
+        parser.error("--cpu-time is for --device cpu with --threads 1")
+    transformers.logging.set_verbosity_error()
+
+    base = load(arguments.model, getattr(torch, arguments.dtype), arguments.device)
+    device = torch.cuda.get_device_name() if base.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"{Path(arguments.model).name}, {arguments.size}, {arguments.dtype}, {device}; torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, peft {peft.__version__}; {arguments.rounds} rounds"
+    )
+    rows: list[dict[str, object]] = []
+    for checkpointing in {"off": [False], "on": [True], "both": [False, True]}[arguments.checkpointing]:
+        found = compare(base, arguments, checkpointing)
+        print(f"\ngradient checkpointing {'on' if checkpointing else 'off'}\n\n{table(found)}", flush=True)
+        rows += found
+    if arguments.out:
+        Path(arguments.out).write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

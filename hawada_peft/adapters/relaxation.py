@@ -1,0 +1,162 @@
+"""Relaxations: what a gate multiplies by while training is soft. Evaluation and the hard part never see them.
+
+A relaxation is a pure function of a gate's logits and of the plan that is being approached. The trainer replaces it
+from step to step; `None` is the gate's own sigmoid.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import HawAdaError
+
+
+class Relaxation(ABC):
+    """How the values of gates follow from their logits while training is soft."""
+
+    draws_to_size = True
+    """Whether the gates have to be drawn to their sizes by a penalty; otherwise the approached plan does it."""
+
+    @abstractmethod
+    def at(self, progress: float) -> Relaxation:
+        """The relaxation at a point of the soft part of training, from 0 to 1."""
+
+    @abstractmethod
+    def factor(self, logits: torch.Tensor, start: float, kept: torch.Tensor | None) -> torch.Tensor:
+        """
+        What the units are multiplied by in training.
+
+        Args:
+            logits: theta / T, of theta's shape.
+            start: the logit at the start, at which the factor is about 1.
+            kept: of theta's shape, true for the units that the approached plan keeps; None without one.
+
+        Returns:
+            A tensor like `logits`, at least 0.
+        """
+
+    @abstractmethod
+    def open_probability(self, logits: torch.Tensor, start: float) -> torch.Tensor:
+        """How likely each unit stays, in [0, 1], 1 at the start or about it: what expected sizes are sums of."""
+
+
+@dataclass(frozen=True)
+class Closing(Relaxation):
+    """
+    Units outside the approached plan are closed gradually: their factor is `leak * g / g_start`, with a leak that
+    falls from 1 to 0 in a straight line. All gates are trained on, as scales of what is left.
+
+    Gradual closing follows Zhu, Gupta, "To prune, or not to prune" (2018), with a factor in the place of a count.
+
+    Args:
+        leak (`float`): in [0, 1].
+        straight_through (`bool`): pass the gradient on to a closing unit as if it were open, so that it can come back
+            (Bengio, Leonard, Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", 2013).
+    """
+
+    leak: float = 1.0
+    straight_through: bool = False
+    draws_to_size = False
+
+    def at(self, progress: float) -> Closing:
+        """The leak is what is left of the soft part."""
+        return Closing(leak=1.0 - progress, straight_through=self.straight_through)
+
+    def factor(self, logits: torch.Tensor, start: float, kept: torch.Tensor | None) -> torch.Tensor:
+        """As in the base class."""
+        value = torch.sigmoid(logits) / torch.sigmoid(torch.full_like(logits, start, requires_grad=False))
+        if kept is None:
+            return value
+        mask = torch.where(kept.to(value.device), 1.0, self.leak)
+        closed = value * mask
+        return value + (closed - value).detach() if self.straight_through else closed
+
+    def open_probability(self, logits: torch.Tensor, start: float) -> torch.Tensor:
+        """`g / g_start`, at most 1."""
+        return _relative_sigmoid(logits, start)
+
+
+@dataclass(frozen=True)
+class Annealed(Relaxation):
+    """
+    A sigmoid whose temperature falls geometrically: `sigmoid(logit / t) / sigmoid(start / t)`.
+
+    References:
+        Savarese, Silva, Maire, "Winning the Lottery with Continuous Sparsification" (2020).
+
+    Args:
+        temperature (`float`): t, above 0.
+        last (`float`): t at the end of the soft part.
+    """
+
+    temperature: float = 1.0
+    last: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not (self.temperature > 0 and self.last > 0):
+            raise HawAdaError(f"temperatures must be above 0, got {self.temperature} and {self.last}")
+
+    def at(self, progress: float) -> Annealed:
+        """From 1 to `last`, by equal factors."""
+        return Annealed(temperature=self.last**progress, last=self.last)
+
+    def factor(self, logits: torch.Tensor, start: float, kept: torch.Tensor | None) -> torch.Tensor:
+        """As in the base class."""
+        scaled = torch.full_like(logits, start, requires_grad=False) / self.temperature
+        return torch.sigmoid(logits / self.temperature) / torch.sigmoid(scaled)
+
+    def open_probability(self, logits: torch.Tensor, start: float) -> torch.Tensor:
+        """The factor, at most 1."""
+        return self.factor(logits, start, None).clamp(max=1.0)
+
+
+@dataclass(frozen=True)
+class HardConcrete(Relaxation):
+    """
+    Random gates that are exactly 0 or 1 with some probability: the hard concrete distribution.
+
+    `s = sigmoid((log u - log(1 - u) + logit) / beta)`, u uniform; `z = clamp(s (zeta - gamma) + gamma, 0, 1)`.
+
+    References:
+        Louizos, Welling, Kingma, "Learning Sparse Neural Networks through L0 Regularization" (2018), equations 10-12.
+
+    Args:
+        beta (`float`): temperature of the distribution.
+        gamma, zeta (`float`): the interval to which it is stretched.
+    """
+
+    beta: float = 2 / 3
+    gamma: float = -0.1
+    zeta: float = 1.1
+
+    def at(self, progress: float) -> HardConcrete:
+        """The same throughout."""
+        return self
+
+    def factor(self, logits: torch.Tensor, start: float, kept: torch.Tensor | None) -> torch.Tensor:
+        """As in the base class; drawn anew at each call."""
+        uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
+        noise = uniform.log() - (1 - uniform).log()
+        stretched = torch.sigmoid((noise + logits) / self.beta) * (self.zeta - self.gamma) + self.gamma
+        return stretched.clamp(0.0, 1.0)
+
+    def open_probability(self, logits: torch.Tensor, start: float) -> torch.Tensor:
+        """`P(z > 0) = sigmoid(logit - beta log(-gamma / zeta))`."""
+        return torch.sigmoid(logits - self.beta * math.log(-self.gamma / self.zeta))
+
+
+def _relative_sigmoid(logits: torch.Tensor, start: float) -> torch.Tensor:
+    return (torch.sigmoid(logits) / torch.sigmoid(torch.full_like(logits, start, requires_grad=False))).clamp(max=1.0)
+
+
+RELAXATIONS: dict[str, Relaxation] = {
+    "closing": Closing(),
+    "straight_through": Closing(straight_through=True),
+    "sigmoid": Annealed(),
+    "hard_concrete": HardConcrete(),
+}
+"""The relaxations by their names."""
