@@ -36,7 +36,7 @@ from .export.find_plan import find_plan, measure_table
 from .export.rehome import rehome
 from .latency import LatencyBudget, LatencyTable, Regime, Timing, measure_many
 from .model import HawAdaModel
-from .training import DistillTrainer, HawAdaTrainer, get_student_logits, get_teacher_logits, init_gates
+from .training import DistillTrainer, HawAdaTrainer, get_student_logits, get_teacher_logits, init_gates, recover
 
 __version__ = version("hawada_peft")
 
@@ -76,6 +76,7 @@ __all__ = [
     "is_ffn_layer",
     "measure_many",
     "measure_table",
+    "recover",
     "register_family",
     "rehome",
     "save_slim",

@@ -159,13 +159,22 @@ def test_accumulated_steps_are_those_of_the_whole_batch(tmp_path: Path, padding:
 def test_gradient_checkpointing_computes_the_same(tmp_path: Path) -> None:
     ends = []
     for checkpointing in (False, True):
-        trainer = trainer_of(tmp_path, args=SGD | {"max_steps": 2})
-        if checkpointing:
-            trainer.model.gradient_checkpointing_enable()
+        args = SGD | {"max_steps": 2, "activation_checkpointing": checkpointing}
+        trainer = trainer_of(tmp_path, args=args)
+        calls = Counter(trainer.model.model.layers[0].mlp)
         trainer.train()
-        assert trainer.model.is_gradient_checkpointing is checkpointing
+        assert calls.count == (4 if checkpointing else 2)  # once more in the backward pass
         ends.append(state_of(trainer.model))
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-6)
+
+
+class Counter:
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.count = 0
+        module.register_forward_pre_hook(self)
+
+    def __call__(self, *_: Any) -> None:
+        self.count += 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -241,9 +250,9 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None
     script.write_text(PROCESS)
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--multi_cpu", "--num_processes", "2"]
-    command = [*launcher, "--main_process_port", port, str(script), str(Path(__file__).parent), str(tmp_path)]
+        port = probe.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command = [*launcher, f"--master-port={port}", str(script), str(Path(__file__).parent), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     two = json.loads((tmp_path / "logs.json").read_text())

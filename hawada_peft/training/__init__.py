@@ -5,6 +5,7 @@ from .distill_trainer import DistillTrainer
 from .importance import gate_importance, init_gates
 from .objective import Distillation
 from .penalties import size_penalty
+from .recovery import recover
 from .trainer import HawAdaTrainer
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "init_gates",
     "kl_divergence",
     "mean_squared_error",
+    "recover",
     "size_penalty",
 ]

@@ -60,7 +60,7 @@ class DistillTrainer(Trainer):
         elif isinstance(model, nn.Module) and not any(parameter.requires_grad for parameter in model.parameters()):
             problems.append("no parameter of the model requires gradients: there is nothing to train")
         try:
-            objective = Distillation(kd_temperature, kl_weight, mse_weight)
+            self.objective: Distillation = Distillation(kd_temperature, kl_weight, mse_weight)
         except HawAdaError as error:
             problems.append(str(error))
         if problems:
@@ -71,7 +71,7 @@ class DistillTrainer(Trainer):
                 f"the student distinguishes {sizes[0]} tokens or classes, the teacher {sizes[1]}: distillation needs "
                 "the same ones. Resize neither, or both."
             )
-        self.objective, self.teacher = objective, teacher
+        self.teacher = teacher
         self.student: Any = model  # `self.model`, typed for what PEFT passes on to the base model
         self._sums: dict[str, torch.Tensor] = {}  # of terms, weighted, since the last log
         self._steps = 0  # since then
