@@ -38,7 +38,8 @@ def thetas(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> HawAdaTrainer:
-    trainer = trainer_of(tmp_path_factory.mktemp("trained"), mse_weight=0.1)
+    options = {"mse_weight": 0.1, "relaxation": "sigmoid", "calibration_examples": 0}
+    trainer = trainer_of(tmp_path_factory.mktemp("trained"), **options)
     trainer.train()
     return trainer
 
@@ -114,16 +115,17 @@ def test_training_lowers_the_divergence_under_the_plan(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("fraction", "soft"), [(0.0, 0), (0.5, 3), (1.0, 6)])
 def test_soft_fraction_says_when_the_gates_decide(tmp_path: Path, fraction: float, soft: int) -> None:
-    trainer = trainer_of(tmp_path, soft_fraction=fraction)
+    trainer = trainer_of(tmp_path, soft_fraction=fraction, relaxation="sigmoid")
     trainer.train()
     assert len(logged(trainer, "size")) == soft
     assert trainer.decided
 
 
 def test_size_penalty_closes_gates(tmp_path: Path) -> None:
+    options = {"soft_fraction": 1.0, "relaxation": "sigmoid", "calibration_examples": 0}
     means = []
     for weight in (0.0, 10.0):
-        trainer = trainer_of(tmp_path, size_weight=weight, soft_fraction=1.0)
+        trainer = trainer_of(tmp_path, size_weight=weight, **options)
         trainer.train()
         means.append(torch.cat([found.value().flatten() for found in collect_gates(trainer.model).values()]).mean())
     assert means[1] < means[0] - 0.05

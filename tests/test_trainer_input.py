@@ -28,13 +28,13 @@ def test_all_bad_arguments_are_reported_at_once(tmp_path: Path) -> None:
     facts = [
         "get_peft_model",
         "Linear",
-        "`shape` or `keep_ratio`",
+        "`shape`, `keep_ratio` and `budget`",
         "kd_temperature",
-        "size_weight=-1",
+        "'size_weight': -1",
         "soft_fraction",
     ]
     assert [fact for fact in facts if fact not in found] == []
-    assert len(found.splitlines()) == 5
+    assert len(found.splitlines()) == 6
 
 
 def test_adapters_of_another_method_are_refused(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_adapters_of_another_method_are_refused(tmp_path: Path) -> None:
     [
         ({"shape": Shape(6, 3)}, IllegalShapeError, r"possible.*\(4, 4\)"),
         ({"shape": None, "keep_ratio": 2.0}, InvalidPlanError, r"in \(0, 1\]"),
-        ({"keep_ratio": 0.5}, HawAdaError, "either `shape` or `keep_ratio`"),
+        ({"keep_ratio": 0.5}, HawAdaError, "one of `shape`, `keep_ratio` and `budget`"),
     ],
 )
 def test_targets_are_checked_before_training(

@@ -119,13 +119,8 @@ class SigmoidGate(nn.Module):
 
     def _value_at_start(self, value: torch.Tensor) -> torch.Tensor:
         """What `value` was at the start. Kept: a step asks for it hundreds of times."""
-        known = self._start_value
-        same = known is not None and (known.dtype, known.device, known.shape) == (
-            value.dtype,
-            value.device,
-            value.shape,
-        )
-        if known is None or not same or torch.compiler.is_compiling():
+        known, wanted = self._start_value, (value.dtype, value.device, value.shape)
+        if known is None or (known.dtype, known.device, known.shape) != wanted or torch.compiler.is_compiling():
             # It goes through the same operation, element by element, so an untrained gate is exactly 1. Never a tensor
             # of inference mode: training may follow.
             with torch.inference_mode(False), torch.no_grad():

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..adapters.attach import collect_gates
 from ..adapters.base import BLOCK, HIDDEN_UNITS, LAYER, UNITS, GateAdapter
+from ..adapters.gates import SigmoidGate
 from ..adapters.huggingface.family import HIDDEN, Layout
 from ..adapters.huggingface.shape import Shape
 from ..errors import HawAdaError, InvalidPlanError

@@ -1,49 +1,77 @@
-"""The trainer of gates: `transformers.Trainer` with a distillation loss, a target shape and a moment of decision."""
+"""The trainer of gates: `transformers.Trainer` with a distillation loss, a goal and a moment of decision."""
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
 
 import torch
+from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..adapters.attach import collect_gates
-from ..adapters.base import BLOCK, LAYER, UNITS, GateAdapter
-from ..adapters.gates import HeadGate, SigmoidGate
+from ..adapters.base import GateAdapter
 from ..adapters.huggingface.shape import Shape
+from ..adapters.relaxation import RELAXATIONS
 from ..errors import HawAdaError
+from ..export.find_plan import find_plan, measure_table, regime_of
 from ..export.plan import Plan
-from .distill import get_student_logits, get_teacher_logits, kl_divergence, mean_squared_error, position_mask
-from .penalties import size_penalty
+from ..latency.budget import LatencyBudget
+from ..latency.measure import Effort
+from ..latency.table import LatencyTable
+from .distill import Batch, get_student_logits, get_teacher_logits, position_mask
+from .goal import Goal, LatencyGoal, ShapeGoal, axes_of
+from .importance import init_gates
+from .objective import Distillation
+from .penalties import bimodality_penalty, floor_penalty
+from .phases import Phases
 
 logger = logging.getLogger(__name__)
+
+STATE_FILE = "hawada_state.json"
+"""Beside the adapter in a checkpoint: the goal (shape; or multiplier, moving average, table), the approached plan."""
 
 
 class HawAdaTrainer(Trainer):
     """
-    Trains the gates of a PEFT model towards a shape, by distillation from the same model with the adapter disabled.
+    Trains the gates of a PEFT model by distillation from the same model with the adapter disabled.
 
-    For the first `soft_fraction` of the steps the gates are soft and their expected keep ratios are drawn down to the
-    shape's. Then the plan is made from the gates and applied, in training as well, and the rest of the training runs
-    under exactly the mask that is exported. The loss is `kl_weight * KL + mse_weight * MSE + size_weight * size`.
+    Three phases, by the number of the step. Warm-up: the gates are open. Soft: the gates move towards the goal, as the
+    `relaxation` says. Hard: the plan has been made and is applied, in training as well, so that the rest runs under
+    exactly the mask that is exported. Evaluation always computes what the slim model would: before the decision that
+    of the plan as it would be now.
 
-    Gates move by about the learning rate per step (Adam) and have some 4 to go: use 0.02 to 0.1 where a few hundred
-    steps are trained.
+    Untrained gates are started by `init_gates` on the first examples of the training data. The goal is a shape, or a
+    budget. A budget becomes a shape by `find_plan`, before training; or, with `constraint="lagrange"`, the estimated
+    latency of the gates is bound by a multiplier while they are soft, and the search at the end only rounds.
 
     Args:
         model (`PeftModel`): made by `get_peft_model(base, HawAdaConfig(...))`.
         args (`TrainingArguments`): as in `Trainer`.
         shape (`Shape`, *optional*): the sizes of the slim model.
         keep_ratio (`float` or `dict`, *optional*): instead of a shape, as in `HawAdaModel.plan`.
+        budget (`LatencyBudget`, *optional*): instead of a shape.
+        constraint (`str`): `"search"` or `"lagrange"`, for budgets.
+        relaxation (`str`): `"closing"`, `"straight_through"`, `"sigmoid"` or `"hard_concrete"`. The first two approach
+            a shape; the others are drawn to a shape or a latency by penalties.
         kd_temperature (`float`): T of the KL divergence.
         kl_weight, mse_weight (`float`): weights of the divergence and of the squared difference of logits.
-        size_weight (`float`): weight of `size_penalty`, summed over heads, FFN and layers.
-        soft_fraction (`float`): the part of the steps before the plan is made, in [0, 1].
+        size_weight (`float`): weight of the penalty on the size, where the relaxation needs one.
+        bimodality_weight (`float`): weight of `bimodality_penalty`.
+        floor_weight, keep_floor (`float`): weight of `floor_penalty`, and the least keep ratio of a layer.
+        warmup_fraction, soft_fraction (`float`): the parts of the steps before the gates move, and before the plan is
+            made, in [0, 1].
+        gate_learning_rate (`float`, *optional*): of the gates, where other weights (LoRA) are trained with
+            `args.learning_rate`.
+        calibration_examples (`int`): how many examples start the gates and judge shapes; 0 leaves gates as they are.
+        anchor_steps (`int`): after how many steps the current shape is timed, with `constraint="lagrange"`.
+        search_options (`dict`, *optional*): further arguments of `find_plan`.
         kwargs: as in `Trainer`.
 
     Raises:
@@ -57,11 +85,22 @@ class HawAdaTrainer(Trainer):
         *,
         shape: Shape | None = None,
         keep_ratio: float | Mapping[str, float] | None = None,
+        budget: LatencyBudget | None = None,
+        constraint: str = "search",
+        relaxation: str = "closing",
         kd_temperature: float = 1.0,
         kl_weight: float = 1.0,
         mse_weight: float = 0.0,
         size_weight: float = 10.0,
+        bimodality_weight: float = 0.0,
+        floor_weight: float = 0.0,
+        keep_floor: float = 0.25,
+        warmup_fraction: float = 0.0,
         soft_fraction: float = 0.25,
+        gate_learning_rate: float | None = None,
+        calibration_examples: int = 64,
+        anchor_steps: int = 50,
+        search_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         problems = []
@@ -72,38 +111,63 @@ class HawAdaTrainer(Trainer):
             )
         elif len(model.active_adapters) != 1:
             problems.append(f"one adapter must be active, got {model.active_adapters}; see `model.set_adapter`")
-        if (shape is None) == (keep_ratio is None):
-            problems.append("give either `shape` or `keep_ratio`: what the gates are trained towards")
-        if not kd_temperature > 0:
-            problems.append(f"kd_temperature must be above 0, got {kd_temperature}")
-        if min(kl_weight, mse_weight, size_weight) < 0 or kl_weight + mse_weight == 0:
+        if sum(given is not None for given in (shape, keep_ratio, budget)) != 1:
+            problems.append("give one of `shape`, `keep_ratio` and `budget`: what the gates are trained towards")
+        if constraint == "lagrange" and relaxation in RELAXATIONS and not RELAXATIONS[relaxation].draws_to_size:
+            drawn = [name for name, each in RELAXATIONS.items() if each.draws_to_size]
+            problems.append(f"constraint='lagrange' needs a relaxation of {drawn}, got {relaxation!r}")
+        if constraint not in ("search", "lagrange") or (constraint == "lagrange" and budget is None):
+            problems.append(f"constraint must be 'search', or 'lagrange' with a budget, got {constraint!r}")
+        weights = {
+            "size_weight": size_weight,
+            "bimodality_weight": bimodality_weight,
+            "floor_weight": floor_weight,
+            "calibration_examples": calibration_examples,
+        }
+        negative = {name: weight for name, weight in weights.items() if weight < 0}
+        if negative:
+            problems.append(f"these must not be negative: {negative}")
+        if not 0 <= keep_floor <= 1 or anchor_steps < 1:
             problems.append(
-                "weights must not be negative, and one of kl_weight and mse_weight above 0, got "
-                f"kl_weight={kl_weight}, mse_weight={mse_weight}, size_weight={size_weight}"
+                f"keep_floor must be in [0, 1], and anchor_steps at least 1, got {keep_floor}, {anchor_steps}"
             )
-        if not 0 <= soft_fraction <= 1:
-            problems.append(f"soft_fraction must be in [0, 1], got {soft_fraction}")
+        parts: list[Any] = []
+        for make in (
+            lambda: Distillation(kd_temperature, kl_weight, mse_weight),
+            lambda: Phases(model, relaxation, warmup_fraction, soft_fraction),
+        ):
+            try:
+                parts.append(make())
+            except HawAdaError as error:
+                problems.append(str(error))
         if problems:
             raise HawAdaError("\n".join(problems))
-        # A shape that is illegal or has no gates fails here, before any training.
-        plan = model.plan(shape, keep_ratio=keep_ratio)
-        self.target = plan.shape
-        wanted, dense = plan.shape.sizes(), plan.dense.sizes()
-        self._ratios = {name: wanted[name] / dense[name] for name in dense}
-        self.kd_temperature, self.kl_weight, self.mse_weight = kd_temperature, kl_weight, mse_weight
-        self.size_weight, self.soft_fraction = size_weight, soft_fraction
+        self.objective: Distillation = parts[0]
+        self.phases: Phases = parts[1]
+        self._goal: Goal | None = None
+        if budget is None:
+            # A shape that is illegal or has no gates fails here, before any training.
+            self._goal = ShapeGoal(model, model.plan(shape, keep_ratio=keep_ratio).shape)
+        self.budget, self.constraint = budget, constraint
+        self.size_weight, self.bimodality_weight = size_weight, bimodality_weight
+        self.floor_weight, self.keep_floor = floor_weight, keep_floor
+        self.gate_learning_rate, self.calibration_examples = gate_learning_rate, calibration_examples
+        self.anchor_steps, self.search_options = anchor_steps, dict(search_options or {})
+        self._timing: Effort | None = self.search_options.get("timing")
         self._terms: dict[str, list[torch.Tensor]] = {}
         self.gated: Any = model  # `self.model`, typed for what PEFT passes on to the tuner
         # Trainer switches the cache off for good; the slim model's config is the base model's.
         self._use_cache: bool | None = getattr(model.config, "use_cache", None)
         super().__init__(model=model, args=args, **kwargs)
         applied = self.gated.applied_plan()
-        if applied is not None and applied.shape != self.target:
-            logger.warning("the applied plan has another shape than the target; it is opened: %s", applied)
+        if applied is not None and (self._goal is None or applied.shape != self._goal.final_shape()):
+            logger.warning("the applied plan has another shape than the goal; it is opened: %s", applied)
             self.gated.apply_plan(None)
         self.can_return_loss = True  # the teacher takes the place of labels
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch: divide by their number
-        self.add_callback(_Decide(self))
+        self.add_callback(_Phases(self))
+
+    # ------------------------------------------------------------------ loss
 
     def compute_loss(
         self,
@@ -112,82 +176,173 @@ class HawAdaTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The distillation loss, and while the gates are soft the size penalty; arguments as in `Trainer`."""
+        """The distillation loss, and while the gates are soft the penalties; arguments as in `Trainer`."""
         teacher = get_teacher_logits(self.accelerator.unwrap_model(model), inputs)
         student = get_student_logits(model, inputs)
-        mask = position_mask(student, inputs)
-        terms = {"kl": kl_divergence(student, teacher, temperature=self.kd_temperature, mask=mask)}
-        loss = self.kl_weight * terms["kl"]
-        if self.mse_weight:
-            terms["mse"] = mean_squared_error(student, teacher, mask=mask)
-            loss = loss + self.mse_weight * terms["mse"]
+        terms = self.objective.terms(student, teacher, position_mask(student, inputs))
+        loss = self.objective.loss(terms)
         if model.training and not self.decided:
-            terms["size"] = self._size_penalty()
-            loss = loss + self.size_weight * terms["size"]
+            for name, (weight, term) in self._penalties().items():
+                terms[name] = term
+                loss = loss + weight * term.to(loss)
         if model.training:
             for name, term in terms.items():
                 self._terms.setdefault(name, []).append(term.detach())
         return (loss, {"logits": student}) if return_outputs else loss
 
+    def _penalties(self) -> dict[str, tuple[float, torch.Tensor]]:
+        """The penalties that apply: name to weight and value."""
+        found: dict[str, tuple[float, torch.Tensor]] = {}
+        gates = [gate for axis in axes_of(self.gated).values() for gate in axis]
+        if self.phases.relaxation.draws_to_size and self._progress() > 0:
+            name = "size" if isinstance(self.goal, ShapeGoal) else "latency"
+            weight = self.size_weight if name == "size" else 1.0
+            if weight:
+                found[name] = (weight, self.goal.penalty(self._progress()))
+        if self.bimodality_weight:
+            found["bimodality"] = (
+                self.bimodality_weight,
+                bimodality_penalty([gate.open_probability() for gate in gates]),
+            )
+        if self.floor_weight:
+            layers = [gate.open_probability() for gate in gates if gate.units > 1]
+            found["floor"] = (self.floor_weight, floor_penalty(layers, self.keep_floor))
+        return found
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As in `Trainer`; the gates get a learning rate of their own, and no weight decay, if one is given."""
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if new and self.gate_learning_rate is not None:
+            thetas = [gate.theta for gate in collect_gates(self.gated).values() if gate.theta.requires_grad]
+            known = {id(theta) for theta in thetas}
+            for group in optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in known]
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+            optimizer.add_param_group({"params": thetas, "lr": self.gate_learning_rate, "weight_decay": 0.0})
+        return optimizer
+
+    # ---------------------------------------------------------------- phases
+
+    @property
+    def goal(self) -> Goal:
+        """
+        What the gates are trained towards.
+
+        Raises:
+            HawAdaError: if a budget has not become a goal yet.
+        """
+        if self._goal is None:
+            raise HawAdaError("the budget becomes a goal when `train` begins")
+        return self._goal
+
+    @property
+    def target(self) -> Shape:
+        """The shape that the gates would get now; after the decision, the one they got."""
+        applied = self.gated.applied_plan()
+        return self.goal.current_shape() if applied is None else applied.shape
+
     @property
     def decided(self) -> bool:
         """Whether the plan has been made and applied."""
-        return any(self.gated.peft_config[name].plan is not None for name in self.gated.active_adapters)
+        return self.phases.decided
 
     def decide(self) -> None:
         """Make the plan from the gates as they are, and apply it in training as well."""
-        plan = self.gated.plan(self.target)
+        self.phases.relax(None)
+        plan = self.gated.plan(self._in_main_process(self.goal.final_shape))
         self.gated.apply_plan(plan, in_training=True)
         logger.info("step %d: %s", self.state.global_step, plan)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def _progress(self) -> float:
+        return self.phases.progress(self.state.global_step, self.state.max_steps)
+
+    def _end_step(self) -> None:
+        if self.decided or self.phases.progress(self.state.global_step - 1, self.state.max_steps) == 0:
+            return
+        self.goal.step()
+        if isinstance(self.goal, LatencyGoal) and self.state.global_step % self.anchor_steps == 0:
+            self.goal.anchor(*self._in_main_process(self.goal.measure))
+
+    def _in_main_process(self, function: Any) -> Any:
+        """The result of a function that only the main process calls, in every process."""
+        found = [function() if self.accelerator.is_main_process else None]
+        return broadcast_object_list(found)[0]
+
+    # ----------------------------------------------------------------- start
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`; the base model's `use_cache` is put back afterwards."""
+        if not resume_from_checkpoint:
+            self._prepare()
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
+            self.phases.relax(None)
             if self._use_cache is not None:
                 self.gated.config.use_cache = self._use_cache
 
-    def _size_penalty(self) -> torch.Tensor:
-        """The sum over axes, against keep ratios that fall from 1 to the target's over the soft part of training."""
-        steps = max(1, round(self.soft_fraction * self.state.max_steps))
-        progress = min(1.0, (self.state.global_step + 1) / steps)
-        penalties = [
-            size_penalty([gate.value() for gate in gates], 1 - progress * (1 - ratio))
-            for gates, ratio in self._axes()
-            if ratio < 1
-        ]
-        return torch.stack(penalties).sum() if penalties else torch.zeros((), device=self.args.device)
+    def _prepare(self) -> None:
+        """Find the shape for a budget, and start gates that nobody has started."""
+        gates = [gate for axis in axes_of(self.gated).values() for gate in axis]
+        fresh = all(bool((gate.theta == gate.start.theta).all()) for gate in gates)
+        start = fresh and self.calibration_examples > 0 and not self.decided
+        batches = self._calibration() if start or self._goal is None else []
+        self._goal = self._goal or self._goal_of_budget(cast(LatencyBudget, self.budget), batches)
+        if start:
+            fixed = isinstance(self.goal, ShapeGoal)
+            init_gates(self.gated, batches, shape=self.goal.final_shape() if fixed else None)
 
-    def _axes(self) -> list[tuple[list[SigmoidGate], float]]:
-        """Per axis its gates and the keep ratio wanted."""
-        heads: list[SigmoidGate] = []
-        ffn: list[SigmoidGate] = []
-        depth: list[SigmoidGate] = []
-        for name, gate in collect_gates(self.gated).items():
-            slot, adapter = name.split(".")[-2:]
-            if adapter not in self.gated.active_adapters:
-                continue
-            if slot == UNITS:
-                (heads if isinstance(gate, HeadGate) else ffn).append(gate)
-            elif slot in (BLOCK, LAYER):
-                depth.append(gate)
-        return [
-            (gates, self._ratios[name])
-            for gates, name in (
-                (heads, "num_attention_heads"),
-                (ffn, "intermediate_size"),
-                (depth, "num_hidden_layers"),
-            )
-            if gates
-        ]
+    def _goal_of_budget(self, budget: LatencyBudget, batches: Sequence[Batch]) -> Goal:
+        options = self.search_options
+        if self.constraint == "search":
+            found = self._in_main_process(lambda: find_plan(self.gated, budget, batches, **options).best.shape)
+            return ShapeGoal(self.gated, found)
+        named = {name: options[key] for key, name in (("cache", "cache"), ("table_plan", "plan")) if key in options}
+        regime = regime_of(self.gated, budget)
+        table = options.get("table") or self._in_main_process(lambda: measure_table(self.gated, regime, **named))
+        return LatencyGoal(self.gated, budget, table, timing=self._timing)
+
+    def _calibration(self) -> list[Batch]:
+        """The first examples of the training data, in batches; the random state is left as it was."""
+        batches: list[Batch] = []
+        count = 0
+        with torch.random.fork_rng():
+            torch.manual_seed(self.args.seed)
+            for batch in self.get_train_dataloader():
+                batches.append({name: value for name, value in batch.items() if isinstance(value, torch.Tensor)})
+                count += len(next(iter(batches[-1].values())))
+                if count >= max(1, self.calibration_examples):
+                    break
+        return batches
+
+    # ------------------------------------------------------ logs, evaluation
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log the terms of the loss, averaged since the last time, with it."""
+        """Log the terms of the loss, averaged since the last time, the goal's figures and the keep ratios with it."""
         if "loss" in logs and self._terms:
-            logs |= {name: torch.stack(terms).mean().item() for name, terms in self._terms.items()}
+            logs |= {name: torch.stack(terms).float().mean().item() for name, terms in self._terms.items()}
             self._terms.clear()
+            logs |= self._keep_ratios()
+            if not self.decided:
+                logs |= self.goal.figures()
         super().log(logs, *args, **kwargs)
+
+    @torch.no_grad()
+    def _keep_ratios(self) -> dict[str, float]:
+        """Per axis what stays of it: expected while the gates are soft, of the plan after the decision."""
+        names = {"num_attention_heads": "heads", "intermediate_size": "ffn", "num_hidden_layers": "layers"}
+        ratios = {}
+        for axis, gates in axes_of(self.gated).items():
+            masks = [gate.open_probability() if gate.kept is None else gate.kept.float() for gate in gates]
+            ratios[f"keep_{names.get(axis, 'hidden')}"] = torch.cat([mask.flatten() for mask in masks]).mean().item()
+        return ratios
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`; before the decision under the plan that the gates would get now."""
+        if not self.decided and self._goal is not None:
+            self.phases.approach(self._goal)
+        return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(
         self,
@@ -204,6 +359,27 @@ class HawAdaTrainer(Trainer):
         finally:
             self.label_names = names
 
+    # ----------------------------------------------------------- checkpoints
+
+    def _save_state(self, folder: Path) -> None:
+        state = {"goal": self.goal.state_dict(), "phases": self.phases.state_dict()}
+        (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+
+    def _load_state(self, folder: Path) -> None:
+        path = folder / STATE_FILE
+        if not path.exists():
+            raise HawAdaError(f"{path} is missing: the checkpoint is not one of this trainer, or not complete")
+        state = json.loads(path.read_text(encoding="utf-8"))
+        self._goal = self._goal or self._goal_of_state(state["goal"])
+        self.goal.load_state_dict(state["goal"])
+        self.phases.load_state_dict(state["phases"])
+
+    def _goal_of_state(self, state: Mapping[str, Any]) -> Goal:
+        if "shape" in state:
+            return ShapeGoal(self.gated, Shape.from_dict(state["shape"]))
+        table = LatencyTable.from_dict(state["constraint"]["table"])
+        return LatencyGoal(self.gated, cast(LatencyBudget, self.budget), table, timing=self._timing)
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """A model with soft gates is none that can be exported: it does not compete."""
         return self.decided and super()._determine_best_metric(metrics, trial)
@@ -216,6 +392,7 @@ class HawAdaTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_plan(resume_from_checkpoint)
+        self._load_state(Path(resume_from_checkpoint))
 
     def _load_plan(self, checkpoint: str) -> None:
         """PEFT loads the weights of an adapter that exists already, but not its config, where the plan is."""
@@ -224,8 +401,8 @@ class HawAdaTrainer(Trainer):
         self.gated.apply_plan(plan, in_training=config.plan_in_training)
 
 
-class _Decide(TrainerCallback):
-    """Lets the gates decide when the soft part of training is over, at the latest when training ends."""
+class _Phases(TrainerCallback):
+    """Tells the trainer where it is."""
 
     def __init__(self, trainer: HawAdaTrainer) -> None:
         self.trainer = trainer
@@ -233,9 +410,20 @@ class _Decide(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Decide at the step that opens the hard part."""
-        if state.global_step >= self.trainer.soft_fraction * state.max_steps and not self.trainer.decided:
+        """The phase of the step."""
+        if self.trainer.phases.begin_step(self.trainer.goal, state.global_step, state.max_steps):
             self.trainer.decide()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The multiplier."""
+        self.trainer._end_step()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The goal's state, into the checkpoint."""
+        if state.is_world_process_zero:
+            self.trainer._save_state(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,0 +1,92 @@
+"""The phases of gate training: open, soft, hard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+
+from ..adapters.attach import collect_gates
+from ..adapters.relaxation import RELAXATIONS, Relaxation
+from ..errors import HawAdaError
+from ..export.plan import Plan
+from .goal import Goal
+
+REPLANS = 16
+"""How often the plan that is approached is made anew in the soft part of training."""
+
+
+class Phases:
+    """
+    Which gates are how open at which step.
+
+    Warm-up: all are open. Soft: they move, as the relaxation says. Hard: the plan is applied, in training as well.
+
+    Args:
+        model (`PeftModel`): with one active adapter, placed by a family row.
+        relaxation (`str`): one of `RELAXATIONS`.
+        warmup_fraction, soft_fraction (`float`): the parts of the steps before the gates move, and before the plan is
+            made, in [0, 1].
+
+    Raises:
+        HawAdaError: listing everything that is wrong with the arguments.
+    """
+
+    def __init__(self, model: PeftModel, relaxation: str, warmup_fraction: float, soft_fraction: float) -> None:
+        problems = []
+        if relaxation not in RELAXATIONS:
+            problems.append(f"relaxation must be one of {list(RELAXATIONS)}, got {relaxation!r}")
+        if not 0 <= warmup_fraction <= soft_fraction <= 1:
+            problems.append(
+                "warmup_fraction and soft_fraction must be in [0, 1], the first not above the second, got "
+                f"{warmup_fraction} and {soft_fraction}"
+            )
+        if problems:
+            raise HawAdaError("\n".join(problems))
+        self.model: Any = model  # its tuner's methods come through PEFT
+        self.relaxation = RELAXATIONS[relaxation]
+        self.warmup_fraction, self.soft_fraction = warmup_fraction, soft_fraction
+        self.approached: Plan | None = None
+
+    @property
+    def decided(self) -> bool:
+        """Whether the plan has been made and applied."""
+        return any(self.model.peft_config[name].plan is not None for name in self.model.active_adapters)
+
+    def progress(self, step: int, steps: int) -> float:
+        """How much of the soft part is over when a step of so many is; 0 in the warm-up."""
+        first, last = self.warmup_fraction * steps, self.soft_fraction * steps
+        return min(1.0, max(0.0, (step + 1 - first) / max(1.0, last - first)))
+
+    def begin_step(self, goal: Goal, step: int, steps: int) -> bool:
+        """Bring the gates into the phase of a step. Returns whether it is time to decide."""
+        if self.decided or step >= self.soft_fraction * steps:
+            return not self.decided
+        progress = self.progress(step, steps)
+        self.relax(self.relaxation.at(progress) if progress > 0 else None)
+        before = self.progress(step - 1, steps)
+        due = self.approached is None or int(progress * REPLANS) > int(before * REPLANS)
+        if due and not self.relaxation.draws_to_size:
+            self.approach(goal)
+        return False
+
+    def approach(self, goal: Goal) -> None:
+        """Make the plan that the gates would get now the one that they approach, and that evaluation computes."""
+        self.approached = self.model.plan(goal.current_shape())
+        self.model.set_masks(self.approached)
+
+    def relax(self, relaxation: Relaxation | None) -> None:
+        """Give all active gates a relaxation, or take it from them."""
+        for name in self.model.active_adapters:
+            for gate in collect_gates(self.model, name).values():
+                gate.relaxation = relaxation
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs, for JSON."""
+        return {"approached": None if self.approached is None else self.approached.to_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        if state["approached"] is not None and not self.decided:
+            self.approached = Plan.from_dict(state["approached"])
+            self.model.set_masks(self.approached)
