@@ -37,7 +37,7 @@ from .export.reconstruct import Reconstruction, reconstruct
 from .export.rehome import rehome
 from .latency import LatencyBudget, LatencyTable, Regime, Timing, measure_many
 from .model import HawAdaModel
-from .training import HawAdaTrainer, get_student_logits, get_teacher_logits, init_gates
+from .training import DistillTrainer, HawAdaTrainer, get_student_logits, get_teacher_logits, init_gates, recover
 
 __version__ = version("hawada_peft")
 
@@ -49,6 +49,7 @@ __all__ = [
     "BlockGate",
     "ChannelAdapter",
     "ChannelGate",
+    "DistillTrainer",
     "Family",
     "GateAdapter",
     "HawAdaConfig",
@@ -78,6 +79,7 @@ __all__ = [
     "measure_many",
     "measure_table",
     "reconstruct",
+    "recover",
     "register_family",
     "rehome",
     "save_slim",
