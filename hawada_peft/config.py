@@ -107,7 +107,7 @@ class HawAdaConfig(PeftConfig):
             yield "`layers_to_transform` cannot be used when `target_modules` is a str."
         if isinstance(self.target_modules, str) and self.layers_pattern is not None:
             yield "`layers_pattern` cannot be used when `target_modules` is a str."
-        if "hidden" in self.gates and self.layers_to_transform is not None:
+        if "hidden" in self.gates and self.target_modules is None and self.layers_to_transform is not None:
             yield "the gate on 'hidden' is one for all layers: leave out either it or `layers_to_transform`"
         if self.layers_pattern and self.layers_to_transform is None:
             yield "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "
