@@ -21,16 +21,24 @@ from .adapters import (
 from .adapters.huggingface import Family, Shape, register_family
 from .config import HawAdaConfig
 from .export import (
+    ExportFacts,
+    PassportLine,
     Plan,
+    QualityChange,
     SearchEffort,
     SearchResult,
     Verification,
+    calibration_facts,
+    check_compile,
+    check_onnx,
+    push_to_hub,
     save_slim,
     slice_conv,
     slice_embedding,
     slice_linear,
     slim,
     verify_slim,
+    write_card,
 )
 from .export.find_plan import find_plan, measure_table
 from .export.rehome import rehome
@@ -48,6 +56,7 @@ __all__ = [
     "BlockGate",
     "ChannelAdapter",
     "ChannelGate",
+    "ExportFacts",
     "Family",
     "GateAdapter",
     "HawAdaConfig",
@@ -56,7 +65,9 @@ __all__ = [
     "HeadGate",
     "LatencyBudget",
     "LatencyTable",
+    "PassportLine",
     "Plan",
+    "QualityChange",
     "Regime",
     "SearchEffort",
     "SearchResult",
@@ -65,6 +76,9 @@ __all__ = [
     "Timing",
     "Verification",
     "attach_adapters",
+    "calibration_facts",
+    "check_compile",
+    "check_onnx",
     "collect_gates",
     "detach_adapters",
     "find_plan",
@@ -75,6 +89,7 @@ __all__ = [
     "is_ffn_layer",
     "measure_many",
     "measure_table",
+    "push_to_hub",
     "register_family",
     "rehome",
     "save_slim",
@@ -83,4 +98,5 @@ __all__ = [
     "slice_linear",
     "slim",
     "verify_slim",
+    "write_card",
 ]
