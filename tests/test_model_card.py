@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -184,6 +187,15 @@ def test_a_failing_verification_or_card_leaves_nothing(made: Slimmed, tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_wrong_facts_are_found_before_anything_is_written(made: Slimmed, tmp_path: Path) -> None:
+    class Unwritten:
+        def save_pretrained(self, _: Path) -> None:
+            raise AssertionError("written")
+
+    with pytest.raises(HawAdaError, match="do not fit into JSON"):
+        save_slim(made.model, tmp_path / "slim", processor=Unwritten(), card=ExportFacts(calibration={"a": object()}))
+
+
 def test_base_is_where_the_model_came_from(made: Slimmed, tmp_path: Path) -> None:
     save_slim(made.model, tmp_path / "slim", card=ExportFacts())
     report, card = report_in(tmp_path / "slim"), card_in(tmp_path / "slim")
@@ -194,6 +206,19 @@ def test_base_is_where_the_model_came_from(made: Slimmed, tmp_path: Path) -> Non
     assert card.data.base_model is None  # a folder is no repository
     assert str(made.base.parent) not in (tmp_path / "slim" / "README.md").read_text()
     assert str(made.base.parent) not in (tmp_path / "slim" / "hawada_report.json").read_text()
+
+
+def test_a_base_in_the_cache_gives_its_card(made: Slimmed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached = tmp_path / "cache" / "models--org--base"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("abc")
+    shutil.copytree(made.base, cached / "snapshots" / "abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    model = copy.deepcopy(made.model)
+    model.name_or_path = "org/base"  # as from_pretrained leaves it
+    save_slim(model, tmp_path / "slim", card=ExportFacts())
+    card = card_in(tmp_path / "slim")
+    assert (card.data.base_model, card.data.license_name) == ("org/base", "mine")
 
 
 def test_a_base_that_is_gone_is_not_named(tmp_path: Path) -> None:

@@ -84,9 +84,23 @@ def test_cut_heads_of_a_vit_need_a_later_version_than_a_cut_ffn() -> None:
     heads = lines_of(slimmed(VISION_ROW, VISION_ROW.slim))["other transformers versions"]
     ffn = lines_of(slimmed(VISION_ROW, Shape(intermediate_size=40)))["other transformers versions"]
     assert heads.detail.startswith(rules.free_heads)
-    assert f"did not load with {rules.transformers}" in heads.detail
+    assert f"did not load or computed something else with {rules.transformers}" in heads.detail
     assert ffn.detail.startswith(rules.transformers)
     assert {heads.evidence, ffn.evidence} == {"rule"}
+
+
+def test_version_4_needs_the_rotary_parameters_by_their_old_names() -> None:
+    model = slimmed(LM_ROW, LM_ROW.slim)
+    assert lines_of(model)["other transformers versions"].detail.startswith("4.57.6")
+    del model.config.rope_theta
+    line = lines_of(model)["other transformers versions"]
+    assert line.detail.startswith("5.0.0")
+    assert "computed something else with 4.57.6" in line.detail
+
+
+def test_only_what_was_tried_is_claimed_of_gguf() -> None:
+    line = lines_of(slimmed(ROWS["llama-bare"], ROWS["llama-bare"].slim))["GGUF (llama.cpp)"]
+    assert (line.answer, line.evidence) == ("unknown", "not checked")
 
 
 @pytest.mark.usefixtures("rows_of_families")

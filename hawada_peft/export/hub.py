@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from ..errors import HawAdaError
 from .facts import CARD_NAME, ExportFacts
@@ -42,14 +42,31 @@ def write_card(
     card_file = folder / CARD_NAME
     if card_file.is_file() and TAG not in (ModelCard.load(card_file, ignore_metadata_errors=True).data.tags or []):
         raise FileExistsError(f"{card_file} was not written by this package; move it away first")
-    report = report_of(skeleton_of(AutoConfig.from_pretrained(folder)), facts, verification)
+    report, text = checked_report(skeleton_of(AutoConfig.from_pretrained(folder)), facts, verification)
+    processors = [name for name, file in PROCESSOR_FILES.items() if (folder / file).is_file()]
+    (folder / REPORT_NAME).write_text(text, encoding="utf-8")
+    slim_card(report, processors).save(card_file)
+
+
+def checked_report(
+    model: PreTrainedModel, facts: ExportFacts, verification: Verification | None = None
+) -> tuple[dict[str, Any], str]:
+    """
+    The report and its JSON text.
+
+    Args:
+        model: the slim model, or its skeleton.
+        facts: what is known beside it.
+        verification: of its folder.
+
+    Raises:
+        HawAdaError: if the facts contradict the model, or do not fit into JSON.
+    """
+    report = report_of(model, facts, verification)
     try:
-        text = json.dumps(report, indent=1, allow_nan=False)
+        return report, json.dumps(report, indent=1, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise HawAdaError(f"the facts about the export do not fit into JSON: {error}") from None
-    processors = [name for name, file in PROCESSOR_FILES.items() if (folder / file).is_file()]
-    (folder / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
-    slim_card(report, processors).save(card_file)
 
 
 def push_to_hub(

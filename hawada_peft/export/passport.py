@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..adapters.huggingface.family import Layout
 from ..errors import HawAdaError
@@ -16,12 +16,14 @@ from .runtime_rules import (
     ALIGNMENTS,
     BNB_COLUMNS,
     BNB_ROWS,
+    FIRST_WITH_ROPE_PARAMETERS,
     GGUF_BLOCKS,
     RULES,
     TENSOR_PARALLEL_SIZES,
     VERSIONS_TRIED,
     VLLM_VOCAB_PADDING,
 )
+from .skeleton import auto_class_of
 
 if TYPE_CHECKING:
     from .verify import Verification
@@ -147,6 +149,8 @@ def _transformers_elsewhere(model: PreTrainedModel, layout: Layout) -> PassportL
         return not_checked(runtime, f"nothing is known of model_type {layout.model_type!r}")
     free = _free_heads(layout)
     oldest = rules.free_heads if free else rules.transformers
+    if not _rope_for_v4(model):
+        oldest = max(oldest, FIRST_WITH_ROPE_PARAMETERS, key=VERSIONS_TRIED.index)
     place = VERSIONS_TRIED.index(oldest)
     older, newer = VERSIONS_TRIED[:place], VERSIONS_TRIED[place:]
     why = (
@@ -157,8 +161,15 @@ def _transformers_elsewhere(model: PreTrainedModel, layout: Layout) -> PassportL
     )
     detail = f"{oldest} or later: {why}; tiny ones computed the same with {', '.join(newer)}"
     if older:
-        detail += f", and did not load with {', '.join(older)}"
+        detail += f", and did not load or computed something else with {', '.join(older)}"
     return PassportLine(runtime, "yes", "rule", detail)
+
+
+def _rope_for_v4(model: PreTrainedModel) -> bool:
+    """Whether transformers 4 finds the rotary parameters in the config, where it has any; see `add_v4_rope_keys`."""
+    fields = model.config.to_dict()
+    rope = fields.get("rope_parameters")
+    return not isinstance(rope, dict) or "rope_theta" not in rope or "rope_theta" in fields
 
 
 def _compile(compiled_on: str) -> PassportLine:
@@ -200,6 +211,8 @@ def _gguf(model: PreTrainedModel, layout: Layout) -> list[PassportLine]:
     rules = RULES.get(layout.model_type)
     free = _free_heads(layout)
     taken = None if rules is None else rules.gguf_free_heads if free else rules.gguf
+    if taken and auto_class_of(model) is not AutoModelForCausalLM:
+        return [not_checked("GGUF (llama.cpp)", "only causal language models were tried")]
     kind = f"model_type {layout.model_type!r}" + (f" with heads of {layout.head_dim}" if free else "")
     if taken is None:
         return [not_checked("GGUF (llama.cpp)", f"nothing is known of {kind}")]
@@ -239,8 +252,8 @@ def _bitsandbytes(model: PreTrainedModel) -> PassportLine:
         return PassportLine(runtime, "yes", "rule", detail)
     detail = (
         f"linear layers of {', '.join(sorted(odd))}: rows must be multiples of {BNB_ROWS} and their number of "
-        f"{BNB_COLUMNS}; others failed or computed something else with bitsandbytes 0.50.2. Leave them out by "
-        "`llm_int8_skip_modules`"
+        f"{BNB_COLUMNS}; others failed in evaluation, or computed something else in training, with bitsandbytes "
+        "0.50.2. Leave them out by `llm_int8_skip_modules`"
     )
     return PassportLine(runtime, "no", "rule", detail)
 

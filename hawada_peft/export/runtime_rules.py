@@ -27,6 +27,9 @@ class FamilyRules:
 VERSIONS_TRIED = ("4.57.6", "5.0.0", "5.3.0", "5.4.0", "5.8.1", "5.9.0", "5.10.0", "5.17.0", "5.18.0", "5.23.0")
 """The versions of transformers behind `FamilyRules`; those between were not run."""
 
+FIRST_WITH_ROPE_PARAMETERS = "5.0.0"
+"""The oldest version tried that reads `rope_parameters`; older ones compute something else, silently."""
+
 RULES: dict[str, FamilyRules] = {
     "llama": FamilyRules("4.57.6", "4.57.6", gguf=True, gguf_free_heads=True),
     "mistral": FamilyRules("4.57.6", "4.57.6", gguf=True, gguf_free_heads=True),

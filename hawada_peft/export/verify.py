@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from ..errors import VerificationError
 from .facts import ExportFacts, known_base
-from .hub import write_card
+from .hub import checked_report, write_card
 from .skeleton import auto_class_of, skeleton_of
 
 logger = logging.getLogger(__name__)
@@ -177,6 +177,9 @@ def save_slim(
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} exists and is not empty; choose another folder, or empty it first")
+    if card is not None:
+        card = dataclasses.replace(card, base=card.base or known_base(model.name_or_path))
+        checked_report(model, card)  # before anything is written
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -187,8 +190,7 @@ def save_slim(
             processor.save_pretrained(temporary)
         verification = verify_slim(temporary, model if reference is None else reference, inputs)
         if card is not None:
-            base = card.base or known_base(model.name_or_path)
-            write_card(temporary, dataclasses.replace(card, base=base), verification)
+            write_card(temporary, card, verification)
         temporary.chmod(0o777 & ~_umask())
         if folder.exists():
             folder.rmdir()
