@@ -177,7 +177,7 @@ def test_alignment_of_the_sizes() -> None:
 
 
 def test_compiling_is_run_and_compared() -> None:
-    model = build(VISION_ROW).train()
+    model = build(VISION_ROW, num_hidden_layers=1).train()
     line = check_compile(model, backend="eager")
     assert (line.answer, line.evidence) == ("yes", "run")
     assert line.runtime == "torch.compile, backend eager"  # no claim about the default backend
@@ -189,7 +189,7 @@ def test_a_compiler_that_computes_something_else_is_found_out() -> None:
     def wrong(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> object:
         return lambda *tensors: tuple(output * 1.5 for output in graph(*tensors))
 
-    line = check_compile(build(VISION_ROW), backend=wrong)
+    line = check_compile(build(VISION_ROW, num_hidden_layers=1), backend=wrong)
     assert (line.answer, line.evidence) == ("no", "run")
 
 
@@ -197,5 +197,5 @@ def test_a_compiler_that_fails_is_reported() -> None:
     def broken(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> object:
         raise RuntimeError("no such instruction")
 
-    line = check_compile(build(VISION_ROW), backend=broken)
+    line = check_compile(build(VISION_ROW, num_hidden_layers=1), backend=broken)
     assert (line.answer, line.evidence) == ("no", "run")
