@@ -21,16 +21,24 @@ from .adapters import (
 from .adapters.huggingface import Family, Shape, register_family
 from .config import HawAdaConfig
 from .export import (
+    ExportFacts,
+    PassportLine,
     Plan,
+    QualityChange,
     SearchEffort,
     SearchResult,
     Verification,
+    calibration_facts,
+    check_compile,
+    check_onnx,
+    push_to_hub,
     save_slim,
     slice_conv,
     slice_embedding,
     slice_linear,
     slim,
     verify_slim,
+    write_card,
 )
 from .export.find_plan import find_plan, measure_table
 from .export.reconstruct import Reconstruction, reconstruct
@@ -50,6 +58,7 @@ __all__ = [
     "ChannelAdapter",
     "ChannelGate",
     "DistillTrainer",
+    "ExportFacts",
     "Family",
     "GateAdapter",
     "HawAdaConfig",
@@ -58,7 +67,9 @@ __all__ = [
     "HeadGate",
     "LatencyBudget",
     "LatencyTable",
+    "PassportLine",
     "Plan",
+    "QualityChange",
     "Reconstruction",
     "Regime",
     "SearchEffort",
@@ -68,6 +79,9 @@ __all__ = [
     "Timing",
     "Verification",
     "attach_adapters",
+    "calibration_facts",
+    "check_compile",
+    "check_onnx",
     "collect_gates",
     "detach_adapters",
     "find_plan",
@@ -78,6 +92,7 @@ __all__ = [
     "is_ffn_layer",
     "measure_many",
     "measure_table",
+    "push_to_hub",
     "reconstruct",
     "recover",
     "register_family",
@@ -88,4 +103,5 @@ __all__ = [
     "slice_linear",
     "slim",
     "verify_slim",
+    "write_card",
 ]

@@ -11,6 +11,7 @@ from peft import PeftConfig, PeftType
 from ._register import NAME
 from .adapters.gates import GateStart
 from .errors import HawAdaError
+from .export.model_card import write_adapter_card
 
 GATES = ("heads", "ffn", "blocks", "layers", "hidden")
 """What can be gated: attention heads, FFN channels, attention and FFN as a whole, layers, the residual stream."""
@@ -88,6 +89,19 @@ class HawAdaConfig(PeftConfig):
         problems = list(self._problems())
         if problems:
             raise HawAdaError("\n".join(problems))
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """
+        Write `adapter_config.json`, and say in the folder's `README.md` how the adapter is loaded.
+
+        PEFT calls it for every adapter that it saves, after it has written its own card.
+
+        Args:
+            save_directory (`str`): the adapter's folder.
+            kwargs: as in PEFT.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        write_adapter_card(save_directory, self.to_dict())
 
     def _problems(self) -> Any:
         unknown = [gate for gate in self.gates if not isinstance(gate, str) or gate not in GATES]

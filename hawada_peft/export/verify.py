@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import shutil
@@ -15,10 +16,12 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from ..errors import VerificationError
+from .facts import ExportFacts, known_base
+from .hub import checked_report, write_card
+from .skeleton import auto_class_of, skeleton_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,21 +47,6 @@ class Verification:
     max_difference: float
     scale: float
     parameters: int
-
-
-def auto_class_of(model: PreTrainedModel) -> Any:
-    """The `AutoModel*` class that loads this model's folder as this class; the class itself if none does."""
-    for name in sorted(vars(modeling_auto)):
-        if not name.startswith("AutoModel"):
-            continue
-        auto = getattr(modeling_auto, name)
-        mapping = getattr(auto, "_model_mapping", None)
-        if mapping is None or type(model.config) not in mapping:
-            continue
-        classes = mapping[type(model.config)]
-        if type(model) is classes or (isinstance(classes, tuple) and classes[0] is type(model)):
-            return auto
-    return type(model)
 
 
 def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -140,10 +128,7 @@ def verify_slim(
 
 def _reload(folder: Path, reference: nn.Module | torch.Tensor) -> tuple[Any, PreTrainedModel]:
     try:
-        config = AutoConfig.from_pretrained(folder)
-        architecture = getattr(transformers, config.architectures[0])
-        with torch.device("meta"):
-            auto = auto_class_of(architecture(config))
+        auto = auto_class_of(skeleton_of(AutoConfig.from_pretrained(folder)))
         loaded, info = auto.from_pretrained(folder, dtype="auto", output_loading_info=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise VerificationError(
@@ -164,6 +149,7 @@ def save_slim(
     reference: nn.Module | torch.Tensor | None = None,
     inputs: Inputs | None = None,
     processor: Any = None,
+    card: ExportFacts | None = None,
 ) -> Verification:
     """
     Save a slim model, verified: the folder appears complete, or not at all.
@@ -176,7 +162,9 @@ def save_slim(
         reference: what the reloaded model must compute: a model, or logits for `inputs`. The slim model if left out;
             the gated model under its plan is the stronger check.
         inputs: what to compare on; drawn at random if left out.
-        processor: a tokenizer or image processor to save with it.
+        processor: a tokenizer or image processor to save with it; or the folder or id of a model to take it from.
+        card (`ExportFacts`, *optional*): what is known about the export: a `README.md` and a `hawada_report.json` are
+            written with it. `ExportFacts()` will do.
 
     Returns:
         `Verification`: what was measured.
@@ -184,17 +172,25 @@ def save_slim(
     Raises:
         FileExistsError: if the folder holds something.
         VerificationError: as `verify_slim`.
+        HawAdaError: if the facts contradict the model.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} exists and is not empty; choose another folder, or empty it first")
+    if card is not None:
+        card = dataclasses.replace(card, base=card.base or known_base(model.name_or_path))
+        checked_report(model, card)  # before anything is written
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         model.save_pretrained(temporary)
+        if isinstance(processor, str | os.PathLike):
+            processor = AutoProcessor.from_pretrained(processor)
         if processor is not None:
             processor.save_pretrained(temporary)
         verification = verify_slim(temporary, model if reference is None else reference, inputs)
+        if card is not None:
+            write_card(temporary, card, verification)
         temporary.chmod(0o777 & ~_umask())
         if folder.exists():
             folder.rmdir()
