@@ -241,6 +241,16 @@ def test_a_measurement_is_relative_to_the_dense_shape_beside_it(machine: Machine
     assert figures["estimate_ms"] == pytest.approx(1.25 * goal.constraint.table.estimate(shape), rel=1e-4)
 
 
+def test_a_measurement_on_the_real_clock() -> None:
+    goal = latency_goal(timing=find_plan_module.Effort(warmup=0, lead_in=0, min_rounds=1, max_rounds=1))
+    close(goal.model, Shape(4, 2, 48, 2))
+    state = torch.get_rng_state()
+    shape, measured = goal.measure()
+    assert shape == Shape(4, 2, 48, 2)
+    assert measured > 0
+    assert torch.equal(torch.get_rng_state(), state)  # training draws from it
+
+
 def test_a_latency_survives_json(machine: Machine) -> None:
     goal, other = latency_goal(), latency_goal(LatencyBudget(speedup=1.1, mode="prefill", seq_len=8))
     goal.penalty(1.0)

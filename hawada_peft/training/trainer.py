@@ -361,12 +361,17 @@ class HawAdaTrainer(Trainer):
 
     @torch.no_grad()
     def _keep_ratios(self) -> dict[str, float]:
-        """Per axis what stays of it: of the plan that is approached or applied; without one what is expected."""
+        """Per axis what stays of it: by the plan that is applied or approached; without one what is expected."""
         names = {"num_attention_heads": "heads", "intermediate_size": "ffn", "num_hidden_layers": "layers"}
         ratios = {}
+        plan = self.gated.applied_plan() or self.phases.approached
         for axis, gates in axes_of(self.gated).items():
-            masks = [gate.open_probability() if gate.kept is None else gate.kept.float() for gate in gates]
-            ratios[f"keep_{names.get(axis, 'hidden')}"] = torch.cat([mask.flatten() for mask in masks]).mean().item()
+            if plan is None:
+                ratio = torch.cat([gate.open_probability().flatten() for gate in gates]).mean().item()
+            else:
+                kept, dense = plan.shape.to_dict(), plan.dense.to_dict()
+                ratio = kept[axis] / dense[axis] if axis in kept else 1.0
+            ratios[f"keep_{names.get(axis, 'hidden')}"] = ratio
         return ratios
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

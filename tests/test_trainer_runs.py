@@ -1,0 +1,539 @@
+"""The trainer of gates: every relaxation, budgets, resuming, precision, odd data, several processes."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import BARE_ROW, LM_ROW, build, gate
+from peft import PeftModel
+from test_search_export import timing, toy_table
+from test_trainer import DATA, LABELLED, TARGET, StopAt, logged, thetas, trainer_of
+from torch.utils.data import IterableDataset
+from transformers import TrainerCallback
+
+from hawada_peft import HawAdaTrainer, LatencyBudget, Shape, collect_gates, init_gates
+from hawada_peft.adapters.huggingface import locate
+from hawada_peft.adapters.relaxation import RELAXATIONS
+from hawada_peft.errors import HawAdaError, InfeasibleBudgetError
+from hawada_peft.export import find_plan as find_plan_module
+from hawada_peft.export.quality import MaskedQuality
+from hawada_peft.export.search_state import SearchEffort
+from hawada_peft.latency.measure import Effort
+from hawada_peft.latency.regime import Regime
+from hawada_peft.latency.table import LatencyTable
+from hawada_peft.latency.timing import Timing
+from hawada_peft.training import kl_divergence
+from hawada_peft.training.trainer import STATE_FILE
+
+ONCE = Effort(warmup=0, lead_in=0, min_rounds=1, max_rounds=1)
+BUDGET = LatencyBudget(speedup=1.5, mode="prefill", seq_len=8)
+DRAWN = [name for name, each in RELAXATIONS.items() if each.draws_to_size]
+SAVED = {"save_strategy": "steps", "lr_scheduler_type": "linear"}
+
+
+def small(folder: Path, *, args: Any = None, model: PeftModel | None = None, **options: Any) -> HawAdaTrainer:
+    return trainer_of(folder, model, args={"max_steps": 4} | (args or {}), **options)
+
+
+def fresh() -> PeftModel:
+    return gate(build(LM_ROW), shuffle=False)
+
+
+def table_of(model: PeftModel) -> LatencyTable:
+    layout = locate(model.get_base_model())
+    return toy_table(layout.dense, launch=0.2, arithmetic=1.0, model=layout.fingerprint())
+
+
+def lagrange(folder: Path, relaxation: str = "sigmoid", **options: Any) -> HawAdaTrainer:
+    search = {"table": table_of(fresh()), "timing": ONCE, "effort": SearchEffort(top=1, rounds=3, instances=1)}
+    options = {"relaxation": relaxation, "search_options": search, "anchor_steps": 2} | options
+    return small(folder, shape=None, budget=BUDGET, constraint="lagrange", **options)
+
+
+def leaning() -> PeftModel:
+    """A model whose gates are well open, but not all: another shape than the dense one is nearest."""
+    model = gate(build(LM_ROW))
+    for found in collect_gates(model).values():
+        found.theta.data.add_(2.0)
+    return model
+
+
+def timed(build_shape: Any, shapes: Sequence[Shape], regime: Regime, **options: Any) -> dict[Shape, Timing]:
+    """Timing on a machine on which all but the dense shape take 1.2 times what the table says."""
+    table = toy_table(Shape(8, 4, 96, 4), launch=0.2, arithmetic=1.0)
+    wanted = (*shapes, options["reference"])
+    return {shape: timing(table.estimate(shape) * (1.0 if shape == table.dense else 1.2)) for shape in wanted}
+
+
+@pytest.fixture
+def law(monkeypatch: pytest.MonkeyPatch) -> LatencyTable:
+    """That machine in the place of the clock."""
+    monkeypatch.setattr(find_plan_module, "measure_built", timed)
+    return table_of(fresh())
+
+
+def divergence(student: torch.Tensor, model: PeftModel) -> float:
+    with torch.no_grad(), model.disable_adapter():
+        teacher = model.eval()(input_ids=torch.stack([row["input_ids"] for row in DATA])).logits
+    return kl_divergence(student, teacher).item()
+
+
+def masked_logits(model: PeftModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.stack([row["input_ids"] for row in DATA])).logits
+
+
+class At(TrainerCallback):
+    """Does something once, at the end of a step."""
+
+    def __init__(self, step: int, action: Any) -> None:
+        self.step, self.action, self.found = step, action, None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.found = self.action()
+
+
+# ------------------------------------------------------------------------------------------------------------- phases
+
+
+@pytest.mark.parametrize("relaxation", RELAXATIONS)
+def test_every_relaxation_ends_with_the_target_plan_applied(tmp_path: Path, relaxation: str) -> None:
+    trainer = small(tmp_path, relaxation=relaxation, warmup_fraction=0.25)
+    trainer.train()
+    assert trainer.model.applied_plan().shape == TARGET
+    assert all(found.relaxation is None for found in collect_gates(trainer.model).values())
+    assert trainer.model.merge_and_unload().config.num_hidden_layers == 2
+    assert len(logged(trainer, "size")) == (1 if relaxation in DRAWN else 0)
+
+
+@pytest.mark.parametrize("relaxation", RELAXATIONS)
+def test_warm_up_leaves_the_gates_open(tmp_path: Path, relaxation: str) -> None:
+    model = gate(build(LM_ROW))
+    expected = divergence(masked_logits(model), model)
+    args = {"learning_rate": 0.0, "per_device_train_batch_size": 8}
+    trainer = small(tmp_path, model=model, relaxation=relaxation, warmup_fraction=0.5, soft_fraction=1.0, args=args)
+    trainer.train()
+    kl = logged(trainer, "kl")
+    assert kl[:2] == pytest.approx([expected] * 2, rel=1e-4)
+    assert abs(kl[3] - expected) > 0.01 * expected  # the gates move then
+    sizes = [entry.get("size") for entry in trainer.state.log_history[:4]]
+    assert sizes[:2] == [None, None]
+    assert (sizes[2] is not None) == (relaxation in DRAWN)
+
+
+@pytest.mark.parametrize(("warmup", "soft", "open_steps"), [(0.5, 0.5, 2), (0.0, 0.0, 0), (1.0, 1.0, 4)])
+def test_without_a_soft_part(tmp_path: Path, warmup: float, soft: float, open_steps: int) -> None:
+    model = gate(build(LM_ROW))
+    kl_open = divergence(masked_logits(model), model)
+    args = {"learning_rate": 0.0, "per_device_train_batch_size": 8}
+    trainer = small(tmp_path, model=model, warmup_fraction=warmup, soft_fraction=soft, relaxation="sigmoid", args=args)
+    trainer.train()
+    kl_hard = divergence(masked_logits(model), model)
+    assert logged(trainer, "kl") == pytest.approx([kl_open] * open_steps + [kl_hard] * (4 - open_steps), rel=1e-4)
+    assert logged(trainer, "size") == []
+    assert trainer.model.applied_plan().shape == TARGET
+
+
+@pytest.mark.parametrize("relaxation", RELAXATIONS)
+def test_evaluation_while_soft_is_that_of_the_slim_model_of_that_moment(tmp_path: Path, relaxation: str) -> None:
+    trainer = small(tmp_path, relaxation=relaxation, soft_fraction=1.0)
+
+    def look() -> tuple[float, float]:
+        found = trainer.evaluate()["eval_loss"]
+        copy = gate(build(LM_ROW))
+        for name, theta in thetas(trainer.model).items():
+            collect_gates(copy)[name].theta.data.copy_(theta)
+        copy.apply_plan(copy.plan(trainer.target))
+        tokens = torch.stack([row["input_ids"] for row in DATA])
+        with torch.no_grad():
+            return found, divergence(copy.merge_and_unload()(input_ids=tokens).logits, gate(build(LM_ROW)))
+
+    callback = At(2, look)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert callback.found[0] == pytest.approx(callback.found[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("relaxation", ["closing", "sigmoid"])
+def test_evaluation_changes_nothing_of_training(tmp_path: Path, relaxation: str) -> None:
+    ends = []
+    for evaluate in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
+        trainer = small(tmp_path, relaxation=relaxation, args=evaluate)
+        trainer.train()
+        ends.append((thetas(trainer.model), logged(trainer, "kl"), logged(trainer, "keep_heads")))
+    torch.testing.assert_close(ends[1][0], ends[0][0], rtol=0, atol=0)
+    assert ends[1][1:] == ends[0][1:]
+
+
+def test_callbacks_see_the_logs(tmp_path: Path) -> None:
+    seen: list[dict[str, float]] = []
+
+    class Log(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            seen.append(dict(logs))
+
+    options = {"bimodality_weight": 0.5, "floor_weight": 2.0, "keep_floor": 1.0, "relaxation": "sigmoid"}
+    small(tmp_path, callbacks=[Log()], **options).train()
+    weights = {"kl": 1.0, "size": 10.0, "bimodality": 0.5, "floor": 2.0}
+    for logs in seen[:2]:
+        assert logs["loss"] == pytest.approx(sum(weight * logs[name] for name, weight in weights.items()), rel=1e-4)
+    assert seen[1]["floor"] > 0
+    assert not {"size", "bimodality", "floor"} & set(seen[2])
+    keep = [[logs[name] for name in ("keep_heads", "keep_ffn", "keep_layers")] for logs in seen[:4]]
+    assert keep[2] == keep[3] == [4 / 8, 40 / 96, 2 / 4]
+    assert all(0 < ratio <= 1 for ratio in keep[0])
+    assert keep[0] != keep[1] != keep[2]
+
+
+# ------------------------------------------------------------------------------------------------------------ budgets
+
+
+def test_a_budget_becomes_a_shape_by_the_search(tmp_path: Path, law: LatencyTable) -> None:
+    options = {"search_options": {"table": law, "effort": SearchEffort(top=2, rounds=4, instances=1)}}
+    trainer = small(tmp_path, shape=None, budget=BUDGET, **options)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(0, abs=1e-5)  # no goal yet: open
+    with pytest.raises(HawAdaError, match="when `train` begins"):
+        _ = trainer.goal
+    trainer.train()
+    shape = trainer.model.applied_plan().shape
+    assert shape == trainer.target != law.dense
+    assert 1.2 * law.estimate(shape) <= law.dense_ms / 1.5
+
+
+def test_a_budget_is_searched_on_the_real_clock(tmp_path: Path) -> None:
+    budget = LatencyBudget(max_parameters=120_000, mode="prefill", seq_len=8)
+    search = {"table": table_of(fresh()), "timing": ONCE, "effort": SearchEffort(top=1, rounds=2, instances=1)}
+    trainer = small(tmp_path, shape=None, budget=budget, search_options=search)
+    trainer.train()
+    assert trainer.model.merge_and_unload().num_parameters() <= 120_000
+
+
+def test_fresh_gates_are_judged_by_their_importance(
+    tmp_path: Path, law: LatencyTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    real = MaskedQuality.__init__
+
+    def record(self: MaskedQuality, model: Any, batches: Any, importance: Any = None) -> None:
+        seen.append(importance)
+        real(self, model, batches, importance)
+
+    monkeypatch.setattr(find_plan_module.MaskedQuality, "__init__", record)
+    for model in (fresh(), gate(build(LM_ROW))):
+        trainer = small(tmp_path, model=model, shape=None, budget=BUDGET, search_options={"table": law})
+        trainer._prepare()
+    assert seen[0] is not None
+    assert seen[-1] is None  # the user's own gates decide
+
+
+@pytest.mark.parametrize("relaxation", DRAWN)
+def test_a_latency_is_bound_by_a_multiplier(tmp_path: Path, law: LatencyTable, relaxation: str) -> None:
+    trainer = lagrange(tmp_path, relaxation, warmup_fraction=0.25, soft_fraction=0.75)
+    trainer.train()
+    assert trainer.decided
+    assert trainer.model.applied_plan().shape == trainer.target
+    assert len(logged(trainer, "latency")) == 2  # between warm-up and decision
+    assert len(logged(trainer, "estimate_ms")) == len(logged(trainer, "multiplier")) == 3
+    multiplier = logged(trainer, "multiplier")
+    assert multiplier[0] == 0 < multiplier[1]
+    assert len(logged(trainer, "measured_ms")) == 2
+    for name in ("keep_heads", "keep_ffn", "keep_layers"):
+        assert len(logged(trainer, name)) == 4
+    assert logged(trainer, "size") == []
+
+
+def test_the_latency_ends_within_the_budget(tmp_path: Path, law: LatencyTable) -> None:
+    trainer = lagrange(tmp_path, model=leaning(), args={"max_steps": 8, "learning_rate": 0.5}, soft_fraction=1.0)
+    trainer.train()
+    assert 1.2 * law.estimate(trainer.target) <= law.dense_ms / 1.5
+    estimates = logged(trainer, "estimate_ms")
+    assert estimates[-1] < 0.95 * max(estimates)
+
+
+@pytest.mark.parametrize(
+    ("options", "facts"),
+    [
+        ({"relaxation": "closing"}, r"needs a relaxation of \['sigmoid', 'hard_concrete'\], got 'closing'"),
+        ({"budget": LatencyBudget(max_parameters=10)}, "limit on latency"),
+        ({"search_options": {"importance": None}}, r"got \['importance'\]"),
+    ],
+)
+def test_bad_lagrange_arguments_are_refused(tmp_path: Path, options: dict[str, Any], facts: str) -> None:
+    given = {"shape": None, "budget": BUDGET, "constraint": "lagrange", "relaxation": "sigmoid"} | options
+    with pytest.raises(HawAdaError, match=facts):
+        small(tmp_path, **given)
+
+
+def test_unknown_search_options_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(HawAdaError, match=r"got \['rounds'\]"):
+        small(tmp_path, shape=None, budget=BUDGET, search_options={"rounds": 3})
+
+
+def test_an_unreachable_latency_fails_before_training(tmp_path: Path) -> None:
+    search = {"table": table_of(fresh())}
+    budget = LatencyBudget(speedup=1000, mode="prefill", seq_len=8)
+    options = {"constraint": "lagrange", "relaxation": "sigmoid", "search_options": search}
+    trainer = small(tmp_path, shape=None, budget=budget, **options)
+    with pytest.raises(InfeasibleBudgetError, match="binding: latency"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+# ------------------------------------------------------------------------------------------------------------- resume
+
+
+def ends_of(trainer: HawAdaTrainer) -> tuple[Any, ...]:
+    names = ("kl", "loss", "estimate_ms", "multiplier", "keep_ffn")
+    history = [[entry.get(name) for name in names] for entry in trainer.state.log_history if "loss" in entry]
+    return trainer.model.applied_plan(), trainer.goal.state_dict(), torch.get_rng_state().tolist(), history
+
+
+@pytest.mark.parametrize("interrupted", [1, 3], ids=["while soft", "after the decision"])
+@pytest.mark.parametrize("relaxation", ["straight_through", "sigmoid", "hard_concrete"])
+def test_every_relaxation_resumes_bit_exactly(tmp_path: Path, relaxation: str, interrupted: int) -> None:
+    args = SAVED | {"save_steps": interrupted, "max_steps": 4}
+    whole = small(tmp_path / "whole", relaxation=relaxation, args=args)
+    whole.train()
+    expected = ends_of(whole)
+    torch.manual_seed(123)
+    resumed = small(tmp_path / "resumed", relaxation=relaxation, args=args)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{interrupted}"))
+    torch.testing.assert_close(thetas(resumed.model), thetas(whole.model), rtol=0, atol=0)
+    assert ends_of(resumed) == expected
+
+
+@pytest.mark.parametrize("interrupted", [2, 4], ids=["while soft", "after the decision"])
+@pytest.mark.parametrize("relaxation", DRAWN)
+def test_a_multiplier_resumes_bit_exactly(
+    tmp_path: Path, law: LatencyTable, relaxation: str, interrupted: int
+) -> None:
+    args = SAVED | {"save_steps": interrupted, "max_steps": 5}
+    options = {"args": args, "soft_fraction": 0.6, "anchor_steps": 1}
+    whole = lagrange(tmp_path / "whole", relaxation, model=leaning(), **options)
+    whole.train()
+    expected = ends_of(whole)
+    torch.manual_seed(123)
+    resumed = lagrange(tmp_path / "resumed", relaxation, **options)
+    checkpoint = tmp_path / "whole" / f"checkpoint-{interrupted}"
+    saved = json.loads((checkpoint / STATE_FILE).read_text())["goal"]["constraint"]
+    assert saved["multiplier"] > 0
+    assert saved["scale"] > 1
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    torch.testing.assert_close(thetas(resumed.model), thetas(whole.model), rtol=0, atol=0)
+    assert ends_of(resumed) == expected
+    assert expected[1]["constraint"]["scale"] > 1
+
+
+def test_a_searched_shape_is_not_searched_again(
+    tmp_path: Path, law: LatencyTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = SAVED | {"save_steps": 1}
+    options = {"shape": None, "budget": BUDGET, "search_options": {"table": law}, "args": args}
+    whole = small(tmp_path / "whole", **options)
+    whole.train()
+    monkeypatch.setattr(find_plan_module, "measure_built", None)
+    resumed = small(tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+    assert resumed.model.applied_plan() == whole.model.applied_plan()
+    torch.testing.assert_close(thetas(resumed.model), thetas(whole.model), rtol=0, atol=0)
+
+
+def test_incomplete_and_other_checkpoints_are_refused(tmp_path: Path, law: LatencyTable) -> None:
+    small(tmp_path / "whole", args=SAVED | {"save_steps": 1}, callbacks=[StopAt(1)]).train()
+    checkpoint = tmp_path / "whole" / "checkpoint-1"
+    with pytest.raises(HawAdaError, match="another `constraint`"):
+        lagrange(tmp_path / "other").train(resume_from_checkpoint=str(checkpoint))
+    (checkpoint / STATE_FILE).unlink()
+    with pytest.raises(HawAdaError, match=r"hawada_state\.json is missing"):
+        small(tmp_path / "again").train(resume_from_checkpoint=str(checkpoint))
+
+
+# -------------------------------------------------------------------------------------------------- start, optimizer
+
+
+def test_gates_have_a_learning_rate_of_their_own(tmp_path: Path) -> None:
+    model = gate(build(LM_ROW), shuffle=False, modules_to_save=["lm_head"])
+    args = {"learning_rate": 0.0, "weight_decay": 0.1, "max_steps": 4}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "lm_head" in name}
+    trainer = small(tmp_path, model=model, gate_learning_rate=0.3, args=args)
+    start = thetas(model)
+    trainer.train()
+    groups = trainer.optimizer.param_groups
+    gates = {id(found.theta) for found in collect_gates(model).values()}
+    assert [{id(p) in gates for p in group["params"]} for group in groups] == [{False}] * (len(groups) - 1) + [{True}]
+    assert (groups[-1]["lr"], groups[-1]["weight_decay"]) == (0.3, 0.0)
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(trained)
+    assert all(not torch.equal(theta, start[name]) for name, theta in thetas(model).items())
+    for name, tensor in before.items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_gates_start_by_importance_at_the_target(tmp_path: Path) -> None:
+    trainer = small(tmp_path, args={"learning_rate": 0.0})
+    expected = fresh()
+    init_gates(expected, trainer._calibration(), shape=TARGET)
+    trainer.train()
+    torch.testing.assert_close(thetas(trainer.model), thetas(expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("model", "calibration"), [("user's", 64), ("fresh", 0)])
+def test_started_gates_are_not_started_again(tmp_path: Path, model: str, calibration: int) -> None:
+    own = fresh() if model == "fresh" else gate(build(LM_ROW))
+    before = thetas(own)
+    small(tmp_path, model=own, calibration_examples=calibration, args={"learning_rate": 0.0}).train()
+    torch.testing.assert_close(thetas(own), before, rtol=0, atol=0)
+
+
+def test_the_start_leaves_the_order_of_the_data(tmp_path: Path) -> None:
+    found = []
+    for calibration in (0, 4):
+        trainer = small(tmp_path, calibration_examples=calibration)
+        torch.manual_seed(7)
+        trainer._prepare()
+        found.append(torch.get_rng_state())
+    assert torch.equal(*found)
+
+
+def test_a_model_without_a_head_trains_as_well(tmp_path: Path) -> None:
+    trainer = small(tmp_path, model=gate(build(BARE_ROW), shuffle=False), eval_dataset=DATA)
+    trainer.train()
+    assert trainer.model.applied_plan().shape == TARGET
+
+
+# ---------------------------------------------------------------------------------------------------- precision, data
+
+
+def test_autocast_and_checkpointing_agree_with_plain_training(tmp_path: Path) -> None:
+    ends = {}
+    for name, options in {
+        "plain": {},
+        "checkpointing": {"activation_checkpointing": True},
+        "bf16": {"bf16": True},
+    }.items():
+        trainer = small(tmp_path, model=gate(build(LM_ROW)), relaxation="sigmoid", args={"optim": "sgd"} | options)
+        trainer.train()
+        ends[name] = logged(trainer, "loss"), thetas(trainer.model)
+    assert all(torch.tensor(losses).isfinite().all() for losses, _ in ends.values())
+    assert ends["checkpointing"][0] == pytest.approx(ends["plain"][0], rel=1e-4)
+    torch.testing.assert_close(ends["checkpointing"][1], ends["plain"][1], rtol=1e-4, atol=1e-5)
+    assert ends["bf16"][0] == pytest.approx(ends["plain"][0], rel=0.05)
+    assert ends["bf16"][0] != ends["plain"][0]
+
+
+def test_checkpointing_draws_the_same_random_gates_again(tmp_path: Path) -> None:
+    found = []
+    for checkpointing in (False, True):
+        options = {"model": gate(build(LM_ROW)), "relaxation": "hard_concrete", "soft_fraction": 1.0}
+        trainer = small(tmp_path, args={"optim": "sgd", "activation_checkpointing": checkpointing}, **options)
+        trainer.train()
+        found.append(thetas(trainer.model))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+class Stream(IterableDataset):
+    """Examples one after the other, without a length."""
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return iter(DATA)
+
+
+def test_streams_train_as_well(tmp_path: Path) -> None:
+    trainer = small(tmp_path, train_dataset=Stream(), calibration_examples=6)
+    batches = trainer._calibration()
+    assert torch.equal(
+        torch.cat([batch["input_ids"] for batch in batches]), torch.stack([r["input_ids"] for r in DATA])
+    )
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert trainer.model.applied_plan().shape == TARGET
+
+
+def test_calibration_stops_when_it_has_enough(tmp_path: Path) -> None:
+    sizes = {0: 4, 1: 4, 4: 4, 5: 8, 1000: 8}
+    for wanted, expected in sizes.items():
+        batches = small(tmp_path, calibration_examples=wanted, train_dataset=LABELLED)._calibration()
+        assert sum(len(batch["input_ids"]) for batch in batches) == expected
+        assert set(batches[0]) == {"input_ids", "labels"}
+
+
+def test_calibration_on_dropped_remainders(tmp_path: Path) -> None:
+    args = {"dataloader_drop_last": True}
+    assert [
+        len(batch["input_ids"]) for batch in small(tmp_path, args=args, train_dataset=DATA[:6])._calibration()
+    ] == [4]
+    with pytest.raises(HawAdaError, match="dataloader_drop_last"):
+        small(tmp_path, args=args, train_dataset=DATA[:3]).train()
+
+
+# ---------------------------------------------------------------------------------------------------------- processes
+
+PROCESS = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+import test_trainer_runs as tests
+from pathlib import Path
+torch.set_num_threads(1)
+folder = Path(sys.argv[2])
+# Only the main process has a clock.
+tests.find_plan_module.measure_built = tests.timed if os.environ["RANK"] == "0" else None
+for name in ("shape", "latency"):
+    trainer = tests.parallel(name, folder, {"per_device_train_batch_size": 2, "ddp_backend": "gloo"})
+    trainer.train()
+    found = {"world": trainer.args.world_size, "plan": trainer.model.applied_plan().to_dict()}
+    found |= {"goal": trainer.goal.state_dict(), "eval_loss": trainer.evaluate()["eval_loss"]}
+    found |= {each: tests.logged(trainer, each) for each in ("loss", "kl", "multiplier")}
+    found["thetas"] = {each: theta.tolist() for each, theta in tests.thetas(trainer.model).items()}
+    (folder / f"{name}-{trainer.args.process_index}.json").write_text(json.dumps(found))
+"""
+
+
+def parallel(name: str, folder: Path, args: dict[str, Any]) -> HawAdaTrainer:
+    args = {"optim": "sgd", "max_grad_norm": 0.0, "ddp_find_unused_parameters": False} | args
+    if name == "shape":
+        return small(folder, model=gate(build(LM_ROW)), args=args)
+    options = {"model": leaning(), "args": args, "anchor_steps": 1}
+    return lagrange(folder, **options)
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None:
+    script = tmp_path / "process.py"
+    script.write_text(PROCESS)
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command = [*launcher, f"--master-port={port}", str(script), str(Path(__file__).parent), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = {
+        name: [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in range(2)]
+        for name in ("shape", "latency")
+    }
+    for first, second in found.values():
+        assert first["world"] == 2
+        for each in ("thetas", "plan", "eval_loss", "kl", "multiplier"):
+            assert first[each] == second[each], each
+    for each in ("scale", "multiplier"):
+        first, second = (rank["goal"]["constraint"][each] for rank in found["latency"])
+        assert first == second  # the main process has timed it for both
+    assert found["latency"][0]["goal"]["constraint"]["scale"] != 1
+    one = parallel("shape", tmp_path / "one", {})
+    one.train()
+    two = found["shape"][0]
+    assert two["plan"] == json.loads(json.dumps(one.model.applied_plan().to_dict()))
+    for each in ("loss", "kl"):
+        assert two[each] == pytest.approx(logged(one, each), rel=1e-3)
+    for each, theta in thetas(one.model).items():
+        torch.testing.assert_close(torch.tensor(two["thetas"][each]), theta, rtol=1e-3, atol=1e-4)
+    assert two["eval_loss"] == pytest.approx(one.evaluate()["eval_loss"], rel=1e-3)
