@@ -9,8 +9,9 @@ import torch
 from conftest import LM_ROW, VISION_ROW, Row, build, gate, inputs_of, logits_of, scattered_plan
 from peft import PeftModel
 
-from hawada_peft import collect_gates, init_gates
+from hawada_peft import Shape, collect_gates, init_gates
 from hawada_peft.errors import HawAdaError
+from hawada_peft.export.quality import MaskedQuality
 from hawada_peft.training import gate_importance
 
 
@@ -153,3 +154,61 @@ def test_an_example_of_nothing_but_padding_does_not_count() -> None:
     tokens, mask = torch.randint(3, 128, (2, 6)), torch.tensor([[1] * 6, [0] * 6])
     found = gate_importance(model, [{"input_ids": tokens, "attention_mask": mask}])
     assert all(importance.isfinite().all() for importance in found.values())
+
+
+def depth_of(model: PeftModel, slot: str) -> dict[int, float]:
+    """By layer the theta of a gate on the whole of it, or the larger of those on its two blocks."""
+    found: dict[int, list[float]] = {}
+    for name, theta in thetas(model).items():
+        if slot in name:
+            found.setdefault(int(name.split(".layers.")[1].split(".")[0]), []).append(float(theta))
+    return {layer: max(values) for layer, values in found.items()}
+
+
+@pytest.mark.parametrize(("kind", "slot"), [("layers", "hawada_layer"), ("blocks", "hawada_block")])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_layers_that_go_start_lowest_in_the_order_of_dropping(kind: str, slot: str, layers: int) -> None:
+    model = gate(build(LM_ROW), gates=("heads", "ffn", kind))
+    order = MaskedQuality(model, [inputs_of(model)]).drop_order(layers)
+    init_gates(model, [inputs_of(model)], shape=Shape(num_hidden_layers=layers))
+    depth = depth_of(model, slot)
+    assert sorted(depth, key=depth.__getitem__)[: len(order)] == order
+    assert len(order) == 4 - layers
+    assert set(model.plan(Shape(num_hidden_layers=layers)).layers) == set(range(4)) - set(order)
+
+
+def test_the_rest_is_ordered_without_the_layers_that_go() -> None:
+    model = gate(build(LM_ROW))
+    quality = MaskedQuality(model, [inputs_of(model)])
+    plan = quality.without_layers(2)
+    importance = gate_importance(model, [inputs_of(model)], plan)
+    init_gates(model, [inputs_of(model)], shape=Shape(num_hidden_layers=2))
+    differs = False
+    for name, theta in thetas(model).items():
+        if "hawada_units" in name and int(name.split(".layers.")[1].split(".")[0]) in plan.layers:
+            assert torch.equal(theta.argsort(stable=True), importance[name].argsort(stable=True))
+            plain = gate_importance(model, [inputs_of(model)])[name]
+            differs |= not torch.equal(plain.argsort(stable=True), importance[name].argsort(stable=True))
+    assert differs
+
+
+@pytest.mark.parametrize("shape", [Shape(4, 2, 40), Shape(4, 2, 40, 4), None])
+def test_a_shape_of_all_layers_changes_nothing(shape: Shape | None) -> None:
+    plain, found = gate(build(LM_ROW)), gate(build(LM_ROW))
+    init_gates(plain, [inputs_of(plain)])
+    init_gates(found, [inputs_of(found)], shape=shape)
+    torch.testing.assert_close(thetas(found), thetas(plain), rtol=0, atol=0)
+
+
+def test_a_start_towards_a_shape_leaves_everything_else_as_it_was(row: Row) -> None:
+    model = gate(build(row)).train()
+    model.apply_plan(scattered_plan(model, row.slim), in_training=True)
+    masked, state, plan = logits_of(model), torch.get_rng_state(), model.applied_plan()
+    before = thetas(model)
+    init_gates(model, [inputs_of(model)], shape=Shape(num_hidden_layers=1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert model.applied_plan() == plan
+    for name, found in collect_gates(model).items():
+        found.theta.data.copy_(before[name])
+    assert torch.equal(logits_of(model), masked)
