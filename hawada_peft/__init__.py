@@ -24,12 +24,14 @@ from .export import (
     Plan,
     SearchEffort,
     SearchResult,
+    SlimCheckpoint,
     Verification,
     save_slim,
     slice_conv,
     slice_embedding,
     slice_linear,
     slim,
+    slim_checkpoint,
     verify_slim,
 )
 from .export.find_plan import find_plan, measure_table
@@ -62,6 +64,7 @@ __all__ = [
     "SearchResult",
     "Shape",
     "SigmoidGate",
+    "SlimCheckpoint",
     "Timing",
     "Verification",
     "attach_adapters",
@@ -82,5 +85,6 @@ __all__ = [
     "slice_embedding",
     "slice_linear",
     "slim",
+    "slim_checkpoint",
     "verify_slim",
 ]

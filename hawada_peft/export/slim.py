@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -71,17 +71,33 @@ def _sliced(
     dense = model.state_dict()
     done: dict[int, torch.Tensor] = {}  # tied tensors stay one tensor
     for name in result.state_dict():
-        source, layer, short = _source(name, layout, plan)
+        source, layer, short = source_of(name, layout, plan)
         tensor = dense[source]
         if tensor.data_ptr() not in done or tensor.is_meta:
-            sliced = tensor
-            for rule in rules.get(short, ()):
-                sliced = slice_tensor(sliced, rule.dim, _rows(rule, layout, plan, layer))
+            sliced = slice_to_plan(tensor, rules.get(short, ()), layout, plan, layer)
             done[tensor.data_ptr()] = tensor.clone() if sliced is tensor else sliced
         yield name, done[tensor.data_ptr()]
 
 
-def _source(name: str, layout: Layout, plan: Plan) -> tuple[str, int, str]:
+def slice_to_plan(
+    tensor: torch.Tensor, rules: Iterable[SliceRule], layout: Layout, plan: Plan, layer: int
+) -> torch.Tensor:
+    """
+    What stays of a dense tensor; the tensor itself if no rule is given.
+
+    Args:
+        tensor: of the dense model, or like one.
+        rules: how it is made of units.
+        layout: the dense model's row and sizes.
+        plan: what to keep.
+        layer: the position in the plan of the layer that the tensor is in.
+    """
+    for rule in rules:
+        tensor = slice_tensor(tensor, rule.dim, _rows(rule, layout, plan, layer))
+    return tensor
+
+
+def source_of(name: str, layout: Layout, plan: Plan) -> tuple[str, int, str]:
     """The dense name of a slim parameter, its layer's position in the plan (-1: outside), its name in the layer."""
     prefix = f"{layout.stack}."
     if not name.startswith(prefix):
@@ -112,7 +128,7 @@ def _materialise(model: nn.Module, result: nn.Module, layout: Layout, plan: Plan
         for name, tensor in [*module._buffers.items(), *vars(module).items()]:
             if not isinstance(tensor, torch.Tensor) or not tensor.is_meta:
                 continue
-            source = _source(f"{module_name}.{name}" if module_name else name, layout, plan)[0]
+            source = source_of(f"{module_name}.{name}" if module_name else name, layout, plan)[0]
             owner, _, attribute = source.rpartition(".")
             dense = getattr(model.get_submodule(owner), attribute)
             if dense.shape != tensor.shape:
