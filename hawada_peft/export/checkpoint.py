@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,21 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..errors import UnsupportedModelError
-from .shards import FLOATS
+from .shards import FLOATS, Stored, read_header, read_rows
 from .skeleton import skeleton_of
 
-PART = 64 * 2**20
-"""Bytes of a tensor that are read at a time when it is only copied."""
+PART = 2**20
+"""
+Bytes of a tensor that are in memory at a time. Larger parts are slower: their memory is given back to the system and
+asked for again every time.
+"""
 
 WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".gguf")
 """Ends the names of files with weights, in this or other formats."""
@@ -35,24 +38,6 @@ OF_THE_DENSE_MODEL = {"config.json", "generation_config.json", "README.md", "par
 
 TEMPLATES = "additional_chat_templates"
 """The one folder that tokenizers and processors write."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """
-    A tensor in a safetensors file.
-
-    Args:
-        file (`Path`): where it is.
-        key (`str`): its name there.
-        dtype (`str`): as the format names it.
-        shape (`tuple[int, ...]`): its sizes.
-    """
-
-    file: Path
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
 
 
 class Checkpoint:
@@ -91,7 +76,7 @@ class Checkpoint:
                 continue
             places |= dict.fromkeys(names, headers[keys[0]])
             for key in keys[1:]:
-                if not torch.equal(_whole(headers[keys[0]]), _whole(headers[key])):
+                if not _equal(headers[keys[0]], headers[key]):
                     raise UnsupportedModelError(
                         f"{self.folder} holds different weights {keys}, which its config ties: set "
                         "`tie_word_embeddings` to false in its config.json if they are meant to differ"
@@ -111,27 +96,24 @@ class Checkpoint:
             )
         return places
 
-    def read(self, name: str) -> torch.Tensor:
+    def parts(self, name: str, rows: torch.Tensor | None = None, size: int | None = PART) -> Iterator[torch.Tensor]:
         """
-        A tensor by its name in the model, in the dtype that the model has it in.
+        A tensor by its name in the model, in the dtype that the model has it in, part by part.
 
-        If the file has it in that dtype the result is a view of the mapped file: what is not touched is not read.
+        Args:
+            name: its name in the model.
+            rows: entries along the first dimension to read, in rising order; all if left out.
+            size: bytes per part at most, or those of one row if that is more; `None` for one part.
+
+        Returns:
+            Parts of (some rows, ...); of a tensor without dimensions one of (1,).
         """
-        return _whole(self._places[name]).to(self.skeleton.get_parameter_or_buffer(name).dtype)
-
-    def parts(self, name: str, size: int = PART) -> Iterator[torch.Tensor]:
-        """As `read`, but in parts along the first dimension of at most `size` bytes, or of one row each."""
-        like = self.skeleton.get_parameter_or_buffer(name)
-        if like.ndim == 0 or like.nbytes <= size:
-            yield self.read(name)
-            return
-        place = self._places[name]
-        rows = max(1, size * len(like) // like.nbytes)
-        for start in range(0, len(like), rows):
-            with safe_open(
-                place.file, framework="pt"
-            ) as opened:  # anew, so that the pages read before do not stay mapped
-                yield opened.get_slice(place.key)[start : start + rows].to(like.dtype)
+        like, stored = self.skeleton.get_parameter_or_buffer(name), self._places[name]
+        total = len(like) if like.ndim else 1
+        rows = torch.arange(total) if rows is None else rows
+        count = max(1, len(rows) if size is None else size * total // max(1, like.nbytes))
+        for some in rows.split(count):
+            yield read_rows(stored, some).to(like.dtype)
 
     def copy_companions(self, folder: Path) -> None:
         """Copy what is neither weights nor config: tokenizer, processor, chat templates, licence."""
@@ -165,12 +147,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """What the headers of a folder's safetensors files list, by key."""
-    found = {}
+    found: dict[str, Stored] = {}
     for file in weight_files(folder):
-        with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118  # a file, not a mapping
-                part = opened.get_slice(key)
-                found[key] = Stored(file, key, part.get_dtype(), tuple(part.get_shape()))
+        found |= read_header(file)
     return found
 
 
@@ -237,7 +216,8 @@ def _aliases(model: PreTrainedModel) -> list[list[str]]:
     return list(groups.values())
 
 
-def _whole(place: Stored) -> torch.Tensor:
-    with safe_open(place.file, framework="pt") as opened:
-        tensor: torch.Tensor = opened.get_tensor(place.key)
-    return tensor
+def _equal(one: Stored, other: Stored) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    rows = torch.arange(one.shape[0]).split(max(1, PART * one.shape[0] // max(1, math.prod(one.shape))))
+    return all(torch.equal(read_rows(one, some), read_rows(other, some)) for some in rows)

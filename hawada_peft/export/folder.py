@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -54,7 +54,8 @@ def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         _remove(inside)
         Path(lock.lock_file).unlink(missing_ok=True)
-        work.rmdir()
+        with suppress(OSError):  # another process may have come to look
+            work.rmdir()
         lock.release()
 
 

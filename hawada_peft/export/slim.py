@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -74,27 +74,11 @@ def _sliced(
         source, layer, short = source_of(name, layout, plan)
         tensor = dense[source]
         if tensor.data_ptr() not in done or tensor.is_meta:
-            sliced = slice_to_plan(tensor, rules.get(short, ()), layout, plan, layer)
+            sliced = tensor
+            for rule in rules.get(short, ()):
+                sliced = slice_tensor(sliced, rule.dim, rows_of(rule, layout, plan, layer))
             done[tensor.data_ptr()] = tensor.clone() if sliced is tensor else sliced
         yield name, done[tensor.data_ptr()]
-
-
-def slice_to_plan(
-    tensor: torch.Tensor, rules: Iterable[SliceRule], layout: Layout, plan: Plan, layer: int
-) -> torch.Tensor:
-    """
-    What stays of a dense tensor; the tensor itself if no rule is given.
-
-    Args:
-        tensor: of the dense model, or like one.
-        rules: how it is made of units.
-        layout: the dense model's row and sizes.
-        plan: what to keep.
-        layer: the position in the plan of the layer that the tensor is in.
-    """
-    for rule in rules:
-        tensor = slice_tensor(tensor, rule.dim, _rows(rule, layout, plan, layer))
-    return tensor
 
 
 def source_of(name: str, layout: Layout, plan: Plan) -> tuple[str, int, str]:
@@ -106,7 +90,8 @@ def source_of(name: str, layout: Layout, plan: Plan) -> tuple[str, int, str]:
     return f"{prefix}{plan.layers[int(index)]}.{short}", int(index), short
 
 
-def _rows(rule: SliceRule, layout: Layout, plan: Plan, layer: int) -> torch.Tensor:
+def rows_of(rule: SliceRule, layout: Layout, plan: Plan, layer: int) -> torch.Tensor:
+    """The indices that stay along a rule's dimension, in the layer at a position of the plan."""
     dense = layout.dense.sizes()
     units = {
         HEADS: (plan.heads[layer], dense["num_attention_heads"]),

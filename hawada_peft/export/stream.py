@@ -37,7 +37,8 @@ from .plan import Plan
 from .rank import gate_scores
 from .shards import write_shard
 from .skeleton import auto_class_of
-from .slim import slice_to_plan, slim, source_of
+from .slicing import slice_tensor
+from .slim import rows_of, slim, source_of
 from .verify import Verification, example_inputs, output_of, verify_files, verify_slim
 
 logger = logging.getLogger(__name__)
@@ -96,8 +97,8 @@ def slim_checkpoint(
     Slim a checkpoint of any size: from safetensors files to safetensors files, tensor by tensor.
 
     The output has the same bytes as the export in memory, `merge_and_unload` of the model that
-    `from_pretrained(base, dtype="auto")` loads, then `save_pretrained`. Memory is that of the largest tensor that is
-    folded or sliced, a few times, and of 64 MiB of any other. Tokenizer, processor and licence files of the base are
+    `from_pretrained(base, dtype="auto")` loads, then `save_pretrained`. A few MiB of weights are in memory at a time,
+    or one tensor where gates sit on other modules than Linear. Tokenizer, processor and licence files of the base are
     copied along. The output folder appears complete and verified, or not at all, also when the process is killed.
 
     Args:
@@ -218,18 +219,24 @@ class _Export:
             progress.update(part.nbytes)
 
     def _parts(self, name: str) -> Iterator[torch.Tensor]:
-        """A slim tensor by its name in the slim model."""
+        """A slim tensor by its name in the slim model, in parts along its first dimension."""
         source, layer, short = source_of(name, self._layout, self.plan)
         owner, _, which = source.rpartition(".")
+        module, factors = self.dense.get_submodule(owner), self._factors.get(owner)
+        keep = {rule.dim: rows_of(rule, self._layout, self.plan, layer) for rule in self._rules.get(short, ())}
         own = self.dense.get_parameter_or_buffer(source)
-        rules = self._rules.get(short, ())
-        if own.is_meta and owner not in self._factors and not rules:
-            yield from self._checkpoint.parts(source)
-            return
-        tensor = self._checkpoint.read(source) if own.is_meta else own.data  # trained with the gates: modules_to_save
-        if owner in self._factors:
-            tensor = _folded(self.dense.get_submodule(owner), which, tensor, self._factors[owner])
-        yield slice_to_plan(tensor, rules, self._layout, self.plan, layer)
+        if not own.is_meta:  # trained with the gates: modules_to_save
+            parts = iter([own.data])
+        elif factors is None or (isinstance(module, nn.Linear) and which == "weight"):
+            parts = self._checkpoint.parts(source, keep.pop(0, None))
+        else:  # other factors may lie along the first dimension
+            parts = self._checkpoint.parts(source, size=None)
+        for part in parts:
+            if factors is not None:
+                part = _folded(module, which, part, factors)
+            for dim, rows in keep.items():
+                part = slice_tensor(part, dim, rows)
+            yield part
 
 
 def load_gates(skeleton: PreTrainedModel, adapter: str | os.PathLike[str]) -> PeftModel:
