@@ -82,6 +82,8 @@ def read_rows(stored: Stored, rows: torch.Tensor) -> torch.Tensor:
     dtype = next(dtype for dtype, name in DTYPES.items() if name == stored.dtype)
     shape = stored.shape[1:]
     width = math.prod(shape) * dtype.itemsize
+    if len(rows) == 0:
+        return torch.empty((0, *shape), dtype=dtype)
     first, count = int(rows[0]), len(rows)
     starts = [0, *((rows.diff() != 1).nonzero()[:, 0] + 1).tolist()]
     gathered = len(starts) * RUN > count * width and len(starts) > 1
