@@ -24,9 +24,10 @@ from .adapters.hidden import HiddenAdapter, norm_sizes
 from .adapters.huggingface import FAMILIES, FFN, HEADS, HIDDEN, TARGET_MODULES, Layout, Shape, find_module, locate
 from .adapters.huggingface.placement import Masks, family_gates, hidden_gate, hidden_home, masks_of
 from .adapters.layers import check_unquantized, feature_dim, feature_sizes
+from .adapters.lora import inject_lora, lora_layers, merge_lora
 from .adapters.rows import adapter_per_row
 from .config import HawAdaConfig
-from .errors import IncompatibleBaseError, InvalidPlanError
+from .errors import IncompatibleBaseError, InvalidPlanError, UnsupportedModelError
 from .export.legality import check_legal, fit_hidden, legal_head_shapes
 from .export.plan import Plan
 from .export.rank import gate_scores, hidden_multiple, open_shape, rank, ratio_shape
@@ -87,6 +88,12 @@ class HawAdaModel(BaseTuner):
         peft_config.target_modules = names  # type: ignore[assignment]
         peft_config.base_sizes = layout.fingerprint()
         return peft_config
+
+    def _prepare_model(self, peft_config: HawAdaConfig, model: nn.Module) -> None:  # type: ignore[override]
+        if peft_config.lora is not None:
+            name = next(name for name, config in self.peft_config.items() if config is peft_config)
+            fields = cast(dict[str, Any], peft_config.lora)
+            inject_lora(model, fields, name, inference_mode=peft_config.inference_mode)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -354,6 +361,7 @@ class HawAdaModel(BaseTuner):
                 "model: `model.apply_plan(model.plan(keep_ratio=0.5))` (or `plan(shape=Shape(...))`) before it.",
                 stacklevel=2,
             )
+            merge_lora(self.model, names)
             return super().merge_and_unload(progressbar, safe_merge, adapter_names)
         check_unquantized(self.model)
         layout = self._layout(names)
@@ -361,6 +369,7 @@ class HawAdaModel(BaseTuner):
         check_legal(self.model, layout, chosen.shape)
         gate_scores(self.model, layout, names)  # refuses broken gates before anything is touched
         self._restore()
+        merge_lora(self.model, names)
         if plan is not None:
             for name in names:
                 self.set_masks(None, name)  # another plan's closed units must not be folded away
@@ -384,6 +393,32 @@ class HawAdaModel(BaseTuner):
                 module.unmerge()
 
     # ------------------------------------------------------- several adapters
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As in PEFT, with the LoRA of the same names."""
+        super().set_adapter(adapter_name, inference_mode)
+        for _, layer in lora_layers(self.model):
+            layer.set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT, with the LoRA of the same name."""
+        super().delete_adapter(adapter_name)
+        for _, layer in lora_layers(self.model):
+            layer.delete_adapter(adapter_name)
+            layer.set_adapter(self.active_adapters)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """
+        As in PEFT.
+
+        Raises:
+            UnsupportedModelError: with LoRA below the gates: PEFT would not give the weights back bit for bit.
+        """
+        if lora_layers(self.model):
+            raise UnsupportedModelError(
+                "gates with LoRA below them cannot be merged and unmerged: use `merge_and_unload()`"
+            )
+        super().merge_adapter(adapter_names, safe_merge)
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         """
@@ -440,6 +475,8 @@ class HawAdaModel(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        if lora_layers(self.model):
+            raise ValueError("Cannot pass `adapter_names` to gates with LoRA below them: it is not told row by row.")
         unknown = sorted(set(adapter_names) - {"__base__"} - set(self.peft_config))
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
