@@ -33,6 +33,7 @@ from .export import (
     verify_slim,
 )
 from .export.find_plan import find_plan, measure_table
+from .export.reconstruct import Reconstruction, reconstruct
 from .export.rehome import rehome
 from .latency import LatencyBudget, LatencyTable, Regime, Timing, measure_many
 from .model import HawAdaModel
@@ -58,6 +59,7 @@ __all__ = [
     "LatencyBudget",
     "LatencyTable",
     "Plan",
+    "Reconstruction",
     "Regime",
     "SearchEffort",
     "SearchResult",
@@ -76,6 +78,7 @@ __all__ = [
     "is_ffn_layer",
     "measure_many",
     "measure_table",
+    "reconstruct",
     "recover",
     "register_family",
     "rehome",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -28,9 +28,11 @@ from .adapters.lora import inject_lora, lora_layers, merge_lora
 from .adapters.rows import adapter_per_row
 from .config import HawAdaConfig
 from .errors import IncompatibleBaseError, InvalidPlanError, UnsupportedModelError
+from .export.beside import dense_afterwards
 from .export.legality import check_legal, fit_hidden, legal_head_shapes
 from .export.plan import Plan
 from .export.rank import gate_scores, hidden_multiple, open_shape, rank, ratio_shape
+from .export.reconstruct import Reconstruction, reconstruct
 from .export.slim import slim
 
 
@@ -331,12 +333,14 @@ class HawAdaModel(BaseTuner):
         *,
         plan: Plan | None = None,
         fold: bool = True,
+        calibration: Iterable[Mapping[str, Any]] | None = None,
+        on_reconstruction: Callable[[Reconstruction], None] | None = None,
     ) -> nn.Module:
         """
         Fold the gates into the weights and remove what the plan closes: a vanilla model, without any adapter.
 
-        What the model computes does not change. As in PEFT the base model is used up; with a plan the result is a new
-        model of the same class.
+        What the model computes does not change, except by reconstruction, when that is asked for. As in PEFT the base
+        model is used up; with a plan the result is a new model of the same class.
 
         Args:
             progressbar (`bool`): show progress.
@@ -344,6 +348,9 @@ class HawAdaModel(BaseTuner):
             adapter_names (`list[str]`, *optional*): adapters to merge; the active ones if left out.
             plan (`Plan`, *optional*): what to keep, instead of the applied plan.
             fold (`bool`): `False` leaves the soft values out and only removes.
+            calibration (*optional*): batches, keyword arguments of the forward pass. The slim model's output
+                projections are refitted on them to the dense model (`reconstruct`), if held-out ones say it is better.
+            on_reconstruction (*optional*): called with the `Reconstruction`, which tells what that did.
 
         Returns:
             `nn.Module`: the vanilla model.
@@ -352,6 +359,7 @@ class HawAdaModel(BaseTuner):
             IncompatibleBaseError, IllegalShapeError: as `apply_plan`; nothing has been changed then.
             BrokenGatesError: if gates hold NaN.
             UnsupportedModelError: if weights are quantized; nothing has been changed then.
+            HawAdaError: as `reconstruct`.
         """
         names = self._names(adapter_names)
         chosen = self.applied_plan(names) if plan is None else plan
@@ -367,14 +375,29 @@ class HawAdaModel(BaseTuner):
         layout = self._layout(names)
         chosen.check_base(layout.full)
         check_legal(self.model, layout, chosen.shape)
+        if calibration is not None and chosen.hidden is not None:
+            raise InvalidPlanError(
+                "reconstruction compares residual streams of one width, and this plan narrows it: leave `calibration` "
+                "out, or cut no hidden channels"
+            )
         gate_scores(self.model, layout, names)  # refuses broken gates before anything is touched
         self._restore()
-        merge_lora(self.model, names)
         if plan is not None:
             for name in names:
                 self.set_masks(None, name)  # another plan's closed units must not be folded away
-        dense = super().merge_and_unload(progressbar, safe_merge, adapter_names) if fold else super().unload()
-        return dense if chosen.keeps_all else slim(cast(PreTrainedModel, dense), chosen)
+        base = cast(PreTrainedModel, self.model)
+        refit = calibration is not None and not chosen.keeps_all
+        with dense_afterwards(base) if refit else nullcontext():
+            merge_lora(base, names)
+            merged = super().merge_and_unload(progressbar, safe_merge, adapter_names) if fold else super().unload()
+            if chosen.keeps_all:
+                return merged
+            small = slim(base, chosen)
+        if calibration is not None:
+            report = reconstruct(base, small, chosen, calibration)
+            if on_reconstruction is not None:
+                on_reconstruction(report)
+        return small
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()

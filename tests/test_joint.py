@@ -105,6 +105,18 @@ def test_the_slim_model_computes_what_the_masked_one_does(name: str, tmp_path: P
     save_slim(slim, tmp_path / "slim", reference=masked, inputs=inputs_of(slim))
 
 
+def test_a_narrower_stream_is_exact_too() -> None:
+    model = gate(build(LM_ROW, torch.float64), lora=LORA, gates=("heads", "ffn", "layers", "hidden"))
+    for name, parameter in model.named_parameters():
+        if ".lora_B" in name:
+            parameter.data.normal_(std=0.2)
+    model.apply_plan(model.plan(keep_ratio={"heads": 0.5, "ffn": 0.5, "hidden": 0.5}))
+    masked = logits_of(model)
+    slim = model.merge_and_unload()
+    assert slim.config.hidden_size == 32
+    assert difference(logits_of(slim), masked) <= 1e-12
+
+
 def test_dora_is_merged_too() -> None:
     model = joint(lora=LoraConfig(r=2, target_modules=["v_proj", "down_proj"], use_dora=True), dtype=torch.float64)
     model.apply_plan(scattered_plan(model, LM_ROW.slim))
@@ -195,6 +207,20 @@ def test_recovery_starts_with_lora_merged_and_leaves_the_dense_model(tmp_path: P
     slim = recover(model, arguments(tmp_path, max_steps=1, learning_rate=0.0), train_dataset=DATA)
     assert difference(logits_of(slim), masked) <= 1e-5
     assert_same_state(base.state_dict(), build(LM_ROW).state_dict())
+
+
+def test_reconstruction_refits_to_the_dense_model_without_lora() -> None:
+    model, reports = joint(), []
+    model.apply_plan(scattered_plan(model, LM_ROW.slim))
+    base = model.get_base_model()
+    tokens = torch.randint(3, 128, (64, 16), generator=torch.Generator().manual_seed(9))
+    slim = model.merge_and_unload(calibration=[{"input_ids": tokens}], on_reconstruction=reports.append)
+    plain = joint()
+    plain.apply_plan(scattered_plan(plain, LM_ROW.slim))
+    dense = build(LM_ROW)
+    assert reports[0].applied
+    assert kl_of(slim, dense) < kl_of(plain.merge_and_unload(), dense)
+    assert_same_state(base.state_dict(), dense.state_dict())
 
 
 def test_a_second_adapter_without_lora_switches_it_off(tmp_path: Path) -> None:

@@ -1,0 +1,264 @@
+"""Least-squares reconstruction: the slim model's output projections refitted to the dense model's hidden states."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedModel
+
+from ..adapters.huggingface.family import locate
+from ..adapters.layers import parameters_of
+from ..errors import HawAdaError, IncompatibleBaseError
+from .fidelity import Batch, all_reduced, divergence, position_mask
+from .plan import Plan
+from .projections import Refit, as_projection, choose, new_moments
+from .streams import Gains, Stream, residual_gains
+
+logger = logging.getLogger(__name__)
+
+DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""What the damping of each projection is chosen from."""
+
+CORRECTION = 0.5
+"""The part of the difference that earlier layers left which each projection is asked to make up for."""
+
+HELD_OUT = 0.125
+"""The part of the calibration batches that nothing is fitted to."""
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """
+    What `reconstruct` did.
+
+    Args:
+        refits (`tuple[Refit, ...]`): one per output projection, in the order of the slim model.
+        metric (`str`): `"kl"` in nats per prediction, or `"mse"` of the last hidden states of a model without a head.
+        before, after (`float`): divergence from the dense model on held-out batches: plain and reconstructed.
+        applied (`bool`): whether the slim model has the reconstructed weights; False if they were not better.
+    """
+
+    refits: tuple[Refit, ...]
+    metric: str
+    before: float
+    after: float
+    applied: bool
+
+    def __str__(self) -> str:
+        refitted = sum(refit.damping is not None for refit in self.refits)
+        return (
+            f"{refitted} of {len(self.refits)} projections refitted, held-out {self.metric} {self.before:.4g} -> "
+            f"{self.after:.4g}: {'applied' if self.applied else 'not applied'}"
+        )
+
+
+def reconstruct(
+    dense: PreTrainedModel,
+    slim: PreTrainedModel,
+    plan: Plan,
+    calibration: Iterable[Batch],
+    *,
+    dampings: Sequence[float] = DAMPINGS,
+    held_out: float = HELD_OUT,
+    correction: float = CORRECTION,
+) -> Reconstruction:
+    """
+    Refit the slim model's output projections (attention, FFN) to the dense model, layer by layer.
+
+    Each one's inputs are those of the slim model with all projections before it already refitted. Its target is what
+    is missing from the slim residual stream there to be the dense one: `W' = W + (T - W C) (C + d I)^-1` with W the
+    slim weight, C = X'X of its inputs, T = Y'X of its targets and d = damping * mean(diag C); centred moments and a
+    new bias where the projection has one. At the end both models are compared on held-out batches, and the plain
+    weights come back if the reconstructed ones are not better.
+
+    Holds in memory, besides both models: the hidden states of all batches in both models (and once more for the
+    targets), the moments of one projection, and the plain weights of the slim model's projections. Where
+    `torch.distributed` is in use every rank passes its own batches, and all get the same weights.
+
+    Args:
+        dense: the teacher; left as it is.
+        slim: what `slim(dense, plan)` gave, trained since or not, re-homed or not, on the same device. The weights of
+            its output projections change in place.
+        plan: the one it was made with.
+        calibration: batches, keyword arguments of the forward pass: a list, a DataLoader. Labels are not used, and
+            positions where `attention_mask` is 0 do not count.
+        dampings: how close to stay to the weights of `slim`; chosen per projection by held-out error.
+        held_out: the part of the batches (of the rows, if there is one batch) that nothing is fitted to.
+
+    Returns:
+        `Reconstruction`: the errors, and whether it was applied.
+
+    Raises:
+        IncompatibleBaseError: if the plan does not lead from the dense model's sizes to the slim model's.
+        HawAdaError: if there is too little calibration data to hold some out, or an option out of its range.
+        UnsupportedModelError: if a model has no family row, or its projections are not linear.
+
+    References:
+        Frantar, Alistarh, "Optimal Brain Compression" (2022) for the closed form.
+    """
+    problems = [f"damping must be above 0, got {damping}" for damping in dampings if not damping > 0]
+    if not dampings:
+        problems.append("dampings must name at least one")
+    if not 0 < held_out <= 0.5:
+        problems.append(f"held_out must be above 0 and at most 0.5, got {held_out}")
+    if problems:
+        raise HawAdaError("\n".join(problems))
+    teacher_layout, layout = locate(dense), locate(slim)
+    plan.check_base(teacher_layout.dense)
+    if plan.shape != layout.dense:
+        raise IncompatibleBaseError(
+            f"the plan leads to {plan.shape.to_dict()}, the slim model has {layout.dense.to_dict()}; pass the plan "
+            "that it was made with"
+        )
+    fitted, held = _split(calibration, slim.device, slim.main_input_name, held_out)
+    with _evaluating(dense, slim), torch.no_grad():
+        metric, before = divergence(dense, slim, held)
+        teacher, student = (
+            Stream.start(model, row, [*fitted, *held]) for model, row in ((dense, teacher_layout), (slim, layout))
+        )
+        streams = zip([*fitted, *held], student.hidden, strict=True)
+        masks = [position_mask(batch, hidden.shape[:2]) for batch, hidden in streams]
+        ends = [name(i) for i in range(len(student.layers)) for name in (layout.attention_out, layout.ffn_out)]
+        projections = {name: as_projection(slim.get_submodule(name), name) for name in ends}
+        plain = {name: [p.data for p in parameters_of(module)] for name, module in projections.items()}
+        refits = tuple(_refit_layers(teacher, student, plan, masks, len(fitted), dampings, correction))
+        _, after = divergence(dense, slim, held)
+    applied = after < before
+    if not applied:
+        for name, module in projections.items():
+            for parameter, tensor in zip(parameters_of(module), plain[name], strict=True):
+                parameter.data = tensor
+    result = Reconstruction(refits, metric, before, after, applied)
+    if applied or before == 0:
+        logger.info("%s", result)
+    else:
+        warnings.warn(
+            f"the slim model keeps its plain weights: {result}. More calibration batches, of the data that the model "
+            "is for, may change that.",
+            stacklevel=2,
+        )
+    return result
+
+
+def _refit_layers(
+    teacher: Stream,
+    student: Stream,
+    plan: Plan,
+    masks: Sequence[torch.Tensor | None],
+    fitted: int,
+    dampings: Sequence[float],
+    correction: float,
+) -> Iterator[Refit]:
+    """Refit layer after layer; the first `fitted` batches are fitted to, the others choose the damping."""
+    ends = [*plan.layers[1:], plan.dense.sizes()["num_hidden_layers"]]
+    for layer in range(plan.layers[0]):
+        teacher.advance(layer)
+    for index, (layer, end) in enumerate(zip(plan.layers, ends, strict=True)):
+        gains, dense_gains = residual_gains(student, index), residual_gains(teacher, layer)
+        if gains is None or dense_gains is None:
+            gains = dense_gains = None
+        targets = _targets(teacher, layer, end, dense_gains)
+        names = student.layout.attention_out(index), student.layout.ffn_out(index)
+        for which, (name, wanted) in enumerate(zip(names, targets, strict=True)):
+            module = as_projection(student.model.get_submodule(name), name)
+            moments = new_moments(module), new_moments(module)
+            for batch, mask in enumerate(masks):
+                inputs, stream = student.inputs_at(module, index, batch, gains)
+                added = wanted[batch].added.float()
+                if gains is not None:
+                    added = added + correction * (wanted[batch].stream.float() - stream.float())
+                rows = slice(None) if mask is None else mask.flatten()
+                moments[batch >= fitted].add(inputs.flatten(0, -2)[rows], added.flatten(0, -2)[rows])
+            wanted.clear()
+            gain = None if gains is None else gains[which]
+            yield choose(name, module, moments[0].all_reduce(), moments[1].all_reduce(), gain, dampings)
+        student.advance(index)
+        logger.debug("layer %d of %d is refitted", index + 1, len(plan.layers))
+
+
+@dataclass(frozen=True)
+class _Target:
+    """
+    What a block of the teacher does on one batch.
+
+    Args:
+        stream: (batch, positions, hidden_size), the residual stream before it.
+        added: what it adds to the stream; the output of its projection, where that is not what is added.
+    """
+
+    stream: torch.Tensor
+    added: torch.Tensor
+
+
+def _targets(teacher: Stream, layer: int, end: int, gains: Gains) -> tuple[list[_Target], list[_Target]]:
+    """
+    Take the teacher through a layer, and through those after it up to `end`, which the slim model does not have: what
+    they add is for the FFN of the layer before them to make up for.
+
+    Returns:
+        Per batch what the attention does, and what the FFN and the dropped layers after it do.
+    """
+    attention, ffn = [], []
+    for batch, stream in enumerate(teacher.hidden):
+        output, from_attention, from_ffn = teacher.outputs(layer, batch)
+        if gains is not None:
+            from_attention, from_ffn = gains[0] * from_attention, gains[1] * from_ffn
+        attention.append(_Target(stream, from_attention))
+        ffn.append(_Target(stream + from_attention, from_ffn))
+        teacher.hidden[batch] = output
+    before = list(teacher.hidden)
+    for dropped in range(layer + 1, end):
+        teacher.advance(dropped)
+    if gains is not None and end > layer + 1:
+        differences = [new.float() - old.float() for old, new in zip(before, teacher.hidden, strict=True)]
+        ffn = [replace(block, added=block.added + more) for block, more in zip(ffn, differences, strict=True)]
+    return attention, ffn
+
+
+@contextmanager
+def _evaluating(*models: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode inside the block."""
+    before = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for model, training in zip(models, before, strict=True):
+            model.train(training)
+
+
+def _split(
+    calibration: Iterable[Batch], device: torch.device, main_input: str, held_out: float
+) -> tuple[list[Batch], list[Batch]]:
+    """The batches to fit and those to hold out, on the device, without labels; the rows, if there is one batch."""
+    batches: list[Batch] = [
+        {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if k != "labels"}
+        for batch in calibration
+    ]
+    if len(batches) == 1:
+        total = len(batches[0][main_input])
+        cut = total - max(1, round(held_out * total))
+        batches = [
+            {
+                k: v[rows] if isinstance(v, torch.Tensor) and v.ndim and len(v) == total else v
+                for k, v in batches[0].items()
+            }
+            for rows in (slice(cut), slice(cut, total))
+            if rows.stop > (rows.start or 0)
+        ]
+    period = max(2, round(1 / held_out))
+    held = [batch for index, batch in enumerate(batches) if index % period == period - 1] or batches[-1:]
+    fitted = [batch for batch in batches if all(batch is not other for other in held)]
+    counts = torch.tensor([len(fitted), len(held), not batches], device=device)
+    if min(all_reduced(counts)[:2].tolist()) == 0 or counts[2]:
+        raise HawAdaError(
+            f"{len(batches)} calibration batch(es) here; reconstruction needs at least one on every rank, and two "
+            "rows in all: some to fit and some to hold out"
+        )
+    return fitted, held
