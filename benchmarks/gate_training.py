@@ -192,6 +192,7 @@ class Bench:
         plan: Plan = model.applied_plan()  # type: ignore[operator]
         small = model.merge_and_unload().to(self.device)  # type: ignore[operator]
         row: dict[str, Any] = {"contestant": name, "seed": seed, "layers": list(plan.layers), "steps": used}
+        row["gate rate"] = self.options.gate_rate if used else None
         row["slice"] = self.quality(small)
         report = reconstruct(self.teacher, small, plan, self.examples(self.options.calibration, seed + 1000))
         row["reconstruction"] = [report.before, report.after, report.applied]
@@ -246,7 +247,7 @@ def main() -> None:
     parser.add_argument("--gate-steps", type=int, default=16)
     parser.add_argument("--joint-steps", type=int, default=32)
     parser.add_argument("--soft-fraction", type=float, default=0.75)
-    parser.add_argument("--gate-rate", type=float, default=0.02)
+    parser.add_argument("--gate-rate", type=float, default=0.005)
     parser.add_argument("--rate", type=float, default=1e-3, help="of the recovery")
     parser.add_argument("--lora-rate", type=float, default=2e-3)
     parser.add_argument("--lora-rank", type=int, default=16)
