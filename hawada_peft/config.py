@@ -12,6 +12,7 @@ from ._register import NAME
 from .adapters.gates import GateStart
 from .adapters.lora import lora_fields, lora_problems
 from .errors import HawAdaError
+from .export.model_card import write_adapter_card
 
 GATES = ("heads", "ffn", "blocks", "layers", "hidden")
 """What can be gated: attention heads, FFN channels, attention and FFN as a whole, layers, the residual stream."""
@@ -98,6 +99,19 @@ class HawAdaConfig(PeftConfig):
         if problems:
             raise HawAdaError("\n".join(problems))
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """
+        Write `adapter_config.json`, and say in the folder's `README.md` how the adapter is loaded.
+
+        PEFT calls it for every adapter that it saves, after it has written its own card.
+
+        Args:
+            save_directory (`str`): the adapter's folder.
+            kwargs: as in PEFT.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        write_adapter_card(save_directory, self.to_dict())
+
     def _problems(self) -> Any:
         unknown = [gate for gate in self.gates if not isinstance(gate, str) or gate not in GATES]
         if unknown:
@@ -116,7 +130,7 @@ class HawAdaConfig(PeftConfig):
             yield "`layers_to_transform` cannot be used when `target_modules` is a str."
         if isinstance(self.target_modules, str) and self.layers_pattern is not None:
             yield "`layers_pattern` cannot be used when `target_modules` is a str."
-        if "hidden" in self.gates and self.layers_to_transform is not None:
+        if "hidden" in self.gates and self.target_modules is None and self.layers_to_transform is not None:
             yield "the gate on 'hidden' is one for all layers: leave out either it or `layers_to_transform`"
         if self.layers_pattern and self.layers_to_transform is None:
             yield "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "

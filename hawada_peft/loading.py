@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from .errors import HawAdaError, UnsupportedModelError
-from .export.verify import auto_class_of
+from .errors import HawAdaError
+from .export.skeleton import auto_class_of, skeleton_of
 
 
 def load_skeleton(model: str) -> PreTrainedModel:
@@ -24,14 +23,7 @@ def load_skeleton(model: str) -> PreTrainedModel:
     Raises:
         UnsupportedModelError: if the config does not say which class it is for.
     """
-    config = AutoConfig.from_pretrained(model)
-    names = config.architectures or []
-    if len(names) != 1 or not hasattr(transformers, names[0]):
-        raise UnsupportedModelError(
-            f"the config of {model!r} names the architectures {names}; needed is one class of transformers"
-        )
-    with torch.device("meta"):
-        return getattr(transformers, names[0])(config)
+    return skeleton_of(AutoConfig.from_pretrained(model))
 
 
 def load_model(model: str, device: str = "cpu") -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -50,6 +51,17 @@ def test_three_forms_of_every_model(demo: tuple[Path, list[Row]]) -> None:
     assert [(row.task, row.form) for row in demo[1]] == [
         (name, form) for name in TASKS for form in ("dense", "masked", "slim")
     ]
+
+
+def test_slim_folders_have_a_card_with_what_the_table_says(demo: tuple[Path, list[Row]]) -> None:
+    for name in TASKS:
+        report = json.loads((demo[0] / name / "slim" / "hawada_report.json").read_text())
+        dense, _, slim = (row for row in demo[1] if row.task == name)
+        assert (report["dense"]["parameters"], report["model"]["parameters"]) == (dense.parameters, slim.parameters)
+        assert (report["latency"]["dense_ms"], report["latency"]["slim_ms"]) == (dense.latency_ms, slim.latency_ms)
+        assert [(q["dense"], q["slim"]) for q in report["quality"]] == [(dense.quality, slim.quality)]
+        assert report["base"]["name"] == "teacher"
+        assert (demo[0] / name / "slim" / "README.md").exists()
 
 
 def test_slim_model_has_the_shape_and_computes_what_the_masked_one_did(demo: tuple[Path, list[Row]]) -> None:

@@ -177,25 +177,26 @@ def test_soft_gates_fold_without_a_plan(row: Row) -> None:
 # ----------------------------------------------------------- masked is slim
 
 
-@pytest.mark.parametrize("axes", [("hidden",), ("heads", "ffn", "layers", "hidden")], ids="+".join)
-def test_masked_is_slim_in_float64(named: tuple[Row, Shape], axes: tuple[str, ...]) -> None:
+def test_masked_is_slim_in_float64(named: tuple[Row, Shape]) -> None:
     row, shape = named
-    model = build(row, torch.float64)
-    dense, layout = logits_of(model), locate(model)
-    if axes == ("hidden",):
-        unit = shape.hidden_size if layout.family.ffn_unit else None
-        shape = Shape(hidden_size=shape.hidden_size, intermediate_size=unit).complete(layout.dense)
-        axes = ("hidden", "ffn") if unit else axes
-    model = gate(model, gates=axes)
+    check_exactness(build(row, torch.float64), shape)
+
+
+@pytest.mark.parametrize("name", ["llama", "smollm3", "vit"])
+def test_masked_is_slim_where_only_the_stream_is_cut(name: str) -> None:
+    check_exactness(build(ROWS[name], torch.float64), Shape(hidden_size=size_of(name)), gates=("hidden",))
+
+
+def check_exactness(model: PreTrainedModel, shape: Shape, gates: tuple[str, ...] = ALL) -> None:
+    dense = logits_of(model)
+    model = gate(model, gates=gates)
     plan = hidden_plan(model, shape)
     model.apply_plan(plan)
     masked = logits_of(model)
     assert difference(masked, dense) > 0.01
     small = model.merge_and_unload()
-    assert (locate(small).dense, locate(small).hidden_size) == (
-        replace(plan.shape, hidden_size=None),
-        shape.hidden_size,
-    )
+    layout = locate(small)
+    assert (layout.dense, layout.hidden_size) == (replace(plan.shape, hidden_size=None), shape.hidden_size)
     assert difference(logits_of(small), narrow(masked, plan)) <= 1e-12
 
 
@@ -246,9 +247,8 @@ def test_the_norm_of_kept_features_is_the_narrow_norm(row: Row) -> None:
     assert torch.count_nonzero(wide) == 2 * 3 * 4
 
 
-@two_rows
-def test_a_closed_norm_compiles_without_a_break(row: Row) -> None:
-    model = gate(build(row), gates=("hidden",))
+def test_a_closed_norm_compiles_without_a_break() -> None:
+    model = gate(build(LM_ROW), gates=("hidden",))
     model.apply_plan(hidden_plan(model, Shape(), 40))
     adapter, x = next(module for module in model.modules() if isinstance(module, HiddenAdapter)), torch.randn(2, 3, 64)
     compiled = torch.compile(adapter, fullgraph=True, backend="eager")

@@ -33,6 +33,7 @@ from hawada_peft.export.search_export import search
 from hawada_peft.export.search_state import SearchEffort, frontier
 from hawada_peft.export.space import SearchSpace, narrower_sizes, search_space
 from hawada_peft.latency.budget import LatencyBudget
+from hawada_peft.latency.build import TablePlan
 from hawada_peft.latency.regime import Regime
 from hawada_peft.latency.table import LatencyTable
 from hawada_peft.latency.timing import Timing
@@ -418,6 +419,9 @@ def narrowed(size: int) -> tuple[SearchSpace, LatencyTable]:
     return replace(toy_space(), hidden_size=size), slower
 
 
+SMALL_TABLE = TablePlan(attention=4, ffn=4, realised=2)
+
+
 class WideQuality(ToyQuality):
     """Hidden width costs less than the other axes, so it is worth cutting."""
 
@@ -452,22 +456,20 @@ def test_hidden_sizes_are_searched_together_with_the_rest() -> None:
     assert result.best.shape.hidden_size in (48, 32)
     assert result.best.measured_ms == pytest.approx(ms(result.best.shape))
     best = min(
-        float(loss)
+        quality.predict(each)[laws[each.hidden_size].estimate_sizes(*each.axes).numpy() <= table.dense_ms / 2].min()
         for each in (space, *(other for other, _ in narrower))
-        for index, loss in enumerate(quality.predict(each).ravel())
-        if ms(each.shape(index)) <= table.dense_ms / 2
     )
     assert result.best.predicted_loss == pytest.approx(best, rel=0.02)
     assert {candidate.shape.hidden_size for candidate in result.frontier} >= {None, 48}
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "vit", "dinov2"])
+@pytest.mark.parametrize("name", ["llama", "dinov2"])
 def test_parameters_of_a_narrower_model_are_those_of_the_built_one(name: str) -> None:
     model = build(ROWS[name])
     layout = locate(model)
     build_shape = realiser(model, layout, Regime())
-    for size in narrower_sizes(model, layout, multiple=8):
-        space = search_space(model, layout, REGIME, multiple=8, hidden_size=size)
+    for size in narrower_sizes(model, layout, multiple=16)[:2]:
+        space = search_space(model, layout, REGIME, multiple=16, hidden_size=size)
         for index in np.linspace(0, len(space) - 1, 5).astype(int):
             shape = space.shape(int(index))
             built = build_shape(shape)
@@ -513,8 +515,11 @@ def test_a_plan_with_a_hidden_size_is_found(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(find_plan_module, "measure_built", timed)
     batches = [inputs_of(model)]
     budget = LatencyBudget(speedup=1.2, mode="prefill", seq_len=8)
-    result = find_plan(model, budget, batches, importance=gate_importance(model, batches), cache=tmp_path)
-    assert seen == {None, 56, 48, 40, 32}
+    importance = gate_importance(model, batches)
+    result = find_plan(
+        model, budget, batches, importance=importance, hidden_sizes=[48, 32], table_plan=SMALL_TABLE, cache=tmp_path
+    )
+    assert seen == {None, 48, 32}
     assert result.best.shape.hidden_size == 48
     assert result.speedup == pytest.approx(9 / 7)
     assert result.plan.shape == result.best.shape

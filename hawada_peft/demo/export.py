@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
-from .. import Shape, save_slim
+from .. import ExportFacts, QualityChange, Shape, save_slim, write_card
 from ..adapters.huggingface import locate
 from ..errors import UnsettledTimingWarning
 from ..export.find_plan import regime_of
@@ -41,9 +41,9 @@ def export_task(task: Task, folder: Path, effort: Effort) -> list[Row]:
     batch = {name: tensor[:BATCH] for name, tensor in inputs.items() if name != "labels"}
 
     model = PeftModel.from_pretrained(task.auto_class.from_pretrained(folder / "teacher"), folder / "adapter")
-    masked_shape = model.applied_plan().shape
+    plan = model.applied_plan()
     processor = None if task.processor_class is None else task.processor_class.from_pretrained(folder / "teacher")
-    save_slim(
+    verification = save_slim(
         model.merge_and_unload(),
         folder / "slim",
         reference=masked_logits[:BATCH],
@@ -59,6 +59,15 @@ def export_task(task: Task, folder: Path, effort: Effort) -> list[Row]:
         warnings.simplefilter("ignore", UnsettledTimingWarning)
         timings = measure_many({"dense": dense, "slim": slim}, regime, effort=effort.final)
     latency = {form: timing.median_ms for form, timing in timings.items()}
+
+    quality = QualityChange(
+        task.quality_name,
+        dense=task.quality(dense_logits, inputs["labels"]),
+        slim=task.quality(slim_logits, inputs["labels"]),
+        data=f"{len(slim_logits)} {task.held_out}",
+    )
+    facts = ExportFacts(base=folder / "teacher", plan=plan, latency=timings, quality=(quality,))
+    write_card(folder / "slim", facts, verification)
 
     def row(form: str, shape: Shape, parameters: int, logits: torch.Tensor, difference: float | None = None) -> Row:
         sizes = shape.sizes()
@@ -87,7 +96,7 @@ def export_task(task: Task, folder: Path, effort: Effort) -> list[Row]:
     difference = (slim_logits - masked_logits).abs().max().item()
     return [
         row("dense", locate(dense).dense, dense.num_parameters(), dense_logits),
-        row("masked", masked_shape, dense.num_parameters(), masked_logits),
+        row("masked", plan.shape, dense.num_parameters(), masked_logits),
         row("slim", locate(slim).dense, slim.num_parameters(), slim_logits, difference),
     ]
 

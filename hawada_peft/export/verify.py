@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,15 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from ..errors import VerificationError
+from .checkpoint import stored_names, stored_tensors
+from .facts import ExportFacts, known_base
+from .folder import new_folder
+from .hub import checked_report, write_card
+from .shards import DTYPES
+from .skeleton import auto_class_of, skeleton_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,21 +48,6 @@ class Verification:
     max_difference: float
     scale: float
     parameters: int
-
-
-def auto_class_of(model: PreTrainedModel) -> Any:
-    """The `AutoModel*` class that loads this model's folder as this class; the class itself if none does."""
-    for name in sorted(vars(modeling_auto)):
-        if not name.startswith("AutoModel"):
-            continue
-        auto = getattr(modeling_auto, name)
-        mapping = getattr(auto, "_model_mapping", None)
-        if mapping is None or type(model.config) not in mapping:
-            continue
-        classes = mapping[type(model.config)]
-        if type(model) is classes or (isinstance(classes, tuple) and classes[0] is type(model)):
-            return auto
-    return type(model)
 
 
 def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -138,13 +127,38 @@ def verify_slim(
     return Verification(auto.__name__, difference, scale, loaded.num_parameters())
 
 
-def _reload(folder: Path, reference: nn.Module | torch.Tensor) -> tuple[Any, PreTrainedModel]:
+def verify_files(folder: str | os.PathLike[str], expected: PreTrainedModel) -> None:
+    """
+    Check a saved model's folder without reading its weights: what its config builds, and what its files list.
+
+    Args:
+        folder: what was written.
+        expected: the model it should hold; may be on the meta device.
+
+    Raises:
+        VerificationError: if the folder does not load through its Auto class as the expected one's class, or the files
+            do not list exactly the expected tensors, with their shapes and dtypes.
+    """
+    folder = Path(folder)
+    _reload(folder, expected, device_map="meta")
+    state = expected.state_dict()
+    wanted = {
+        key: (DTYPES[state[name].dtype], tuple(state[name].shape)) for key, name in stored_names(expected).items()
+    }
+    found = {key: (stored.dtype, stored.shape) for key, stored in stored_tensors(folder).items()}
+    wrong = [
+        f"{key}: {found.get(key, 'missing')}, expected {wanted.get(key, 'nothing')}"
+        for key in sorted(wanted.keys() | found.keys())
+        if found.get(key) != wanted.get(key)
+    ]
+    if wrong:
+        raise VerificationError(f"{folder} does not hold what it should: {'; '.join(wrong[:5])}")
+
+
+def _reload(folder: Path, reference: nn.Module | torch.Tensor, **options: Any) -> tuple[Any, PreTrainedModel]:
     try:
-        config = AutoConfig.from_pretrained(folder)
-        architecture = getattr(transformers, config.architectures[0])
-        with torch.device("meta"):
-            auto = auto_class_of(architecture(config))
-        loaded, info = auto.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        auto = auto_class_of(skeleton_of(AutoConfig.from_pretrained(folder)))
+        loaded, info = auto.from_pretrained(folder, dtype="auto", output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise VerificationError(
             f"{folder} does not load with transformers {transformers.__version__}: {error}"
@@ -164,6 +178,7 @@ def save_slim(
     reference: nn.Module | torch.Tensor | None = None,
     inputs: Inputs | None = None,
     processor: Any = None,
+    card: ExportFacts | None = None,
 ) -> Verification:
     """
     Save a slim model, verified: the folder appears complete, or not at all.
@@ -176,7 +191,9 @@ def save_slim(
         reference: what the reloaded model must compute: a model, or logits for `inputs`. The slim model if left out;
             the gated model under its plan is the stronger check.
         inputs: what to compare on; drawn at random if left out.
-        processor: a tokenizer or image processor to save with it.
+        processor: a tokenizer or image processor to save with it; or the folder or id of a model to take it from.
+        card (`ExportFacts`, *optional*): what is known about the export: a `README.md` and a `hawada_report.json` are
+            written with it. `ExportFacts()` will do.
 
     Returns:
         `Verification`: what was measured.
@@ -184,29 +201,19 @@ def save_slim(
     Raises:
         FileExistsError: if the folder holds something.
         VerificationError: as `verify_slim`.
+        HawAdaError: if the facts contradict the model.
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} exists and is not empty; choose another folder, or empty it first")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    if card is not None:
+        card = dataclasses.replace(card, base=card.base or known_base(model.name_or_path))
+        checked_report(model, card)  # before anything is written
+    with new_folder(folder) as temporary:
         model.save_pretrained(temporary)
+        if isinstance(processor, str | os.PathLike):
+            processor = AutoProcessor.from_pretrained(processor)
         if processor is not None:
             processor.save_pretrained(temporary)
         verification = verify_slim(temporary, model if reference is None else reference, inputs)
-        temporary.chmod(0o777 & ~_umask())
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        if card is not None:
+            write_card(temporary, card, verification)
     logger.info("%s: verified, logits differ by at most %.3g", folder, verification.max_difference)
     return verification
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
