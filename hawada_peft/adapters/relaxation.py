@@ -77,7 +77,7 @@ class Closing(Relaxation):
 
     def open_probability(self, logits: torch.Tensor, start: float) -> torch.Tensor:
         """`g / g_start`, at most 1."""
-        return _relative_sigmoid(logits, start)
+        return _at_most_one(self.factor(logits, start, None))
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Annealed(Relaxation):
 
     def open_probability(self, logits: torch.Tensor, start: float) -> torch.Tensor:
         """The factor, at most 1."""
-        return self.factor(logits, start, None).clamp(max=1.0)
+        return _at_most_one(self.factor(logits, start, None))
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,9 @@ class HardConcrete(Relaxation):
         return torch.sigmoid(logits - self.beta * math.log(-self.gamma / self.zeta))
 
 
-def _relative_sigmoid(logits: torch.Tensor, start: float) -> torch.Tensor:
-    return (torch.sigmoid(logits) / torch.sigmoid(torch.full_like(logits, start, requires_grad=False))).clamp(max=1.0)
+def _at_most_one(ratio: torch.Tensor) -> torch.Tensor:
+    """Clamped, with the gradient of what is not: a penalty also has to reach gates that are above their start."""
+    return ratio + (ratio.clamp(max=1.0) - ratio).detach()
 
 
 RELAXATIONS: dict[str, Relaxation] = {
