@@ -21,6 +21,11 @@ class Relaxation(ABC):
     draws_to_size = True
     """Whether the gates have to be drawn to their sizes by a penalty; otherwise the approached plan does it."""
 
+    @property
+    def reorders(self) -> bool:
+        """Whether units may change places while training is soft."""
+        return True
+
     @abstractmethod
     def at(self, progress: float) -> Relaxation:
         """The relaxation at a point of the soft part of training, from 0 to 1."""
@@ -61,6 +66,11 @@ class Closing(Relaxation):
     leak: float = 1.0
     straight_through: bool = False
     draws_to_size = False
+
+    @property
+    def reorders(self) -> bool:
+        """Only with `straight_through`: what is on its way out has no other way back."""
+        return self.straight_through
 
     def at(self, progress: float) -> Closing:
         """The leak is what is left of the soft part."""

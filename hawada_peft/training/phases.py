@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
 
 from ..adapters.attach import collect_gates
+from ..adapters.huggingface.shape import Shape
 from ..adapters.relaxation import RELAXATIONS, Relaxation
 from ..errors import HawAdaError
 from ..export.plan import Plan
@@ -81,8 +82,13 @@ class Phases:
 
     def approach(self, goal: Goal) -> None:
         """Make the plan that the gates would get now the one that they approach."""
-        self.approached = self.model.plan(goal.current_shape())
+        self.approached = self.plan(goal.current_shape())
         self.model.set_masks(self.approached)
+
+    def plan(self, shape: Shape) -> Plan:
+        """The plan that the gates would get at a shape; the approached one, where its order is not up for change."""
+        settled = self.approached is not None and not self.relaxation.reorders and self.approached.shape == shape
+        return cast(Plan, self.approached) if settled else self.model.plan(shape)
 
     @contextmanager
     def planned(self, goal: Goal) -> Iterator[None]:
@@ -90,7 +96,7 @@ class Phases:
         if self.decided:
             yield
             return
-        self.model.set_masks(self.model.plan(goal.current_shape()))
+        self.model.set_masks(self.plan(goal.current_shape()))
         try:
             yield
         finally:

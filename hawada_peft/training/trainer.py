@@ -62,8 +62,8 @@ class HawAdaTrainer(Trainer):
         keep_ratio (`float` or `dict`, *optional*): instead of a shape, as in `HawAdaModel.plan`.
         budget (`LatencyBudget`, *optional*): instead of a shape.
         constraint (`str`): `"search"` or `"lagrange"`, for budgets.
-        relaxation (`str`): `"closing"`, `"straight_through"`, `"sigmoid"` or `"hard_concrete"`. The first two approach
-            a shape; the others are drawn to a shape or a latency by penalties.
+        relaxation (`str`): `"hard_concrete"` or `"sigmoid"`, which are drawn to a shape or a latency by penalties;
+            `"closing"`, which keeps the order of the start, or `"straight_through"`, which approach a shape.
         kd_temperature (`float`): T of the KL divergence.
         kl_weight, mse_weight (`float`): weights of the divergence and of the squared difference of logits.
         size_weight (`float`): weight of the penalty on the size, where the relaxation needs one.
@@ -92,7 +92,7 @@ class HawAdaTrainer(Trainer):
         keep_ratio: float | Mapping[str, float] | None = None,
         budget: LatencyBudget | None = None,
         constraint: str = "search",
-        relaxation: str = "closing",
+        relaxation: str = "hard_concrete",
         kd_temperature: float = 1.0,
         kl_weight: float = 1.0,
         mse_weight: float = 0.0,
@@ -260,7 +260,7 @@ class HawAdaTrainer(Trainer):
     def decide(self) -> None:
         """Make the plan from the gates as they are, and apply it in training as well."""
         self.phases.relax(None)
-        plan = self.gated.plan(self._in_main_process(self.goal.final_shape))
+        plan = self.phases.plan(self._in_main_process(self.goal.final_shape))
         self.gated.apply_plan(plan, in_training=True)
         logger.info("step %d: %s", self.state.global_step, plan)
 
