@@ -152,7 +152,7 @@ def test_evaluation_while_soft_is_that_of_the_slim_model_of_that_moment(tmp_path
         copy = gate(build(LM_ROW))
         for name, theta in thetas(trainer.model).items():
             collect_gates(copy)[name].theta.data.copy_(theta)
-        copy.apply_plan(copy.plan(trainer.target))
+        copy.apply_plan(trainer.phases.plan(trainer.target))
         tokens = torch.stack([row["input_ids"] for row in DATA])
         with torch.no_grad():
             return found, divergence(copy.merge_and_unload()(input_ids=tokens).logits, gate(build(LM_ROW)))
@@ -163,7 +163,7 @@ def test_evaluation_while_soft_is_that_of_the_slim_model_of_that_moment(tmp_path
     assert callback.found[0] == pytest.approx(callback.found[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("relaxation", ["closing", "sigmoid"])
+@pytest.mark.parametrize("relaxation", ["straight_through", "sigmoid"])
 def test_evaluation_changes_nothing_of_training(tmp_path: Path, relaxation: str) -> None:
     ends = []
     for evaluate in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
@@ -360,13 +360,18 @@ def test_incomplete_and_other_checkpoints_are_refused(tmp_path: Path, law: Laten
 # -------------------------------------------------------------------------------------------------- start, optimizer
 
 
-def test_gates_have_a_learning_rate_of_their_own(tmp_path: Path) -> None:
-    model = gate(build(LM_ROW), shuffle=False, modules_to_save=["lm_head"])
+@pytest.mark.parametrize(
+    ("part", "others"),
+    [("lm_head", {"modules_to_save": ["lm_head"]}), ("lora_", {"lora": {"r": 2, "target_modules": ["q_proj"]}})],
+)
+def test_gates_have_a_learning_rate_of_their_own(tmp_path: Path, part: str, others: dict[str, Any]) -> None:
+    model = gate(build(LM_ROW), shuffle=False, **others)
     args = {"learning_rate": 0.0, "weight_decay": 0.1, "max_steps": 4}
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "lm_head" in name}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if part in name}
     trainer = small(tmp_path, model=model, gate_learning_rate=0.3, args=args)
     start = thetas(model)
     trainer.train()
+    assert before
     groups = trainer.optimizer.param_groups
     gates = {id(found.theta) for found in collect_gates(model).values()}
     assert [{id(p) in gates for p in group["params"]} for group in groups] == [{False}] * (len(groups) - 1) + [{True}]
@@ -501,7 +506,7 @@ for name in ("shape", "latency"):
 def parallel(name: str, folder: Path, args: dict[str, Any]) -> HawAdaTrainer:
     args = {"optim": "sgd", "max_grad_norm": 0.0, "ddp_find_unused_parameters": False} | args
     if name == "shape":
-        return small(folder, model=gate(build(LM_ROW)), args=args)
+        return small(folder, model=gate(build(LM_ROW)), relaxation="straight_through", args=args)
     options = {"model": leaning(), "args": args, "anchor_steps": 1}
     return lagrange(folder, **options)
 
