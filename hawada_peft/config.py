@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftConfig, PeftType
+from peft import LoraConfig, PeftConfig, PeftType
 
 from ._register import NAME
 from .adapters.gates import GateStart
+from .adapters.lora import lora_fields, lora_problems
 from .errors import HawAdaError
 from .export.model_card import write_adapter_card
 
@@ -47,6 +48,9 @@ class HawAdaConfig(PeftConfig):
         layers_to_transform (`list[int]` or `int`, *optional*): the layers to gate; all if left out. Not with
             `"hidden"`.
         layers_pattern (`list[str]` or `str`, *optional*): the name of the list of layers, if it is an unusual one.
+        lora (`LoraConfig` or `dict`, *optional*): LoRA to train with the gates, on the same base, below them. It
+            belongs to the same adapter: switched off, saved and merged with it. Kept as the fields that differ from
+            PEFT's defaults.
         plan (`dict`, *optional*): the applied plan; written by `apply_plan`, saved with the adapter.
         plan_in_training (`bool`, *optional*, defaults to `False`): whether the plan closes gates in training as well.
         base_sizes (`dict`, *optional*): the sizes of the base model whose family row placed the gates; written at
@@ -72,6 +76,9 @@ class HawAdaConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Further modules to train and save."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "The layers to gate."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "The name of the list of layers."})
+    lora: LoraConfig | dict[str, Any] | None = field(
+        default=None, metadata={"help": "LoRA to train with the gates, below them."}
+    )
     plan: dict[str, Any] | None = field(default=None, metadata={"help": "The applied plan; written by apply_plan."})
     plan_in_training: bool = field(default=False, metadata={"help": "The plan closes gates in training as well."})
     base_sizes: dict[str, Any] | None = field(
@@ -86,6 +93,8 @@ class HawAdaConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT's own convention
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if self.lora is not None:
+            self.lora = lora_fields(self.lora)
         problems = list(self._problems())
         if problems:
             raise HawAdaError("\n".join(problems))
@@ -125,6 +134,11 @@ class HawAdaConfig(PeftConfig):
             yield "the gate on 'hidden' is one for all layers: leave out either it or `layers_to_transform`"
         if self.layers_pattern and self.layers_to_transform is None:
             yield "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "
+
+        if self.lora is not None:
+            yield from lora_problems(self.lora)  # type: ignore[arg-type]  # a dict since __post_init__
+            if self.target_modules is not None and self.base_sizes is None:
+                yield "lora needs gates that the family row places: leave out `target_modules` of the gates"
 
     def start(self) -> GateStart:
         """How this configuration's gates start."""

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -23,10 +23,12 @@ from .adapters.gates import ChannelGate, HiddenGate, SigmoidGate
 from .adapters.hidden import HiddenAdapter, norm_sizes
 from .adapters.huggingface import FAMILIES, FFN, HEADS, HIDDEN, TARGET_MODULES, Layout, Shape, find_module, locate
 from .adapters.huggingface.placement import Masks, family_gates, hidden_gate, hidden_home, masks_of
-from .adapters.layers import Base, check_unquantized, feature_dim, feature_sizes, fold_factors, parameters_of
+from .adapters.layers import check_unquantized, feature_dim, feature_sizes
+from .adapters.lora import inject_lora, lora_layers, merge_lora
 from .adapters.rows import adapter_per_row
 from .config import HawAdaConfig
-from .errors import IncompatibleBaseError, InvalidPlanError
+from .errors import IncompatibleBaseError, InvalidPlanError, UnsupportedModelError
+from .export.beside import dense_afterwards
 from .export.legality import check_legal, fit_hidden, legal_head_shapes
 from .export.plan import Plan
 from .export.rank import gate_scores, hidden_multiple, open_shape, rank, ratio_shape
@@ -88,6 +90,12 @@ class HawAdaModel(BaseTuner):
         peft_config.target_modules = names  # type: ignore[assignment]
         peft_config.base_sizes = layout.fingerprint()
         return peft_config
+
+    def _prepare_model(self, peft_config: HawAdaConfig, model: nn.Module) -> None:  # type: ignore[override]
+        if peft_config.lora is not None:
+            name = next(name for name, config in self.peft_config.items() if config is peft_config)
+            fields = cast(dict[str, Any], peft_config.lora)
+            inject_lora(model, fields, name, inference_mode=peft_config.inference_mode)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -361,6 +369,7 @@ class HawAdaModel(BaseTuner):
                 "model: `model.apply_plan(model.plan(keep_ratio=0.5))` (or `plan(shape=Shape(...))`) before it.",
                 stacklevel=2,
             )
+            merge_lora(self.model, names)
             return super().merge_and_unload(progressbar, safe_merge, adapter_names)
         check_unquantized(self.model)
         layout = self._layout(names)
@@ -376,48 +385,19 @@ class HawAdaModel(BaseTuner):
         if plan is not None:
             for name in names:
                 self.set_masks(None, name)  # another plan's closed units must not be folded away
-        if calibration is not None and not chosen.keeps_all:
-            small, report = self._reconstruct(chosen, layout, names if fold else [], calibration)
+        base = cast(PreTrainedModel, self.model)
+        refit = calibration is not None and not chosen.keeps_all
+        with dense_afterwards(base) if refit else nullcontext():
+            merge_lora(base, names)
+            merged = super().merge_and_unload(progressbar, safe_merge, adapter_names) if fold else super().unload()
+            if chosen.keeps_all:
+                return merged
+            small = slim(base, chosen)
+        if calibration is not None:
+            report = reconstruct(base, small, chosen, calibration)
             if on_reconstruction is not None:
                 on_reconstruction(report)
-            return small
-        dense = super().merge_and_unload(progressbar, safe_merge, adapter_names) if fold else super().unload()
-        return dense if chosen.keeps_all else slim(cast(PreTrainedModel, dense), chosen)
-
-    def _reconstruct(
-        self, plan: Plan, layout: Layout, names: Sequence[str], calibration: Iterable[Mapping[str, Any]]
-    ) -> tuple[PreTrainedModel, Reconstruction]:
-        """Slim, then fold: the same bits as folding first, and the dense weights stay as they are for the teacher."""
-        with torch.no_grad():  # before the adapters let go of each other
-            factors = {
-                name: [(module.input_factor([n], hard=True), module.output_factor([n], hard=True)) for n in names]
-                for name, module in self.model.named_modules()
-                if isinstance(module, GateAdapter)
-            }
-        originals = {
-            name: module.original_module
-            for name, module in self.model.named_modules()
-            if isinstance(module, ModulesToSaveWrapper)
-        }
-        dense = cast(PreTrainedModel, super().unload())
-        small = slim(dense, plan)
-        for name, original in originals.items():  # the slim model has the trained copies
-            dense.set_submodule(name, original)
-        there = locate(small)
-        for index, layer in enumerate(plan.layers):
-            for source, target, units, width in (
-                (layout.attention_out(layer), there.attention_out(index), plan.heads[index], layout.head_dim),
-                (layout.ffn_out(layer), there.ffn_out(index), plan.channels[index], 1),
-            ):
-                rows = (torch.tensor(units)[:, None] * width + torch.arange(width)).flatten()
-                module = cast(Base, small.get_submodule(target))
-                for inputs, output in factors.get(source, []):
-                    kept = None if inputs is None else inputs[rows.to(inputs.device)]
-                    for parameter, tensor in zip(
-                        parameters_of(module), fold_factors(module, kept, output), strict=True
-                    ):
-                        parameter.data = tensor
-        return small, reconstruct(dense, small, plan, calibration)
+        return small
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -436,6 +416,32 @@ class HawAdaModel(BaseTuner):
                 module.unmerge()
 
     # ------------------------------------------------------- several adapters
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As in PEFT, with the LoRA of the same names."""
+        super().set_adapter(adapter_name, inference_mode)
+        for _, layer in lora_layers(self.model):
+            layer.set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT, with the LoRA of the same name."""
+        super().delete_adapter(adapter_name)
+        for _, layer in lora_layers(self.model):
+            layer.delete_adapter(adapter_name)
+            layer.set_adapter(self.active_adapters)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """
+        As in PEFT.
+
+        Raises:
+            UnsupportedModelError: with LoRA below the gates: PEFT would not give the weights back bit for bit.
+        """
+        if lora_layers(self.model):
+            raise UnsupportedModelError(
+                "gates with LoRA below them cannot be merged and unmerged: use `merge_and_unload()`"
+            )
+        super().merge_adapter(adapter_names, safe_merge)
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         """
@@ -492,6 +498,8 @@ class HawAdaModel(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        if lora_layers(self.model):
+            raise ValueError("Cannot pass `adapter_names` to gates with LoRA below them: it is not told row by row.")
         unknown = sorted(set(adapter_names) - {"__base__"} - set(self.peft_config))
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")

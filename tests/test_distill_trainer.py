@@ -119,6 +119,13 @@ def test_the_teacher_stays_as_it_is(trained: DistillTrainer) -> None:
     assert owned.isdisjoint(map(id, trained.teacher.parameters()))
 
 
+def test_the_teacher_makes_no_cache_of_keys_and_values(tmp_path: Path) -> None:
+    teacher, made = build(LM_ROW), []
+    teacher.register_forward_hook(lambda _module, _inputs, output: made.append(output.past_key_values))
+    trainer_of(tmp_path, teacher=teacher, args={"max_steps": 1}).train()
+    assert made == [None, None]  # one row to see what it gives, and the step
+
+
 def test_checkpoint_is_a_vanilla_model_folder(trained: DistillTrainer) -> None:
     folder = Path(trained.args.output_dir) / "checkpoint-12"
     loaded = AutoModelForCausalLM.from_pretrained(folder)

@@ -111,6 +111,21 @@ def test_images_and_a_trained_head(tmp_path: Path) -> None:
     assert_same_state(loaded.state_dict(), slim.state_dict())
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_calibration_gives_a_better_start(tmp_path: Path, gated: bool) -> None:
+    model = planned() if gated else build(LM_ROW)
+    plan = scattered_plan(model, LM_ROW.slim)
+    tokens = torch.randint(3, 128, (64, 16), generator=torch.Generator().manual_seed(9))
+    args = arguments(tmp_path, max_steps=1, learning_rate=0.0)
+    batches = [{"input_ids": rows} for rows in tokens.split(8)]
+    slim = recover(model, args, train_dataset=DATA, plan=plan, calibration=batches)
+    plain = planned().merge_and_unload(plan=plan) if gated else planned().merge_and_unload(plan=plan, fold=False)
+    dense = build(LM_ROW)
+    assert kl_of(slim, dense) < kl_of(plain, dense)
+    base = model.get_base_model() if gated else model
+    assert_same_state(base.state_dict(), dense.state_dict())
+
+
 @pytest.mark.parametrize("lora", [None, LORA], ids=["weights", "lora"])
 def test_an_interrupted_recovery_is_resumed(tmp_path: Path, lora: LoraConfig | None) -> None:
     options = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear"}
@@ -138,6 +153,17 @@ def test_a_plan_that_keeps_everything_is_refused() -> None:
     model = gate(build(LM_ROW))
     with pytest.raises(HawAdaError, match="keeps everything"):
         recover(model, train_dataset=DATA, plan=model.plan(keep_ratio=1.0))
+
+
+def test_a_narrower_stream_recovers_but_is_not_refitted(tmp_path: Path) -> None:
+    model = gate(build(LM_ROW), gates=("ffn", "hidden"))
+    model.apply_plan(model.plan(keep_ratio={"hidden": 0.5}))
+    with pytest.raises(HawAdaError, match="calibration"):
+        recover(model, train_dataset=DATA, calibration=[])
+    masked, base = logits_of(model), model.get_base_model()
+    slim = recover(model, arguments(tmp_path, max_steps=1, learning_rate=0.0), train_dataset=DATA)
+    assert difference(logits_of(slim), masked) <= 1e-5
+    assert_same_state(base.state_dict(), build(LM_ROW).state_dict())
 
 
 def test_broken_gates_leave_the_model_as_it_was() -> None:

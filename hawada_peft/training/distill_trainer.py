@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from ..errors import HawAdaError, IncompatibleBaseError
-from .distill import Batch, get_student_logits, get_teacher_logits, position_mask
+from .distill import Batch, get_student_logits, position_mask
 from .objective import Distillation
 
 Model = PreTrainedModel | PeftModel
@@ -86,17 +87,20 @@ class DistillTrainer(Trainer):
             self._move_model_to_device(teacher, self.args.device)
 
     def teacher_logits(self, inputs: Batch) -> torch.Tensor:
-        """The dense model's logits, under the same autocast as the student's; as `get_teacher_logits`."""
-        with self.accelerator.autocast():
-            if isinstance(self.teacher, PeftModel):
-                return get_teacher_logits(self.teacher, inputs)
-            training = self.teacher.training
-            self.teacher.eval()
-            try:
-                with torch.no_grad():
-                    return get_student_logits(self.teacher, inputs)
-            finally:
-                self.teacher.train(training)
+        """The dense model's logits: in evaluation mode, without gradients, under the autocast of the student."""
+        teacher: Any = self.teacher
+        training, use_cache = teacher.training, getattr(teacher.config, "use_cache", None)
+        teacher.eval()
+        if use_cache is not None:
+            teacher.config.use_cache = False  # nobody reads it
+        dense = teacher.disable_adapter() if isinstance(teacher, PeftModel) else nullcontext()
+        try:
+            with torch.no_grad(), self.accelerator.autocast(), dense:
+                return get_student_logits(teacher, inputs)
+        finally:
+            teacher.train(training)
+            if use_cache is not None:
+                teacher.config.use_cache = use_cache
 
     def compute_loss(
         self,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..adapters.base import GateAdapter
 from ..errors import HawAdaError
+from ..export.beside import dense_afterwards
 from ..export.plan import Plan
+from ..export.reconstruct import reconstruct
 from ..export.slim import slim
+from .distill import Batch
 from .distill_trainer import DistillTrainer
 from .objective import Distillation
 
@@ -24,6 +27,7 @@ def recover(
     train_dataset: Any,
     plan: Plan | None = None,
     lora: LoraConfig | None = None,
+    calibration: Iterable[Batch] | None = None,
     kd_temperature: float = 1.0,
     kl_weight: float = 1.0,
     mse_weight: float = 0.0,
@@ -43,6 +47,8 @@ def recover(
         train_dataset: what the dense model's behaviour is to be kept on. No labels needed.
         plan (`Plan`, *optional*): what to keep; the applied plan if left out.
         lora (`LoraConfig`, *optional*): train LoRA on the slim model, merged at the end; all weights if left out.
+        calibration (*optional*): batches to refit the slim model on by least squares first, as `reconstruct` does. It
+            costs no training and gives a better start.
         kd_temperature, kl_weight, mse_weight (`float`): as in `Distillation`.
         resume_from_checkpoint (*optional*): as in `Trainer.train`, of a run that started from the same model.
         kwargs: as in `Trainer`: `eval_dataset`, `data_collator`, `callbacks`, ...
@@ -52,7 +58,8 @@ def recover(
         the training.
 
     Raises:
-        HawAdaError: listing everything that is wrong with the arguments; nothing has been changed then.
+        HawAdaError: listing everything that is wrong with the arguments; nothing has been changed then. Also as
+            `reconstruct`, if there is too little to calibrate on.
         IncompatibleBaseError, IllegalShapeError, BrokenGatesError, UnsupportedModelError: as `merge_and_unload`.
     """
     problems = []
@@ -69,6 +76,8 @@ def recover(
         problems.append(f"plan must be a Plan, got a {type(chosen).__name__}")
     elif chosen.keeps_all:
         problems.append("the plan keeps everything: there is nothing to recover from")
+    elif calibration is not None and chosen.hidden is not None:
+        problems.append("the plan narrows the residual stream, which `calibration` cannot refit: leave it out")
     if lora is not None and not isinstance(lora, LoraConfig):
         problems.append(f"lora must be a LoraConfig, got a {type(lora).__name__}")
     try:
@@ -81,6 +90,8 @@ def recover(
         dense, small = _split(model, plan)
     else:
         dense, small = model, slim(model, cast(Plan, chosen))
+    if calibration is not None:
+        reconstruct(dense, small, cast(Plan, chosen), calibration)
     training = dense.training
     trainer = DistillTrainer(
         small if lora is None else get_peft_model(small, lora),
@@ -100,22 +111,11 @@ def recover(
 
 
 def _split(model: PeftModel, plan: Plan | None) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The dense model and the slim one that `merge_and_unload` gives, side by side; no weight is there twice."""
-    dense = cast(PreTrainedModel, model.get_base_model())
+    """The dense model and the slim one that `merge_and_unload` gives, side by side."""
+    dense: Any = model.get_base_model()
     for module in dense.modules():
         if isinstance(module, GateAdapter) and module.merged:
             module.unmerge()
-    originals = {
-        name: module.original_module
-        for name, module in dense.named_modules()
-        if isinstance(module, ModulesToSaveWrapper)
-    }
-    weights = [(parameter, parameter.data) for parameter in dense.parameters()]
-    try:
+    with dense_afterwards(dense):
         small = cast(Any, model).merge_and_unload(plan=plan, safe_merge=True)
-    finally:
-        for parameter, tensor in weights:  # folding puts new tensors in their place
-            parameter.data = tensor
-    for name, original in originals.items():  # the slim model has the trained copies
-        dense.set_submodule(name, original)
     return dense, small
