@@ -27,6 +27,7 @@ from .export import (
     QualityChange,
     SearchEffort,
     SearchResult,
+    SlimCheckpoint,
     Verification,
     calibration_facts,
     check_compile,
@@ -37,6 +38,7 @@ from .export import (
     slice_embedding,
     slice_linear,
     slim,
+    slim_checkpoint,
     verify_slim,
     write_card,
 )
@@ -76,6 +78,7 @@ __all__ = [
     "SearchResult",
     "Shape",
     "SigmoidGate",
+    "SlimCheckpoint",
     "Timing",
     "Verification",
     "attach_adapters",
@@ -102,6 +105,7 @@ __all__ = [
     "slice_embedding",
     "slice_linear",
     "slim",
+    "slim_checkpoint",
     "verify_slim",
     "write_card",
 ]

@@ -183,6 +183,40 @@ def plan(
         typer.echo(f"plan written to {output}")
 
 
+@app.command("slim")
+def slim_command(
+    base: Model,
+    adapter: Annotated[str, typer.Argument(help="Folder or id of the trained gates.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the slim model; must not exist yet, or be empty.")],
+    plan: Annotated[Path | None, typer.Option(help="Plan to use instead of the one applied to the adapter.")] = None,
+    fold: Annotated[bool, typer.Option(help="Fold the gates' soft values into the weights.")] = True,
+    max_shard_size: Annotated[str, typer.Option(help="Size of a weight file at most, as 5GB or 500MB.")] = "50GB",
+    verify: Annotated[str, typer.Option(help="files, or full: also load both models and compare logits.")] = "files",
+    as_json: Json = False,
+) -> None:
+    """
+    Slim a checkpoint of any size straight from its files, tensor by tensor. The dense model is never in memory.
+
+    Example: hawada slim meta-llama/Llama-3.1-8B ./adapter ./slim --max-shard-size 5GB
+    """
+    from .export.plan import Plan
+    from .export.stream import slim_checkpoint
+
+    with _one_message():
+        chosen = None if plan is None else Plan.from_json(plan.read_text(encoding="utf-8"))
+        written = slim_checkpoint(
+            base, adapter, output, plan=chosen, fold=fold, max_shard_size=max_shard_size, verify=verify
+        )
+        if as_json:
+            typer.echo(json.dumps(written.to_dict()))
+            return
+        typer.echo(str(written.plan))
+        typer.echo(
+            f"{written.parameters:,} of {written.dense_parameters:,} parameters stay: "
+            f"{written.weight_bytes / 1e6:.1f} MB in {written.folder}"
+        )
+
+
 def main() -> None:
     """The entry point of the `hawada` script."""
     app()

@@ -96,3 +96,8 @@ def test_unreadable_plans_are_refused(data: dict[str, Any], facts: str) -> None:
 def test_damaged_plans_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(InvalidPlanError):
         Plan.from_dict(PLAN.to_dict() | change)
+
+
+def test_text_that_is_not_json_is_refused() -> None:
+    with pytest.raises(InvalidPlanError, match="not JSON"):
+        Plan.from_json("channels: all")

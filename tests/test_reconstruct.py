@@ -216,8 +216,8 @@ def test_too_little_data_is_refused(rows: int) -> None:
 def test_impossible_options_are_refused_together() -> None:
     model = build(LM_ROW)
     plan = scattered_plan(model, LM_ROW.slim)
-    with pytest.raises(HawAdaError, match=r"(?s)above 0, got -1.*at most 0.5, got 0.9"):
-        reconstruct(model, slim(model, plan), plan, batches_of(model), dampings=(-1,), held_out=0.9)
+    with pytest.raises(HawAdaError, match=r"(?s)above 0, got -1.*at most 0.5, got 0.9.*to 1, got 2"):
+        reconstruct(model, slim(model, plan), plan, batches_of(model), dampings=(-1,), held_out=0.9, correction=2)
 
 
 def test_another_plan_is_refused() -> None:

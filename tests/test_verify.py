@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from hawada_peft import Shape, save_slim, slim, verify_slim
 from hawada_peft.errors import VerificationError
 from hawada_peft.export.skeleton import auto_class_of
+from hawada_peft.export.verify import verify_files
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +106,40 @@ def test_tampered_weights_are_refused(small: PreTrainedModel, folder: Path, edit
     edit_weights(folder, edit)
     with pytest.raises(VerificationError, match=facts):
         verify_slim(folder, small)
+
+
+def test_files_of_an_untouched_folder_are_as_expected(small: PreTrainedModel, folder: Path) -> None:
+    verify_files(folder, small)
+    verify_files(folder, copy.deepcopy(small).to("meta"))
+
+
+@pytest.mark.parametrize(
+    ("edit", "facts"),
+    [
+        (lambda weights: weights.pop(NAME), "exactly the weights.*layers.1.mlp.down_proj"),
+        (lambda weights: weights.update(extra=torch.zeros(1)), "exactly the weights.*extra"),
+        (lambda weights: weights.update({NAME: torch.zeros(64, 7)}), "does not load with transformers"),
+        (lambda weights: weights.update({NAME: weights[NAME].half()}), r"down_proj.weight: \('F16'.*expected \('F32'"),
+    ],
+    ids=["missing", "unexpected", "of another shape", "of another dtype"],
+)
+def test_other_files_than_expected_are_refused(small: PreTrainedModel, folder: Path, edit, facts: str) -> None:
+    edit_weights(folder, edit)
+    with pytest.raises(VerificationError, match=facts):
+        verify_files(folder, small)
+
+
+@pytest.mark.parametrize("size", [8, 1000, -1])
+def test_truncated_files_are_not_as_expected(small: PreTrainedModel, folder: Path, size: int) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(VerificationError, match="does not load"):
+        verify_files(folder, small)
+
+
+def test_files_of_another_class_are_refused(folder: Path) -> None:
+    with pytest.raises(VerificationError, match="loads as LlamaForCausalLM, saved was ViT"):
+        verify_files(folder, build(VISION_ROW))
 
 
 def test_a_truncated_file_is_refused(small: PreTrainedModel, folder: Path) -> None:

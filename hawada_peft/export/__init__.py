@@ -8,6 +8,7 @@ from .runtimes import check_compile, check_onnx
 from .search_state import SearchEffort, SearchResult
 from .slicing import slice_conv, slice_embedding, slice_linear
 from .slim import slim
+from .stream import SlimCheckpoint, slim_checkpoint
 from .verify import Verification, save_slim, verify_slim
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "QualityChange",
     "SearchEffort",
     "SearchResult",
+    "SlimCheckpoint",
     "Verification",
     "calibration_facts",
     "check_compile",
@@ -27,6 +29,7 @@ __all__ = [
     "slice_embedding",
     "slice_linear",
     "slim",
+    "slim_checkpoint",
     "verify_slim",
     "write_card",
 ]

@@ -167,8 +167,16 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The inverse of `to_json`."""
-        return cls.from_dict(json.loads(text))
+        """
+        The inverse of `to_json`.
+
+        Raises:
+            InvalidPlanError: as `from_dict`, and if the text is not JSON.
+        """
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise InvalidPlanError(f"the plan is not JSON: {error}") from None
 
     def __str__(self) -> str:
         slim, dense = self.shape.to_dict(), self.dense.to_dict()

@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -21,11 +21,11 @@ from .streams import Gains, Stream, residual_gains
 
 logger = logging.getLogger(__name__)
 
-DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
 """What the damping of each projection is chosen from."""
 
 CORRECTION = 0.5
-"""The part of the difference that earlier layers left which each projection is asked to make up for."""
+"""The part of the error left by earlier layers that each projection is asked to make up for."""
 
 HELD_OUT = 0.125
 """The part of the calibration batches that nothing is fitted to."""
@@ -70,14 +70,15 @@ def reconstruct(
     """
     Refit the slim model's output projections (attention, FFN) to the dense model, layer by layer.
 
-    Each one's inputs are those of the slim model with all projections before it already refitted. Its target is what
-    is missing from the slim residual stream there to be the dense one: `W' = W + (T - W C) (C + d I)^-1` with W the
-    slim weight, C = X'X of its inputs, T = Y'X of its targets and d = damping * mean(diag C); centred moments and a
-    new bias where the projection has one. At the end both models are compared on held-out batches, and the plain
-    weights come back if the reconstructed ones are not better.
+    Each one's inputs X are those of the slim model with all projections before it already refitted. Its target Y is
+    what the dense block would add to the slim residual stream, plus a part of what is then still missing to the dense
+    stream; what dropped layers added is asked of the FFN before them. `W' = W + (Y'X - W X'X) (X'X + D)^-1` with W the
+    slim weight and D = damping * diag(X'X); moments are centred where the projection has a bias, which is refitted
+    too. At the end both models are compared on held-out batches, and the plain weights come back if the reconstructed
+    ones are not better.
 
-    Holds in memory, besides both models: the hidden states of all batches in both models (and once more for the
-    targets), the moments of one projection, and the plain weights of the slim model's projections. Where
+    Holds in memory, besides both models: the hidden states of all batches in both models and twice more for the
+    targets, the moments of one projection, and the plain weights of the slim model's projections. Where
     `torch.distributed` is in use every rank passes its own batches, and all get the same weights.
 
     Args:
@@ -89,6 +90,7 @@ def reconstruct(
             positions where `attention_mask` is 0 do not count.
         dampings: how close to stay to the weights of `slim`; chosen per projection by held-out error.
         held_out: the part of the batches (of the rows, if there is one batch) that nothing is fitted to.
+        correction: the part of the error left by earlier layers that is added to the targets, from 0 to 1.
 
     Returns:
         `Reconstruction`: the errors, and whether it was applied.
@@ -106,6 +108,8 @@ def reconstruct(
         problems.append("dampings must name at least one")
     if not 0 < held_out <= 0.5:
         problems.append(f"held_out must be above 0 and at most 0.5, got {held_out}")
+    if not 0 <= correction <= 1:
+        problems.append(f"correction must be from 0 to 1, got {correction}")
     if problems:
         raise HawAdaError("\n".join(problems))
     teacher_layout, layout = locate(dense), locate(slim)
@@ -169,9 +173,11 @@ def _refit_layers(
             moments = new_moments(module), new_moments(module)
             for batch, mask in enumerate(masks):
                 inputs, stream = student.inputs_at(module, index, batch, gains)
-                added = wanted[batch].added.float()
-                if gains is not None:
-                    added = added + correction * (wanted[batch].stream.float() - stream.float())
+                added = wanted[batch].output.float()
+                if dense_gains is not None:
+                    added = _local(teacher, layer, batch, which, stream, dense_gains)
+                    added = added + wanted[batch].dropped
+                    added = added + correction * (wanted[batch].output.float() - stream.float() - added)
                 rows = slice(None) if mask is None else mask.flatten()
                 moments[batch >= fitted].add(inputs.flatten(0, -2)[rows], added.flatten(0, -2)[rows])
             wanted.clear()
@@ -184,15 +190,16 @@ def _refit_layers(
 @dataclass(frozen=True)
 class _Target:
     """
-    What a block of the teacher does on one batch.
+    Where the teacher arrives on one batch.
 
     Args:
-        stream: (batch, positions, hidden_size), the residual stream before it.
-        added: what it adds to the stream; the output of its projection, where that is not what is added.
+        output: (batch, positions, hidden_size), its residual stream after a block; without gains the output of the
+            block's projection.
+        dropped: what layers that the slim model does not have added to that, float32; 0 if there are none.
     """
 
-    stream: torch.Tensor
-    added: torch.Tensor
+    output: torch.Tensor
+    dropped: torch.Tensor | float = 0.0
 
 
 def _targets(teacher: Stream, layer: int, end: int, gains: Gains) -> tuple[list[_Target], list[_Target]]:
@@ -201,23 +208,32 @@ def _targets(teacher: Stream, layer: int, end: int, gains: Gains) -> tuple[list[
     they add is for the FFN of the layer before them to make up for.
 
     Returns:
-        Per batch what the attention does, and what the FFN and the dropped layers after it do.
+        Per batch the target of the attention, and that of the FFN.
     """
     attention, ffn = [], []
     for batch, stream in enumerate(teacher.hidden):
         output, from_attention, from_ffn = teacher.outputs(layer, batch)
-        if gains is not None:
-            from_attention, from_ffn = gains[0] * from_attention, gains[1] * from_ffn
-        attention.append(_Target(stream, from_attention))
-        ffn.append(_Target(stream + from_attention, from_ffn))
+        attention.append(_Target(from_attention if gains is None else stream + gains[0] * from_attention))
+        ffn.append(_Target(from_ffn if gains is None else output))
         teacher.hidden[batch] = output
-    before = list(teacher.hidden)
     for dropped in range(layer + 1, end):
         teacher.advance(dropped)
     if gains is not None and end > layer + 1:
-        differences = [new.float() - old.float() for old, new in zip(before, teacher.hidden, strict=True)]
-        ffn = [replace(block, added=block.added + more) for block, more in zip(ffn, differences, strict=True)]
+        arrived = zip(teacher.hidden, ffn, strict=True)
+        ffn = [_Target(hidden, hidden.float() - before.output.float()) for hidden, before in arrived]
     return attention, ffn
+
+
+def _local(
+    teacher: Stream, layer: int, batch: int, which: int, stream: torch.Tensor, gains: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """What the teacher's attention (0) or FFN (1) would add to the student's stream, in float32."""
+    attention, ffn = teacher.attention_out(layer), teacher.ffn_out(layer)
+    if which == 0:
+        output = teacher.output_on(attention, layer, batch, stream)
+    else:  # the stream already holds what the student's attention added
+        output = teacher.output_on(ffn, layer, batch, stream, silent=attention)
+    return gains[which].float() * output.float()
 
 
 @contextmanager

@@ -30,13 +30,13 @@ def slice_tensor(tensor: torch.Tensor, dim: int, keep: Indices) -> torch.Tensor:
     Raises:
         InvalidPlanError: if an index does not exist.
     """
-    index = torch.as_tensor(keep, dtype=torch.long, device=tensor.device)
+    index = torch.as_tensor(keep, dtype=torch.long)
     if index.numel() == 0 or int(index.min()) < 0 or int(index.max()) >= tensor.shape[dim]:
         raise InvalidPlanError(
             f"indices to keep must exist and lie in 0..{tensor.shape[dim] - 1} on dimension {dim}, got "
             f"{index.tolist()[:16]}{' ...' if index.numel() > 16 else ''}"
         )
-    return tensor.index_select(dim, index)
+    return tensor.index_select(dim, index.to(tensor.device))
 
 
 def slice_linear(

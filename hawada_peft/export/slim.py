@@ -74,17 +74,17 @@ def _sliced(
     dense = model.state_dict()
     done: dict[int, torch.Tensor] = {}  # tied tensors stay one tensor
     for name in result.state_dict():
-        source, layer, short = _source(name, layout, plan)
+        source, layer, short = source_of(name, layout, plan)
         tensor = dense[source]
         if tensor.data_ptr() not in done or tensor.is_meta:
             sliced = tensor
             for rule in rules.get(short, ()):
-                sliced = slice_tensor(sliced, rule.dim, _rows(rule, layout, plan, layer))
+                sliced = slice_tensor(sliced, rule.dim, rows_of(rule, layout, plan, layer))
             done[tensor.data_ptr()] = tensor.clone() if sliced is tensor else sliced
         yield name, done[tensor.data_ptr()]
 
 
-def _source(name: str, layout: Layout, plan: Plan) -> tuple[str, int, str]:
+def source_of(name: str, layout: Layout, plan: Plan) -> tuple[str, int, str]:
     """The dense name of a slim parameter, its layer's position in the plan (-1: outside), its name in `find_axes`."""
     prefix = f"{layout.stack}."
     if not name.startswith(prefix):
@@ -93,7 +93,8 @@ def _source(name: str, layout: Layout, plan: Plan) -> tuple[str, int, str]:
     return f"{prefix}{plan.layers[int(index)]}.{short}", int(index), short
 
 
-def _rows(rule: SliceRule, layout: Layout, plan: Plan, layer: int) -> torch.Tensor:
+def rows_of(rule: SliceRule, layout: Layout, plan: Plan, layer: int) -> torch.Tensor:
+    """The indices that stay along a rule's dimension, in the layer at a position of the plan."""
     dense = layout.dense.sizes()
     units = {
         HEADS: (plan.heads[layer], dense["num_attention_heads"]),
@@ -116,7 +117,7 @@ def _materialise(model: nn.Module, result: nn.Module, layout: Layout, plan: Plan
         for name, tensor in [*module._buffers.items(), *vars(module).items()]:
             if not isinstance(tensor, torch.Tensor) or not tensor.is_meta:
                 continue
-            source = _source(f"{module_name}.{name}" if module_name else name, layout, plan)[0]
+            source = source_of(f"{module_name}.{name}" if module_name else name, layout, plan)[0]
             owner, _, attribute = source.rpartition(".")
             dense = getattr(model.get_submodule(owner), attribute)
             if dense.shape != tensor.shape:

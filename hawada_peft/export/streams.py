@@ -98,12 +98,17 @@ class Stream:
 
     def outputs(self, layer: int, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The outputs of a layer, of its attention's projection and of its FFN's, on a batch's stream."""
-        found: list[torch.Tensor] = []
+        attention, ffn = self.attention_out(layer), self.ffn_out(layer)
+        found: dict[nn.Module, torch.Tensor] = {}
+
+        def keep(module: nn.Module, _args: Any, output: torch.Tensor) -> None:
+            found[module] = output
+
         with ExitStack() as hooks:
-            for module in (self.attention_out(layer), self.ffn_out(layer)):
-                hooks.callback(module.register_forward_hook(lambda _module, _args, out: found.append(out)).remove)
+            for module in (attention, ffn):
+                hooks.callback(module.register_forward_hook(keep).remove)
             output = self.call(layer, batch)
-        return output, found[0], found[1]
+        return output, found[attention], found[ffn]
 
     def inputs_at(self, module: nn.Module, layer: int, batch: int, gains: Gains) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -135,6 +140,32 @@ class Stream:
             stream = stream + gains[0] * attention[0]
         return found[0], stream
 
+    def output_on(
+        self, module: nn.Module, layer: int, batch: int, hidden: torch.Tensor, silent: nn.Module | None = None
+    ) -> torch.Tensor:
+        """
+        What one of a layer's two projections gives on other hidden states.
+
+        Args:
+            module: the projection.
+            layer, batch: which.
+            hidden: instead of the batch's stream.
+            silent: the other projection, if its output is to be replaced by zeros.
+        """
+        found: list[torch.Tensor] = []
+
+        def stop(_module: nn.Module, _args: Any, output: torch.Tensor) -> None:
+            found.append(output)
+            raise _EnoughError
+
+        with ExitStack() as hooks:
+            hooks.callback(module.register_forward_hook(stop).remove)
+            if silent is not None:
+                hooks.callback(silent.register_forward_hook(lambda _module, _args, out: torch.zeros_like(out)).remove)
+            with suppress(_EnoughError):
+                self.call(layer, batch, hidden)
+        return found[0]
+
     def advance(self, layer: int) -> None:
         """Take the stream through a layer."""
         for batch in range(len(self.hidden)):
@@ -145,8 +176,8 @@ def residual_gains(stream: Stream, layer: int) -> Gains:
     """
     What multiplies the outputs of a layer's two projections where they are added to the residual stream.
 
-    Found by calling the layer on zeros with the projections' outputs replaced by zeros and ones, and checked on the
-    first batch: `output = input + gain_a * attention + gain_f * ffn`.
+    Found by calling the layer on zeros with one projection's output replaced by ones and the other's by zeros, and
+    checked on the first batch: `output = input + gain_a * attention + gain_f * ffn`.
 
     Returns:
         Two tensors of (hidden_size,); None if the layer does not add its blocks up like this (a norm in between).
@@ -162,13 +193,10 @@ def residual_gains(stream: Stream, layer: int) -> Gains:
                         lambda _module, _args, out, value=value: torch.full_like(out, value)
                     ).remove
                 )
-            return stream.call(layer, 0, zeros)
+            return stream.call(layer, 0, zeros).flatten(0, -2)[0]
 
-    base = probe(0.0, 0.0)
-    gains = tuple((probe(*ones) - base).reshape(-1, base.shape[-1])[0] for ones in ((1.0, 0.0), (0.0, 1.0)))
-    output, attention, ffn = stream.outputs(layer, 0)
-    expected = stream.hidden[0].double() + gains[0].double() * attention.double() + gains[1].double() * ffn.double()
-    error = (output.double() - expected).norm() / output.double().norm()
-    if not error <= 8 * torch.finfo(output.dtype).eps:
-        return None
-    return gains[0], gains[1]
+    gains = probe(1.0, 0.0), probe(0.0, 1.0)
+    output, attention, ffn = (tensor.float() for tensor in stream.outputs(layer, 0))
+    expected = stream.hidden[0].float() + gains[0].float() * attention + gains[1].float() * ffn
+    rounding = 8 * torch.finfo(stream.hidden[0].dtype).eps
+    return gains if (output - expected).norm() <= rounding * output.norm() else None

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +17,11 @@ from torch import nn
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from ..errors import VerificationError
+from .checkpoint import stored_names, stored_tensors
 from .facts import ExportFacts, known_base
+from .folder import new_folder
 from .hub import checked_report, write_card
+from .shards import DTYPES
 from .skeleton import auto_class_of, skeleton_of
 
 logger = logging.getLogger(__name__)
@@ -126,10 +127,38 @@ def verify_slim(
     return Verification(auto.__name__, difference, scale, loaded.num_parameters())
 
 
-def _reload(folder: Path, reference: nn.Module | torch.Tensor) -> tuple[Any, PreTrainedModel]:
+def verify_files(folder: str | os.PathLike[str], expected: PreTrainedModel) -> None:
+    """
+    Check a saved model's folder without reading its weights: what its config builds, and what its files list.
+
+    Args:
+        folder: what was written.
+        expected: the model it should hold; may be on the meta device.
+
+    Raises:
+        VerificationError: if the folder does not load through its Auto class as the expected one's class, or the files
+            do not list exactly the expected tensors, with their shapes and dtypes.
+    """
+    folder = Path(folder)
+    _reload(folder, expected, device_map="meta")
+    state = expected.state_dict()
+    wanted = {
+        key: (DTYPES[state[name].dtype], tuple(state[name].shape)) for key, name in stored_names(expected).items()
+    }
+    found = {key: (stored.dtype, stored.shape) for key, stored in stored_tensors(folder).items()}
+    wrong = [
+        f"{key}: {found.get(key, 'missing')}, expected {wanted.get(key, 'nothing')}"
+        for key in sorted(wanted.keys() | found.keys())
+        if found.get(key) != wanted.get(key)
+    ]
+    if wrong:
+        raise VerificationError(f"{folder} does not hold what it should: {'; '.join(wrong[:5])}")
+
+
+def _reload(folder: Path, reference: nn.Module | torch.Tensor, **options: Any) -> tuple[Any, PreTrainedModel]:
     try:
         auto = auto_class_of(skeleton_of(AutoConfig.from_pretrained(folder)))
-        loaded, info = auto.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        loaded, info = auto.from_pretrained(folder, dtype="auto", output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise VerificationError(
             f"{folder} does not load with transformers {transformers.__version__}: {error}"
@@ -174,15 +203,10 @@ def save_slim(
         VerificationError: as `verify_slim`.
         HawAdaError: if the facts contradict the model.
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} exists and is not empty; choose another folder, or empty it first")
     if card is not None:
         card = dataclasses.replace(card, base=card.base or known_base(model.name_or_path))
         checked_report(model, card)  # before anything is written
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with new_folder(folder) as temporary:
         model.save_pretrained(temporary)
         if isinstance(processor, str | os.PathLike):
             processor = AutoProcessor.from_pretrained(processor)
@@ -191,18 +215,5 @@ def save_slim(
         verification = verify_slim(temporary, model if reference is None else reference, inputs)
         if card is not None:
             write_card(temporary, card, verification)
-        temporary.chmod(0o777 & ~_umask())
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     logger.info("%s: verified, logits differ by at most %.3g", folder, verification.max_difference)
     return verification
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

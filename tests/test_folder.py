@@ -1,0 +1,96 @@
+"""Folders that appear complete, or not at all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from hawada_peft.export import folder as new_folder_module
+from hawada_peft.export.folder import new_folder
+
+DIE = """
+import os, runpy, signal, sys  # the file itself: importing the package takes seconds
+new_folder = runpy.run_path(sys.argv[2])["new_folder"]
+with new_folder(sys.argv[1]) as folder:
+    (folder / "half").write_text("written")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_folder_appears_when_the_block_is_left(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "deep" / "new") as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "file").write_text("text")
+        assert not (tmp_path / "deep" / "new").exists()
+    assert names(tmp_path) == ["deep", "deep/new", "deep/new/sub", "deep/new/sub/file"]
+
+
+def test_an_empty_folder_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    with new_folder(tmp_path / "new") as folder:
+        (folder / "file").write_text("text")
+    assert names(tmp_path) == ["new", "new/file"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_nothing_is_left_of_a_block_that_raises(tmp_path: Path, error: type[BaseException]) -> None:
+    def fail() -> None:
+        with new_folder(tmp_path / "new") as folder:
+            (folder / "file").write_text("text")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert names(tmp_path) == []
+
+
+def test_a_name_relative_to_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with new_folder("new") as folder:
+        (folder / "file").write_text("text")
+    assert names(tmp_path) == ["new", "new/file"]
+
+
+def test_leftovers_of_a_killed_process_are_removed_by_the_next(tmp_path: Path) -> None:
+    died = subprocess.run([sys.executable, "-c", DIE, str(tmp_path / "new"), new_folder_module.__file__], check=False)
+    assert died.returncode == -signal.SIGKILL
+    assert names(tmp_path) == [".new.hawada", ".new.hawada/lock", ".new.hawada/new", ".new.hawada/new/half"]
+    (tmp_path / ".other.hawada").mkdir()
+    with new_folder(tmp_path / "new") as folder:
+        assert names(folder) == []
+        (folder / "file").write_text("text")
+    assert names(tmp_path) == [".other.hawada", "new", "new/file"]
+
+
+def test_leftovers_are_removed_even_if_the_folder_is_refused(tmp_path: Path) -> None:
+    for name in ("new", ".new.hawada/new"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "file").write_text("text")
+    with pytest.raises(FileExistsError, match="not empty"), new_folder(tmp_path / "new"):
+        raise AssertionError("entered")
+    assert names(tmp_path) == ["new", "new/file"]
+
+
+def test_a_folder_that_another_one_is_writing_is_left_to_it(tmp_path: Path) -> None:
+    (tmp_path / ".new.hawada" / "new").mkdir(parents=True)
+    with FileLock(tmp_path / ".new.hawada" / "lock"):
+        with pytest.raises(FileExistsError, match="another process is writing"), new_folder(tmp_path / "new"):
+            raise AssertionError("entered")
+        assert names(tmp_path) == [".new.hawada", ".new.hawada/lock", ".new.hawada/new"]
+
+
+def test_others_may_read_it(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    with new_folder(tmp_path / "new"):
+        pass
+    assert os.stat(tmp_path / "new").st_mode == os.stat(tmp_path / "plain").st_mode
