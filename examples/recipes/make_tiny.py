@@ -1,4 +1,4 @@
-"""Makes what tiny.yaml starts from: a small Llama, trained for half a minute on Python's own language reference."""
+"""Makes what tiny.yaml starts from: a small Llama, trained for a minute on Python's own language reference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     task = TASKS["topics"]
     (folder / "teacher").mkdir(parents=True)
-    train_teacher(task, task.load(), task.quick.teacher, folder / "teacher")
+    train_teacher(task, task.load(), task.full.teacher, folder / "teacher")
     left_out = set(held_out_topics(topics))
     text = "\n".join(text for name, text in sorted(topics.items()) if name not in left_out)
     (folder / "text.txt").write_text(text, encoding="utf-8")

@@ -30,7 +30,7 @@ DEFAULTS: dict[str, Any] = {"save_total_limit": 2, "logging_steps": 10}
 """Of both trainings, where the recipe and `TrainingArguments` differ."""
 
 
-_INIT: dict[str, Any] = HawAdaTrainer.__init__.__kwdefaults__
+_INIT: dict[str, Any] = HawAdaTrainer.__init__.__kwdefaults__ or {}
 PHASES = {name: _INIT[name] for name in ("relaxation", "warmup_fraction", "soft_fraction")}
 
 

@@ -231,6 +231,7 @@ def _save(
         batches = batches_from(held_out, count, HELD_OUT_BATCH)
         quality = qualities(dense, slim, batches, f"{count} held-out examples")
         timings = _time(recipe, dense, slim)
+        refit = None if facts.reconstruction is None else _summary(facts.reconstruction)
         save_slim(
             slim,
             record.slim,
@@ -240,7 +241,7 @@ def _save(
                 plan=plan,
                 latency=timings,
                 quality=quality,
-                reconstruction=facts.reconstruction and _summary(facts.reconstruction),
+                reconstruction=refit,
                 calibration=facts.calibration,
             ),
         )
@@ -251,7 +252,7 @@ def _save(
             dense_parameters=dense.num_parameters(),
             slim_parameters=slim.num_parameters(),
             losses=facts.losses,
-            reconstruction=facts.reconstruction and _summary(facts.reconstruction),
+            reconstruction=refit,
             quality=[asdict(change) for change in quality],
             latency=None if timings is None else _latency(timings),
         )
