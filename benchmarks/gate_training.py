@@ -49,7 +49,7 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     "straight_through": {"relaxation": "straight_through"},
     "sigmoid": {"relaxation": "sigmoid"},
     "hard_concrete": {"relaxation": "hard_concrete"},
-    "joint": {"relaxation": "closing", "lora": True},
+    "joint": {"relaxation": "hard_concrete", "lora": True},
 }
 """
 One-shot: `fisher` ranks everything by one gradient, `start` is what `HawAdaTrainer` starts from (layers by dropping
@@ -192,6 +192,7 @@ class Bench:
         plan: Plan = model.applied_plan()  # type: ignore[operator]
         small = model.merge_and_unload().to(self.device)  # type: ignore[operator]
         row: dict[str, Any] = {"contestant": name, "seed": seed, "layers": list(plan.layers), "steps": used}
+        row["gate rate"] = self.options.gate_rate if used else None
         row["slice"] = self.quality(small)
         report = reconstruct(self.teacher, small, plan, self.examples(self.options.calibration, seed + 1000))
         row["reconstruction"] = [report.before, report.after, report.applied]
@@ -240,13 +241,13 @@ def main() -> None:
     parser.add_argument("eval", nargs="?")
     parser.add_argument("--table", help="print the table of such a file and leave")
     parser.add_argument("--shapes", nargs="+", default=[])
-    parser.add_argument("--contestants", nargs="+", default=["fisher", "closing", "joint"], choices=CONTESTANTS)
+    parser.add_argument("--contestants", nargs="+", default=["fisher", "hard_concrete", "joint"], choices=CONTESTANTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, nargs="*", default=[500, 2000], help="of recovery, gate steps included")
-    parser.add_argument("--gate-steps", type=int, default=16)
-    parser.add_argument("--joint-steps", type=int, default=32)
+    parser.add_argument("--gate-steps", type=int, default=64)
+    parser.add_argument("--joint-steps", type=int, default=64)
     parser.add_argument("--soft-fraction", type=float, default=0.75)
-    parser.add_argument("--gate-rate", type=float, default=0.02)
+    parser.add_argument("--gate-rate", type=float, default=0.05)
     parser.add_argument("--rate", type=float, default=1e-3, help="of the recovery")
     parser.add_argument("--lora-rate", type=float, default=2e-3)
     parser.add_argument("--lora-rank", type=int, default=16)

@@ -299,7 +299,7 @@ class HawAdaModel(BaseTuner):
             kept = everything if plan is None or plan.hidden is None else plan.hidden
             masks += masks_of(gates, kept, len(everything), "channels of the residual stream (gates on 'hidden')")
         for gate, mask in masks:
-            gate.set_plan(mask, in_training=in_training)
+            gate.set_plan(mask, in_training=in_training and plan is not None)
 
     def _layout(self, adapter_names: Sequence[str]) -> Layout:
         by_name = [name for name in adapter_names if self.peft_config[name].base_sizes is None]

@@ -31,7 +31,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from hawada_peft import Plan, Shape, reconstruct, register_family, rehome, save_slim, slim
 from hawada_peft.adapters.huggingface import FAMILIES, locate
-from hawada_peft.errors import HawAdaError, IncompatibleBaseError
+from hawada_peft.errors import HawAdaError, IncompatibleBaseError, UnsupportedModelError
 from hawada_peft.export.streams import Stream, residual_gains
 
 NARROW = Shape(intermediate_size=40)
@@ -218,6 +218,30 @@ def test_impossible_options_are_refused_together() -> None:
     plan = scattered_plan(model, LM_ROW.slim)
     with pytest.raises(HawAdaError, match=r"(?s)above 0, got -1.*at most 0.5, got 0.9.*to 1, got 2"):
         reconstruct(model, slim(model, plan), plan, batches_of(model), dampings=(-1,), held_out=0.9, correction=2)
+
+
+def test_models_with_adapters_are_refused() -> None:
+    model = build(LM_ROW)
+    plan = scattered_plan(model, LM_ROW.slim)
+    small = slim(model, plan)
+    with pytest.raises(UnsupportedModelError, match="merge_and_unload"):
+        reconstruct(gate(model).get_base_model(), small, plan, batches_of(small))
+
+
+def test_a_failure_on_the_way_leaves_the_plain_weights() -> None:
+    model = build(LM_ROW)
+    plan = scattered_plan(model, LM_ROW.slim)
+    small = slim(model, plan)
+    plain = state_of(small)
+
+    def fail_late(module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
+        if not torch.equal(small.model.layers[0].mlp.down_proj.weight, plain["model.layers.0.mlp.down_proj.weight"]):
+            raise RuntimeError("out of luck")
+
+    small.model.layers[1].mlp.up_proj.register_forward_hook(fail_late)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        reconstruct(model, small, plan, batches_of(model))
+    assert_same_state(state_of(small), plain)
 
 
 def test_another_plan_is_refused() -> None:

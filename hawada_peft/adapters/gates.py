@@ -113,7 +113,7 @@ class SigmoidGate(nn.Module):
         return self._theta() / self.start.temperature
 
     def open_probability(self) -> torch.Tensor:
-        """How likely each unit stays, in [0, 1], of theta's shape, as the relaxation says; 1 for an untrained gate."""
+        """How likely each unit stays, in [0, 1], of theta's shape, as the relaxation says; at the start about 1."""
         relaxation = self.relaxation or Closing()
         return relaxation.open_probability(self.logits(), self.start.theta / self.start.temperature)
 
@@ -147,7 +147,7 @@ class SigmoidGate(nn.Module):
 
     def set_plan(self, kept: torch.Tensor | None, *, in_training: bool = False) -> None:
         """
-        Close all units but `kept`, in evaluation and, if `in_training`, in training. `None` opens all again.
+        Close all units but `kept`, in evaluation and, if `in_training`, in training. `None` closes none.
 
         Args:
             kept: boolean, of theta's shape.
@@ -160,7 +160,7 @@ class SigmoidGate(nn.Module):
         # Parameters may still be on the meta device, when an adapter is being loaded.
         device = torch.device("cpu") if self.theta.is_meta else self.theta.device
         self.kept = None if kept is None else kept.to(device=device, dtype=torch.bool)
-        self.hard_in_training = in_training and kept is not None
+        self.hard_in_training = in_training  # also of a gate that stays open: no relaxation applies to it then
 
     def features(self, *, hard: bool | None = None) -> torch.Tensor:
         """The factor of every feature along the gated axis; `hard` defaults to what the mode asks for."""

@@ -21,6 +21,11 @@ class Relaxation(ABC):
     draws_to_size = True
     """Whether the gates have to be drawn to their sizes by a penalty; otherwise the approached plan does it."""
 
+    @property
+    def reorders(self) -> bool:
+        """Whether units may change places while training is soft."""
+        return True
+
     @abstractmethod
     def at(self, progress: float) -> Relaxation:
         """The relaxation at a point of the soft part of training, from 0 to 1."""
@@ -62,6 +67,11 @@ class Closing(Relaxation):
     straight_through: bool = False
     draws_to_size = False
 
+    @property
+    def reorders(self) -> bool:
+        """Only with `straight_through`: what is on its way out has no other way back."""
+        return self.straight_through
+
     def at(self, progress: float) -> Closing:
         """The leak is what is left of the soft part."""
         return Closing(leak=1.0 - progress, straight_through=self.straight_through)
@@ -77,7 +87,7 @@ class Closing(Relaxation):
 
     def open_probability(self, logits: torch.Tensor, start: float) -> torch.Tensor:
         """`g / g_start`, at most 1."""
-        return _relative_sigmoid(logits, start)
+        return _at_most_one(self.factor(logits, start, None))
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,7 @@ class Annealed(Relaxation):
 
     def open_probability(self, logits: torch.Tensor, start: float) -> torch.Tensor:
         """The factor, at most 1."""
-        return self.factor(logits, start, None).clamp(max=1.0)
+        return _at_most_one(self.factor(logits, start, None))
 
 
 @dataclass(frozen=True)
@@ -149,8 +159,9 @@ class HardConcrete(Relaxation):
         return torch.sigmoid(logits - self.beta * math.log(-self.gamma / self.zeta))
 
 
-def _relative_sigmoid(logits: torch.Tensor, start: float) -> torch.Tensor:
-    return (torch.sigmoid(logits) / torch.sigmoid(torch.full_like(logits, start, requires_grad=False))).clamp(max=1.0)
+def _at_most_one(ratio: torch.Tensor) -> torch.Tensor:
+    """Clamped, with the gradient of what is not: a penalty also has to reach gates that are above their start."""
+    return ratio + (ratio.clamp(max=1.0) - ratio).detach()
 
 
 RELAXATIONS: dict[str, Relaxation] = {

@@ -260,7 +260,7 @@ class MaskedQuality:
         self.model.eval()
         try:
             with torch.inference_mode(), self.model.disable_adapter():
-                logits = self.model(**inputs).logits
+                logits = _logits(self.model(**inputs))
         finally:
             self.model.train(training)
         log_dense = logits.float().log_softmax(-1)
@@ -273,7 +273,7 @@ class MaskedQuality:
         return Reference(inputs, drawn.reshape(*positions, 1), flat.gather(-1, drawn).reshape(positions), mask.float())
 
     def _divergence(self, reference: Reference) -> tuple[float, float]:
-        logits = self.model(**reference.batch).logits.float()
+        logits = _logits(self.model(**reference.batch)).float()
         log_slim = logits.gather(-1, reference.outcomes).squeeze(-1) - logits.logsumexp(-1)
         ratio = log_slim - reference.log_dense
         divergence = (ratio.exp() - 1 - ratio) * reference.mask
@@ -321,6 +321,11 @@ def unit_scores(
         channels=tuple(_spread(scores(layout.ffn_out(layer)), size) for layer in layers),
         hidden=None if plain.hidden is None else _spread(scores(layout.norms[0], HIDDEN_UNITS), layout.hidden_size),
     )
+
+
+def _logits(output: Mapping[str, Any]) -> torch.Tensor:
+    """What is predicted; by a model without a head its last hidden states, taken for logits."""
+    return output["logits" if "logits" in output else "last_hidden_state"]
 
 
 def _spread(scores: torch.Tensor | None, size: int) -> torch.Tensor | None:

@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from ..adapters.huggingface.family import locate
 from ..adapters.layers import parameters_of
-from ..errors import HawAdaError, IncompatibleBaseError
+from ..errors import HawAdaError, IncompatibleBaseError, UnsupportedModelError
 from .fidelity import Batch, all_reduced, divergence, position_mask
 from .plan import Plan
 from .projections import Refit, as_projection, choose, new_moments
@@ -98,7 +99,7 @@ def reconstruct(
     Raises:
         IncompatibleBaseError: if the plan does not lead from the dense model's sizes to the slim model's.
         HawAdaError: if there is too little calibration data to hold some out, or an option out of its range.
-        UnsupportedModelError: if a model has no family row, or its projections are not linear.
+        UnsupportedModelError: if a model has adapters in it or no family row, or its projections are not linear.
 
     References:
         Frantar, Alistarh, "Optimal Brain Compression" (2022) for the closed form.
@@ -112,6 +113,11 @@ def reconstruct(
         problems.append(f"correction must be from 0 to 1, got {correction}")
     if problems:
         raise HawAdaError("\n".join(problems))
+    if any(isinstance(module, BaseTunerLayer) for model in (dense, slim) for module in model.modules()):
+        raise UnsupportedModelError(
+            "reconstruct() takes vanilla models, and one of these has adapters in it: use "
+            "`merge_and_unload(calibration=...)` on the PEFT model, or `unload()` or merge it first"
+        )
     teacher_layout, layout = locate(dense), locate(slim)
     plan.check_base(teacher_layout.dense)
     if plan.shape != layout.dense:
@@ -130,13 +136,16 @@ def reconstruct(
         ends = [name(i) for i in range(len(student.layers)) for name in (layout.attention_out, layout.ffn_out)]
         projections = {name: as_projection(slim.get_submodule(name), name) for name in ends}
         plain = {name: [p.data for p in parameters_of(module)] for name, module in projections.items()}
-        refits = tuple(_refit_layers(teacher, student, plan, masks, len(fitted), dampings, correction))
-        _, after = divergence(dense, slim, held)
-    applied = after < before
-    if not applied:
-        for name, module in projections.items():
-            for parameter, tensor in zip(parameters_of(module), plain[name], strict=True):
-                parameter.data = tensor
+        applied = False
+        try:
+            refits = tuple(_refit_layers(teacher, student, plan, masks, len(fitted), dampings, correction))
+            _, after = divergence(dense, slim, held)
+            applied = after < before
+        finally:  # also when a layer fails: never a model that is refitted in part
+            if not applied:
+                for name, module in projections.items():
+                    for parameter, tensor in zip(parameters_of(module), plain[name], strict=True):
+                        parameter.data = tensor
     result = Reconstruction(refits, metric, before, after, applied)
     if applied or before == 0:
         logger.info("%s", result)

@@ -51,10 +51,9 @@ class GateQuality:
         heads_total, _, ffn_total, layers_total = self.layout.dense.sizes().values()
         mean_heads, _, mean_ffn, mean_layers = self.sizes.mean()
         dense = self.table.estimate(self.layout.dense)
-        smallest = Shape(min(p.num_attention_heads or 1 for p in space.heads))
-        pairs = [p for p in space.heads if p.num_attention_heads == smallest.num_attention_heads]
+        smallest = min(space.heads, key=lambda pair: pair.num_attention_heads or 0)
         shares = (
-            (dense - self.table.estimate(pairs[0])) / dense,
+            (dense - self.table.estimate(smallest)) / dense,
             (dense - self.table.estimate(Shape(intermediate_size=space.ffn[0]))) / dense,
             1.0,
         )

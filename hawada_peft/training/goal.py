@@ -19,7 +19,7 @@ from ..errors import InvalidPlanError
 from ..export.find_plan import dense_model, realise_with, regime_of
 from ..export.rank import gate_scores
 from ..export.search_export import search
-from ..export.search_state import Realise
+from ..export.search_state import Realise, SearchEffort, SearchState
 from ..export.space import search_space
 from ..latency.budget import LatencyBudget
 from ..latency.measure import Effort
@@ -131,9 +131,12 @@ class LatencyGoal(Goal):
         table (`LatencyTable`): measured here.
         rate (`float`): of the ascent.
         timing (`Effort`, *optional*): how long shapes are timed.
+        effort (`SearchEffort`, *optional*): how hard the search at the end looks.
 
     Raises:
         InfeasibleBudgetError: if no shape meets the budget.
+        InvalidPlanError: if the residual stream has gates.
+        IncompatibleTableError: if the table is for another device, regime or model.
     """
 
     def __init__(
@@ -144,6 +147,7 @@ class LatencyGoal(Goal):
         *,
         rate: float = 1.0,
         timing: Effort | None = None,
+        effort: SearchEffort | None = None,
     ) -> None:
         self.model, self.budget = model, budget
         self.base = dense_model(model)
@@ -157,6 +161,7 @@ class LatencyGoal(Goal):
                 "them out of the config's `gates`, or let the search choose the shape (constraint='search')"
             )
         self.regime = regime_of(model, budget)
+        table.check(regime=self.regime, model=self.layout.fingerprint())
         self.space = search_space(
             self.base,
             self.layout,
@@ -165,7 +170,8 @@ class LatencyGoal(Goal):
             group_size=scores.group_size,
             free=[axis for axis, values in axes.items() if all(value is not None for value in values)],
         )
-        self.timing = timing
+        self.timing, self.effort = timing, effort
+        SearchState(self.space, table, budget, effort or SearchEffort()).check_feasible()
         self.constraint = LatencyConstraint(table, budget.limit_ms(table.dense_ms), rate=rate)
         self._violation = 0.0
 
@@ -174,10 +180,15 @@ class LatencyGoal(Goal):
         return self._quality().nearest(self.space)
 
     def final_shape(self) -> Shape:
-        """The shape that cuts least of what is open, among those whose measured latency meets the budget."""
+        """
+        The shape that cuts least of what is open, among those whose measured latency meets the budget.
+
+        Raises:
+            InfeasibleBudgetError: if none does.
+        """
         realise = self._realise(self.timing)
-        result = search(self.space, self.constraint.table, self._quality(), self.budget, realise)
-        self.constraint.measured_ms = result.best.measured_ms
+        result = search(self.space, self.constraint.table, self._quality(), self.budget, realise, effort=self.effort)
+        self.constraint.measured_ms = self.constraint.table.dense_ms / result.speedup  # as in `measure`
         return result.best.shape
 
     def penalty(self, progress: float) -> torch.Tensor:

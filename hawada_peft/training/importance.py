@@ -112,9 +112,8 @@ def init_gates(
     batches = list(batches)
     gates = collect_gates(model)
     without, places = None, {}
-    if shape is not None:
-        quality = MaskedQuality(cast(PeftModel, model), batches)
-        layers = shape.complete(quality.layout.dense).sizes()["num_hidden_layers"]
+    if shape is not None and shape.num_hidden_layers is not None:
+        quality, layers = MaskedQuality(cast(PeftModel, model), batches), shape.num_hidden_layers
         if layers < quality.layout.dense.sizes()["num_hidden_layers"]:
             without, places = quality.without_layers(layers), _places(quality, layers)
     pooled: dict[str, list[tuple[SigmoidGate, torch.Tensor]]] = {}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 from peft import PeftModel
 
 from ..adapters.attach import collect_gates
+from ..adapters.huggingface.shape import Shape
 from ..adapters.relaxation import RELAXATIONS, Relaxation
 from ..errors import HawAdaError
 from ..export.plan import Plan
@@ -55,12 +59,18 @@ class Phases:
 
     def progress(self, step: int, steps: int) -> float:
         """How much of the soft part is over when a step of so many is; 0 in the warm-up."""
-        first, last = self.warmup_fraction * steps, self.soft_fraction * steps
-        return min(1.0, max(0.0, (step + 1 - first) / max(1.0, last - first)))
+        first, last = self._first_soft(steps), self._first_hard(steps)
+        return min(1.0, max(0.0, (step + 1 - first) / max(1, last - first)))
+
+    def _first_soft(self, steps: int) -> int:
+        return _whole(self.warmup_fraction * steps)
+
+    def _first_hard(self, steps: int) -> int:
+        return _whole(self.soft_fraction * steps)
 
     def begin_step(self, goal: Goal, step: int, steps: int) -> bool:
         """Bring the gates into the phase of a step. Returns whether it is time to decide."""
-        if self.decided or step >= self.soft_fraction * steps:
+        if self.decided or step >= self._first_hard(steps):
             return not self.decided
         progress = self.progress(step, steps)
         self.relax(self.relaxation.at(progress) if progress > 0 else None)
@@ -71,9 +81,26 @@ class Phases:
         return False
 
     def approach(self, goal: Goal) -> None:
-        """Make the plan that the gates would get now the one that they approach, and that evaluation computes."""
-        self.approached = self.model.plan(goal.current_shape())
+        """Make the plan that the gates would get now the one that they approach."""
+        self.approached = self.plan(goal.current_shape())
         self.model.set_masks(self.approached)
+
+    def plan(self, shape: Shape) -> Plan:
+        """The plan that the gates would get at a shape; the approached one, where its order is not up for change."""
+        settled = self.approached is not None and not self.relaxation.reorders and self.approached.shape == shape
+        return cast(Plan, self.approached) if settled else self.model.plan(shape)
+
+    @contextmanager
+    def planned(self, goal: Goal) -> Iterator[None]:
+        """Evaluation computes the plan that the gates would get now. Training goes on as if nothing had been."""
+        if self.decided:
+            yield
+            return
+        self.model.set_masks(self.plan(goal.current_shape()))
+        try:
+            yield
+        finally:
+            self.model.set_masks(self.approached)
 
     def relax(self, relaxation: Relaxation | None) -> None:
         """Give all active gates a relaxation, or take it from them."""
@@ -87,6 +114,11 @@ class Phases:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        if state["approached"] is not None and not self.decided:
-            self.approached = Plan.from_dict(state["approached"])
+        self.approached = None if state["approached"] is None else Plan.from_dict(state["approached"])
+        if not self.decided:
             self.model.set_masks(self.approached)
+
+
+def _whole(steps: float) -> int:
+    """Steps rounded up, where it is not a product of floats that exceeds a whole number by nothing."""
+    return math.ceil(steps - 1e-9)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,11 +25,10 @@ from ..errors import HawAdaError
 from ..export.find_plan import find_plan, measure_table, regime_of
 from ..export.plan import Plan
 from ..latency.budget import LatencyBudget
-from ..latency.measure import Effort
 from ..latency.table import LatencyTable
 from .distill import Batch, get_student_logits, get_teacher_logits, position_mask
 from .goal import Goal, LatencyGoal, ShapeGoal, axes_of
-from .importance import init_gates
+from .importance import gate_importance, init_gates
 from .objective import Distillation
 from .penalties import bimodality_penalty, floor_penalty
 from .phases import Phases
@@ -36,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "hawada_state.json"
 """Beside the adapter in a checkpoint: the goal (shape; or multiplier, moving average, table), the approached plan."""
+
+LAGRANGE_OPTIONS = ("cache", "effort", "table", "table_plan", "timing")
+"""What a training under a multiplier takes of the arguments of `find_plan`."""
 
 
 class HawAdaTrainer(Trainer):
@@ -58,8 +62,8 @@ class HawAdaTrainer(Trainer):
         keep_ratio (`float` or `dict`, *optional*): instead of a shape, as in `HawAdaModel.plan`.
         budget (`LatencyBudget`, *optional*): instead of a shape.
         constraint (`str`): `"search"` or `"lagrange"`, for budgets.
-        relaxation (`str`): `"closing"`, `"straight_through"`, `"sigmoid"` or `"hard_concrete"`. The first two approach
-            a shape; the others are drawn to a shape or a latency by penalties.
+        relaxation (`str`): `"hard_concrete"` or `"sigmoid"`, which are drawn to a shape or a latency by penalties;
+            `"closing"`, which keeps the order of the start, or `"straight_through"`, which approach a shape.
         kd_temperature (`float`): T of the KL divergence.
         kl_weight, mse_weight (`float`): weights of the divergence and of the squared difference of logits.
         size_weight (`float`): weight of the penalty on the size, where the relaxation needs one.
@@ -71,7 +75,8 @@ class HawAdaTrainer(Trainer):
             `args.learning_rate`.
         calibration_examples (`int`): how many examples start the gates and judge shapes; 0 leaves gates as they are.
         anchor_steps (`int`): after how many steps the current shape is timed, with `constraint="lagrange"`.
-        search_options (`dict`, *optional*): further arguments of `find_plan`.
+        search_options (`dict`, *optional*): further arguments of `find_plan`; with `constraint="lagrange"` of
+            `table`, `table_plan`, `cache`, `timing` and `effort`.
         kwargs: as in `Trainer`.
 
     Raises:
@@ -87,7 +92,7 @@ class HawAdaTrainer(Trainer):
         keep_ratio: float | Mapping[str, float] | None = None,
         budget: LatencyBudget | None = None,
         constraint: str = "search",
-        relaxation: str = "closing",
+        relaxation: str = "hard_concrete",
         kd_temperature: float = 1.0,
         kl_weight: float = 1.0,
         mse_weight: float = 0.0,
@@ -118,6 +123,12 @@ class HawAdaTrainer(Trainer):
             problems.append(f"constraint='lagrange' needs a relaxation of {drawn}, got {relaxation!r}")
         if constraint not in ("search", "lagrange") or (constraint == "lagrange" and budget is None):
             problems.append(f"constraint must be 'search', or 'lagrange' with a budget, got {constraint!r}")
+        if constraint == "lagrange" and budget is not None and math.isinf(budget.limit_ms(1.0)):
+            problems.append(f"constraint='lagrange' needs a budget with a limit on latency, got {budget}")
+        options = LAGRANGE_OPTIONS if constraint == "lagrange" else sorted(find_plan.__kwdefaults__ or {})
+        unknown = sorted(set(search_options or {}) - set(options))
+        if unknown:
+            problems.append(f"search_options are {list(options)} with constraint={constraint!r}, got {unknown}")
         weights = {
             "size_weight": size_weight,
             "bimodality_weight": bimodality_weight,
@@ -153,7 +164,6 @@ class HawAdaTrainer(Trainer):
         self.floor_weight, self.keep_floor = floor_weight, keep_floor
         self.gate_learning_rate, self.calibration_examples = gate_learning_rate, calibration_examples
         self.anchor_steps, self.search_options = anchor_steps, dict(search_options or {})
-        self._timing: Effort | None = self.search_options.get("timing")
         self._terms: dict[str, list[torch.Tensor]] = {}
         self.gated: Any = model  # `self.model`, typed for what PEFT passes on to the tuner
         # Trainer switches the cache off for good; the slim model's config is the base model's.
@@ -250,7 +260,7 @@ class HawAdaTrainer(Trainer):
     def decide(self) -> None:
         """Make the plan from the gates as they are, and apply it in training as well."""
         self.phases.relax(None)
-        plan = self.gated.plan(self._in_main_process(self.goal.final_shape))
+        plan = self.phases.plan(self._in_main_process(self.goal.final_shape))
         self.gated.apply_plan(plan, in_training=True)
         logger.info("step %d: %s", self.state.global_step, plan)
 
@@ -288,32 +298,52 @@ class HawAdaTrainer(Trainer):
         fresh = all(bool((gate.theta == gate.start.theta).all()) for gate in gates)
         start = fresh and self.calibration_examples > 0 and not self.decided
         batches = self._calibration() if start or self._goal is None else []
-        self._goal = self._goal or self._goal_of_budget(cast(LatencyBudget, self.budget), batches)
+        self._goal = self._goal or self._goal_of_budget(cast(LatencyBudget, self.budget), batches, fresh)
         if start:
             fixed = isinstance(self.goal, ShapeGoal)
             init_gates(self.gated, batches, shape=self.goal.final_shape() if fixed else None)
 
-    def _goal_of_budget(self, budget: LatencyBudget, batches: Sequence[Batch]) -> Goal:
+    def _goal_of_budget(self, budget: LatencyBudget, batches: Sequence[Batch], fresh: bool) -> Goal:
         options = self.search_options
+
+        def find_shape() -> Shape:
+            # Fresh gates are all the same: shapes would be judged by cutting whatever comes last.
+            importance = gate_importance(self.gated, batches) if fresh else None
+            return find_plan(self.gated, budget, batches, **({"importance": importance} | options)).best.shape
+
         if self.constraint == "search":
-            found = self._in_main_process(lambda: find_plan(self.gated, budget, batches, **options).best.shape)
-            return ShapeGoal(self.gated, found)
+            return ShapeGoal(self.gated, self._in_main_process(find_shape))
         named = {name: options[key] for key, name in (("cache", "cache"), ("table_plan", "plan")) if key in options}
         regime = regime_of(self.gated, budget)
         table = options.get("table") or self._in_main_process(lambda: measure_table(self.gated, regime, **named))
-        return LatencyGoal(self.gated, budget, table, timing=self._timing)
+        return self._latency_goal(table)
+
+    def _latency_goal(self, table: LatencyTable) -> LatencyGoal:
+        budget, options = cast(LatencyBudget, self.budget), self.search_options
+        return LatencyGoal(self.gated, budget, table, timing=options.get("timing"), effort=options.get("effort"))
 
     def _calibration(self) -> list[Batch]:
-        """The first examples of the training data, in batches; the random state is left as it was."""
+        """
+        The first examples of the training data, in batches; the random state is left as it was.
+
+        Raises:
+            HawAdaError: if there are none.
+        """
         batches: list[Batch] = []
         count = 0
-        with torch.random.fork_rng():
-            torch.manual_seed(self.args.seed)
+        with torch.random.fork_rng(devices=[]):  # data is drawn on the CPU
+            torch.default_generator.manual_seed(self.args.seed)
             for batch in self.get_train_dataloader():
                 batches.append({name: value for name, value in batch.items() if isinstance(value, torch.Tensor)})
-                count += len(next(iter(batches[-1].values())))
+                count += next((len(value) for value in batches[-1].values() if value.ndim), 1)
                 if count >= max(1, self.calibration_examples):
                     break
+        if not batches:
+            raise HawAdaError(
+                "the training data gives no batch to start the gates by: give more examples than "
+                f"per_device_train_batch_size={self.args.per_device_train_batch_size}, or switch dataloader_drop_last "
+                "off"
+            )
         return batches
 
     # ------------------------------------------------------ logs, evaluation
@@ -321,7 +351,8 @@ class HawAdaTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the terms of the loss, averaged since the last time, the goal's figures and the keep ratios with it."""
         if "loss" in logs and self._terms:
-            logs |= {name: torch.stack(terms).float().mean().item() for name, terms in self._terms.items()}
+            means = {name: torch.stack(terms).float().mean() for name, terms in self._terms.items()}
+            logs |= {name: self.accelerator.reduce(mean, "mean").item() for name, mean in means.items()}
             self._terms.clear()
             logs |= self._keep_ratios()
             if not self.decided:
@@ -330,7 +361,7 @@ class HawAdaTrainer(Trainer):
 
     @torch.no_grad()
     def _keep_ratios(self) -> dict[str, float]:
-        """Per axis what stays of it: expected while the gates are soft, of the plan after the decision."""
+        """Per axis what stays of it: of the plan that is approached or applied; without one what is expected."""
         names = {"num_attention_heads": "heads", "intermediate_size": "ffn", "num_hidden_layers": "layers"}
         ratios = {}
         for axis, gates in axes_of(self.gated).items():
@@ -340,9 +371,8 @@ class HawAdaTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`; before the decision under the plan that the gates would get now."""
-        if not self.decided and self._goal is not None:
-            self.phases.approach(self._goal)
-        return super().evaluation_loop(*args, **kwargs)
+        with nullcontext() if self._goal is None else self.phases.planned(self._goal):
+            return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(
         self,
@@ -370,6 +400,8 @@ class HawAdaTrainer(Trainer):
         if not path.exists():
             raise HawAdaError(f"{path} is missing: the checkpoint is not one of this trainer, or not complete")
         state = json.loads(path.read_text(encoding="utf-8"))
+        if ("constraint" in state["goal"]) != (self.constraint == "lagrange"):
+            raise HawAdaError(f"{path} is of a training with another `constraint` than {self.constraint!r}")
         self._goal = self._goal or self._goal_of_state(state["goal"])
         self.goal.load_state_dict(state["goal"])
         self.phases.load_state_dict(state["phases"])
@@ -378,7 +410,7 @@ class HawAdaTrainer(Trainer):
         if "shape" in state:
             return ShapeGoal(self.gated, Shape.from_dict(state["shape"]))
         table = LatencyTable.from_dict(state["constraint"]["table"])
-        return LatencyGoal(self.gated, cast(LatencyBudget, self.budget), table, timing=self._timing)
+        return self._latency_goal(table)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """A model with soft gates is none that can be exported: it does not compete."""
