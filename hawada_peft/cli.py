@@ -108,7 +108,7 @@ def measure(
 @app.command()
 def plan(
     model: Model,
-    calibration: Annotated[Path, typer.Argument(help="Examples: .safetensors of input tensors, or .txt for an LM.")],
+    calibration: Annotated[Path, typer.Argument(help="Examples: .safetensors of inputs, .npy, or .txt for an LM.")],
     output: Annotated[Path, typer.Option(help="Where to write the plan.")] = Path("plan.json"),
     speedup: Annotated[float | None, typer.Option(help="Times faster than the dense model.")] = None,
     latency_ms: Annotated[float | None, typer.Option(help="Milliseconds per call.")] = None,

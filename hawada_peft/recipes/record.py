@@ -39,9 +39,10 @@ class Record:
         if before is not None and not resume:
             raise FileExistsError(f"{self.folder} is of an earlier run: resume it (--resume), or name another output")
         now = json.loads(json.dumps(recipe.to_dict()))
-        if before is not None and before["recipe"] != now:
-            names = sorted(name for name in before["recipe"] | now if before["recipe"].get(name) != now.get(name))
-            raise HawAdaError(f"{self.folder} is of a recipe that differs in {names}; name another output")
+        old = now if before is None else before["recipe"]
+        differing = sorted(name for name in old | now if old.get(name) != now.get(name) and name != "output")
+        if differing:  # but for where the folder is: it may have been moved
+            raise HawAdaError(f"{self.folder} is of a recipe that differs in {differing}; name another output")
         self._content: dict[str, Any] = before or {"recipe": now}
 
     def begin(self) -> None:
