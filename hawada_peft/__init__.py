@@ -47,6 +47,7 @@ from .export.reconstruct import Reconstruction, reconstruct
 from .export.rehome import rehome
 from .latency import LatencyBudget, LatencyTable, Regime, Timing, measure_many
 from .model import HawAdaModel
+from .recipes import Recipe, RecipeResult, train_recipe
 from .training import DistillTrainer, HawAdaTrainer, get_student_logits, get_teacher_logits, init_gates, recover
 
 __version__ = version("hawada_peft")
@@ -72,6 +73,8 @@ __all__ = [
     "PassportLine",
     "Plan",
     "QualityChange",
+    "Recipe",
+    "RecipeResult",
     "Reconstruction",
     "Regime",
     "SearchEffort",
@@ -106,6 +109,7 @@ __all__ = [
     "slice_linear",
     "slim",
     "slim_checkpoint",
+    "train_recipe",
     "verify_slim",
     "write_card",
 ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -107,7 +108,7 @@ def measure(
 @app.command()
 def plan(
     model: Model,
-    calibration: Annotated[Path, typer.Argument(help="Examples: .safetensors of input tensors, or .txt for an LM.")],
+    calibration: Annotated[Path, typer.Argument(help="Examples: .safetensors of inputs, .npy, or .txt for an LM.")],
     output: Annotated[Path, typer.Option(help="Where to write the plan.")] = Path("plan.json"),
     speedup: Annotated[float | None, typer.Option(help="Times faster than the dense model.")] = None,
     latency_ms: Annotated[float | None, typer.Option(help="Milliseconds per call.")] = None,
@@ -217,6 +218,49 @@ def slim_command(
         )
 
 
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML file: model, data, budget, gates, training, ...")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Another value: section.name=value, as often as needed.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe, and print what it would do.")] = False,
+    as_json: Json = False,
+) -> None:
+    """
+    Slim a model as a recipe says: train gates, merge, refit, recover, measure, save verified.
+
+    On several GPUs: accelerate launch -m hawada_peft.cli train RECIPE, or torchrun -m in its place.
+
+    Example: hawada train examples/recipes/llama-3.2-1b-h200.yaml --set budget.speedup=2
+    """
+    from accelerate import PartialState  # type: ignore[import-untyped]
+
+    from .recipes import Recipe, train_recipe
+
+    with _one_message():
+        read = Recipe.read(recipe, overrides or [])
+        if dry_run:
+            steps = read.steps()
+            if as_json:
+                typer.echo(json.dumps({"recipe": read.to_dict(), "steps": steps, "missing": read.missing_files()}))
+                return
+            for number, step in enumerate(steps, 1):
+                typer.echo(f"{number}. {step}")
+            for path in read.missing_files():
+                typer.echo(f"missing here: {path}")
+            return
+        with redirect_stdout(sys.stderr):  # transformers' logs are no result
+            result = train_recipe(read, resume=resume)
+        if PartialState().is_main_process:
+            typer.echo(json.dumps(result.to_dict()) if as_json else str(result))
+
+
 def main() -> None:
     """The entry point of the `hawada` script."""
     app()
+
+
+if __name__ == "__main__":
+    main()

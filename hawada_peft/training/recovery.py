@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -13,7 +13,7 @@ from ..adapters.base import GateAdapter
 from ..errors import HawAdaError
 from ..export.beside import dense_afterwards
 from ..export.plan import Plan
-from ..export.reconstruct import reconstruct
+from ..export.reconstruct import Reconstruction, reconstruct
 from ..export.slim import slim
 from .distill import Batch
 from .distill_trainer import DistillTrainer
@@ -28,6 +28,7 @@ def recover(
     plan: Plan | None = None,
     lora: LoraConfig | None = None,
     calibration: Iterable[Batch] | None = None,
+    on_reconstruction: Callable[[Reconstruction], None] | None = None,
     kd_temperature: float = 1.0,
     kl_weight: float = 1.0,
     mse_weight: float = 0.0,
@@ -49,6 +50,7 @@ def recover(
         lora (`LoraConfig`, *optional*): train LoRA on the slim model, merged at the end; all weights if left out.
         calibration (*optional*): batches to refit the slim model on by least squares first, as `reconstruct` does. It
             costs no training and gives a better start.
+        on_reconstruction (*optional*): called with the `Reconstruction`, which tells what that did.
         kd_temperature, kl_weight, mse_weight (`float`): as in `Distillation`.
         resume_from_checkpoint (*optional*): as in `Trainer.train`, of a run that started from the same model.
         kwargs: as in `Trainer`: `eval_dataset`, `data_collator`, `callbacks`, ...
@@ -91,7 +93,9 @@ def recover(
     else:
         dense, small = model, slim(model, cast(Plan, chosen))
     if calibration is not None:
-        reconstruct(dense, small, cast(Plan, chosen), calibration)
+        report = reconstruct(dense, small, cast(Plan, chosen), calibration)
+        if on_reconstruction is not None:
+            on_reconstruction(report)
     training = dense.training
     trainer = DistillTrainer(
         small if lora is None else get_peft_model(small, lora),

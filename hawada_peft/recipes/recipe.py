@@ -1,0 +1,327 @@
+"""The recipe: a whole slimming as data, checked before any of it is done."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+import yaml  # type: ignore[import-untyped]
+from peft import LoraConfig
+from transformers import TrainingArguments
+
+from ..adapters.huggingface import Shape
+from ..config import HawAdaConfig
+from ..errors import HawAdaError
+from ..export.search_state import SearchEffort
+from ..latency import Effort, LatencyBudget, TablePlan
+from ..latency.regime import DTYPES
+from ..training.objective import Distillation
+from ..training.phases import Phases
+from ..training.trainer import HawAdaTrainer
+from .schema import checked, sections, unknown_names
+from .settings import DataSource, ReconstructionStep
+
+GOALS = ("budget", "shape", "keep_ratio")
+DEFAULTS: dict[str, Any] = {"save_total_limit": 2, "logging_steps": 10}
+"""Of both trainings, where the recipe and `TrainingArguments` differ."""
+
+
+_INIT: dict[str, Any] = HawAdaTrainer.__init__.__kwdefaults__ or {}
+PHASES = {name: _INIT[name] for name in ("relaxation", "warmup_fraction", "soft_fraction")}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: PyYAML takes `1e-4` for a word."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """
+    A slimming from the dense model to the verified folder. All of it has been checked when a recipe exists.
+
+    Args:
+        model (`str`): folder or id of the dense model.
+        output (`str`): folder for everything that is made.
+        data (`dict`): fields of `DataSource`: files or a dataset, tokens per window, examples held out.
+        budget (`dict`, *optional*): fields of `LatencyBudget`. One of `budget`, `shape` and `keep_ratio` is given.
+        shape (`dict`, *optional*): fields of `Shape`.
+        keep_ratio (`float` or `dict`, *optional*): as in `HawAdaModel.plan`.
+        search (`dict`, *optional*): how a budget becomes a shape: `effort` (fields of `SearchEffort`), `timing`,
+            `table_plan`, `hidden_sizes`, `cache`, as in `find_plan`.
+        gates (`dict`, *optional*): fields of `HawAdaConfig`; `lora` holds those of PEFT's `LoraConfig`.
+        training (`dict`, *optional*): options of `HawAdaTrainer` and fields of `TrainingArguments`.
+        reconstruction (`dict`, *optional*): `examples` and `batch_size` of the least squares; none if left out.
+        recovery (`dict`, *optional*): options of `recover` and fields of `TrainingArguments`; none if left out.
+            `lora` holds fields of `LoraConfig`; all weights are trained without it.
+        dtype (`str`): of the weights in training: `"auto"` is what they were saved in.
+        save_dtype (`str`, *optional*): of the slim model; `dtype` if left out.
+        seed (`int`): of both trainings.
+
+    Raises:
+        HawAdaError: listing everything that is wrong, with the names that are allowed.
+
+    Example:
+
+        >>> recipe = Recipe(model="teacher", output="out", data={"files": "text.txt"}, keep_ratio=0.5)
+        >>> print(recipe.steps()[-1])
+        save the slim model, reloaded and compared first, with card and report: out/slim
+    """
+
+    model: str
+    output: str
+    data: dict[str, Any]
+    budget: dict[str, Any] | None = None
+    shape: dict[str, Any] | None = None
+    keep_ratio: float | dict[str, float] | None = None
+    search: dict[str, Any] | None = None
+    gates: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
+    reconstruction: dict[str, Any] | None = None
+    recovery: dict[str, Any] | None = None
+    dtype: str = "auto"
+    save_dtype: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        allowed = sections()
+        for name in ("data", "budget", "shape", "search", "gates", "training", "reconstruction", "recovery"):
+            if getattr(self, name) is not None:
+                section = _checked_deep(name, getattr(self, name), allowed, problems)
+                object.__setattr__(self, name, section)
+        problems += self._problems()
+        if not problems:  # values are judged by the classes that they go to; wrong types would confuse those
+            for name, make in self._makers().items():
+                try:
+                    make()
+                except (HawAdaError, TypeError, ValueError) as error:
+                    problems += [f"{name}: {line}" for line in str(error).splitlines()]
+        if problems:
+            raise HawAdaError("\n".join(problems))
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Recipe:
+        """
+        Read a YAML file.
+
+        Args:
+            path: the file.
+            overrides: `"section.name=value"`, the value as YAML; `null` leaves the name (or the section) out.
+
+        Raises:
+            HawAdaError: as for `Recipe`, or if the file is no YAML mapping.
+            FileNotFoundError: if there is no such file.
+        """
+        try:
+            data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+        except yaml.YAMLError as error:
+            raise HawAdaError(f"{path} is no YAML: {error}") from None
+        if not isinstance(data, dict):
+            raise HawAdaError(f"{path} must hold a mapping of names to values, got a {type(data).__name__}")
+        for override in overrides:
+            _override(data, override)
+        return cls.from_dict(data)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """
+        A recipe from plain values.
+
+        Raises:
+            HawAdaError: as for `Recipe`.
+        """
+        allowed = [field.name for field in fields(cls)]
+        problems = list(unknown_names("recipe", data, allowed))
+        missing = [name for name in ("model", "output", "data") if data.get(name) is None]
+        if missing:
+            problems.append(f"recipe: missing {missing}")
+        known = {name: value for name, value in data.items() if name in allowed and value is not None}
+        try:
+            recipe = cls(**({"model": "?", "output": "?", "data": {"files": "?"}} | known))
+        except HawAdaError as error:
+            raise HawAdaError("\n".join([*problems, str(error)])) from None
+        if problems:
+            raise HawAdaError("\n".join(problems))
+        return recipe
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was given, for YAML or JSON."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    # ------------------------------------------------------------ as objects
+
+    def source(self) -> DataSource:
+        """Where the data is."""
+        return DataSource(**self.data)
+
+    def goal(self) -> dict[str, Any]:
+        """The argument of `HawAdaTrainer` that says what the gates are trained towards."""
+        if self.budget is not None:
+            return {"budget": LatencyBudget(**self.budget)}
+        return {"keep_ratio": self.keep_ratio} if self.shape is None else {"shape": Shape(**self.shape)}
+
+    def config(self) -> HawAdaConfig:
+        """The gates' configuration."""
+        return HawAdaConfig(**(self.gates or {}))
+
+    def options(self, section: str) -> dict[str, Any]:
+        """What of `training` or `recovery` is no training argument."""
+        given = getattr(self, section) or {}
+        return {name: value for name, value in given.items() if name not in _arguments() and name != "lora"}
+
+    def lora(self) -> LoraConfig | None:
+        """LoRA of the recovery."""
+        fields_of_lora = (self.recovery or {}).get("lora")
+        return None if fields_of_lora is None else LoraConfig(**fields_of_lora)
+
+    def arguments(self, section: str, folder: Path) -> TrainingArguments:
+        """
+        The training arguments of `training` or `recovery`.
+
+        Raises:
+            HawAdaError: if transformers refuses them on this machine.
+        """
+        given = getattr(self, section) or {}
+        values = DEFAULTS | {"seed": self.seed} | {name: given[name] for name in given if name in _arguments()}
+        try:
+            return TrainingArguments(output_dir=str(folder), **values)
+        except (TypeError, ValueError, ImportError) as error:
+            raise HawAdaError(f"{section}: {error}") from None
+
+    def search_options(self) -> dict[str, Any]:
+        """Further arguments of `find_plan`."""
+        options = dict(self.search or {})
+        for name, make in (("effort", SearchEffort), ("timing", Effort), ("table_plan", _table_plan)):
+            if options.get(name) is not None:
+                options[name] = make(**options[name])
+        return options
+
+    def steps(self) -> list[str]:
+        """What will be done, in words."""
+        goal = next(name for name in GOALS if getattr(self, name) is not None)
+        data, training, folder = self.source(), self.training or {}, Path(self.output)
+        where = ", ".join(data.paths()) or f"the dataset {data.dataset}"
+        kinds = ", ".join(self.config().gates) + (" and LoRA" if (self.gates or {}).get("lora") else "")
+        steps = [
+            f"load {self.model} ({self.dtype}), and examples from {where}; {data.held_out} of them are held out",
+            f"put gates in: {kinds}",
+            f"train them{_length(training)} towards {goal} {_plain(getattr(self, goal))}",
+            f"save the adapter: {folder / 'adapter'}",
+            "merge: fold the gates, remove what the plan closes",
+        ]
+        if self.reconstruction is not None:
+            refit = ReconstructionStep(**self.reconstruction)
+            steps.append(f"refit the output projections on {refit.examples} examples")
+        if self.recovery is not None:
+            weights = "all weights" if self.recovery.get("lora") is None else "LoRA"
+            steps.append(f"distil the dense model into the slim one{_length(self.recovery)}: {weights}")
+        if self.times():
+            steps.append(f"time both under {LatencyBudget(**(self.budget or {}))}")
+        steps.append(f"save the slim model, reloaded and compared first, with card and report: {folder / 'slim'}")
+        return steps
+
+    def times(self) -> bool:
+        """Whether the recipe says under which conditions latency is measured."""
+        return self.budget is not None
+
+    def missing_files(self) -> list[str]:
+        """The data files that are not there."""
+        return [path for path in self.source().paths() if not Path(path).exists()]
+
+    # ----------------------------------------------------------------- checks
+
+    def _problems(self) -> list[str]:
+        problems = []
+        for name in ("model", "output"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                problems.append(f"{name} must be a name or a folder, got {getattr(self, name)!r}")
+        given = [name for name in GOALS if getattr(self, name) is not None]
+        if len(given) != 1:
+            problems.append(f"recipe: give one of {list(GOALS)}, got {given or 'none'}")
+        if not isinstance(self.keep_ratio, int | float | dict | None) or isinstance(self.keep_ratio, bool):
+            problems.append(f"keep_ratio must be a number, or a mapping of axes to numbers, got {self.keep_ratio!r}")
+        for name, extra in (("dtype", "auto"), ("save_dtype", None)):
+            if getattr(self, name) not in (*DTYPES, extra):
+                problems.append(f"{name} must be one of {[*DTYPES, extra]}, got {getattr(self, name)!r}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            problems.append(f"seed must be a whole number, got {self.seed!r}")
+        return problems
+
+    def _makers(self) -> dict[str, Callable[[], Any]]:
+        return {
+            "data": self.source,
+            "budget" if self.budget is not None else "shape": self.goal,
+            "search": self.search_options,
+            "gates": self.config,
+            "reconstruction": lambda: ReconstructionStep(**(self.reconstruction or {})),
+            "recovery.lora": self.lora,
+            "training": lambda: _objective(self.options("training")),
+            "training phases": lambda: _phases(self.options("training")),
+            "recovery": lambda: _objective(self.options("recovery")),
+        }
+
+
+def _arguments() -> Mapping[str, Any]:
+    return TrainingArguments.__dataclass_fields__
+
+
+def _table_plan(effort: Mapping[str, Any] | None = None, **options: Any) -> TablePlan:
+    return TablePlan(**options) if effort is None else TablePlan(effort=Effort(**effort), **options)
+
+
+def _objective(options: Mapping[str, Any]) -> Distillation:
+    return Distillation(**{name: options[name] for name in Distillation.__dataclass_fields__ if name in options})
+
+
+def _phases(options: Mapping[str, Any]) -> Phases:
+    values = {name: options.get(name, default) for name, default in PHASES.items()}
+    return Phases(cast(Any, None), **values)  # judged without a model
+
+
+def _checked_deep(name: str, given: Any, allowed: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """A section, and the sections within it."""
+    values = checked(name, given, allowed[name], problems)
+    for key, value in values.items():
+        if f"{name}.{key}" in allowed and isinstance(value, Mapping):
+            values[key] = _checked_deep(f"{name}.{key}", value, allowed, problems)
+    return values
+
+
+def _override(data: dict[str, Any], text: str) -> None:
+    """Set one value of nested mappings."""
+    path, equals, value = text.partition("=")
+    *outer, last = path.strip().split(".")
+    if not equals or not last or "" in outer:
+        raise HawAdaError(f"an override must be written as section.name=value, got {text!r}")
+    for index, name in enumerate(outer):
+        inner = data.get(name)
+        if inner is not None and not isinstance(inner, dict):
+            raise HawAdaError(f"{text!r}: {'.'.join(outer[: index + 1])} is {inner!r}, and holds no {last!r}")
+        data[name] = inner or {}
+        data = data[name]
+    try:
+        data[last] = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise HawAdaError(f"{text!r}: the value is no YAML: {error}") from None
+    if data[last] is None:
+        del data[last]
+
+
+def _length(training: Mapping[str, Any]) -> str:
+    steps = training.get("max_steps", -1)
+    if steps > 0:
+        return f" for {steps} steps"
+    return f" for {training.get('num_train_epochs', TrainingArguments.num_train_epochs):g} epochs"
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(f"{name} {each}" for name, each in value.items()) if isinstance(value, dict) else str(value)

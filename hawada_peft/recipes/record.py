@@ -1,0 +1,87 @@
+"""What a recipe has done so far, on disk, so that an interrupted run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..errors import HawAdaError
+from .recipe import Recipe
+
+RECORD, RESULT = "recipe.json", "result.json"
+
+
+class Record:
+    """
+    The output folder of a recipe. Only the main process writes.
+
+    Args:
+        recipe: what is done.
+        resume: go on with what an interrupted run left.
+        main: whether this is the main process.
+
+    Raises:
+        FileExistsError: if the folder holds something and `resume` is off.
+        HawAdaError: if it is of another recipe.
+    """
+
+    def __init__(self, recipe: Recipe, *, resume: bool, main: bool) -> None:
+        self.folder, self.main = Path(recipe.output), main
+        self.adapter, self.slim = self.folder / "adapter", self.folder / "slim"
+        before = _read(self.folder / RECORD)
+        if before is None and self.folder.exists() and any(self.folder.iterdir()):
+            raise FileExistsError(f"{self.folder} exists and is not empty; name another output, or empty it first")
+        if before is not None and not resume:
+            raise FileExistsError(f"{self.folder} is of an earlier run: resume it (--resume), or name another output")
+        now = json.loads(json.dumps(recipe.to_dict()))
+        old = now if before is None else before["recipe"]
+        differing = sorted(name for name in old | now if old.get(name) != now.get(name) and name != "output")
+        if differing:  # but for where the folder is: it may have been moved
+            raise HawAdaError(f"{self.folder} is of a recipe that differs in {differing}; name another output")
+        self._content: dict[str, Any] = before or {"recipe": now}
+
+    def begin(self) -> None:
+        """Note the recipe, and remove what a killed run has not finished."""
+        if self.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write(RECORD, self._content)
+            if self.result() is None and self.slim.exists():
+                shutil.rmtree(self.slim)  # complete, but nobody wrote down what came of it
+
+    def result(self) -> dict[str, Any] | None:
+        """What came of a run that has ended."""
+        return _read(self.folder / RESULT)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Note what came of it."""
+        if self.main:
+            self._write(RESULT, result)
+
+    def stage(self, name: str) -> dict[str, Any] | None:
+        """What a stage left, if it has ended."""
+        return self._content.get(name)
+
+    def end_stage(self, name: str, facts: dict[str, Any]) -> None:
+        """Note that a stage has ended."""
+        self._content[name] = facts
+        if self.main:
+            self._write(RECORD, self._content)
+
+    def checkpoint(self, section: str) -> str | None:
+        """The last checkpoint of a training."""
+        folder = self.folder / section
+        return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        temporary = self.folder / f".{name}"
+        temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        os.replace(temporary, self.folder / name)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

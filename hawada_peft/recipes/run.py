@@ -1,0 +1,303 @@
+"""Doing what a recipe says: load, gates, train, save, merge, refit, recover, time, save."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+from accelerate import PartialState  # type: ignore[import-untyped]
+from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
+from peft import PeftModel, get_peft_model
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import (
+    AutoProcessor,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from ..adapters.huggingface import locate
+from ..errors import HawAdaError
+from ..export.beside import dense_afterwards
+from ..export.facts import ExportFacts, calibration_facts
+from ..export.find_plan import regime_of
+from ..export.plan import Plan
+from ..export.reconstruct import Reconstruction
+from ..export.verify import save_slim
+from ..latency import LatencyBudget, Timing, measure_many
+from ..latency.regime import DTYPES, Regime
+from ..loading import load_model
+from ..training.recovery import recover
+from ..training.trainer import HawAdaTrainer
+from .examples import Example, batches_from, load_data
+from .measures import qualities
+from .recipe import Recipe
+from .record import Record
+from .result import RecipeResult
+from .settings import ReconstructionStep
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT_BATCH = 8
+"""Examples per batch when the held-out ones are evaluated."""
+
+
+def train_recipe(
+    recipe: Recipe | str | os.PathLike[str], *, overrides: Iterable[str] = (), resume: bool = False
+) -> RecipeResult:
+    """
+    Slim a model as a recipe says: `hawada train` as a call.
+
+    Works under `torchrun` and `accelerate launch` as `Trainer` does: every process calls it, the first one writes.
+
+    Args:
+        recipe (`Recipe` or path): the recipe, or its YAML file.
+        overrides: as in `Recipe.read`, for a file.
+        resume (`bool`): go on where an interrupted run of the same recipe stopped.
+
+    Returns:
+        `RecipeResult`: sizes, latency and losses before and after. The output folder holds `adapter` and `slim`, the
+        trainings' checkpoints in `gates` and `recovery`, `recipe.json` and `result.json`.
+
+    Raises:
+        HawAdaError: before any work on whatever is wrong with the recipe, and on what only the model can tell, before
+            any training.
+        FileNotFoundError: if data files are missing.
+        FileExistsError: if the output folder holds something else.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.read(recipe, overrides)
+    if missing := recipe.missing_files():
+        raise FileNotFoundError(f"there is no {', '.join(missing)}, which the recipe names as data")
+    args = recipe.arguments("training", Path(recipe.output) / "gates")
+    recovery_args = recipe.arguments("recovery", Path(recipe.output) / "recovery")
+    device = args.device  # joins the other processes, if there are any
+    state = PartialState()
+    record = Record(recipe, resume=resume, main=state.is_main_process)
+    state.wait_for_everyone()  # all have looked before anything is written
+    record.begin()
+    state.wait_for_everyone()
+    if (done := record.result()) is not None:
+        return RecipeResult.from_dict(done)
+    set_seed(recipe.seed)
+    with state.main_process_first():  # a dataset is prepared once, the others find it in the cache
+        train, held_out = load_data(recipe.source(), recipe.model, recipe.seed)
+    if record.stage("gates") is None:
+        record.end_stage("gates", _train_gates(recipe, record, args, train, held_out))
+        state.wait_for_everyone()
+        clear_device_cache(garbage_collection=True)
+    model = PeftModel.from_pretrained(load_model(recipe.model, dtype=recipe.dtype), str(record.adapter))
+    model.to(device)
+    plan: Plan = cast(Any, model).applied_plan()
+    facts = _Facts(record.stage("gates") or {})
+    slim, dense = _cut(recipe, record, model, plan, recovery_args, (train, held_out), facts)
+    return _save(recipe, record, (dense, slim), plan, held_out, facts)
+
+
+class _Facts:
+    """What is learnt on the way."""
+
+    def __init__(self, losses: Mapping[str, float]) -> None:
+        self.losses = dict(losses)
+        self.reconstruction: Reconstruction | None = None
+        self.calibration: dict[str, Any] | None = None
+
+
+class _Evaluations(TrainerCallback):
+    """Evaluates after the last step, and keeps what was logged."""
+
+    def __init__(self, facts: _Facts) -> None:
+        self.facts = facts
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """The last step is evaluated."""
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+        return control
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The first and the last evaluation."""
+        found = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        if found:
+            self.facts.losses |= {"recovery_start": found[0], "recovery_end": found[-1]}
+
+
+def _train_gates(
+    recipe: Recipe, record: Record, args: TrainingArguments, train: Dataset[Example], held_out: Dataset[Example]
+) -> dict[str, float]:
+    """Train the gates and save the adapter. Returns the held-out loss under the plan."""
+    model = get_peft_model(load_model(recipe.model, dtype=recipe.dtype), recipe.config())
+    trainer = HawAdaTrainer(
+        model,
+        args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        search_options=recipe.search_options(),
+        **recipe.goal(),
+        **recipe.options("training"),
+    )
+    trainer.train(resume_from_checkpoint=record.checkpoint("gates"))
+    loss = trainer.evaluate()["eval_loss"]
+    if cast(Any, model).applied_plan().keeps_all:
+        raise HawAdaError("the plan keeps everything: the dense model is what was asked for. Ask for a smaller one")
+    if record.main:
+        temporary = record.folder / ".adapter"
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(str(temporary))
+        if record.adapter.exists():
+            shutil.rmtree(record.adapter)
+        temporary.rename(record.adapter)
+    return {"gates": loss}
+
+
+def _cut(
+    recipe: Recipe,
+    record: Record,
+    model: PeftModel,
+    plan: Plan,
+    args: TrainingArguments,
+    data: tuple[Dataset[Example], Dataset[Example]],
+    facts: _Facts,
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Merge, refit, recover. Returns the slim model and the dense one."""
+    train, held_out = data
+    base = cast(PreTrainedModel, model.get_base_model())
+    calibration = _calibration(recipe, train, facts)
+
+    def note(reconstruction: Reconstruction) -> None:
+        facts.reconstruction = reconstruction
+
+    if recipe.recovery is None:
+        with dense_afterwards(base):
+            slim = cast(Any, model).merge_and_unload(safe_merge=True, calibration=calibration, on_reconstruction=note)
+        return slim, base
+    args.eval_on_start = True
+    slim = recover(
+        model,
+        args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        lora=recipe.lora(),
+        calibration=calibration,
+        on_reconstruction=note,
+        callbacks=[_Evaluations(facts)],
+        resume_from_checkpoint=record.checkpoint("recovery"),
+        **recipe.options("recovery"),
+    )
+    return slim, base
+
+
+def _calibration(recipe: Recipe, train: Dataset[Example], facts: _Facts) -> list[Example] | None:
+    """This process's share of the calibration batches."""
+    if recipe.reconstruction is None:
+        return None
+    step, state = ReconstructionStep(**recipe.reconstruction), PartialState()
+    batches = batches_from(train, step.examples, step.batch_size)
+    facts.calibration = calibration_facts(batches)
+    return batches[state.process_index :: state.num_processes]
+
+
+def _save(
+    recipe: Recipe,
+    record: Record,
+    models: tuple[PreTrainedModel, PreTrainedModel],
+    plan: Plan,
+    held_out: Dataset[Example],
+    facts: _Facts,
+) -> RecipeResult:
+    """Evaluate, time and save."""
+    dense, slim = (model.eval() for model in models)
+    if recipe.save_dtype is not None:
+        nn.Module.to(slim, dtype=DTYPES[recipe.save_dtype])
+    state = PartialState()
+    result = None
+    if state.is_main_process:
+        nn.Module.to(slim, dense.device)
+        count = recipe.source().held_out
+        batches = batches_from(held_out, count, HELD_OUT_BATCH)
+        quality = qualities(dense, slim, batches, f"{count} held-out examples")
+        timings = _time(recipe, dense, slim)
+        refit = None if facts.reconstruction is None else _summary(facts.reconstruction)
+        save_slim(
+            slim,
+            record.slim,
+            processor=_processor(recipe.model),
+            card=ExportFacts(
+                base=recipe.model,
+                plan=plan,
+                latency=timings,
+                quality=quality,
+                reconstruction=refit,
+                calibration=facts.calibration,
+            ),
+        )
+        result = RecipeResult(
+            folder=str(record.slim),
+            dense=locate(dense).full.to_dict(),
+            slim=locate(slim).full.to_dict(),
+            dense_parameters=dense.num_parameters(),
+            slim_parameters=slim.num_parameters(),
+            losses=facts.losses,
+            reconstruction=refit,
+            quality=[asdict(change) for change in quality],
+            latency=None if timings is None else _latency(timings),
+        )
+        record.finish(result.to_dict())
+    state.wait_for_everyone()
+    return result or RecipeResult.from_dict(cast(dict[str, Any], record.result()))
+
+
+def _time(recipe: Recipe, dense: PreTrainedModel, slim: PreTrainedModel) -> dict[str, Timing] | None:
+    """Both models side by side, under the budget's regime. The dense one is used up."""
+    if not recipe.times():
+        return None
+    regime: Regime = regime_of(dense, LatencyBudget(**cast(dict[str, Any], recipe.budget)))
+    small: nn.Module = copy.deepcopy(slim)  # what is saved keeps its dtype
+    timed = {
+        name: cast(PreTrainedModel, nn.Module.to(model, regime.device, regime.torch_dtype))
+        for name, model in (("dense", dense), ("slim", small))
+    }
+    return measure_many(timed, regime, effort=recipe.search_options().get("timing"))
+
+
+def _latency(timings: Mapping[str, Timing]) -> dict[str, Any]:
+    dense, slim = timings["dense"], timings["slim"]
+    return {
+        "dense_ms": dense.median_ms,
+        "slim_ms": slim.median_ms,
+        "speedup": dense.median_ms / slim.median_ms,
+        "regime": str(slim.regime),
+        "device": slim.device_name,
+    }
+
+
+def _summary(reconstruction: Reconstruction) -> dict[str, Any]:
+    return {
+        "metric": reconstruction.metric,
+        "before": reconstruction.before,
+        "after": reconstruction.after,
+        "applied": reconstruction.applied,
+    }
+
+
+def _processor(model: str) -> Any:
+    """The model's tokenizer or image processor, if it has one."""
+    try:
+        return AutoProcessor.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        logger.info("no tokenizer or image processor is saved: %s", error)
+        return None

@@ -1,0 +1,314 @@
+"""Recipes: checked before any work, done in one go, resumed, and the same through the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import LM_ROW, VISION_ROW, assert_same_state, build, logits_of
+from PIL import Image
+from safetensors.torch import save_file
+from sklearn.datasets import load_digits
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, ViTImageProcessorPil
+from typer.testing import CliRunner
+
+from hawada_peft import Recipe, RecipeResult, train_recipe
+from hawada_peft.cli import app
+from hawada_peft.errors import HawAdaError
+from hawada_peft.recipes.examples import batches_from, load_data
+from hawada_peft.recipes.record import RESULT
+from hawada_peft.recipes.settings import DataSource
+
+FILES = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.yaml"))
+SHORT = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "use_cpu": True,
+    "dataloader_pin_memory": False,
+    "disable_tqdm": True,
+    "lr_scheduler_type": "constant",
+}
+QUICK = {"warmup": 0, "min_rounds": 1, "max_rounds": 1, "max_seconds": 0.0, "tolerance": 1e9}
+SEARCH = {
+    "cache": False,
+    "effort": {"top": 1, "rounds": 1, "instances": 1, "margin": 0.0},
+    "timing": QUICK,
+    "table_plan": {"attention": 2, "ffn": 2, "realised": 0, "depth": 2, "effort": QUICK},
+}
+run = CliRunner().invoke
+
+
+def language(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A recipe for a tiny Llama on tokens with a pattern."""
+    build(LM_ROW).save_pretrained(folder / "teacher")
+    tokens = (np.arange(16 * 60) ** 2 // 7) % LM_ROW.fields["vocab_size"]
+    np.save(folder / "tokens.npy", tokens.astype(np.uint16))
+    return {
+        "model": str(folder / "teacher"),
+        "output": str(folder / "out"),
+        "data": {"files": str(folder / "tokens.npy"), "seq_len": 16, "held_out": 8},
+        "shape": LM_ROW.slim.to_dict(),
+        "training": SHORT | {"learning_rate": 0.05, "calibration_examples": 8},
+        "reconstruction": {"examples": 16, "batch_size": 8},
+        "recovery": SHORT | {"learning_rate": 1e-3},
+    } | changes
+
+
+def written(recipe: dict[str, Any], folder: Path) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def done(recipe: dict[str, Any], **options: Any) -> Any:
+    return train_recipe(Recipe.from_dict(recipe), **options)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_example_is_valid(path: Path) -> None:
+    result = run(app, ["train", str(path), "--dry-run", "--json"])
+    assert result.exit_code == 0, result.output
+    steps = json.loads(result.output)["steps"]
+    assert steps[0].startswith("load ")
+    assert steps[-1].startswith("save the slim model")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of an uninterrupted run. Shared by tests, which leave it as it is."""
+    folder = tmp_path_factory.mktemp("whole")
+    recipe = language(folder)
+    for section in ("training", "recovery"):
+        recipe[section] |= {"save_strategy": "steps", "save_steps": 2}
+    done(recipe)
+    return folder / "out"
+
+
+def test_a_language_model_from_recipe_to_verified_folder(whole: Path) -> None:
+    out, result = whole, RecipeResult.from_dict(json.loads((whole / RESULT).read_text()))
+    slim = AutoModelForCausalLM.from_pretrained(out / "slim")
+    for name, size in LM_ROW.slim.to_dict().items():
+        assert getattr(slim.config, name) == result.slim[name] == size
+    assert slim.num_parameters() == result.slim_parameters < result.dense_parameters
+    assert (out / "adapter" / "adapter_config.json").exists()
+    assert {"README.md", "hawada_report.json"} <= {path.name for path in (out / "slim").iterdir()}
+    assert result.losses.keys() == {"gates", "recovery_start", "recovery_end"}
+    assert result.reconstruction["applied"]
+    assert result.losses["recovery_start"] < result.losses["gates"]  # refitted in between
+    assert result.losses["recovery_end"] < result.losses["recovery_start"]
+    assert {each["name"] for each in result.quality} == {"predictions that are the dense model's, in %", "perplexity"}
+    assert all(str(size) in str(result) for size in LM_ROW.slim.to_dict().values())
+
+
+def test_digits_under_a_budget_with_lora_in_both_trainings(tmp_path: Path) -> None:
+    build(VISION_ROW, image_size=8, patch_size=4, num_channels=1, num_labels=10).save_pretrained(tmp_path / "teacher")
+    scans, labels = load_digits(return_X_y=True)
+    pixels = torch.tensor(scans[:64], dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1
+    save_file({"pixel_values": pixels, "labels": torch.tensor(labels[:64])}, tmp_path / "digits.safetensors")
+    lora = {"r": 2, "target_modules": "all-linear"}
+    recipe = {
+        "model": str(tmp_path / "teacher"),
+        "output": str(tmp_path / "out"),
+        "data": {"files": str(tmp_path / "digits.safetensors"), "held_out": 16},
+        "budget": {"max_parameters": 100_000, "batch_size": 4},
+        "search": SEARCH,
+        "gates": {"gates": ["heads", "ffn", "layers"], "lora": lora},
+        "training": SHORT | {"learning_rate": 1e-3, "gate_learning_rate": 0.05, "calibration_examples": 8},
+        "recovery": SHORT | {"learning_rate": 1e-3, "lora": lora},
+        "save_dtype": "bfloat16",
+    }
+    result = done(recipe)
+    slim = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "slim")
+    assert slim.dtype == torch.bfloat16
+    assert slim.num_parameters() == result.slim_parameters <= 100_000 < result.dense_parameters
+    assert result.latency["dense_ms"] > 0
+    assert result.latency["slim_ms"] > 0
+    assert {each["name"] for each in result.quality} >= {"accuracy in %"}
+    report = json.loads((tmp_path / "out" / "slim" / "hawada_report.json").read_text())
+    assert report["latency"]["slim_ms"] == result.latency["slim_ms"]
+
+
+def test_without_reconstruction_and_recovery_the_slim_model_is_what_was_evaluated(tmp_path: Path) -> None:
+    recipe = language(tmp_path)
+    del recipe["reconstruction"], recipe["recovery"]
+    result = done(recipe)
+    assert result.losses.keys() == {"gates"}
+    assert result.reconstruction is None
+    assert result.latency is None
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
+    assert_same_state(teacher.state_dict(), build(LM_ROW).state_dict())
+
+
+@pytest.mark.parametrize("stage", ["gates", "recovery"])
+def test_an_interrupted_run_is_resumed_to_the_same_bits(tmp_path: Path, whole: Path, stage: str) -> None:
+    recipe = json.loads((whole / "recipe.json").read_text())["recipe"] | {"output": str(tmp_path / "out")}
+    out = shutil.copytree(whole, tmp_path / "out")
+    # What a run leaves that is killed right after the second step of the stage.
+    (out / RESULT).unlink()
+    shutil.rmtree(out / stage / "checkpoint-4")
+    if stage == "gates":
+        shutil.rmtree(out / "recovery")
+        shutil.rmtree(out / "adapter")
+        record = json.loads((out / "recipe.json").read_text())
+        del record["gates"]
+        (out / "recipe.json").write_text(json.dumps(record))
+    done(recipe, resume=True)
+    states = [AutoModelForCausalLM.from_pretrained(folder / "slim").state_dict() for folder in (out, whole)]
+    assert_same_state(*states)
+    found, expected = (json.loads((folder / RESULT).read_text()) for folder in (out, whole))
+    assert found | {"folder": expected["folder"]} == expected
+
+
+def test_a_folder_of_another_run_is_left_alone(tmp_path: Path) -> None:
+    recipe = language(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not empty"):
+        done(recipe)
+    (tmp_path / "out" / "mine.txt").unlink()
+    (tmp_path / "out" / "recipe.json").write_text(json.dumps({"recipe": Recipe.from_dict(recipe).to_dict()}))
+    with pytest.raises(FileExistsError, match="--resume"):
+        done(recipe)
+    with pytest.raises(HawAdaError, match=r"differs in \['seed'\]"):
+        done(recipe | {"seed": 3}, resume=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["recipe.json"]
+
+
+def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
+    recipe = language(tmp_path, modle="x", dtype="int4", gates={"gates": ["heads"], "group_size": "8"})
+    recipe["training"] = {"relaxatio": "closing", "max_steps": "5", "output_dir": "x"}
+    recipe["recovery"] = {"lora": {"rank": 8}}
+    with pytest.raises(HawAdaError) as error:
+        done(recipe)
+    for part in (
+        "unknown name 'modle'; near are ['model'",
+        "unknown name 'relaxatio'; near are ['relaxation']",
+        "unknown name 'output_dir'",
+        "training.max_steps must be int, got '5'",
+        "gates.group_size must be int, got '8'",
+        "recovery.lora: unknown name 'rank'",
+        "dtype must be one of",
+    ):
+        assert part in str(error.value), part
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "message"),
+    [
+        ("training", {"relaxation": "open"}, "relaxation must be one of"),
+        ("training", {"kl_weight": 0.0}, "weights must be"),
+        ("gates", {"gates": ["legs"]}, "gates must be among"),
+        ("data", {"files": "x", "dataset": "y"}, "give one of `files` and `dataset`"),
+        ("shape", {"intermediate_size": 0}, "intermediate_size must be a whole number"),
+        ("shape", None, "give one of"),
+        ("reconstruction", {"examples": 1}, "examples must be at least 2"),
+        ("recovery", [1], "recovery must be a mapping"),
+        ("data", None, "missing ['data']"),
+    ],
+)
+def test_values_are_judged_by_the_classes_that_they_go_to(
+    tmp_path: Path, section: str, value: Any, message: str
+) -> None:
+    with pytest.raises(HawAdaError) as error:
+        done(language(tmp_path, **{section: value}))
+    assert message in str(error.value)
+
+
+def test_overrides_replace_add_and_leave_out(tmp_path: Path) -> None:
+    path = written(language(tmp_path), tmp_path)
+    recipe = Recipe.read(path, ["recovery=null", "training.learning_rate=1e-4", "gates.group_size=8", "seed=7"])
+    assert recipe.recovery is None
+    assert recipe.training is not None
+    assert recipe.training["learning_rate"] == 1e-4
+    assert recipe.gates == {"group_size": 8}
+    assert recipe.seed == 7
+    for wrong in ("seed", "model.name=x", "=3", "seed=[1"):
+        with pytest.raises(HawAdaError):
+            Recipe.read(path, [wrong])
+
+
+def test_the_command_prints_json_and_nothing_else(tmp_path: Path) -> None:
+    recipe = language(tmp_path)
+    del recipe["recovery"]
+    path = str(written(recipe, tmp_path))
+    result = json.loads(run(app, ["train", path, "--json"]).stdout)
+    assert result == json.loads((tmp_path / "out" / RESULT).read_text())
+    again = run(app, ["train", path, "--resume", "--json"])
+    assert json.loads(again.stdout) == result
+    refused = run(app, ["train", path])
+    assert refused.exit_code == 1
+    assert "--resume" in refused.output
+
+
+def test_missing_files_are_noticed_before_any_work(tmp_path: Path) -> None:
+    recipe = language(tmp_path)
+    (tmp_path / "tokens.npy").unlink()
+    with pytest.raises(FileNotFoundError, match=r"tokens\.npy"):
+        done(recipe)
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_write_one_result(tmp_path: Path) -> None:
+    recipe = language(tmp_path)
+    parallel = {"per_device_train_batch_size": 2, "ddp_backend": "gloo", "ddp_find_unused_parameters": False}
+    recipe["training"] |= parallel
+    recipe["recovery"] |= parallel
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    command = [*launcher, "-m", "hawada_peft.cli", "train", str(written(recipe, tmp_path)), "--json"]
+    finished = subprocess.run(command, check=True, capture_output=True, text=True)
+    result = json.loads(finished.stdout)  # one document, of the first process
+    slim = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "slim")
+    assert slim.num_parameters() == result["slim_parameters"]
+    assert result["losses"]["recovery_end"] < result["losses"]["gates"]
+    assert logits_of(slim).isfinite().all()
+
+
+def test_folders_of_images_are_read_through_the_models_processor(tmp_path: Path) -> None:
+    build(VISION_ROW).save_pretrained(tmp_path / "teacher")
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "teacher")
+    for index in range(5):
+        (tmp_path / "images" / str(index % 2)).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20 + index, 30), (50 * index, 0, 0)).save(tmp_path / f"images/{index % 2}/{index}.png")
+    source = DataSource(files=str(tmp_path / "images"), held_out=2)
+    train, held_out = load_data(source, str(tmp_path / "teacher"), seed=0)
+    (batch,) = batches_from(train, 8, 8)
+    (other,) = batches_from(held_out, 8, 8)
+    assert batch["pixel_values"].shape == (3, 3, 16, 16)
+    seen = {round(float(image[0].mean()), 4) for image in [*batch["pixel_values"], *other["pixel_values"]]}
+    assert len(seen) == 5  # every image once, none in both parts
+
+
+def test_a_folder_of_a_dataset_is_cut_into_windows(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(["<e>", "<u>", *"abcdef"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<u>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    build(LM_ROW).save_pretrained(tmp_path / "teacher")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>", unk_token="<u>").save_pretrained(
+        tmp_path / "teacher"
+    )
+    (tmp_path / "data").mkdir()
+    rows = [{"words": "a b c"}, {"words": "d e"}, {"words": "f"}]
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    source = DataSource(dataset=str(tmp_path / "data"), column="words", seq_len=2, held_out=1)
+    train, held_out = load_data(source, str(tmp_path / "teacher"), seed=0)
+    found = sorted(tuple(each["input_ids"].tolist()) for part in (train, held_out) for each in part)
+    assert found == sorted([(2, 3), (4, 0), (5, 6), (0, 7)])
+    with pytest.raises(HawAdaError, match="no column 'text'"):
+        load_data(DataSource(dataset=str(tmp_path / "data"), held_out=1), str(tmp_path / "teacher"), seed=0)
