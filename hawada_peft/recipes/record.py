@@ -8,9 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..errors import HawAdaError
+from ..training.trainer import STATE_FILE
 from .recipe import Recipe
 
 RECORD, RESULT = "recipe.json", "result.json"
@@ -73,9 +74,10 @@ class Record:
             self._write(RECORD, self._content)
 
     def checkpoint(self, section: str) -> str | None:
-        """The last checkpoint of a training."""
-        folder = self.folder / section
-        return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        """The last checkpoint of a training that is complete: the file that is written last is there."""
+        last = STATE_FILE if section == "gates" else TRAINER_STATE_NAME
+        complete = [path.parent for path in (self.folder / section).glob(f"checkpoint-*/{last}")]
+        return str(max(complete, key=lambda path: int(path.name.partition("-")[2]))) if complete else None
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         temporary = self.folder / f".{name}"
