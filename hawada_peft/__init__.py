@@ -19,6 +19,7 @@ from .adapters import (
     is_ffn_layer,
 )
 from .adapters.huggingface import Family, Shape, register_family
+from .calibrated import slim_calibrated
 from .config import HawAdaConfig
 from .export import (
     ExportFacts,
@@ -108,6 +109,7 @@ __all__ = [
     "slice_embedding",
     "slice_linear",
     "slim",
+    "slim_calibrated",
     "slim_checkpoint",
     "train_recipe",
     "verify_slim",

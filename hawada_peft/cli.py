@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated
@@ -39,6 +39,12 @@ def _one_message() -> Iterator[None]:
     except (HawAdaError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(code=1) from None
+
+
+def _refuse_options(given: Mapping[str, object], why: str) -> None:
+    named = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
+    if named:
+        raise HawAdaError(f"{', '.join(named)} {why}")
 
 
 @app.command()
@@ -191,23 +197,52 @@ def slim_command(
     output: Annotated[Path, typer.Argument(help="Folder for the slim model; must not exist yet, or be empty.")],
     plan: Annotated[Path | None, typer.Option(help="Plan to use instead of the one applied to the adapter.")] = None,
     fold: Annotated[bool, typer.Option(help="Fold the gates' soft values into the weights.")] = True,
-    max_shard_size: Annotated[str, typer.Option(help="Size of a weight file at most, as 5GB or 500MB.")] = "50GB",
-    verify: Annotated[str, typer.Option(help="files, or full: also load both models and compare logits.")] = "files",
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Size of a weight file at most, as 5GB or 500MB; 50GB if left out.")
+    ] = None,
+    verify: Annotated[
+        str | None, typer.Option(help="files (if left out), or full: also load both models and compare logits.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Load the model, and reconstruct on these examples: as for `hawada plan`.")
+    ] = None,
+    examples: Annotated[int | None, typer.Option(min=1, help="Calibration examples at most; 64 if left out.")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens per example of a text; 256 if left out.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to reconstruct: cpu (if left out), cuda, ...")] = None,
     as_json: Json = False,
 ) -> None:
     """
     Slim a checkpoint of any size straight from its files, tensor by tensor. The dense model is never in memory.
 
+    With --calibration it is: the slim model's output projections are then refitted to it.
+
     Example: hawada slim meta-llama/Llama-3.1-8B ./adapter ./slim --max-shard-size 5GB
+
+    Example: hawada slim ./teacher ./adapter ./slim --calibration text.txt
     """
+    from .calibrated import slim_calibrated
     from .export.plan import Plan
     from .export.stream import slim_checkpoint
+    from .loading import batches_of, load_examples
 
+    from_files = {"max_shard_size": max_shard_size, "verify": verify}
+    in_memory = {"examples": examples, "seq_len": seq_len, "device": device}
     with _one_message():
+        if calibration is None:
+            _refuse_options(in_memory, "needs --calibration: add it, or leave this out")
+        else:
+            _refuse_options(
+                from_files,
+                "is for slimming from files, and --calibration slims in memory, where logits are always compared and "
+                "transformers cuts the files: leave one of them out",
+            )
         chosen = None if plan is None else Plan.from_json(plan.read_text(encoding="utf-8"))
-        written = slim_checkpoint(
-            base, adapter, output, plan=chosen, fold=fold, max_shard_size=max_shard_size, verify=verify
-        )
+        if calibration is None:
+            size, check = max_shard_size or "50GB", verify or "files"
+            written = slim_checkpoint(base, adapter, output, plan=chosen, fold=fold, max_shard_size=size, verify=check)
+        else:
+            batches = batches_of(load_examples(calibration, base, length=seq_len or 256, count=examples or 64), 8)
+            written = slim_calibrated(base, adapter, output, batches, plan=chosen, fold=fold, device=device or "cpu")
         if as_json:
             typer.echo(json.dumps(written.to_dict()))
             return
@@ -216,6 +251,10 @@ def slim_command(
             f"{written.parameters:,} of {written.dense_parameters:,} parameters stay: "
             f"{written.weight_bytes / 1e6:.1f} MB in {written.folder}"
         )
+        if written.reconstruction is not None:
+            typer.echo(f"reconstruction: {written.reconstruction}")
+        elif calibration is not None:
+            typer.echo("reconstruction: the plan cuts nothing, so there was nothing to refit")
 
 
 @app.command()

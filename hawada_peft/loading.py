@@ -1,17 +1,22 @@
-"""Models and calibration data from files, for the command line."""
+"""Models, processors and calibration data from files."""
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from .errors import HawAdaError
 from .export.skeleton import auto_class_of, skeleton_of
+
+logger = logging.getLogger(__name__)
 
 
 def load_skeleton(model: str) -> PreTrainedModel:
@@ -37,6 +42,15 @@ def load_model(model: str, device: str = "cpu", dtype: str = "auto") -> PreTrain
         dtype: of the weights; `"auto"` is what they were saved in.
     """
     return auto_class_of(load_skeleton(model)).from_pretrained(model, dtype=dtype, device_map=device).eval()
+
+
+def processor_of(model: str | os.PathLike[str]) -> Any:
+    """A model's tokenizer or image processor, if it has one."""
+    try:
+        return AutoProcessor.from_pretrained(os.fspath(model))
+    except (OSError, ValueError) as error:
+        logger.info("no tokenizer or image processor is saved: %s", error)
+        return None
 
 
 def load_examples(path: Path, model: str, *, length: int, count: int | None = None) -> dict[str, torch.Tensor]:

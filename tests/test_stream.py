@@ -16,10 +16,11 @@ from conftest import EVERYTHING, LM_ROW, ROWS, VISION_ROW, Export, Row, build, g
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from hawada_peft import Plan, slim, slim_checkpoint
+from hawada_peft import ExportFacts, Plan, slim, slim_checkpoint
 from hawada_peft.adapters.huggingface import locate
 from hawada_peft.cli import app
 from hawada_peft.errors import (
@@ -30,8 +31,11 @@ from hawada_peft.errors import (
     UnsupportedModelError,
 )
 from hawada_peft.export.checkpoint import Checkpoint
+from hawada_peft.export.facts import CARD_NAME, REPORT_NAME
+from hawada_peft.export.fold import lora_of
 
 SMALL = "20KB"
+LORA = {"r": 3, "target_modules": "all-linear", "lora_dropout": 0.1}
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -43,7 +47,8 @@ def names_in(folder: Path) -> list[str]:
 
 
 def assert_same_files(found: Path, expected: Path) -> None:
-    assert names_in(found) == names_in(expected)
+    """All of the model's files; the card and the report come on top."""
+    assert names_in(found) == sorted([*names_in(expected), CARD_NAME, REPORT_NAME])
     different = [name for name, data in files_of(expected).items() if files_of(found)[name] != data]
     assert different == []
 
@@ -98,6 +103,9 @@ def test_bytes_are_those_in_memory_with_a_narrower_stream(name: str, tmp_path: P
     model.save_pretrained(tmp_path / "adapter")
     slim_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "slim")
     assert_same_files(tmp_path / "slim", in_memory(tmp_path))
+    dense = json.loads((tmp_path / "slim" / REPORT_NAME).read_text())["dense"]
+    assert (dense["hidden_size"], dense["parameters"]) == (64, build(row).num_parameters())
+    assert "| hidden_size | 64 | 48 | 75% |" in (tmp_path / "slim" / CARD_NAME).read_text()
 
 
 def test_bytes_are_those_of_the_export_in_memory(exported: Export, tmp_path: Path) -> None:
@@ -159,6 +167,79 @@ def test_bytes_of_modules_trained_with_the_gates(dtype: torch.dtype, tmp_path: P
     assert not torch.equal(found, load_file(tmp_path / "base" / "model.safetensors")["classifier.weight"])
 
 
+def save_joint(base: PreTrainedModel, row: Row, folder: Path, lora: dict[str, Any] = LORA, **options: Any) -> None:
+    """Gates and LoRA, both far from their start."""
+    model = gate(base, gates=EVERYTHING, lora=lora, **options)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    model.apply_plan(scattered_plan(model, row.slim))
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "smollm3", "vit", "dinov2"])
+def test_bytes_with_lora_below_the_gates(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    row = ROWS[name]
+    model = build(row, dtype)
+    model.save_pretrained(tmp_path / "base")
+    save_joint(model, row, tmp_path / "adapter")
+    slim_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "slim")
+    assert_same_files(tmp_path / "slim", in_memory(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "lora"),
+    [
+        ("llama", {"use_dora": True}),
+        ("llama", {"target_modules": ["embed_tokens", "q_proj", "down_proj"]}),
+        ("llama", {"use_rslora": True, "rank_pattern": {"q_proj": 5}, "alpha_pattern": {"k_proj": 3}}),
+        ("vit", {"lora_bias": True}),
+        ("vit", {"target_modules": ["projection", "classifier"]}),
+    ],
+    ids=["DoRA", "embedding", "patterns", "biases", "convolution"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bytes_with_other_kinds_of_lora(name: str, lora: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+    row = ROWS[name]
+    model = build(row, dtype)
+    model.save_pretrained(tmp_path / "base")
+    save_joint(model, row, tmp_path / "adapter", lora={**LORA, **lora})
+    slim_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "slim")
+    assert_same_files(tmp_path / "slim", in_memory(tmp_path))
+
+
+@pytest.mark.parametrize("options", [{"fold": False}, {"plan": Plan.keep_all(locate(build(LM_ROW)).dense)}], ids=str)
+def test_lora_is_merged_whatever_becomes_of_the_gates(options: dict[str, Any], tmp_path: Path) -> None:
+    model = build(LM_ROW)
+    model.save_pretrained(tmp_path / "base", max_shard_size=SMALL)
+    save_joint(model, LM_ROW, tmp_path / "adapter")
+    options = options | {"max_shard_size": SMALL}
+    found = slim_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "slim", verify="full", **options)
+    assert_same_files(tmp_path / "slim", in_memory(tmp_path, **options))
+    assert found.verification
+
+
+def test_lora_on_other_modules_is_refused() -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    with pytest.raises(UnsupportedModelError, match=r"LoRA on \['attention'\].*merge_and_unload"):
+        lora_of(get_peft_model(model, LoraConfig(target_modules=["attention"])))
+
+
+def test_broken_lora_is_refused(tmp_path: Path) -> None:
+    build(VISION_ROW).save_pretrained(tmp_path / "base")
+    save_joint(build(VISION_ROW), VISION_ROW, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if "lora_A" in name)
+    save_file(weights | {name: torch.full_like(weights[name], torch.nan)}, file)
+    with pytest.raises(BrokenGatesError, match="NaNs detected in the LoRA"):
+        slim_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "slim")
+    assert names_in(tmp_path) == ["adapter", "base"]
+
+
 @pytest.mark.parametrize("stored", ["embedding", "head", "both"])
 def test_bytes_of_tied_embeddings(stored: str, tmp_path: Path) -> None:
     model = build(LM_ROW, tie_word_embeddings=True)
@@ -217,9 +298,41 @@ def test_companions_are_copied_and_nothing_else(folder: Path) -> None:
     slim_checkpoint(folder / "base", folder / "adapter", folder / "slim")
     found = {str(path.relative_to(folder / "slim")) for path in (folder / "slim").rglob("*") if path.is_file()}
     own = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert found == mine | own
+    assert found == mine | own | {CARD_NAME, REPORT_NAME}
     assert all((folder / "slim" / name).read_text() == name for name in mine)
     assert AutoTokenizer.from_pretrained(folder / "slim").get_vocab() == words
+
+
+def test_card_and_report_say_what_was_cut(folder: Path) -> None:
+    (folder / "base" / REPORT_NAME).write_text("of the dense model")
+    written = slim_checkpoint(folder / "base", folder / "adapter", folder / "slim", verify="full")
+    report = json.loads((folder / "slim" / REPORT_NAME).read_text())
+    assert Plan.from_dict(report["plan"]) == written.plan
+    assert report["base"] == {"name": "base"}
+    assert report["dense"]["parameters"] == written.dense_parameters
+    assert report["model"]["parameters"] == written.parameters
+    assert report["verification"]["parameters"] == written.parameters
+    card = (folder / "slim" / CARD_NAME).read_text()
+    assert "base, slimmed" in card
+    assert "What was cut" in card
+
+
+def test_facts_about_the_export_are_added_or_left_out(folder: Path) -> None:
+    card = ExportFacts(license="mit", repo_id="me/slim")
+    slim_checkpoint(folder / "base", folder / "adapter", folder / "slim", card=card)
+    report = json.loads((folder / "slim" / REPORT_NAME).read_text())
+    assert report["base"] == {"name": "base", "license": "mit"}
+    assert "plan" in report
+    (folder / "base" / REPORT_NAME).write_text("of the dense model")
+    slim_checkpoint(folder / "base", folder / "adapter", folder / "bare", card=None)
+    assert not {CARD_NAME, REPORT_NAME} & set(names_in(folder / "bare"))
+
+
+def test_facts_that_contradict_the_model_are_refused_before_anything_is_written(folder: Path) -> None:
+    card = ExportFacts(plan=Plan.keep_all(locate(build(LM_ROW)).dense))
+    with pytest.raises(InvalidPlanError, match="the slim model has"):
+        slim_checkpoint(folder / "base", folder / "adapter", folder / "slim", card=card)
+    assert names_in(folder) == ["adapter", "base"]
 
 
 @pytest.mark.parametrize("fold", [True, False])

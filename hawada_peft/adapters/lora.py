@@ -97,6 +97,20 @@ def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
 
 
+def sound_lora_layers(model: nn.Module, adapter_names: Sequence[str]) -> list[tuple[str, Any]]:
+    """
+    The LoRA layers by their dotted names, none of them broken.
+
+    Raises:
+        BrokenGatesError: if LoRA holds NaN or infinity.
+    """
+    layers = lora_layers(model)
+    broken = [name for name, layer in layers if not all(torch.isfinite(p).all() for p in _own_parameters(layer))]
+    if broken:
+        raise BrokenGatesError(f"NaNs detected in the LoRA of {broken}. The adapter {list(adapter_names)} is broken")
+    return layers
+
+
 def merge_lora(model: nn.Module, adapter_names: Sequence[str]) -> None:
     """
     Add LoRA to the weights and take it off. New tensors take the place of the weights; the old ones stay as they are.
@@ -104,11 +118,7 @@ def merge_lora(model: nn.Module, adapter_names: Sequence[str]) -> None:
     Raises:
         BrokenGatesError: if LoRA holds NaN or infinity; nothing has been changed then.
     """
-    layers = lora_layers(model)
-    broken = [name for name, layer in layers if not all(torch.isfinite(p).all() for p in _own_parameters(layer))]
-    if broken:
-        raise BrokenGatesError(f"NaNs detected in the LoRA of {broken}. The adapter {list(adapter_names)} is broken")
-    for _, layer in layers:
+    for _, layer in sound_lora_layers(model, adapter_names):
         layer.merge(safe_merge=True, adapter_names=list(adapter_names))
     _remove(model)
 

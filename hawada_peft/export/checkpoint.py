@@ -21,6 +21,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..errors import UnsupportedModelError
+from .facts import CARD_NAME, REPORT_NAME
 from .shards import FLOATS, Stored, read_header, read_rows
 from .skeleton import skeleton_of
 
@@ -33,7 +34,14 @@ asked for again every time.
 WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".gguf")
 """Ends the names of files with weights, in this or other formats."""
 
-OF_THE_DENSE_MODEL = {"config.json", "generation_config.json", "README.md", "params.json", "trainer_state.json"}
+OF_THE_DENSE_MODEL = {
+    "config.json",
+    "generation_config.json",
+    CARD_NAME,
+    REPORT_NAME,
+    "params.json",
+    "trainer_state.json",
+}
 """Files that are written anew, or would say something untrue beside a slim model."""
 
 TEMPLATES = "additional_chat_templates"

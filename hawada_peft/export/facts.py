@@ -25,6 +25,7 @@ from .search_state import SearchResult
 
 Latency: TypeAlias = SearchResult | LatencyTable | Mapping[str, Timing]
 CARD_NAME = "README.md"
+REPORT_NAME = "hawada_report.json"
 CARD_FIELDS = ("license", "license_name", "license_link", "language")
 """What a slim model's card takes over from the base model's."""
 
@@ -153,13 +154,13 @@ def latency_facts(latency: Latency, slim: Shape) -> dict[str, Any]:
 
     Args:
         latency: see `ExportFacts`.
-        slim: the slim model's sizes, complete.
+        slim: the slim model's sizes, complete, with that of the residual stream.
 
     Raises:
         IncompatibleTableError: see `report_of`.
     """
     if isinstance(latency, SearchResult):
-        best = latency.best.shape.complete(latency.table.dense)
+        best = latency.best.shape.complete(latency.table.dense).complete(slim)
         if best != slim:
             raise IncompatibleTableError(
                 f"the search found {best.to_dict()}, the slim model has {slim.to_dict()}: pass the latency of this "

@@ -1,8 +1,9 @@
-"""A saved adapter's gates on a model without weights, and what they multiply into single tensors."""
+"""A saved adapter on a model without weights, and what it makes of single tensors: LoRA added, gates multiplied in."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -14,13 +15,36 @@ from transformers import PreTrainedModel
 from .._register import NAME
 from ..adapters.base import GateAdapter
 from ..adapters.layers import Base, fold_factors, parameters_of
-from ..errors import BrokenGatesError, HawAdaError
+from ..adapters.lora import sound_lora_layers
+from ..errors import BrokenGatesError, HawAdaError, UnsupportedModelError
 
 DEFAULT = "default"
 """PEFT's name of an adapter."""
 
 Factors = tuple[torch.Tensor | None, torch.Tensor | None]
 """What a module's inputs and its output are multiplied by."""
+
+
+def gates_config(adapter: str | os.PathLike[str]) -> PeftConfig:
+    """
+    The configuration of saved gates.
+
+    Args:
+        adapter: folder or Hub id.
+
+    Raises:
+        HawAdaError: if it is no adapter, or one of another type.
+    """
+    name = os.fspath(adapter)
+    try:
+        config = PeftConfig.from_pretrained(name)
+    except ValueError as error:
+        raise HawAdaError(f"{name} is not an adapter: {error}") from error
+    if config.peft_type != NAME:
+        raise HawAdaError(
+            f"{name} is an adapter of type {PeftType(config.peft_type).value}, needed is one of type {NAME}"
+        )
+    return config
 
 
 def load_gates(skeleton: PreTrainedModel, adapter: str | os.PathLike[str]) -> PeftModel:
@@ -35,15 +59,7 @@ def load_gates(skeleton: PreTrainedModel, adapter: str | os.PathLike[str]) -> Pe
         HawAdaError: if the adapter is of another type, or its file lacks gates.
         IncompatibleBaseError: if it is for another base model.
     """
-    name = os.fspath(adapter)
-    try:
-        config = PeftConfig.from_pretrained(name)
-    except ValueError as error:
-        raise HawAdaError(f"{name} is not an adapter: {error}") from error
-    if config.peft_type != NAME:
-        raise HawAdaError(
-            f"{name} is an adapter of type {PeftType(config.peft_type).value}, needed is one of type {NAME}"
-        )
+    name, config = os.fspath(adapter), gates_config(adapter)
     config.base_model_name_or_path, config.inference_mode = skeleton.name_or_path, True
     gated = cast(PeftModel, get_peft_model(skeleton, config, adapter_name=DEFAULT))
     for key, parameter in list(gated.named_parameters()):
@@ -70,6 +86,50 @@ def factors_of(gated: PeftModel) -> dict[str, Factors]:
             raise BrokenGatesError(f"the gates of {name} hold NaN or infinite values; train them again")
         found[name] = factors
     return found
+
+
+def lora_of(gated: PeftModel) -> dict[str, Any]:
+    """
+    PEFT's LoRA layers below the gates, by the name of the module that they are on.
+
+    Raises:
+        BrokenGatesError: if LoRA holds NaN or infinity.
+        UnsupportedModelError: if it is on modules that hold more than a weight and a bias.
+    """
+    layers = sound_lora_layers(gated.get_base_model(), [DEFAULT])
+    odd = [
+        name
+        for name, layer in layers
+        if not {key for key, _ in layer.get_base_layer().named_parameters()} <= {"weight", "bias"}
+    ]
+    if odd:
+        raise UnsupportedModelError(
+            f"LoRA on {odd[:3]}{' ...' if odd[3:] else ''} cannot be merged tensor by tensor: load the model, and use "
+            "`merge_and_unload` and `save_slim`"
+        )
+    return {name.removesuffix(".base_layer"): layer for name, layer in layers}
+
+
+def merge_tensor(layer: Any, which: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """
+    A module's `weight` or `bias` with its LoRA added, by PEFT's own merge.
+
+    Args:
+        layer: of `lora_of`; its module is without data, before and after.
+        which: of the tensors.
+        tensors: the module's whole weight, and its bias if LoRA changes that.
+    """
+    base = layer.get_base_layer()
+    empty = {name: getattr(base, name) for name in tensors}
+    for name, tensor in tensors.items():
+        setattr(base, name, nn.Parameter(tensor, requires_grad=False))
+    try:
+        layer.merge(safe_merge=True, adapter_names=[DEFAULT])
+        return cast(torch.Tensor, getattr(base, which).data)
+    finally:
+        layer.merged_adapters.clear()
+        for name, parameter in empty.items():
+            setattr(base, name, parameter)
 
 
 def fold_tensor(module: nn.Module, which: str, tensor: torch.Tensor, factors: Factors) -> torch.Tensor:

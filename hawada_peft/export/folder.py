@@ -59,6 +59,17 @@ def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         lock.release()
 
 
+def check_free(folder: str | os.PathLike[str]) -> None:
+    """
+    Check that `new_folder` could make this one, before long work.
+
+    Raises:
+        FileExistsError: if the folder holds something.
+    """
+    if Path(folder).exists() and any(Path(folder).iterdir()):
+        raise _occupied(folder)
+
+
 def _occupied(folder: str | os.PathLike[str]) -> FileExistsError:
     return FileExistsError(f"{folder} exists and is not empty; choose another folder, or empty it first")
 

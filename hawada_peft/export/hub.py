@@ -11,7 +11,7 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard
 from transformers import AutoConfig, PreTrainedModel
 
 from ..errors import HawAdaError
-from .facts import CARD_NAME, ExportFacts
+from .facts import CARD_NAME, REPORT_NAME, ExportFacts
 from .model_card import TAG, slim_card
 from .report import report_of
 from .skeleton import skeleton_of
@@ -19,7 +19,6 @@ from .skeleton import skeleton_of
 if TYPE_CHECKING:
     from .verify import Verification
 
-REPORT_NAME = "hawada_report.json"
 PROCESSOR_FILES = {"tokenizer": "tokenizer_config.json", "image_processor": "preprocessor_config.json"}
 
 

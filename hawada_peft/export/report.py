@@ -41,14 +41,14 @@ def report_of(model: PreTrainedModel, facts: ExportFacts, verification: Verifica
         HawAdaError: if what reconstruction reported is neither a dataclass nor a mapping.
     """
     layout = locate(model)
-    if facts.plan is not None and facts.plan.shape != layout.dense:
+    if facts.plan is not None and layout.complete(facts.plan.shape) != layout.dense:
         raise InvalidPlanError(
             f"the plan leaves {facts.plan.shape.to_dict()}, the slim model has {layout.dense.to_dict()}: pass the "
             "plan that it was made with"
         )
     base = base_facts(facts)
     dense = facts.plan.dense if facts.plan is not None else _sizes_of(facts.base)
-    timing = None if facts.latency is None else latency_facts(facts.latency, layout.dense)
+    timing = None if facts.latency is None else latency_facts(facts.latency, layout.full)
     compiled = timing is not None and timing["measured"] and timing["regime"]["backend"] == "compile"
     lines = passport(
         model,
@@ -67,7 +67,7 @@ def report_of(model: PreTrainedModel, facts: ExportFacts, verification: Verifica
         "repo_id": facts.repo_id,
         "base": base or None,
         "model": _model_facts(model, layout),
-        "dense": None if dense is None else dense.sizes() | {"parameters": dense_parameters(model, layout, dense)},
+        "dense": None if dense is None else dense.to_dict() | {"parameters": dense_parameters(model, layout, dense)},
         "plan": None if facts.plan is None else facts.plan.to_dict(),
         "verification": None if verification is None else dataclasses.asdict(verification),
         "latency": timing,
@@ -112,4 +112,4 @@ def _sizes_of(base: str | os.PathLike[str] | None) -> Shape | None:
     """The sizes of a base model whose folder is at hand."""
     if base is None or not (Path(base) / "config.json").is_file():
         return None
-    return locate(skeleton_of(AutoConfig.from_pretrained(base))).dense
+    return locate(skeleton_of(AutoConfig.from_pretrained(base))).full

@@ -1,7 +1,8 @@
 """
 Slim a checkpoint folder straight into a slim folder, tensor by tensor: the dense model is never in memory.
 
-The same steps as in memory, on a model without weights; then every slim tensor is read, folded, sliced and written.
+The same steps as in memory, on a model without weights; then every slim tensor is read, merged with its LoRA, folded,
+sliced and written.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -28,10 +29,13 @@ from ..adapters.huggingface.family import locate
 from ..errors import HawAdaError, InvalidPlanError
 from .axes import SliceRule, find_axes
 from .checkpoint import Checkpoint, stored_names
-from .fold import DEFAULT, Factors, factors_of, fold_tensor, load_gates
+from .facts import ExportFacts
+from .fold import DEFAULT, Factors, factors_of, fold_tensor, load_gates, lora_of, merge_tensor
 from .folder import new_folder
+from .hub import checked_report, write_card
 from .plan import Plan
 from .rank import gate_scores
+from .reconstruct import Reconstruction
 from .shards import write_shard
 from .skeleton import auto_class_of
 from .slicing import slice_tensor
@@ -40,11 +44,18 @@ from .verify import Verification, example_inputs, output_of, verify_files, verif
 
 logger = logging.getLogger(__name__)
 
+NO_PLAN = (
+    "there is no plan: apply one to the adapter before it is saved "
+    "(`model.apply_plan(model.plan(keep_ratio=0.5))`), or pass one as `plan`"
+)
+NOTHING_ELSE = ExportFacts()
+"""Nothing is known about the export beside its base and its plan."""
+
 
 @dataclass(frozen=True)
 class SlimCheckpoint:
     """
-    What `slim_checkpoint` wrote.
+    What `slim_checkpoint` or `slim_calibrated` wrote.
 
     Args:
         folder (`Path`): the slim model.
@@ -52,7 +63,8 @@ class SlimCheckpoint:
         parameters (`int`): of the slim model.
         dense_parameters (`int`): of the dense model.
         weight_bytes (`int`): in the slim tensors.
-        verification (`Verification`, *optional*): what was measured with `verify="full"`.
+        verification (`Verification`, *optional*): what was measured; by `slim_checkpoint` with `verify="full"`.
+        reconstruction (`Reconstruction`, *optional*): what that did; of `slim_calibrated`, if anything was cut.
     """
 
     folder: Path
@@ -61,6 +73,7 @@ class SlimCheckpoint:
     dense_parameters: int
     weight_bytes: int
     verification: Verification | None = None
+    reconstruction: Reconstruction | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -71,6 +84,7 @@ class SlimCheckpoint:
             "dense_parameters": self.dense_parameters,
             "weight_bytes": self.weight_bytes,
             "verification": None if self.verification is None else asdict(self.verification),
+            "reconstruction": None if self.reconstruction is None else asdict(self.reconstruction),
         }
 
 
@@ -83,14 +97,16 @@ def slim_checkpoint(
     fold: bool = True,
     max_shard_size: int | str = "50GB",
     verify: str = "files",
+    card: ExportFacts | None = NOTHING_ELSE,
 ) -> SlimCheckpoint:
     """
     Slim a checkpoint of any size: from safetensors files to safetensors files, tensor by tensor.
 
     The output has the same bytes as the export in memory, `merge_and_unload` of the model that
     `from_pretrained(base, dtype="auto")` loads, then `save_pretrained`. A few MiB of weights are in memory at a time,
-    or one tensor where gates sit on other modules than Linear. Tokenizer, processor and licence files of the base are
-    copied along. The output folder appears complete and verified, or not at all, also when the process is killed.
+    or one tensor where gates sit on other modules than Linear, or where LoRA is below the gates. Tokenizer, processor
+    and licence files of the base are copied along; a `README.md` and a `hawada_report.json` are added. The output
+    folder appears complete and verified, or not at all, also when the process is killed.
 
     Args:
         base: folder or Hub id of the dense model, with safetensors files.
@@ -102,21 +118,28 @@ def slim_checkpoint(
         verify (`str`): `"files"` checks that the folder's config loads through its Auto class and that its files hold
             exactly that model's tensors. `"full"` also loads both models, one after the other, and compares their
             logits as `verify_slim` does.
+        card (`ExportFacts`, *optional*): what else is known about the export, for the model card and the report; base
+            and plan are filled in. `None` writes neither.
 
     Returns:
         `SlimCheckpoint`: what was written.
 
     Raises:
         FileExistsError: if the output folder holds something.
-        UnsupportedModelError: if the checkpoint is not in plain safetensors files as transformers names them.
+        UnsupportedModelError: if the checkpoint is not in plain safetensors files as transformers names them, or LoRA
+            is on a module with more than a weight and a bias.
         InvalidPlanError: if there is no plan.
         IncompatibleBaseError, IllegalShapeError, BrokenGatesError: as `merge_and_unload`.
         VerificationError: if the output is not what it should be.
+        HawAdaError: if the facts contradict the model.
     """
     if verify not in ("files", "full"):
         raise HawAdaError(f"verify must be 'files' or 'full', got {verify!r}")
     checkpoint = Checkpoint(base)
     export = _Export(checkpoint, adapter, plan, fold=fold)
+    if card is not None:
+        card = replace(card, base=card.base or base, plan=card.plan or export.plan)
+        checked_report(export.slim, card)  # before anything is written
     with new_folder(output) as folder:
         weight_bytes = export.write(folder, max_shard_size)
         checkpoint.copy_companions(folder)
@@ -125,6 +148,8 @@ def slim_checkpoint(
         if verify == "full":
             logits, inputs = _reference(checkpoint.folder, adapter, export.plan, fold=fold)
             verification = verify_slim(folder, logits, inputs)
+        if card is not None:
+            write_card(folder, card, verification)
     logger.info("%s: %s", output, export.plan)
     return SlimCheckpoint(
         folder=Path(output),
@@ -150,6 +175,7 @@ class _Export:
     ) -> None:
         self._checkpoint = checkpoint
         self._factors: dict[str, Factors] = {}
+        self._lora: dict[str, Any] = {}
         self.dense = checkpoint.skeleton
         if adapter is not None:
             gated = load_gates(self.dense, adapter)
@@ -159,12 +185,10 @@ class _Export:
             else:
                 gated.apply_plan(None)  # another plan's closed units must not be folded away
             self._factors = factors_of(gated) if fold else {}
+            self._lora = lora_of(gated)
             self.dense = cast(PreTrainedModel, gated.unload())
         if plan is None:
-            raise InvalidPlanError(
-                "there is no plan: apply one to the adapter before it is saved "
-                "(`model.apply_plan(model.plan(keep_ratio=0.5))`), or pass one as `plan`"
-            )
+            raise InvalidPlanError(NO_PLAN)
         self.plan = plan
         self._layout = locate(self.dense)
         plan.check_base(self._layout.full)
@@ -213,11 +237,13 @@ class _Export:
         """A slim tensor by its name in the slim model, in parts along its first dimension."""
         source, layer, short = source_of(name, self._layout, self.plan)
         owner, _, which = source.rpartition(".")
-        module, factors = self.dense.get_submodule(owner), self._factors.get(owner)
+        module, factors, lora = self.dense.get_submodule(owner), self._factors.get(owner), self._lora.get(owner)
         keep = {rule.dim: rows_of(rule, self._layout, self.plan, layer) for rule in self._rules.get(short, ())}
         own = self.dense.get_parameter_or_buffer(source)
         if not own.is_meta:  # trained with the gates: modules_to_save
             parts = iter([own.data])
+        elif lora is not None and (which == "weight" or lora.lora_bias[DEFAULT]):
+            parts = iter([self._merged(owner, which, lora)])
         elif factors is None or (isinstance(module, nn.Linear) and which == "weight"):
             parts = self._checkpoint.parts(source, keep.pop(0, None))
         else:  # other factors may lie along the first dimension
@@ -228,6 +254,14 @@ class _Export:
             for dim, rows in keep.items():
                 part = slice_tensor(part, dim, rows)
             yield part
+
+    def _merged(self, owner: str, which: str, lora: Any) -> torch.Tensor:
+        """A whole parameter of a dense module with its LoRA."""
+        needed = (
+            [which] if not lora.lora_bias[DEFAULT] else [name for name, _ in lora.get_base_layer().named_parameters()]
+        )
+        tensors = {name: torch.cat(list(self._checkpoint.parts(f"{owner}.{name}"))) for name in needed}
+        return merge_tensor(lora, which, tensors)
 
 
 def _reference(

@@ -17,7 +17,6 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
-    AutoProcessor,
     PreTrainedModel,
     TrainerCallback,
     TrainerControl,
@@ -36,7 +35,7 @@ from ..export.reconstruct import Reconstruction
 from ..export.verify import save_slim
 from ..latency import LatencyBudget, Timing, measure_many
 from ..latency.regime import DTYPES, Regime
-from ..loading import load_model
+from ..loading import load_model, processor_of
 from ..training.recovery import recover
 from ..training.trainer import HawAdaTrainer
 from .examples import Example, batches_from, load_data
@@ -235,7 +234,7 @@ def _save(
         save_slim(
             slim,
             record.slim,
-            processor=_processor(recipe.model),
+            processor=processor_of(recipe.model),
             card=ExportFacts(
                 base=recipe.model,
                 plan=plan,
@@ -292,12 +291,3 @@ def _summary(reconstruction: Reconstruction) -> dict[str, Any]:
         "after": reconstruction.after,
         "applied": reconstruction.applied,
     }
-
-
-def _processor(model: str) -> Any:
-    """The model's tokenizer or image processor, if it has one."""
-    try:
-        return AutoProcessor.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        logger.info("no tokenizer or image processor is saved: %s", error)
-        return None
