@@ -37,8 +37,8 @@ def slim_calibrated(
     """
     Slim a checkpoint with reconstruction: `slim_checkpoint` for models that fit in memory.
 
-    `merge_and_unload(calibration=...)` of what `from_pretrained(base, dtype="auto")` loads, then `save_slim`. The base's
-    tokenizer or image processor is saved with it, if there is one.
+    `merge_and_unload(calibration=...)` of what `from_pretrained(base, dtype="auto")` loads, then `save_slim`. The
+    base's tokenizer or image processor is saved with it, if there is one.
 
     Args:
         base: folder or Hub id of the dense model.
