@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from ..errors import HawAdaError, IncompatibleBaseError
 from .distill import Batch, get_student_logits, position_mask
 from .objective import Distillation
+from .unlabelled import UnlabelledTrainer
 
 Model = PreTrainedModel | PeftModel
 
 
-class DistillTrainer(Trainer):
+class DistillTrainer(UnlabelledTrainer):
     """
     Trains a slim model, or LoRA on it, to give the logits of a dense one. Labels are not used.
 
@@ -78,10 +79,7 @@ class DistillTrainer(Trainer):
         self._steps = 0  # since then
         self._eval_sums: dict[str, torch.Tensor] = {}
         self._per_position: bool | None = None
-        # Trainer switches the cache off for good; the config is the model's own.
-        self._use_cache: bool | None = getattr(model.config, "use_cache", None)
-        super().__init__(model=model, args=args, **kwargs)
-        self.can_return_loss = True  # the teacher takes the place of labels
+        super().__init__(model, args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the loss is scaled here, by `num_items_in_batch`
         if self.place_model_on_device and getattr(teacher, "quantization_method", None) is None:
             self._move_model_to_device(teacher, self.args.device)
@@ -150,26 +148,6 @@ class DistillTrainer(Trainer):
             return torch.tensor(float(main.numel())) if mask is None else mask.sum().float()
         return torch.tensor(float(len(main)))
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`; the student's `use_cache` is put back afterwards."""
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            self._set_cache(self._use_cache)
-
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """As in `Trainer`; the saved config has the student's own `use_cache`."""
-        during = getattr(self.student.config, "use_cache", None)
-        self._set_cache(self._use_cache)
-        try:
-            super().save_model(*args, **kwargs)
-        finally:
-            self._set_cache(during)
-
-    def _set_cache(self, use_cache: bool | None) -> None:
-        if self._use_cache is not None:
-            self.student.config.use_cache = use_cache
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the terms of the loss, averaged since the last time, with it."""
         if "loss" in logs and self._sums:
@@ -197,21 +175,6 @@ class DistillTrainer(Trainer):
             metrics: dict[str, float] = output.metrics
             metrics.update({f"{metric_key_prefix}_{name}": (sums[name] / rows).item() for name in sums})
         return output
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> Any:
-        """As in `Trainer`, with a loss also for data without labels."""
-        names = self.label_names
-        self.label_names = names if all(inputs.get(name) is not None for name in names) else []
-        try:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        finally:
-            self.label_names = names
 
     def _reduced(self, sums: dict[str, torch.Tensor], reduction: str) -> dict[str, torch.Tensor]:
         return {name: self.accelerator.reduce(value, reduction=reduction) for name, value in sums.items()}

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list  # type: ignore[import-untype
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..adapters.attach import collect_gates
 from ..adapters.base import GateAdapter
@@ -32,6 +32,7 @@ from .importance import gate_importance, init_gates
 from .objective import Distillation
 from .penalties import bimodality_penalty, floor_penalty
 from .phases import Phases
+from .unlabelled import UnlabelledTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ LAGRANGE_OPTIONS = ("cache", "effort", "table", "table_plan", "timing")
 """What a training under a multiplier takes of the arguments of `find_plan`."""
 
 
-class HawAdaTrainer(Trainer):
+class HawAdaTrainer(UnlabelledTrainer):
     """
     Trains the gates of a PEFT model by distillation from the same model with the adapter disabled.
 
@@ -166,14 +167,11 @@ class HawAdaTrainer(Trainer):
         self.anchor_steps, self.search_options = anchor_steps, dict(search_options or {})
         self._terms: dict[str, list[torch.Tensor]] = {}
         self.gated: Any = model  # `self.model`, typed for what PEFT passes on to the tuner
-        # Trainer switches the cache off for good; the slim model's config is the base model's.
-        self._use_cache: bool | None = getattr(model.config, "use_cache", None)
-        super().__init__(model=model, args=args, **kwargs)
+        super().__init__(model, args, **kwargs)
         applied = self.gated.applied_plan()
         if applied is not None and (self._goal is None or applied.shape != self._goal.final_shape()):
             logger.warning("the applied plan has another shape than the goal; it is opened: %s", applied)
             self.gated.apply_plan(None)
-        self.can_return_loss = True  # the teacher takes the place of labels
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch: divide by their number
         self.add_callback(_Phases(self))
 
@@ -282,15 +280,13 @@ class HawAdaTrainer(Trainer):
     # ----------------------------------------------------------------- start
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`; the base model's `use_cache` is put back afterwards."""
+        """As in `Trainer`, after the start: the shape for a budget, and gates in the order of their importance."""
         if not resume_from_checkpoint:
             self._prepare()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.phases.relax(None)
-            if self._use_cache is not None:
-                self.gated.config.use_cache = self._use_cache
 
     def _prepare(self) -> None:
         """Find the shape for a budget, and start gates that nobody has started."""
@@ -378,21 +374,6 @@ class HawAdaTrainer(Trainer):
         """As in `Trainer`; before the decision under the plan that the gates would get now."""
         with nullcontext() if self._goal is None else self.phases.planned(self._goal):
             return super().evaluation_loop(*args, **kwargs)
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> Any:
-        """As in `Trainer`, with a loss also for data without labels."""
-        names = self.label_names
-        self.label_names = names if all(inputs.get(name) is not None for name in names) else []
-        try:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        finally:
-            self.label_names = names
 
     # ----------------------------------------------------------- checkpoints
 
