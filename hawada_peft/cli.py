@@ -292,8 +292,10 @@ def train(
             return
         with redirect_stdout(sys.stderr):  # transformers' logs are no result
             result = train_recipe(read, resume=resume)
-        if PartialState().is_main_process:
+        processes = PartialState()
+        if processes.is_main_process:
             typer.echo(json.dumps(result.to_dict()) if as_json else str(result))
+        processes.destroy_process_group()  # its threads must not outlive the interpreter
 
 
 def main() -> None:

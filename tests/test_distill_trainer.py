@@ -236,6 +236,7 @@ def test_another_vocabulary_is_refused(tmp_path: Path, row: Row, fields: Any, si
 
 PROCESS = """
 import json, sys
+import torch
 sys.path.insert(0, sys.argv[1])
 import test_distill_trainer as tests
 from pathlib import Path
@@ -248,6 +249,7 @@ if trainer.is_world_process_zero():
     logs = {"world": trainer.args.world_size, "eval_kl": metrics["eval_kl"], "eval_loss": metrics["eval_loss"]}
     logs |= {name: tests.logged(trainer, name) for name in ("loss", "kl")}
     (folder / "logs.json").write_text(json.dumps(logs))
+torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter
 """
 PARALLEL = SGD | {"max_steps": 2, "gradient_accumulation_steps": 2, "ddp_find_unused_parameters": False}
 

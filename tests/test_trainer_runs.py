@@ -500,6 +500,7 @@ for name in ("shape", "latency"):
     found |= {each: tests.logged(trainer, each) for each in ("loss", "kl", "multiplier")}
     found["thetas"] = {each: theta.tolist() for each, theta in tests.thetas(trainer.model).items()}
     (folder / f"{name}-{trainer.args.process_index}.json").write_text(json.dumps(found))
+torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter
 """
 
 

@@ -110,7 +110,7 @@ def _read(path: Path, source: DataSource, model: str) -> Dataset[Example]:
 
 def _load_dataset(source: DataSource, model: str) -> Any:
     # Here: only recipes that name a dataset need the library.
-    from datasets import load_dataset  # type: ignore[import-untyped]
+    from datasets import load_dataset
 
     data = load_dataset(source.dataset, source.config, split=source.split)
     vision = load_skeleton(model).main_input_name == "pixel_values"
