@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +90,17 @@ def rows_of_families() -> Iterator[None]:
     for current, saved in zip((FAMILIES, TARGET_MODULES), before, strict=True):
         current.clear()
         current.update(saved)
+
+
+def two_processes(*arguments: str) -> str:
+    """Run a script (or `-m module`) in two processes that form a group; what they print."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    done = subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
 
 
 def build(row: Row, dtype: torch.dtype = torch.float32, **fields: Any) -> PreTrainedModel:

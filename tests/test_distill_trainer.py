@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import LM_ROW, VISION_ROW, Row, assert_same_state, build, logits_of, scattered_plan, state_of
+from conftest import (
+    LM_ROW,
+    VISION_ROW,
+    Row,
+    assert_same_state,
+    build,
+    logits_of,
+    scattered_plan,
+    state_of,
+    two_processes,
+)
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
@@ -257,13 +264,7 @@ PARALLEL = SGD | {"max_steps": 2, "gradient_accumulation_steps": 2, "ddp_find_un
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None:
     script = tmp_path / "process.py"
     script.write_text(PROCESS)
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command = [*launcher, f"--master-port={port}", str(script), str(Path(__file__).parent), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    two_processes(str(script), str(Path(__file__).parent), str(tmp_path))
     two = json.loads((tmp_path / "logs.json").read_text())
     one = trainer_of(tmp_path / "one", args=PARALLEL)
     one.train()

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import LM_ROW, VISION_ROW, assert_same_state, build, logits_of
+from conftest import LM_ROW, VISION_ROW, assert_same_state, build, logits_of, two_processes
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
@@ -264,13 +261,8 @@ def test_two_processes_write_one_result(tmp_path: Path) -> None:
     parallel = {"per_device_train_batch_size": 2, "ddp_backend": "gloo", "ddp_find_unused_parameters": False}
     recipe["training"] |= parallel
     recipe["recovery"] |= parallel
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    command = [*launcher, "-m", "hawada_peft.cli", "train", str(written(recipe, tmp_path)), "--json"]
-    finished = subprocess.run(command, check=True, capture_output=True, text=True)
-    result = json.loads(finished.stdout)  # one document, of the first process
+    printed = two_processes("-m", "hawada_peft.cli", "train", str(written(recipe, tmp_path)), "--json")
+    result = json.loads(printed)  # one document, of the first process
     slim = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "slim")
     assert slim.num_parameters() == result["slim_parameters"]
     assert result["losses"]["recovery_end"] < result["losses"]["gates"]

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import BARE_ROW, LM_ROW, build, gate
+from conftest import BARE_ROW, LM_ROW, build, gate, two_processes
 from peft import PeftModel
 from test_search_export import timing, toy_table
 from test_trainer import DATA, LABELLED, TARGET, StopAt, logged, thetas, trainer_of
@@ -515,13 +512,7 @@ def parallel(name: str, folder: Path, args: dict[str, Any]) -> HawAdaTrainer:
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None:
     script = tmp_path / "process.py"
     script.write_text(PROCESS)
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command = [*launcher, f"--master-port={port}", str(script), str(Path(__file__).parent), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    two_processes(str(script), str(Path(__file__).parent), str(tmp_path))
     found = {
         name: [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in range(2)]
         for name in ("shape", "latency")
