@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers import PreTrainedModel
+
+from ..adapters.huggingface.family import locate
+from .plan import Plan
+from .slim import materialise
 
 
 @contextmanager
@@ -33,3 +40,33 @@ def dense_afterwards(base: nn.Module) -> Iterator[None]:
             parameter.data = tensor
     for name, head in heads.items():  # the trained copies are in their place
         base.set_submodule(name, head)
+
+
+def dense_view(base: PreTrainedModel) -> PreTrainedModel:
+    """
+    The vanilla model around which adapters were put: a model of the same class with the same tensors, in eval mode.
+
+    Nothing is copied and the base model stays as it is. What adapters add is not in the view.
+
+    Args:
+        base: with adapters in it, unmerged, its weights not quantized.
+    """
+    with torch.device("meta"):
+        view = type(base)(base.config)
+    view.load_state_dict({name: _below(base, name) for name in view.state_dict()}, strict=True, assign=True)
+    layout = locate(base)
+    materialise(base, view, layout, Plan.keep_all(layout.dense))
+    view.tie_weights()
+    return view.eval()
+
+
+def _below(base: nn.Module, name: str) -> torch.Tensor:
+    """A tensor by its vanilla name, from below the adapters that wrap its module."""
+    owner, _, attribute = name.rpartition(".")
+    module = base
+    for part in owner.split("."):
+        module = module.get_submodule(part)
+        while isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
+            module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+    tensor = getattr(module, attribute)
+    return tensor.data if isinstance(tensor, nn.Parameter) else tensor

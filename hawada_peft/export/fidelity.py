@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,19 +13,36 @@ from transformers import PreTrainedModel
 from .verify import output_of
 
 Batch = Mapping[str, Any]
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+"""What makes one sum of those of all ranks."""
 
 
-def divergence(dense: PreTrainedModel, slim: PreTrainedModel, batches: Sequence[Batch]) -> tuple[str, float]:
+def all_reduced(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks, in place, where `torch.distributed` is in use."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def of_this_rank(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum as it is: for what one rank does while the others wait."""
+    return tensor
+
+
+def divergence(
+    dense: PreTrainedModel, slim: PreTrainedModel, batches: Sequence[Batch], reduce: Reduce = all_reduced
+) -> tuple[str, float]:
     """
     The mean divergence of a slim model's outputs from the dense model's, over all positions that are not padding.
 
     Args:
         dense, slim: two models with outputs of the same shape.
         batches: keyword arguments of their forward pass, without labels.
+        reduce: sums over ranks.
 
     Returns:
         `"kl"` and KL(dense || slim) in nats for a model with a head of two or more outputs, otherwise `"mse"` and the
-        mean squared difference of the outputs. Over the batches of all ranks, where `torch.distributed` is in use.
+        mean squared difference of the outputs.
     """
     name, sums = "kl", torch.zeros(2, dtype=torch.float64, device=dense.device)
     for batch in batches:
@@ -37,7 +54,7 @@ def divergence(dense: PreTrainedModel, slim: PreTrainedModel, batches: Sequence[
             values = difference(found[row], expected[row])
             weights = torch.ones_like(values) if mask is None else mask[row].to(values.dtype)
             sums += torch.stack([(values * weights).sum(), weights.sum()]).double()
-    total, count = all_reduced(sums).tolist()
+    total, count = reduce(sums).tolist()
     return name, total / count
 
 
@@ -45,13 +62,6 @@ def position_mask(batch: Batch, positions: torch.Size) -> torch.Tensor | None:
     """Where a batch holds tokens and not padding: (batch, seq), bool; None where positions are not tokens."""
     mask = batch.get("attention_mask")
     return mask.bool() if isinstance(mask, torch.Tensor) and mask.shape == positions else None
-
-
-def all_reduced(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over ranks, in place, where `torch.distributed` is in use."""
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(tensor)
-    return tensor
 
 
 def _kl(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

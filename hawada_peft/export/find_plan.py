@@ -26,6 +26,7 @@ from ..latency.timing import Timing
 from .legality import check_legal, legal_head_shapes
 from .quality import Batch, MaskedQuality
 from .realise import realiser
+from .refitted import RefittedQuality, obstacle
 from .rehome import has_twin, twin_skeleton
 from .search_export import search
 from .search_state import SearchEffort, SearchResult
@@ -100,6 +101,7 @@ def find_plan(
     table_plan: TablePlan | None = None,
     allow_rehome: bool = False,
     hidden_sizes: Sequence[int] | None = None,
+    refit: bool | None = None,
     effort: SearchEffort | None = None,
     timing: Effort | None = None,
     cache: str | Path | bool = True,
@@ -118,6 +120,10 @@ def find_plan(
             says so, and such a plan is exported by `slim(rehome(dense), plan)`.
         hidden_sizes: to search besides the dense one, each by a table of its own; a few even steps down to half of it
             if left out. Only with gates on `"hidden"`.
+        refit: judge shapes by slim models that are refitted on the calibration batches (`RefittedQuality`), as
+            `merge_and_unload(calibration=...)` gives them; this foretells best which shape recovers best. `False`
+            judges them by closed gates alone, which is quicker and right for a merge without `calibration`. If left
+            out: by refitted models, unless gates on `"hidden"`, trained LoRA or quantized weights forbid it.
         effort: how hard to look.
         timing: how long candidates are timed.
         cache: of the table, as in `measure_table`.
@@ -129,6 +135,7 @@ def find_plan(
         InfeasibleBudgetError: before any training, if no shape meets the budget.
         IllegalShapeError: if no model of one of the hidden sizes exists.
         IncompatibleTableError: if the table is for another device, regime or model.
+        HawAdaError: if models are to be refitted and cannot be, or there are no two rows to do so.
     """
     base = dense_model(model)
     layout = locate(base)
@@ -136,7 +143,8 @@ def find_plan(
     if table is None:
         table = measure_table(model, regime, plan=table_plan, allow_rehome=allow_rehome, cache=cache)
     table.check(regime=regime, model=layout.fingerprint())
-    quality = MaskedQuality(model, calibration, importance)
+    refit = not obstacle(model, calibration) if refit is None else refit
+    quality = (RefittedQuality if refit else MaskedQuality)(model, calibration, importance)
     sizes: Sequence[int] = ()
     if HIDDEN in quality.free:
         group = quality.scores.hidden_group

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from .fidelity import all_reduced
+from .fidelity import Reduce
 
 
 class Moments:
@@ -44,10 +44,10 @@ class Moments:
         self.yx += y.T @ x
         self.yy += y.square().sum()
 
-    def all_reduce(self) -> Moments:
-        """Add up the moments of all ranks, where `torch.distributed` is in use."""
+    def reduced(self, reduce: Reduce) -> Moments:
+        """The moments of all ranks, added up in place by `reduce`."""
         for tensor in (self.count, self.x, self.y, self.xx, self.yx, self.yy):
-            all_reduced(tensor)
+            reduce(tensor)
         return self
 
     def error(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> float:

@@ -134,6 +134,7 @@ class MaskedQuality:
         """
         self._drop_layers(min(space.layers))
         total = self.layout.dense.sizes()["num_hidden_layers"]
+        depth_loss = self.depth_losses(min(space.layers))
         heads = np.stack([self._heads_cut(layer, space.heads) for layer in range(total)])
         ffn = np.stack([self._channels_cut(layer, space.ffn) for layer in range(total)])
         heads_loss = self._measured_curve(heads.sum(0), [replace(pair) for pair in space.heads], "num_attention_heads")
@@ -144,9 +145,15 @@ class MaskedQuality:
         for row, count in enumerate(space.layers):
             dropped = self._order[: total - count]
             kept = [layer for layer in range(total) if layer not in dropped]
-            depth = hidden + (self._depth_loss[total - count - 1] if dropped else 0.0)
-            result[row] = depth + heads_loss(heads[kept].sum(0))[:, None] + ffn_loss(ffn[kept].sum(0))[None, :]
+            width = heads_loss(heads[kept].sum(0))[:, None] + ffn_loss(ffn[kept].sum(0))[None, :]
+            result[row] = hidden + depth_loss[count] + width
         return result
+
+    def depth_losses(self, least: int) -> dict[int, float]:
+        """The measured loss of dropping layers and nothing else, by how many remain."""
+        self._drop_layers(least)
+        total = self.layout.dense.sizes()["num_hidden_layers"]
+        return {total: 0.0} | {total - 1 - index: loss for index, loss in enumerate(self._depth_loss)}
 
     def drop_order(self, layers: int) -> list[int]:
         """The layers to drop so that `layers` remain, the cheapest first."""

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..adapters.huggingface.family import locate
 from ..adapters.layers import parameters_of
 from ..errors import HawAdaError, IncompatibleBaseError, UnsupportedModelError
-from .fidelity import Batch, all_reduced, divergence, position_mask
+from .fidelity import Batch, Reduce, all_reduced, divergence, position_mask
 from .plan import Plan
 from .projections import Refit, as_projection, choose, new_moments
 from .streams import Gains, Stream, residual_gains
@@ -104,6 +104,45 @@ def reconstruct(
     References:
         Frantar, Alistarh, "Optimal Brain Compression" (2022) for the closed form.
     """
+    result = refit_model(
+        dense,
+        slim,
+        plan,
+        calibration,
+        dampings=dampings,
+        held_out=held_out,
+        correction=correction,
+        reduce=all_reduced,
+    )
+    if result.applied or result.before == 0:
+        logger.info("%s", result)
+    else:
+        warnings.warn(
+            f"the slim model keeps its plain weights: {result}. More calibration batches, of the data that the model "
+            "is for, may change that.",
+            stacklevel=2,
+        )
+    return result
+
+
+def refit_model(
+    dense: PreTrainedModel,
+    slim: PreTrainedModel,
+    plan: Plan,
+    calibration: Iterable[Batch],
+    *,
+    dampings: Sequence[float] = DAMPINGS,
+    held_out: float = HELD_OUT,
+    correction: float = CORRECTION,
+    reduce: Reduce,
+) -> Reconstruction:
+    """
+    `reconstruct` without its log and warning.
+
+    Args:
+        dense, slim, plan, calibration, dampings, held_out, correction: as there.
+        reduce: sums over ranks.
+    """
     problems = [f"damping must be above 0, got {damping}" for damping in dampings if not damping > 0]
     if not dampings:
         problems.append("dampings must name at least one")
@@ -125,9 +164,9 @@ def reconstruct(
             f"the plan leads to {plan.shape.to_dict()}, the slim model has {layout.dense.to_dict()}; pass the plan "
             "that it was made with"
         )
-    fitted, held = _split(calibration, slim.device, slim.main_input_name, held_out)
+    fitted, held = _split(calibration, slim.device, slim.main_input_name, held_out, reduce)
     with _evaluating(dense, slim), torch.no_grad():
-        metric, before = divergence(dense, slim, held)
+        metric, before = divergence(dense, slim, held, reduce)
         teacher, student = (
             Stream.start(model, row, [*fitted, *held]) for model, row in ((dense, teacher_layout), (slim, layout))
         )
@@ -138,24 +177,15 @@ def reconstruct(
         plain = {name: [p.data for p in parameters_of(module)] for name, module in projections.items()}
         applied = False
         try:
-            refits = tuple(_refit_layers(teacher, student, plan, masks, len(fitted), dampings, correction))
-            _, after = divergence(dense, slim, held)
+            refits = tuple(_refit_layers(teacher, student, plan, masks, len(fitted), dampings, correction, reduce))
+            _, after = divergence(dense, slim, held, reduce)
             applied = after < before
         finally:  # also when a layer fails: never a model that is refitted in part
             if not applied:
                 for name, module in projections.items():
                     for parameter, tensor in zip(parameters_of(module), plain[name], strict=True):
                         parameter.data = tensor
-    result = Reconstruction(refits, metric, before, after, applied)
-    if applied or before == 0:
-        logger.info("%s", result)
-    else:
-        warnings.warn(
-            f"the slim model keeps its plain weights: {result}. More calibration batches, of the data that the model "
-            "is for, may change that.",
-            stacklevel=2,
-        )
-    return result
+    return Reconstruction(refits, metric, before, after, applied)
 
 
 def _refit_layers(
@@ -166,6 +196,7 @@ def _refit_layers(
     fitted: int,
     dampings: Sequence[float],
     correction: float,
+    reduce: Reduce,
 ) -> Iterator[Refit]:
     """Refit layer after layer; the first `fitted` batches are fitted to, the others choose the damping."""
     ends = [*plan.layers[1:], plan.dense.sizes()["num_hidden_layers"]]
@@ -191,7 +222,7 @@ def _refit_layers(
                 moments[batch >= fitted].add(inputs.flatten(0, -2)[rows], added.flatten(0, -2)[rows])
             wanted.clear()
             gain = None if gains is None else gains[which]
-            yield choose(name, module, moments[0].all_reduce(), moments[1].all_reduce(), gain, dampings)
+            yield choose(name, module, moments[0].reduced(reduce), moments[1].reduced(reduce), gain, dampings)
         student.advance(index)
         logger.debug("layer %d of %d is refitted", index + 1, len(plan.layers))
 
@@ -259,7 +290,7 @@ def _evaluating(*models: PreTrainedModel) -> Iterator[None]:
 
 
 def _split(
-    calibration: Iterable[Batch], device: torch.device, main_input: str, held_out: float
+    calibration: Iterable[Batch], device: torch.device, main_input: str, held_out: float, reduce: Reduce
 ) -> tuple[list[Batch], list[Batch]]:
     """The batches to fit and those to hold out, on the device, without labels; the rows, if there is one batch."""
     batches: list[Batch] = [
@@ -281,7 +312,7 @@ def _split(
     held = [batch for index, batch in enumerate(batches) if index % period == period - 1] or batches[-1:]
     fitted = [batch for batch in batches if all(batch is not other for other in held)]
     counts = torch.tensor([len(fitted), len(held), not batches], device=device)
-    if min(all_reduced(counts)[:2].tolist()) == 0 or counts[2]:
+    if min(reduce(counts)[:2].tolist()) == 0 or counts[2]:
         raise HawAdaError(
             f"{len(batches)} calibration batch(es) here; reconstruction needs at least one on every rank, and two "
             "rows in all: some to fit and some to hold out"

@@ -58,7 +58,7 @@ def slim(model: Model, plan: Plan) -> Model:
     with torch.device("meta"):
         result = type(model)(config)
     result.load_state_dict(dict(_sliced(model, result, layout, plan, rules)), strict=True, assign=True)
-    _materialise(model, result, layout, plan)
+    materialise(model, result, layout, plan)
     result.tie_weights()
     if model.can_generate():
         result.generation_config = copy.deepcopy(model.generation_config)
@@ -111,8 +111,8 @@ def rows_of(rule: SliceRule, layout: Layout, plan: Plan, layer: int) -> torch.Te
     return torch.cat(rows)
 
 
-def _materialise(model: nn.Module, result: nn.Module, layout: Layout, plan: Plan) -> None:
-    """Give the slim model the tensors that a state dict does not hold (rotary frequencies): those of the dense one."""
+def materialise(model: nn.Module, result: nn.Module, layout: Layout, plan: Plan) -> None:
+    """Give a slim model the tensors that a state dict does not hold (rotary frequencies): those of the dense one."""
     for module_name, module in result.named_modules():
         for name, tensor in [*module._buffers.items(), *vars(module).items()]:
             if not isinstance(tensor, torch.Tensor) or not tensor.is_meta:

@@ -56,7 +56,7 @@ class Recipe:
         shape (`dict`, *optional*): fields of `Shape`.
         keep_ratio (`float` or `dict`, *optional*): as in `HawAdaModel.plan`.
         search (`dict`, *optional*): how a budget becomes a shape: `effort` (fields of `SearchEffort`), `timing`,
-            `table_plan`, `hidden_sizes`, `cache`, as in `find_plan`.
+            `table_plan`, `hidden_sizes`, `refit`, `cache`, as in `find_plan`.
         gates (`dict`, *optional*): fields of `HawAdaConfig`; `lora` holds those of PEFT's `LoraConfig`.
         training (`dict`, *optional*): options of `HawAdaTrainer` and fields of `TrainingArguments`.
         reconstruction (`dict`, *optional*): `examples` and `batch_size` of the least squares; none if left out.

@@ -30,7 +30,7 @@ MANY = 40
 _TRAINING = {"shape", "keep_ratio", "budget", "search_options", "train_dataset", "plan", "calibration"}
 _WRITTEN = {"plan", "plan_in_training", "base_sizes", "peft_type", "auto_mapping", "peft_version", "init_weights"}
 _PLACES = {"output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "local_rank"}
-_SEARCH = {"effort", "timing", "table_plan", "hidden_sizes", "cache"}
+_SEARCH = {"effort", "timing", "table_plan", "hidden_sizes", "refit", "cache"}
 
 
 def keywords(function: Any, *, leave_out: Collection[str] = ()) -> Hints:

@@ -1,0 +1,106 @@
+"""Shapes judged by refitted models: the same model and the same loss as a merge with calibration gives."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import LM_ROW, VISION_ROW, build, difference, inputs_of, logits_of
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from hawada_peft import HawAdaConfig, Reconstruction, Shape
+from hawada_peft.adapters.huggingface import locate
+from hawada_peft.errors import HawAdaError, IllegalShapeError
+from hawada_peft.export.beside import dense_view
+from hawada_peft.export.legality import check_legal
+from hawada_peft.export.quality import MaskedQuality
+from hawada_peft.export.refitted import RefittedQuality, obstacle
+from hawada_peft.export.space import search_space
+from hawada_peft.latency.regime import Regime
+
+
+def gated(row: Any = LM_ROW, **options: Any) -> PeftModel:
+    return get_peft_model(build(row), HawAdaConfig(**options))
+
+
+def batches_of(model: PeftModel) -> list[dict[str, torch.Tensor]]:
+    batch = inputs_of(model)
+    return [{name: value.roll(step, -1) for name, value in batch.items()} for step in range(4)]
+
+
+def test_the_view_is_the_dense_model_around_which_the_gates_are(row: Any) -> None:
+    dense = build(row)
+    expected = logits_of(dense)
+    model = get_peft_model(dense, HawAdaConfig(lora=LoraConfig(target_modules="all-linear")))
+    view = dense_view(dense)
+    assert type(view) is type(dense)
+    assert torch.equal(logits_of(view), expected)
+    assert not any("lora" in name or "base_layer" in name for name, _ in view.named_parameters())
+    mine = {parameter.data_ptr() for parameter in model.parameters()}
+    assert {parameter.data_ptr() for parameter in view.parameters()} <= mine  # nothing is copied
+
+
+@pytest.mark.parametrize("row", [LM_ROW, VISION_ROW], ids=["llama", "vit"])
+@pytest.mark.filterwarnings("ignore:the slim model keeps its plain weights")
+def test_the_loss_is_that_of_a_merge_with_calibration(row: Any) -> None:
+    model = gated(row)
+    batches = batches_of(model)
+    shape = Shape(4, None if row is LM_ROW else 4, 40, 3)
+    quality = RefittedQuality(model, batches)
+    found = quality.evaluate(shape)
+    reports: list[Reconstruction] = []
+    plan = quality.plan(shape)
+    copy.deepcopy(model).merge_and_unload(plan=plan, fold=False, calibration=batches, on_reconstruction=reports.append)
+    assert found == pytest.approx(min(reports[0].before, reports[0].after), rel=1e-6)
+    assert quality.evaluate(locate(model.get_base_model()).dense) == 0
+
+
+def test_the_gated_model_is_left_as_it_was() -> None:
+    model = gated()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    expected = logits_of(model)
+    quality = RefittedQuality(model, batches_of(model))
+    quality.predict(search_space(model.get_base_model(), quality.layout, Regime(), multiple=8))
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert difference(logits_of(model), expected) == 0
+
+
+def test_fewer_layers_never_look_better() -> None:
+    quality = RefittedQuality(model := gated(), batches_of(model))
+    losses = quality.depth_losses(1)
+    assert losses[4] == 0
+    assert list(losses) == sorted(losses, reverse=True)
+    assert (np.diff([losses[count] for count in sorted(losses)]) <= 0).all()
+
+
+def test_head_counts_of_the_twin_alone_are_judged_there() -> None:
+    model = gated()
+    quality = RefittedQuality(model, batches_of(model))
+    shape = Shape(5, 1, 48, 3)
+    with pytest.raises(IllegalShapeError):
+        check_legal(quality.dense, quality.layout, shape)
+    assert quality.evaluate(shape) > 0
+
+
+def test_what_forbids_it_is_named() -> None:
+    model = gated(gates=("heads", "ffn", "layers", "hidden"))
+    assert "narrow" in obstacle(model, batches_of(model))
+    with pytest.raises(HawAdaError, match="refit=False"):
+        RefittedQuality(model, batches_of(model))
+    model = gated()
+    assert obstacle(model, batches_of(model)) == ""
+    assert "one row" in obstacle(model, [{"input_ids": torch.ones(1, 4, dtype=torch.long)}])
+    model = gated(lora=LoraConfig(target_modules="all-linear"))
+    assert obstacle(model, batches_of(model)) == ""  # it has learned nothing yet
+    next(p for name, p in model.named_parameters() if "lora_B" in name).data.fill_(0.1)
+    assert "LoRA" in obstacle(model, batches_of(model))
+
+
+def test_refitted_losses_are_not_the_masked_ones() -> None:
+    model = gated()
+    shapes = [Shape(intermediate_size=size).complete(locate(model.get_base_model()).dense) for size in (40, 72)]
+    masked, refitted = (quality(model, batches_of(model)) for quality in (MaskedQuality, RefittedQuality))
+    assert [masked.evaluate(shape) for shape in shapes] != [refitted.evaluate(shape) for shape in shapes]
