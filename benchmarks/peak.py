@@ -36,7 +36,7 @@ class Peak:
         self.seconds = self.mib = 0.0
 
     def __enter__(self) -> Peak:
-        gc.collect()
+        gc.collect()  # models that hold themselves would count as held before
         if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
