@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +26,7 @@ class Peak:
     Times a `with` block and finds the most memory it held above what was held before it.
 
     On CUDA that is what torch's allocator gave out; elsewhere resident memory, as the kernel keeps its peak (VmHWM,
-    mapped files included).
+    mapped files included); not a number where the kernel does not let a process start that anew.
 
     Args:
         device: where the work is done.
@@ -33,7 +34,7 @@ class Peak:
 
     def __init__(self, device: str) -> None:
         self.cuda = torch.device(device).type == "cuda"
-        self.seconds = self.mib = 0.0
+        self.seconds, self.mib = 0.0, math.nan
 
     def __enter__(self) -> Peak:
         gc.collect()  # models that hold themselves would count as held before
@@ -42,8 +43,11 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated() / MIB
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-            self.before = memory_mib("VmRSS")
+            try:
+                Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+                self.before = memory_mib("VmRSS")
+            except OSError:
+                self.before = math.nan
         self.start = time.perf_counter()
         return self
 
@@ -53,5 +57,6 @@ class Peak:
         if self.cuda:
             torch.cuda.synchronize()
         self.seconds = time.perf_counter() - self.start
-        peak = torch.cuda.max_memory_allocated() / MIB if self.cuda else memory_mib("VmHWM")
-        self.mib = peak - self.before
+        if not math.isnan(self.before):
+            peak = torch.cuda.max_memory_allocated() / MIB if self.cuda else memory_mib("VmHWM")
+            self.mib = peak - self.before

@@ -51,7 +51,7 @@ def adapters(base: PreTrainedModel) -> dict[str, Callable[[], PeftConfig]]:
         QV: lambda: LoraConfig(r=8, target_modules=["q_proj", "v_proj"]),
         ALL: lambda: LoraConfig(r=8, target_modules="all-linear"),
         "IA3 on k, v, FFN": lambda: IA3Config(target_modules=["k_proj", "v_proj", ffn], feedforward_modules=[ffn]),
-        "IA3 on inputs of attention's and FFN's outputs": lambda: IA3Config(
+        "IA3 on inputs of o, FFN": lambda: IA3Config(
             target_modules=[attention, ffn], feedforward_modules=[attention, ffn]
         ),
     }

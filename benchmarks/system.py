@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
 
 def write(options: argparse.Namespace) -> int:
     """Write the section and its plots."""
-    rows = [row for path in options.rows for row in read_rows(path)]
+    rows = read_rows(*options.rows)
     if not rows:
         raise SystemExit(f"no rows in {', '.join(map(str, options.rows))}: `system.py run --out` writes them")
     folder = options.page.parent / "pictures"

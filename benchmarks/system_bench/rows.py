@@ -21,11 +21,10 @@ def key_of(row: Row) -> tuple[str, str, str]:
     return row["part"], row["name"], row["circumstances"]["device"]
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The last row of every key, in the order in which the keys appeared."""
-    if not path.exists():
-        return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+def read_rows(*paths: Path) -> list[Row]:
+    """The last row of every key in files that may not exist yet, in the order in which the keys appeared."""
+    lines = [line for path in paths if path.exists() for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in lines if line]
     return list({key_of(row): row for row in rows}.values())
 
 
