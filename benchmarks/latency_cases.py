@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     LlamaConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     ViTConfig,
 )
@@ -41,8 +43,66 @@ PRESETS = {
         },
     ),
     "vit-b16": ViTConfig(),
+    "llama-small": LlamaConfig(
+        vocab_size=8192,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        tie_word_embeddings=True,
+    ),
+    "llama-tiny": LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+    ),
+    "vit-tiny": ViTConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=32,
+    ),
 }
 """Models by their sizes alone; latency needs no weights."""
+
+
+def auto_class(config: PreTrainedConfig) -> type:
+    """What builds the model of a config: an image classifier or a causal language model."""
+    return AutoModelForImageClassification if hasattr(config, "patch_size") else AutoModelForCausalLM
+
+
+def random_model(
+    config: PreTrainedConfig, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+) -> PreTrainedModel:
+    """A model of a config with random weights, made on the device, in evaluation mode."""
+    torch.manual_seed(seed)
+    with torch.device(device):
+        return auto_class(config).from_config(copy.deepcopy(config), dtype=dtype).eval()
+
+
+def random_inputs(model: PreTrainedModel, count: int, seq_len: int | None) -> dict[str, torch.Tensor]:
+    """So many random images, or rows of `seq_len` random tokens, in the model's dtype on its device."""
+    config = model.config
+    if model.main_input_name == "pixel_values":
+        shape = (count, config.num_channels, config.image_size, config.image_size)
+        return {"pixel_values": torch.randn(shape, dtype=model.dtype, device=model.device)}
+    return {"input_ids": torch.randint(config.vocab_size, (count, seq_len or 1), device=model.device)}
+
+
+def parameter_mib(model: torch.nn.Module) -> float:
+    """MiB of all weights."""
+    return sum(p.numel() * p.element_size() for p in set(model.parameters())) / 2**20
 
 
 @dataclass(frozen=True)
@@ -55,7 +115,7 @@ class Case:
     def load(self) -> PreTrainedModel:
         """The dense model: with its weights from a folder, on the meta device from a preset."""
         config = PRESETS.get(self.model) or AutoConfig.from_pretrained(self.model)
-        auto = AutoModelForImageClassification if hasattr(config, "patch_size") else AutoModelForCausalLM
+        auto = auto_class(config)
         if self.model in PRESETS:
             with torch.device("meta"):
                 return auto.from_config(config)

@@ -29,7 +29,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from latency_cases import PRESETS
+from document import circumstances
+from latency_cases import PRESETS, parameter_mib, random_inputs, random_model
+from peak import Peak
 from peft import get_peft_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
@@ -164,61 +166,41 @@ def run_quality(options: argparse.Namespace) -> None:
         Path(options.out).write_text(json.dumps(rows, indent=1))
 
 
-def memory_mib(field: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def run_cost(options: argparse.Namespace) -> None:
-    config = PRESETS[options.model]
-    auto = AutoModelForImageClassification if hasattr(config, "patch_size") else AutoModelForCausalLM
-    torch.manual_seed(options.seed)
-    dtype = getattr(torch, options.dtype)
-    with torch.device(options.device):
-        dense = auto.from_config(config, dtype=dtype).eval()
+def cost(
+    dense: PreTrainedModel, *, windows: int = 64, seq_len: int = 512, rows: int = 8, seed: int = 0
+) -> dict[str, float | int | str]:
+    """Seconds and peak memory of `reconstruct` towards half the heads, half the FFN and 3/4 of the layers."""
+    torch.manual_seed(seed)
     model = get_peft_model(dense, HawAdaConfig(gates=("heads", "ffn", "layers")))
     plan = model.plan(keep_ratio={"heads": 0.5, "ffn": 0.5, "layers": 0.75})
     dense = model.unload()
     del model
     small = slim(dense, plan)
-    sizes = [sum(p.numel() * p.element_size() for p in set(m.parameters())) / 2**20 for m in (dense, small)]
-    if dense.main_input_name == "pixel_values":
-        shape = (options.windows, config.num_channels, config.image_size, config.image_size)
-        batches = [{"pixel_values": part} for part in torch.randn(shape, dtype=dtype).split(options.rows)]
-    else:
-        tokens = torch.randint(config.vocab_size, (options.windows, options.seq_len))
-        batches = [{"input_ids": part} for part in tokens.split(options.rows)]
-    cuda = torch.device(options.device).type == "cuda"
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**20
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-        before = memory_mib("VmRSS")
-    start = time.perf_counter()
-    with warnings.catch_warnings():
+    batches = [
+        {name: values.cpu() for name, values in random_inputs(dense, min(rows, windows - start), seq_len).items()}
+        for start in range(0, windows, rows)
+    ]
+    peak = Peak(str(dense.device))
+    with warnings.catch_warnings(), peak:
         warnings.filterwarnings("ignore", "the slim model keeps its plain weights")  # weights and tokens are noise
         result = reconstruct(dense, small, plan, batches)
-    if cuda:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else memory_mib("VmHWM")
-    row = {
-        "model": options.model,
-        "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
-        "dtype": options.dtype,
-        "windows": options.windows,
-        "seq_len": options.seq_len,
+    return {
+        "dtype": str(dense.dtype).removeprefix("torch."),
+        "windows": windows,
+        "seq_len": seq_len,
         "slim": plan.shape.to_dict(),
-        "seconds": round(seconds, 1),
-        "dense_mib": round(sizes[0]),
-        "slim_mib": round(sizes[1]),
-        "peak_above_both_mib": round(peak - before),
+        "seconds": peak.seconds,
+        "dense_mib": parameter_mib(dense),
+        "slim_mib": parameter_mib(small),
+        "peak_above_both_mib": peak.mib,
         "projections": len(result.refits),
     }
+
+
+def run_cost(options: argparse.Namespace) -> None:
+    dense = random_model(PRESETS[options.model], getattr(torch, options.dtype), options.device, options.seed)
+    row = {"model": options.model, "device": circumstances(options.device)["device"]}
+    row |= cost(dense, windows=options.windows, seq_len=options.seq_len, rows=options.rows, seed=options.seed)
     print(json.dumps(row, indent=1))
     if options.out:
         Path(options.out).write_text(json.dumps(row, indent=1))

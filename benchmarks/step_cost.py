@@ -1,6 +1,7 @@
 """What a training step costs: our gates, LoRA and IA3 on the same model, in the same distillation step.
 
     python benchmarks/step_cost.py llama-3.2-1b --device cuda --dtype bfloat16 --size 4x1024
+    python benchmarks/step_cost.py vit-b16 --size 8x1 --rounds 10
     python benchmarks/step_cost.py FOLDER --size 2x128 --rounds 10
 
 A step is: the teacher's logits (the same model with the adapter disabled, no gradients), the student's, the KL
@@ -13,7 +14,7 @@ The peak is that of torch's allocator, as if each adapter were alone: the base w
 state, and the most that a step holds at once. On CUDA it is the median over the rounds; on the CPU it is added up from
 the profiler's record of every allocation in one more step.
 
-The model is a folder of a causal LM or a preset (random weights), with projections named as in Llama.
+The model is a folder of a causal LM or a preset (random weights), with projections q_proj, k_proj and v_proj.
 """
 
 from __future__ import annotations
@@ -23,29 +24,39 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import peft
 import torch
 import transformers
-from latency_cases import PRESETS
+from latency_cases import PRESETS, random_inputs, random_model
 from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hawada_peft import HawAdaConfig, get_student_logits, get_teacher_logits
+from hawada_peft.adapters.huggingface import locate
 from hawada_peft.training import kl_divergence
 
-QV, ALL = "LoRA r=8 on q, v", "LoRA r=8 on all linears"
-ADAPTERS: dict[str, Callable[[], PeftConfig]] = {
-    "gates": HawAdaConfig,
-    "gates, groups of 32": lambda: HawAdaConfig(group_size=32),
-    QV: lambda: LoraConfig(r=8, target_modules=["q_proj", "v_proj"]),
-    ALL: lambda: LoraConfig(r=8, target_modules="all-linear"),
-    "IA3 on inputs of o, down": lambda: IA3Config(
-        target_modules=["o_proj", "down_proj"], feedforward_modules=["o_proj", "down_proj"]
-    ),
-}
+GATES, QV, ALL = "gates", "LoRA r=8 on q, v", "LoRA r=8 on all linears"
+
+
+def adapters(base: PreTrainedModel) -> dict[str, Callable[[], PeftConfig]]:
+    """What is compared, for models with projections q_proj, k_proj and v_proj."""
+    family = locate(base).family
+    attention, ffn = (name.rpartition(".")[2] for name in (family.attention_out, family.ffn_out))
+    return {
+        GATES: HawAdaConfig,
+        "gates, groups of 32": lambda: HawAdaConfig(group_size=32),
+        QV: lambda: LoraConfig(r=8, target_modules=["q_proj", "v_proj"]),
+        ALL: lambda: LoraConfig(r=8, target_modules="all-linear"),
+        "IA3 on k, v, FFN": lambda: IA3Config(target_modules=["k_proj", "v_proj", ffn], feedforward_modules=[ffn]),
+        "IA3 on inputs of o, FFN": lambda: IA3Config(
+            target_modules=[attention, ffn], feedforward_modules=[attention, ffn]
+        ),
+    }
+
+
 MIB = 2**20
 
 
@@ -77,7 +88,7 @@ class Contestant:
 
 
 def timed_step(contestant: Contestant, batch: dict[str, torch.Tensor], clock: Callable[[], float]) -> None:
-    on_cuda = batch["input_ids"].is_cuda
+    on_cuda = contestant.model.device.type == "cuda"
     if on_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -103,30 +114,39 @@ def profiled_peak(contestant: Contestant, batch: dict[str, torch.Tensor]) -> flo
 
 
 def load(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    torch.manual_seed(0)
     if name in PRESETS:
-        with torch.device(device):
-            model = AutoModelForCausalLM.from_config(PRESETS[name], dtype=dtype)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
-    model.config.use_cache = False
+        return without_cache(random_model(PRESETS[name], dtype, device))
+    return without_cache(AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device))
+
+
+def without_cache(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without a KV cache, which training has no use for."""
+    if model.can_generate():
+        model.config.use_cache = False
     return model
 
 
-def compare(base: PreTrainedModel, arguments: argparse.Namespace, checkpointing: bool) -> list[dict[str, object]]:
-    """A row per adapter."""
-    contestants = {name: Contestant(base, make(), checkpointing) for name, make in ADAPTERS.items()}
-    batch_size, seq_len = (int(number) for number in arguments.size.split("x"))
-    tokens = torch.randint(base.config.vocab_size, (batch_size, seq_len), device=base.device)
-    batch, names = {"input_ids": tokens}, list(contestants)
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
-    for turn in range(arguments.warm_up + arguments.rounds):
+def compare(
+    base: PreTrainedModel,
+    batch: dict[str, torch.Tensor],
+    *,
+    only: Collection[str] = (),
+    rounds: int = 20,
+    warm_up: int = 3,
+    checkpointing: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[dict[str, object]]:
+    """A row per adapter, or per one of `only`."""
+    made = {name: make for name, make in adapters(base).items() if not only or name in only}
+    contestants = {name: Contestant(base, make(), checkpointing) for name, make in made.items()}
+    names = list(contestants)
+    for turn in range(warm_up + rounds):
         for place in range(len(names)):
             timed_step(contestants[names[(turn + place) % len(names)]], batch, clock)
     rows = []
     for name, contestant in contestants.items():
-        seconds = contestant.seconds[arguments.warm_up :]
-        peaks = contestant.peaks[arguments.warm_up :] or [profiled_peak(contestant, batch)]
+        seconds = contestant.seconds[warm_up:]
+        peaks = contestant.peaks[warm_up:] or [profiled_peak(contestant, batch)]
         rows.append(
             {
                 "adapter": name,
@@ -163,7 +183,7 @@ def main() -> None:
     parser.add_argument("model", help=f"a folder, or one of {sorted(PRESETS)}")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--size", default="2x128", help="BATCHxSEQ")
+    parser.add_argument("--size", default="2x128", help="BATCHxSEQ; SEQ does not matter for images")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--warm-up", type=int, default=3, help="rounds before those that count")
     parser.add_argument("--checkpointing", default="both", choices=["off", "on", "both"])
@@ -187,9 +207,18 @@ def main() -> None:
         f"{Path(arguments.model).name}, {arguments.size}, {arguments.dtype}, {device}; torch {torch.__version__}, "
         f"transformers {transformers.__version__}, peft {peft.__version__}; {arguments.rounds} rounds"
     )
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    batch = random_inputs(base, *(int(number) for number in arguments.size.split("x")))
     rows: list[dict[str, object]] = []
     for checkpointing in {"off": [False], "on": [True], "both": [False, True]}[arguments.checkpointing]:
-        found = compare(base, arguments, checkpointing)
+        found = compare(
+            base,
+            batch,
+            rounds=arguments.rounds,
+            warm_up=arguments.warm_up,
+            checkpointing=checkpointing,
+            clock=clock,
+        )
         print(f"\ngradient checkpointing {'on' if checkpointing else 'off'}\n\n{table(found)}", flush=True)
         rows += found
     if arguments.out:
