@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def batches(kind: str, number: int = 3) -> list[dict[str, torch.Tensor]]:
     return [{"pixel_values": torch.randn(2, 3, 16, 16, generator=draw), "labels": classes} for classes in labels]
 
 
-def prepared(name: str, kind: str) -> object:
+def prepared(name: str, kind: str) -> Any:
     """A peer that has seen the work."""
     contract, registry = importlib.import_module("peers.peer"), importlib.import_module("peers.registry")
     given = batches(kind)
@@ -51,7 +52,7 @@ def prepared(name: str, kind: str) -> object:
     return registry.PEERS[name].prepare(work)
 
 
-def some(model: PreTrainedModel) -> dict[int, object]:
+def some(model: PreTrainedModel) -> dict[int, Any]:
     """Another cut in each of three layers: whole KV groups, heads in each group, channels."""
     surgery = importlib.import_module("peers.surgery")
     layout = locate(model)
@@ -95,7 +96,7 @@ def test_layers_that_stay_compute_as_before() -> None:
 @pytest.mark.parametrize("row", [LM_ROW, MIXED_ROW])
 def test_the_cache_holds_layers_of_unlike_sizes(row: Row, implementation: str) -> None:
     surgery = importlib.import_module("peers.surgery")
-    model = build(row, attn_implementation=implementation)
+    model: Any = build(row, attn_implementation=implementation)
     surgery.keep_units(model, some(model))
     stack = model.model.layers
     assert {layer.self_attn.num_key_value_groups for layer in stack} == {1, 2}
@@ -170,7 +171,7 @@ def test_flap_gives_the_mean_of_what_goes_to_the_bias() -> None:
     for key, each in (("dense", dense), ("cut", model)):
         seen: list[torch.Tensor] = []
         output = each.model.layers[0].self_attn.o_proj
-        criteria.observe(each, batches("text"), {output: lambda _, y, seen=seen: seen.append(y)})
+        criteria.observe(each, batches("text"), [(output, lambda _, y, seen=seen: seen.append(y))])
         outputs[key] = torch.stack(seen).flatten(0, -2).mean(0)
     assert model.model.layers[0].self_attn.o_proj.in_features < dense.model.layers[0].self_attn.o_proj.in_features
     assert difference(outputs["cut"], outputs["dense"]) < 1e-5
@@ -184,7 +185,7 @@ def test_llm_pruner_leaves_the_first_and_the_last_layers() -> None:
     assert [layer.mlp.down_proj.in_features for layer in model.model.layers] == [96, 48, 48, 96]
 
 
-def work_on(load: Callable[[], PreTrainedModel]) -> object:
+def work_on(load: Callable[[], PreTrainedModel]) -> Any:
     """The text work with another teacher."""
     contract = importlib.import_module("peers.peer")
     return contract.Work(load, batches("text"), iter(()), 1.5, 0, 0)

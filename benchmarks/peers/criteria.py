@@ -22,9 +22,9 @@ def unlabelled(batch: Batch) -> Batch:
 
 
 @torch.no_grad()
-def observe(model: PreTrainedModel, batches: Iterable[Batch], seen: Mapping[nn.Module, See]) -> None:
+def observe(model: PreTrainedModel, batches: Iterable[Batch], seen: Iterable[tuple[nn.Module, See]]) -> None:
     """Run batches; each module's function is given its first input and its output, once per batch."""
-    hooks = [module.register_forward_hook(_hook(see)) for module, see in seen.items()]
+    hooks = [module.register_forward_hook(_hook(see)) for module, see in seen]
     try:
         for batch in batches:
             model(**unlabelled(batch))

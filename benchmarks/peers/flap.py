@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers import PreTrainedModel
 
@@ -9,32 +11,25 @@ from hawada_peft.adapters.huggingface import locate
 
 from .criteria import Moments, best, left, observe
 from .peer import Peer, Prepared, Work
-from .surgery import ROUNDING, Keep, add_bias, all_heads, attention, ffn, keep_units
+from .surgery import ROUNDING, Block, Keep, add_bias, all_heads, blocks_of, features_of, keep_units
 
 
 def prepare(work: Work) -> Prepared:
     """Mean and variance of what the output projections read, in the dense model."""
     model = work.load()
-    layout = locate(model)
-    layers = range(layout.dense.sizes()["num_hidden_layers"])
-    blocks = [(attention(model, layout, layer), ffn(model, layout, layer)) for layer in layers]
-    moments = [(Moments(), Moments()) for _ in layers]
-    flat = [(block.output, seen.see) for pair, sums in zip(blocks, moments, strict=True)
-            for block, seen in zip(pair, sums, strict=True)]  # fmt: skip
-    observe(model, work.batches, dict(flat))
-    groups = layout.dense.sizes()["num_key_value_heads"]
-    # WIFV: the variance of a feature times the squared norm of the weights that read it.
-    wifv = [
-        [seen.variance * block.output.weight.double().square().sum(0) for block, seen in zip(pair, sums, strict=True)]
-        for pair, sums in zip(blocks, moments, strict=True)
-    ]
-    heads = torch.stack([_standard(scores.square()).reshape(groups, -1).mean(1) for scores, _ in wifv])
-    channels = torch.stack([_standard(scores) for _, scores in wifv])
+    groups = locate(model).dense.sizes()["num_key_value_heads"]
+    blocks = blocks_of(model)
+    moments = [(Moments(), Moments()) for _ in blocks]
+    pairs = [pair for layer in zip(blocks, moments, strict=True) for pair in zip(*layer, strict=True)]
+    observe(model, work.batches, [(block.output, seen.see) for block, seen in pairs])
+    scores = [_wifv(block, seen) for block, seen in pairs]
+    heads = torch.stack([_standard(each.square()).reshape(groups, -1).mean(1) for each in scores[::2]])
+    channels = torch.stack([_standard(each) for each in scores[1::2]])
     price = blocks[0][0].parameters() / groups / (blocks[0][1].parameters() / channels.shape[1])
     prices = torch.cat([torch.full((heads.numel(),), price), torch.ones(channels.numel())]).double()
     order = torch.argsort(torch.cat([heads.flatten(), channels.flatten()]), descending=True, stable=True).cpu()
     spent = torch.cumsum(prices[order], 0)
-    means = [(attention_seen.mean, ffn_seen.mean) for attention_seen, ffn_seen in moments]
+    means = [(of_attention.mean, of_ffn.mean) for of_attention, of_ffn in moments]
 
     def cut(dense: PreTrainedModel, amount: float) -> PreTrainedModel:
         left(1, amount)  # checks the amount
@@ -42,30 +37,34 @@ def prepare(work: Work) -> Prepared:
         stays[order[: 1 + int((spent - spent[-1] * (1 - amount)).abs().argmin())]] = True
         groups_left = stays[: heads.numel()].reshape(heads.shape).sum(1).tolist()
         channels_left = stays[heads.numel() :].reshape(channels.shape).sum(1).tolist()
-        found = locate(dense)
-        keeps = {}
-        for layer in layers:
+        found, keeps = locate(dense), {}
+        for layer, (of_attention, of_ffn) in enumerate(blocks_of(dense)):
+            kept = all_heads(found, best(heads[layer], max(1, groups_left[layer])))
             width = left(channels.shape[1], 1 - channels_left[layer] / channels.shape[1], ROUNDING)
-            kept = best(heads[layer], max(1, groups_left[layer]))
-            keeps[layer] = Keep(all_heads(found, kept), best(channels[layer], width))
-            features = torch.tensor(keeps[layer].heads)[:, None] * found.head_dim + torch.arange(found.head_dim)
-            add_bias(*_missing(attention(dense, found, layer).output, means[layer][0], features.flatten()))
-            add_bias(*_missing(ffn(dense, found, layer).output, means[layer][1], torch.tensor(keeps[layer].channels)))
+            wide = best(channels[layer], width)
+            keeps[layer] = Keep(kept, wide)
+            _compensate(of_attention, means[layer][0], features_of(kept, found.head_dim))
+            _compensate(of_ffn, means[layer][1], wide)
         keep_units(dense, keeps)
         return dense
 
     return Prepared(cut)
 
 
+def _wifv(block: Block, seen: Moments) -> torch.Tensor:
+    """The variance of each feature times the squared norm of the weights that read it."""
+    return seen.variance * block.output.weight.detach().double().square().sum(0)
+
+
 def _standard(scores: torch.Tensor) -> torch.Tensor:
     return (scores - scores.mean()) / scores.std().clamp(min=torch.finfo(scores.dtype).tiny)
 
 
-def _missing(linear: torch.nn.Linear, mean: torch.Tensor, kept: torch.Tensor) -> tuple[torch.nn.Linear, torch.Tensor]:
-    """The linear map, and what the features that go add to its output on average."""
+def _compensate(block: Block, mean: torch.Tensor, kept: Sequence[int]) -> None:
+    """Add to the bias what the features that go add to the output on average."""
     gone = mean.clone()
-    gone[kept.to(gone.device)] = 0
-    return linear, linear.weight.detach().double() @ gone
+    gone[torch.as_tensor(kept, device=gone.device)] = 0
+    add_bias(block.output, block.output.weight.detach().double() @ gone)
 
 
 FLAP = Peer(

@@ -11,7 +11,7 @@ from hawada_peft.adapters.huggingface import locate
 
 from .criteria import heads_and_channels, left, observe
 from .peer import Batch, Peer, Prepared, Work
-from .surgery import attention, ffn, keep_layers, keep_units
+from .surgery import blocks_of, keep_layers, keep_units
 
 
 class _Activations:
@@ -27,21 +27,16 @@ class _Activations:
 def prepare_width(work: Work) -> Prepared:
     """Activations at the inputs of the output projections of the dense model."""
     model = work.load()
-    layout = locate(model)
-    layers = range(layout.dense.sizes()["num_hidden_layers"])
-    seen = [(_Activations(), _Activations()) for _ in layers]
-    places = {}
-    for layer, (heads, channels) in zip(layers, seen, strict=True):
-        places[attention(model, layout, layer).output] = heads.see
-        places[ffn(model, layout, layer).output] = channels.see
-    observe(model, work.batches, places)
-    scores = [
-        (heads.squares.reshape(-1, layout.head_dim).sum(1).sqrt(), channels.squares.sqrt()) for heads, channels in seen
-    ]
+    width = locate(model).head_dim
+    pairs = [(block, _Activations()) for layer in blocks_of(model) for block in layer]
+    observe(model, work.batches, [(block.output, seen.see) for block, seen in pairs])
+    heads = [seen.squares.reshape(-1, width).sum(1).sqrt() for _, seen in pairs[::2]]
+    channels = [seen.squares.sqrt() for _, seen in pairs[1::2]]
 
     def cut(dense: PreTrainedModel, amount: float) -> PreTrainedModel:
         found = locate(dense)
-        keep_units(dense, {layer: heads_and_channels(found, amount, *scores[layer]) for layer in layers})
+        layers = enumerate(zip(heads, channels, strict=True))
+        keep_units(dense, {layer: heads_and_channels(found, amount, *scores) for layer, scores in layers})
         return dense
 
     return Prepared(cut)

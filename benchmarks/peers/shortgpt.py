@@ -30,7 +30,7 @@ def prepare(work: Work) -> Prepared:
     layout = locate(model)
     layers = list(model.get_submodule(layout.stack).children())
     influences = [_Influence() for _ in layers]
-    observe(model, work.batches, {layer: found.see for layer, found in zip(layers, influences, strict=True)})
+    observe(model, work.batches, [(layer, found.see) for layer, found in zip(layers, influences, strict=True)])
     scores = torch.stack([found.total for found in influences])
 
     def cut(dense: PreTrainedModel, amount: float) -> PreTrainedModel:

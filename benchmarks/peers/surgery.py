@@ -41,7 +41,7 @@ class Block:
         """The child that reads the units."""
         return self.linear(self.out)
 
-    def weights(self) -> Iterator[tuple[nn.Parameter, int]]:
+    def weights(self) -> Iterator[tuple[torch.Tensor, int]]:
         """Each weight, and its dimension along which the units lie."""
         yield from ((self.linear(name).weight, 0) for name in self.rows)
         yield self.output.weight, 1
@@ -62,6 +62,13 @@ class Keep:
 
     heads: Sequence[int] | None = None
     channels: Sequence[int] | None = None
+
+
+def blocks_of(model: PreTrainedModel) -> list[tuple[Block, Block]]:
+    """Attention and FFN of each layer of a dense model."""
+    layout = locate(model)
+    layers = range(layout.dense.sizes()["num_hidden_layers"])
+    return [(attention(model, layout, layer), ffn(model, layout, layer)) for layer in layers]
 
 
 def attention(model: PreTrainedModel, layout: Layout, layer: int) -> Block:
@@ -123,7 +130,7 @@ def keep_units(model: PreTrainedModel, keeps: Mapping[int, Keep]) -> None:
                     f"KV groups {groups} of layer {layer} must keep equally many heads, got {counts}"
                 )
             block = attention(model, layout, layer)
-            _slice(block, {HEADS: _features(heads, width), KV_GROUPS: _features(groups, width)}, HEADS)
+            _slice(block, {HEADS: features_of(heads, width), KV_GROUPS: features_of(groups, width)}, HEADS)
             _state(
                 block.owner,
                 num_attention_heads=len(heads),
@@ -145,7 +152,7 @@ def zero_units(model: PreTrainedModel, keeps: Mapping[int, Keep]) -> None:
     layout = locate(model)
     for layer, keep in keeps.items():
         if keep.heads is not None:
-            _zero(attention(model, layout, layer).output, _features(keep.heads, layout.head_dim))
+            _zero(attention(model, layout, layer).output, features_of(keep.heads, layout.head_dim))
         if keep.channels is not None:
             _zero(ffn(model, layout, layer).output, keep.channels)
 
@@ -195,7 +202,8 @@ def _zero(linear: nn.Linear, kept: Sequence[int]) -> None:
     linear.weight.mul_(mask)
 
 
-def _features(units: Sequence[int], width: int) -> list[int]:
+def features_of(units: Sequence[int], width: int) -> list[int]:
+    """The features of units that have `width` each, ascending."""
     return [unit * width + feature for unit in sorted(units) for feature in range(width)]
 
 

@@ -9,12 +9,12 @@ from hawada_peft.adapters.huggingface import locate
 
 from .criteria import Moments, heads_and_channels, observe
 from .peer import Peer, Prepared, Work
-from .surgery import Block, Keep, attention, ffn, keep_units, zero_units
+from .surgery import Block, Keep, blocks_of, keep_units, zero_units
 
 
 def _scores(block: Block, moments: Moments) -> torch.Tensor:
     """The mean of |W| times the norm of the input, of each feature."""
-    return block.output.weight.double().abs().mean(0) * moments.squares.sqrt()
+    return block.output.weight.detach().double().abs().mean(0) * moments.squares.sqrt()
 
 
 def prepare(work: Work) -> Prepared:
@@ -23,10 +23,9 @@ def prepare(work: Work) -> Prepared:
     def cut(dense: PreTrainedModel, amount: float) -> PreTrainedModel:
         layout = locate(dense)
         keeps: dict[int, Keep] = {}
-        for layer in range(layout.dense.sizes()["num_hidden_layers"]):
-            blocks = attention(dense, layout, layer), ffn(dense, layout, layer)
+        for layer, blocks in enumerate(blocks_of(dense)):
             moments = Moments(), Moments()
-            observe(dense, work.batches, {block.output: m.see for block, m in zip(blocks, moments, strict=True)})
+            observe(dense, work.batches, [(b.output, m.see) for b, m in zip(blocks, moments, strict=True)])
             heads = _scores(blocks[0], moments[0]).reshape(-1, layout.head_dim).sum(1)
             keeps[layer] = heads_and_channels(layout, amount, heads, _scores(blocks[1], moments[1]))
             zero_units(dense, {layer: keeps[layer]})
