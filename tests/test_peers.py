@@ -44,12 +44,15 @@ def batches(kind: str, number: int = 3) -> list[dict[str, torch.Tensor]]:
 
 def prepared(name: str, kind: str) -> Any:
     """A peer that has seen the work."""
-    contract, registry = importlib.import_module("peers.peer"), importlib.import_module("peers.registry")
+    registry = importlib.import_module("peers.registry")
+    return registry.PEERS[name].prepare(work_on(lambda: build(KINDS[kind]), kind))
+
+
+def work_on(load: Callable[[], PreTrainedModel], kind: str = "text", steps: int = 3) -> Any:
+    """What a peer is given."""
     given = batches(kind)
-    work = contract.Work(
-        load=lambda: build(KINDS[kind]), batches=given, stream=itertools.cycle(given), speedup=1.5, steps=3, seed=0
-    )
-    return registry.PEERS[name].prepare(work)
+    contract = importlib.import_module("peers.peer")
+    return contract.Work(load, given, itertools.cycle(given), speedup=1.5, steps=steps, seed=0)
 
 
 def some(model: PreTrainedModel) -> dict[int, Any]:
@@ -154,6 +157,43 @@ def test_a_cut_is_the_same_twice_and_generates(name: str) -> None:
     assert torch.equal(cached, fresh)
 
 
+def silent() -> Any:
+    """A quarter of all heads and channels does nothing."""
+    model: Any = build(ROWS["llama-mha"])
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.weight.data[8:24] = 0  # heads 1 and 2
+        layer.mlp.up_proj.weight.data[10:34] = 0
+    return model
+
+
+@pytest.mark.parametrize("name", [name for name in WIDTH if name != "ancestor"])
+def test_units_that_do_nothing_go_first(name: str) -> None:
+    registry = importlib.import_module("peers.registry")
+    model = registry.PEERS[name].prepare(work_on(silent)).cut(silent(), 0.125)
+    assert model.num_parameters() < 0.97 * silent().num_parameters()
+    assert difference(logits_of(model), logits_of(silent())) < 1e-5
+
+
+def test_trained_gates_close_units_that_do_nothing() -> None:
+    """Samples are noisy and steps few: most of what goes does nothing, where a quarter would by chance."""
+
+    def rows(model: Any) -> torch.Tensor:
+        layers = model.model.layers
+        return torch.cat(
+            [row for layer in layers for row in (layer.self_attn.v_proj.weight, layer.mlp.up_proj.weight)]
+        )
+
+    registry = importlib.import_module("peers.registry")
+    dense, cut = (
+        rows(silent()),
+        rows(registry.PEERS["ancestor"].prepare(work_on(silent, steps=32)).cut(silent(), 0.25)),
+    )
+    gone = len(dense) - len(cut)
+    idle = int((dense == 0).all(1).sum()) - int((cut == 0).all(1).sum())
+    assert gone > 100
+    assert idle > gone / 2
+
+
 @pytest.mark.parametrize("name", WIDTH)
 def test_ffn_sizes_are_multiples_of_8(name: str) -> None:
     model = prepared(name, "text").cut(build(LM_ROW), 0.37)
@@ -183,12 +223,6 @@ def test_llm_pruner_leaves_the_first_and_the_last_layers() -> None:
     assert pruned(6) == range(1, 5)
     model = prepared("llm_pruner", "text").cut(build(LM_ROW), 0.5)
     assert [layer.mlp.down_proj.in_features for layer in model.model.layers] == [96, 48, 48, 96]
-
-
-def work_on(load: Callable[[], PreTrainedModel]) -> Any:
-    """The text work with another teacher."""
-    contract = importlib.import_module("peers.peer")
-    return contract.Work(load, batches("text"), iter(()), 1.5, 0, 0)
 
 
 def test_shortgpt_drops_a_layer_that_adds_nothing() -> None:
