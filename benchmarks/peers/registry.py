@@ -1,0 +1,21 @@
+"""The peers of the frontier bench, by the names that its command line takes."""
+
+from __future__ import annotations
+
+from .ancestor import ANCESTOR
+from .flap import FLAP
+from .llm_pruner import LLM_PRUNER
+from .minitron import MINITRON_DEPTH, MINITRON_WIDTH
+from .peer import Peer
+from .shortgpt import SHORTGPT
+from .wanda_sp import WANDA_SP
+
+PEERS: dict[str, Peer] = {
+    "flap": FLAP,
+    "wanda_sp": WANDA_SP,
+    "llm_pruner": LLM_PRUNER,
+    "minitron_width": MINITRON_WIDTH,
+    "minitron_depth": MINITRON_DEPTH,
+    "shortgpt": SHORTGPT,
+    "ancestor": ANCESTOR,
+}
