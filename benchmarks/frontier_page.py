@@ -59,7 +59,9 @@ def entries_of(shapes: Iterable[Row], quality: Iterable[Row], peers: Mapping[str
     entries = []
     for (budget, name), pairs in sorted(groups.items(), key=lambda item: (item[0][0], names.index(item[0][1]))):
         ours = name in HAWADA
-        entry = Entry(name, name.replace("_", " ") if ours else peers[name].name, ours, budget)
+        entry = Entry(
+            name, name.replace("hawada_", "hawada ").replace("_", "-") if ours else peers[name].name, ours, budget
+        )
         for shape, row in pairs:
             entry.speedups.append(shape["speedup"])
             entry.parameters.append(row["parameters"])

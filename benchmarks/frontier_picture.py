@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from frontier_page import Entry
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from PIL import Image
 
 OURS = ("#c2410c", "#e8590c", "#f59f00")
 PEERS = ("#495057", "#748ffc", "#5f7c8a", "#8d6e97", "#6b8e6b", "#868e96", "#9c8468", "#4c6b8a", "#a0a4a8", "#7a8f9c")
-MARKERS = "s^vD<>PXph*d"
+MARKERS = {True: "osD", False: "^v<>PXph*d8"}
 CARD = "#fbfaf7"
 """Of the background: the picture is read on light and on dark pages."""
 
@@ -49,7 +51,7 @@ def draw(
             y,
             yerr=spread,
             color=OURS[index % len(OURS)] if ours else PEERS[index % len(PEERS)],
-            marker="o" if ours else MARKERS[index % len(MARKERS)],
+            marker=MARKERS[ours][index % len(MARKERS[ours])],
             markersize=6 if ours else 5,
             linewidth=2.2 if ours else 1.1,
             linestyle="-" if ours or index < len(PEERS) else ":",
@@ -60,12 +62,14 @@ def draw(
             label=mine[0].title,
         )
     if metric == "perplexity":
-        axes.set_yscale("log")
         shown = [value for entry in entries if math.isfinite(value := entry.mean(stage, metric))]
-        axes.set_ylim(0.9 * min(dense[metric], *shown), 1.15 * max(dense[metric], *shown))
-        ticks = [base * 10.0**power for power in range(7) for base in (1, 2, 5)]
-        axes.yaxis.set_major_locator(FixedLocator(ticks))
-        axes.yaxis.set_major_formatter(ScalarFormatter())
+        low, high = min(dense[metric], *shown), max(dense[metric], *shown)
+        axes.set_yscale("log")
+        axes.set_ylim(low * (low / high) ** 0.05, high * (high / low) ** 0.05)
+        decades = [base * 10.0**power for power in range(9) for base in (1, 2, 5)]
+        narrow = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high)
+        axes.yaxis.set_major_locator(FixedLocator(narrow if high < 8 * low else decades))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.4g}" if high < 1000 else "{x:,.0f}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("measured speedup over dense")
     axes.set_ylabel(metric if metric == "perplexity" else f"{metric}, %")
@@ -73,4 +77,7 @@ def draw(
     axes.grid(color="#d9d6cf", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8.5)
-    figure.savefig(path, pil_kwargs={"optimize": True})
+    pixels = io.BytesIO()
+    figure.savefig(pixels)
+    with Image.open(pixels) as image:  # a palette takes a third of the bytes
+        image.convert("RGB").quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)

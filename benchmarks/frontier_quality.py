@@ -66,7 +66,7 @@ def quality(options: argparse.Namespace, peers: Mapping[str, Peer]) -> None:
         batch_size=options.batch_size,
         eval_examples=options.eval_examples,
     )
-    settings = {"total_steps": options.steps, "eval_examples": sum(len(b["labels"]) for b in bench.held_out)}
+    settings: Row = {"total_steps": options.steps, "eval_examples": sum(len(b["labels"]) for b in bench.held_out)}
     settings |= {"kind": bench.kind, "batch_size": options.batch_size, "calibration": options.calibration}
     settings |= {"length": options.length, "eval_length": options.eval_length} if bench.kind == "text" else {}
     settings |= circumstances(options.device)
@@ -104,8 +104,8 @@ def hawada(
         recipe = replace(recipe, steps=steps, lora_rate=options.lora_rate)
     batches = bench.examples(options.calibration, seed)
     model, used = gated(bench, recipe, Shape.from_dict(row["shape"]), batches, seed)
-    plan: Plan = model.applied_plan()  # type: ignore[operator]
-    small = model.merge_and_unload().to(bench.device)  # type: ignore[operator]
+    plan: Plan = model.applied_plan()
+    small = model.merge_and_unload().to(bench.device)
     plain = bench.quality(small)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the slim model keeps its plain weights")  # the row says so

@@ -38,7 +38,7 @@ def gated(bench: Bench, recipe: Recipe, shape: Shape, batches: Sequence[Batch], 
     model = get_peft_model(bench.load(), HawAdaConfig(lora=lora) if lora else HawAdaConfig())
     init_gates(model, batches, shape=shape if recipe.aimed else None)
     if recipe.relaxation is None:
-        model.apply_plan(model.plan(shape))  # type: ignore[operator]
+        model.apply_plan(model.plan(shape))
         return model, 0
     rate = recipe.lora_rate if rank else recipe.gate_rate
     with tempfile.TemporaryDirectory() as folder:

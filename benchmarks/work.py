@@ -186,7 +186,7 @@ class Bench:
 
     def arguments(self, folder: str, steps: int, rate: float, seed: int, **more: Any) -> TrainingArguments:
         """Of a training that writes and reports nothing, with a cosine unless told otherwise."""
-        defaults = {"lr_scheduler_type": "cosine", "warmup_steps": min(20, steps // 10)} | more
+        defaults: dict[str, Any] = {"lr_scheduler_type": "cosine", "warmup_steps": min(20, steps // 10)} | more
         return TrainingArguments(
             folder,
             max_steps=steps,
@@ -213,13 +213,15 @@ class Bench:
             return
         student.requires_grad_(True)
         with tempfile.TemporaryDirectory() as folder:
-            DistillTrainer(
+            trainer = DistillTrainer(
                 student,
                 self.arguments(folder, steps, RATES[self.kind] if rate is None else rate, seed),
                 teacher=self.model,
                 train_dataset=self.pool(seed),
                 data_collator=whole,
-            ).train()
+            )
+            trainer.train()
+        trainer.accelerator.unwrap_model(student, keep_fp32_wrapper=False)  # its quality is measured without autocast
 
 
 def add_work_arguments(parser: argparse.ArgumentParser) -> None:

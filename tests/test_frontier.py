@@ -213,4 +213,4 @@ def test_the_comparison_counts_only_models_that_meet_the_budget() -> None:
         for name, value in found.items()
     ]
     text = comparison(entries_of(shapes, json.loads(json.dumps(quality)), PEERS), "text")
-    assert text == "- 2x, before recovery: hawada one shot 12.00, Narrow 13.50: ahead by 1.50, one seed."
+    assert text == "- 2x, before recovery: hawada one-shot 12.00, Narrow 13.50: ahead by 1.50, one seed."
