@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from document import replace_section
-from frontier_quality import HAWADA
+from frontier_quality import HAWADA, shape_of
 from peers.peer import Peer
 from rows import Row, read_rows
+
+from hawada_peft.errors import HawAdaError
 
 STAGES = {"before": "before recovery", "after": "after recovery"}
 METRICS = {"text": ("perplexity",), "image": ("accuracy", "agreement")}
@@ -47,22 +49,25 @@ class Entry:
         return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else 0.0
 
 
-def entries_of(shapes: Iterable[Row], quality: Iterable[Row], peers: Mapping[str, Peer]) -> list[Entry]:
+def entries_of(shapes: Sequence[Row], quality: Iterable[Row], peers: Mapping[str, Peer]) -> list[Entry]:
     """One entry per contestant and budget, in the order of budgets, ours first; the last row of a run counts."""
-    timed = {(row["contestant"], row["budget"], row["seed"]): row for row in shapes}
-    runs = {(row["contestant"], row["budget"], row["seed"]): row for row in quality if row["budget"] is not None}
-    groups: dict[tuple[float, str], list[tuple[Row, Row]]] = defaultdict(list)
-    for (name, budget, seed), row in runs.items():
-        own = [line for key, line in timed.items() if key[:2] == ("hawada", budget)][-1:] if name in HAWADA else []
-        groups[budget, name].append(((own or [timed[name, budget, seed]])[0], row))
+    groups: dict[tuple[float, str], dict[int, Row]] = defaultdict(dict)
+    for row in quality:
+        if row["budget"] is not None:
+            groups[row["budget"], row["contestant"]][row["seed"]] = row
     names = [*HAWADA, *peers]
     entries = []
-    for (budget, name), pairs in sorted(groups.items(), key=lambda item: (item[0][0], names.index(item[0][1]))):
+    for (budget, name), runs in sorted(groups.items(), key=lambda item: (item[0][0], names.index(item[0][1]))):
         ours = name in HAWADA
         entry = Entry(
             name, name.replace("hawada_", "hawada ").replace("_", "-") if ours else peers[name].name, ours, budget
         )
-        for shape, row in pairs:
+        for seed, row in sorted(runs.items()):
+            shape = shape_of(shapes, name, budget, seed)
+            if shape is None:
+                raise HawAdaError(
+                    f"{name} at {budget}x has a quality but no shape: give the file that it was made from"
+                )
             entry.speedups.append(shape["speedup"])
             entry.parameters.append(row["parameters"])
             entry.met &= shape["met"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,16 +31,23 @@ GATE_STEPS = 64
 """Of trained gates; a quarter of all steps where that is less. They are taken off the recovery."""
 
 
-def runs_of(shapes: list[Row], contestants: list[str], seeds: list[int]) -> list[tuple[int, str, Row]]:
+def shape_of(shapes: Sequence[Row], contestant: str, budget: float, seed: int) -> Row | None:
+    """How a contestant meets a budget: the row of the seed, or else of the first seed that was timed."""
+    name = "hawada" if contestant in HAWADA else contestant
+    found = [row for row in shapes if (row["contestant"], row["budget"]) == (name, budget)]
+    return next((row for row in found if row["seed"] == seed), found[0] if found else None)
+
+
+def runs_of(shapes: Sequence[Row], contestants: Sequence[str], seeds: Sequence[int]) -> list[tuple[int, str, Row]]:
     """(seed, contestant, row of its shape), the first seed of everything before the second."""
-    runs = []
-    for seed in seeds:
-        for row in sorted(shapes, key=lambda row: row["budget"]):
-            if row["contestant"] == "hawada":
-                runs += [(seed, name, row) for name in contestants if name in HAWADA]
-            elif row["seed"] == seed and row["contestant"] in contestants:
-                runs.append((seed, row["contestant"], row))
-    return runs
+    budgets = sorted({row["budget"] for row in shapes})
+    runs = [
+        (seed, name, shape_of(shapes, name, budget, seed))
+        for seed in seeds
+        for budget in budgets
+        for name in contestants
+    ]
+    return [(seed, name, row) for seed, name, row in runs if row is not None]
 
 
 def quality(options: argparse.Namespace, peers: Mapping[str, Peer]) -> None:
