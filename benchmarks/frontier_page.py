@@ -1,0 +1,229 @@
+"""Third stage of the frontier bench: tables, a comparison and two pictures, all from the rows of the first two."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shlex
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from document import replace_section
+from frontier_quality import HAWADA, shape_of
+from peers.peer import Peer
+from rows import Row, read_rows
+
+from hawada_peft.errors import HawAdaError
+
+STAGES = {"before": "before recovery", "after": "after recovery"}
+METRICS = {"text": ("perplexity",), "image": ("accuracy", "agreement")}
+"""What is shown of a kind of teacher; the first decides. Accuracy and agreement with the teacher are in percent."""
+
+
+@dataclass
+class Entry:
+    """A contestant at a budget, over its seeds. `stages["after"]["accuracy"]` are the values of a metric."""
+
+    contestant: str
+    title: str
+    ours: bool
+    budget: float
+    speedups: list[float] = field(default_factory=list)
+    parameters: list[int] = field(default_factory=list)
+    met: bool = True
+    stages: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+
+    def values(self, stage: str, metric: str) -> list[float]:
+        return self.stages.get(stage, {}).get(metric, [])
+
+    def mean(self, stage: str, metric: str) -> float:
+        return statistics.fmean(self.values(stage, metric))
+
+    def spread(self, stage: str, metric: str) -> float:
+        """Standard deviation over seeds; 0 for one seed."""
+        values = self.values(stage, metric)
+        return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else 0.0
+
+
+def entries_of(shapes: Sequence[Row], quality: Iterable[Row], peers: Mapping[str, Peer]) -> list[Entry]:
+    """One entry per contestant and budget, in the order of budgets, ours first; the last row of a run counts."""
+    groups: dict[tuple[float, str], dict[int, Row]] = defaultdict(dict)
+    for row in quality:
+        if row["budget"] is not None:
+            groups[row["budget"], row["contestant"]][row["seed"]] = row
+    names = [*HAWADA, *peers]
+    entries = []
+    for (budget, name), runs in sorted(groups.items(), key=lambda item: (item[0][0], names.index(item[0][1]))):
+        ours = name in HAWADA
+        entry = Entry(
+            name, name.replace("hawada_", "hawada ").replace("_", "-") if ours else peers[name].name, ours, budget
+        )
+        for seed, row in sorted(runs.items()):
+            shape = shape_of(shapes, name, budget, seed)
+            if shape is None:
+                raise HawAdaError(
+                    f"{name} at {budget}x has a quality but no shape: give the file that it was made from"
+                )
+            entry.speedups.append(shape["speedup"])
+            entry.parameters.append(row["parameters"])
+            entry.met &= shape["met"]
+            for stage in STAGES:
+                for metric, value in row.get(stage, {}).items():
+                    entry.stages.setdefault(stage, {}).setdefault(metric, []).append(value)
+        entries.append(entry)
+    return entries
+
+
+def best_of(entries: Sequence[Entry], stage: str, kind: str) -> Entry | None:
+    """The best by mean of those that meet the budget and were measured at the stage."""
+    metric, sign = METRICS[kind][0], 1 if kind == "text" else -1
+    measured = [entry for entry in entries if entry.met and entry.values(stage, metric)]
+    return min(measured, key=lambda entry: sign * entry.mean(stage, metric), default=None)
+
+
+def table(entries: Sequence[Entry], dense: Row, kind: str) -> str:
+    """The contestants of one budget; the best of a column is bold."""
+    metrics = METRICS[kind]
+    stages = [stage for stage in STAGES if any(stage in entry.stages for entry in entries)]
+    head = ["contestant", "measured speedup", "parameters", "seeds"]
+    head += [f"{' / '.join(metrics)} {STAGES[stage]}" for stage in stages]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    cells = [" / ".join(number(dense[stage][metric]) for metric in metrics) for stage in stages]
+    lines.append("| " + " | ".join(["dense", "1.00x", f"{dense['parameters']:,}", "", *cells]) + " |")
+    best = {stage: best_of(entries, stage, kind) for stage in stages}
+    for entry in entries:
+        cells = []
+        for stage in stages:
+            parts = [_cell(entry, stage, metric) for metric in metrics if entry.values(stage, metric)]
+            text = " / ".join(parts)
+            cells.append(f"**{text}**" if entry is best[stage] else text)
+        speed = _range([f"{speed:.2f}" for speed in sorted(entry.speedups)]) + "x"
+        row = [
+            entry.title,
+            speed if entry.met else f"{speed} (budget not met)",
+            _range([f"{count:,}" for count in sorted(entry.parameters)]),
+            str(len(entry.speedups)),
+        ]
+        lines.append("| " + " | ".join(row + cells) + " |")
+    return "\n".join(lines)
+
+
+def comparison(entries: Sequence[Entry], kind: str) -> str:
+    """For every budget and stage the best of ours against the best peer."""
+    metric = METRICS[kind][0]
+    lines = []
+    for budget in sorted({entry.budget for entry in entries}):
+        here = [entry for entry in entries if entry.budget == budget]
+        for stage, words in STAGES.items():
+            ours = best_of([entry for entry in here if entry.ours], stage, kind)
+            peer = best_of([entry for entry in here if not entry.ours], stage, kind)
+            if ours is None or peer is None:
+                continue
+            values = ours.mean(stage, metric), peer.mean(stage, metric)
+            gain = (values[1] - values[0]) if kind == "text" else (values[0] - values[1])
+            spread = math.hypot(ours.spread(stage, metric), peer.spread(stage, metric))
+            seeds = min(len(entry.values(stage, metric)) for entry in (ours, peer))
+            verdict = f"{'ahead' if gain > 0 else 'behind'} by {number(abs(gain))}"
+            if seeds == 1:
+                verdict += ", one seed"
+            else:
+                verdict += f", {'within' if abs(gain) <= spread else 'outside'} the spread of {number(spread)}"
+            lines.append(
+                f"- {budget:g}x, {words}: {ours.title} {number(values[0])}, {peer.title} {number(values[1])}: "
+                f"{verdict}."
+            )
+    return "\n".join(lines)
+
+
+def write(options: argparse.Namespace, peers: Mapping[str, Peer]) -> None:
+    """Put the section and the pictures in their places."""
+    from frontier_picture import draw  # matplotlib, an extra
+
+    shapes, quality = read_rows(options.shapes), read_rows(options.quality)
+    dense = next(row for row in quality if row["budget"] is None)
+    entries, kind = entries_of(shapes, quality, peers), dense["kind"]
+    page, pictures = Path(options.page), Path(options.pictures)
+    pictures.mkdir(parents=True, exist_ok=True)
+    parts = [f"### {options.title}", _intro(shapes, quality, dense, kind)]
+    for stage, words in STAGES.items():
+        measured = [entry for entry in entries if entry.values(stage, METRICS[kind][0])]
+        if measured:
+            path = pictures / f"{options.name}-{stage}.png"
+            draw(path, measured, stage, METRICS[kind][0], dense[stage], f"{options.title}: {words}")
+            link = Path(os.path.relpath(path, page.parent)).as_posix()
+            parts.append(f"![{METRICS[kind][0]} against measured speedup, {words}]({link})")
+    for budget in sorted({entry.budget for entry in entries}):
+        parts += [f"**Budget {budget:g}x**", table([e for e in entries if e.budget == budget], dense, kind)]
+    found = comparison(entries, kind)
+    if found:
+        parts += [
+            "The best of hawada against the best peer. The spread is the root of the sum of both variances over "
+            "seeds; models that miss the budget do not count:",
+            found,
+        ]
+    used = [name for name in peers if any(entry.contestant == name for entry in entries)]
+    if used:
+        lines = [f"- {peers[name].name}: {peers[name].source}. {peers[name].adapted}".rstrip() for name in used]
+        parts += ["The peers, and what is not as in their sources:", "\n".join(lines)]
+    replace_section(page, options.name, "\n\n".join(parts))
+
+
+def _intro(shapes: Sequence[Row], quality: Sequence[Row], dense: Row, kind: str) -> str:
+    size = (
+        f"{dense['batch_size']} windows of {dense['length']} tokens"
+        if kind == "text"
+        else f"{dense['batch_size']} images"
+    )
+    tested = f"{dense['eval_examples']} held-out " + (
+        f"windows of {dense['eval_length']} tokens" if kind == "text" else "images"
+    )
+    lines = [
+        f"Latency: {_distinct(shapes, 'regime')}, timed in turns with the dense model on "
+        f"{_distinct(shapes, 'device')} ({_distinct(shapes, 'date')}; {_distinct(shapes, 'versions')}). "
+        f"Quality: on {tested}; {dense['calibration']} examples to calibrate, {dense['total_steps']} steps of {size} "
+        f"in all, of which a contestant's own training is taken off; on {_distinct(quality, 'device')} "
+        f"({_distinct(quality, 'date')}; {_distinct(quality, 'versions')}). Mean and standard deviation over seeds.",
+        "",
+        "```bash",
+        *sorted({plain_command(row["command"]) for row in (*shapes, *quality)}),
+        "```",
+    ]
+    changed = sum(not row.get("as_timed", True) for row in quality)
+    if changed:
+        lines += ["", f"{changed} of the models trained for this page differ in size from those that were timed."]
+    return "\n".join(lines)
+
+
+def plain_command(command: str) -> str:
+    """A command without its shard, and without the folders that files lay in."""
+    words = shlex.split(command)
+    kept: list[str] = []
+    for index, word in enumerate(words):
+        if word == "--shard" or (index and words[index - 1] == "--shard"):
+            continue
+        path = Path(word)
+        inside = path.parts[-2:] if path.suffix == ".py" else path.parts[-1:]
+        kept.append("/".join(inside) if "/" in word else word)
+    return shlex.join(kept)
+
+
+def number(value: float) -> str:
+    """Two decimals; none from a thousand on."""
+    return f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _cell(entry: Entry, stage: str, metric: str) -> str:
+    spread = entry.spread(stage, metric)
+    return number(entry.mean(stage, metric)) + (f" ±{number(spread)}" if spread else "")
+
+
+def _range(texts: Sequence[str]) -> str:
+    return texts[0] if texts[0] == texts[-1] else f"{texts[0]} to {texts[-1]}"
+
+
+def _distinct(rows: Sequence[Row], name: str) -> str:
+    return "; ".join(dict.fromkeys(row[name] for row in rows))

@@ -1,0 +1,175 @@
+"""First stage of the frontier bench: for every contestant and budget the size that meets it, by measured latency."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from document import circumstances
+from latency_cases import parse_case
+from peers.peer import Peer, Prepared, Work
+from peft import get_peft_model
+from rows import Row, append_row, read_rows
+from sizing import SHORT, Fit, Stopwatch, Timed, fit_amount
+from transformers import PreTrainedModel
+from work import Bench, kind_of
+
+from hawada_peft import HawAdaConfig, Plan, slim
+from hawada_peft.adapters.huggingface import locate
+from hawada_peft.errors import InfeasibleBudgetError
+from hawada_peft.export.find_plan import measure_table, realise_with
+from hawada_peft.export.quality import MaskedQuality
+from hawada_peft.export.search_export import search
+from hawada_peft.export.space import search_space
+from hawada_peft.latency.budget import LatencyBudget
+from hawada_peft.latency.build import TablePlan
+from hawada_peft.latency.measure import Clock, Effort
+from hawada_peft.latency.regime import Regime
+from hawada_peft.latency.table import LatencyTable
+from hawada_peft.training import gate_importance
+
+STRICTER = (1.0, 1.01, 1.02, 1.03)
+"""What the search is asked for, times the budget, where its answer missed the budget in the contestants' timing."""
+
+
+def parse_regime(text: str, device: str) -> Regime:
+    """`MODE:BATCH[xSEQ]:DTYPE:BACKEND`, e.g. `prefill:1x256:float32:eager`."""
+    return parse_case(f":{text}", device).regime
+
+
+def effort_of(options: argparse.Namespace) -> Effort:
+    """How long models are timed, those of the search and those of its peers."""
+    rounds = options.timing_rounds
+    return Effort(min_rounds=rounds, max_rounds=4 * rounds, max_seconds=options.timing_seconds, tolerance=0.004)
+
+
+def shapes(options: argparse.Namespace, peers: Mapping[str, Peer]) -> None:
+    """
+    Write the rows that `options.out` lacks.
+
+    The contestants are shared out, so `--shard` splits them; seeds after the first start from what it found.
+    """
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    shard, shards = map(int, options.shard.split("/"))
+    kind = kind_of(options.data)
+    able = [name for name in options.contestants if name in peers and kind in peers[name].kinds]
+    ours = ["hawada"] if set(options.contestants) - set(peers) else []  # one shape for all of them
+    names = [*ours, *able][shard::shards]
+    done = {(row["contestant"], row["budget"], row["seed"]): row for row in read_rows(options.out)}
+    wanted = [
+        (seed, name, budget)
+        for seed in options.seeds
+        for name in names
+        if name != "hawada" or seed == options.seeds[0]
+        for budget in options.budgets
+        if (name, budget, seed) not in done
+    ]
+    if not wanted:
+        return
+    regime = parse_regime(options.regime, options.timing_device)
+    clock = time.thread_time if options.cpu_time else time.perf_counter
+    bench = Bench(
+        options.teacher, options.data, device=options.device, length=options.length, batch_size=options.batch_size
+    )
+    dense = bench.load().to(device=regime.device, dtype=regime.torch_dtype)
+    watch = Stopwatch(dense, regime, effort_of(options), clock)
+    find = None
+    prepared: dict[tuple[str, int], Prepared] = {}
+    for seed, name, budget in wanted:
+        started = time.perf_counter()
+        if name == "hawada":
+            find = find or searcher(bench, regime, options, clock)
+            row = hawada_row(bench, find, watch, budget)
+        else:
+            if (name, seed) not in prepared:
+                prepared = {(name, seed): peers[name].prepare(work_of(bench, budget, seed, options))}
+            one = prepared[name, seed]
+            if one.steps:
+                del prepared[name, seed]  # it was trained for this budget
+            earlier = done.get((name, budget, options.seeds[0]))
+            row = peer_row(bench, one, watch, budget, earlier)
+        row = {"contestant": name, "budget": budget, "seed": seed} | row
+        row |= {"regime": str(regime), "teacher": Path(options.teacher).name, "kind": bench.kind}
+        row |= {"seconds": round(time.perf_counter() - started, 1)} | circumstances(options.timing_device)
+        done[name, budget, seed] = row
+        append_row(options.out, row)
+        print(
+            f"{name}, {budget}x, seed {seed}: {row['speedup']:.3f}x measured{'' if row['met'] else ' (unmet)'}, "
+            f"{row['parameters']:,} parameters, {row['timings']} timings, {row['seconds']} s",
+            flush=True,
+        )
+
+
+def work_of(bench: Bench, budget: float, seed: int, options: argparse.Namespace) -> Work:
+    """What a peer is given."""
+    batches = bench.examples(options.calibration, seed, labels=True)
+    return Work(bench.load, batches, bench.stream(seed), budget, options.steps, seed)
+
+
+def peer_row(bench: Bench, prepared: Prepared, watch: Stopwatch, budget: float, earlier: Row | None) -> Row:
+    """The smallest amount that meets the budget, from that of another seed if there is one."""
+    start = None
+    if earlier is not None:
+        timed = Timed(**{name: earlier[name] for name in Timed.__dataclass_fields__})
+        start = Fit(earlier["amount"], timed, earlier["met"], earlier["timings"])
+
+    def cut(amount: float) -> PreTrainedModel:
+        return prepared.cut(bench.load(), amount)
+
+    fit = fit_amount(cut, watch, budget, start=start)
+    return {"amount": fit.amount, "steps": prepared.steps} | _row(fit.timed, fit.met, fit.timings)
+
+
+def hawada_row(bench: Bench, find: Callable[[float], Plan], watch: Stopwatch, budget: float) -> Row:
+    """The search's shape, timed as the peers' models are; a stricter search if that misses the budget."""
+    for number, factor in enumerate(STRICTER, 1):
+        plan = find(budget * factor)
+        timed = watch(slim(bench.model, plan))
+        met = timed.speedup >= SHORT * budget
+        if met or number == len(STRICTER):
+            break
+    return {"shape": plan.shape.to_dict()} | _row(timed, met, number)
+
+
+def _row(timed: Timed, met: bool, timings: int) -> Row:
+    return asdict(timed) | {"speedup": timed.speedup, "met": met, "timings": timings}
+
+
+def searcher(bench: Bench, regime: Regime, options: argparse.Namespace, clock: Clock) -> Callable[[float], Plan]:
+    """
+    The package's search, as `find_plan` runs it, on the clock of the bench. Table, importance and the loss of what was
+    tried are made once, for all budgets. A budget out of reach gives the fastest shape that the table knows.
+    """
+    base, path = bench.model, Path(options.table) if options.table else None
+    layout = locate(base)
+    if path is not None and path.exists():
+        table = LatencyTable.load(path)
+    else:
+        effort = Effort(min_rounds=7, max_rounds=40, max_seconds=options.timing_seconds)
+        table = measure_table(base, regime, plan=TablePlan(effort=effort), cache=False, clock=clock)
+    table.check(regime=regime, model=layout.fingerprint())
+    space = search_space(base, layout, regime, multiple=table.multiple)
+    batches = bench.examples(options.calibration, options.seeds[0])
+    model = get_peft_model(bench.load(), HawAdaConfig())
+    quality = MaskedQuality(model, batches, gate_importance(model, batches))
+    realise = realise_with(base, regime, timing=effort_of(options), clock=clock)
+    tables = [table]
+
+    def find(speedup: float) -> Plan:
+        try:
+            result = search(space, tables[-1], quality, LatencyBudget(speedup=speedup), realise)
+        except InfeasibleBudgetError:
+            return quality.plan(space.shape(int(tables[-1].estimate_sizes(*space.axes).argmin())))
+        tables.append(result.table)  # corrected by all that was timed
+        if path is not None:
+            result.table.save(path)
+        return quality.plan(result.best.shape)
+
+    if path is not None:
+        table.save(path)
+    return find

@@ -1,0 +1,55 @@
+"""How gates are made ready for a shape: ranked once, or trained, alone or with LoRA."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from work import Batch, Bench, whole
+
+from hawada_peft import HawAdaConfig, HawAdaTrainer, Shape, init_gates
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """
+    relaxation: of the gates' training; None for none, which is one-shot.
+    aimed: start as `HawAdaTrainer` does (layers by dropping them, the rest by importance without them), and not from
+        one gradient for everything.
+    steps, gate_rate, soft_fraction: of that training.
+    lora_rank, lora_rate: of adapters that are trained with the gates; rank 0 for none.
+    """
+
+    relaxation: str | None = None
+    aimed: bool = True
+    steps: int = 0
+    gate_rate: float = 0.05
+    soft_fraction: float = 0.75
+    lora_rank: int = 0
+    lora_rate: float = 2e-3
+
+
+def gated(bench: Bench, recipe: Recipe, shape: Shape, batches: Sequence[Batch], seed: int) -> tuple[PeftModel, int]:
+    """A gated teacher under the plan of a recipe at a shape, and the training steps that it took."""
+    rank = recipe.lora_rank
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear") if rank else None
+    model = get_peft_model(bench.load(), HawAdaConfig(lora=lora) if lora else HawAdaConfig())
+    init_gates(model, batches, shape=shape if recipe.aimed else None)
+    if recipe.relaxation is None:
+        model.apply_plan(model.plan(shape))
+        return model, 0
+    rate = recipe.lora_rate if rank else recipe.gate_rate
+    with tempfile.TemporaryDirectory() as folder:
+        HawAdaTrainer(
+            model,
+            bench.arguments(folder, recipe.steps, rate, seed, lr_scheduler_type="constant", warmup_steps=0),
+            shape=shape,
+            relaxation=recipe.relaxation,
+            soft_fraction=recipe.soft_fraction,
+            gate_learning_rate=recipe.gate_rate if rank else None,
+            train_dataset=bench.pool(seed),
+            data_collator=whole,
+        ).train()
+    return model, recipe.steps
