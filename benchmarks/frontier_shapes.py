@@ -22,7 +22,7 @@ from hawada_peft import HawAdaConfig, Plan, slim
 from hawada_peft.adapters.huggingface import locate
 from hawada_peft.errors import InfeasibleBudgetError
 from hawada_peft.export.find_plan import measure_table, realise_with
-from hawada_peft.export.quality import MaskedQuality
+from hawada_peft.export.refitted import RefittedQuality
 from hawada_peft.export.search_export import search
 from hawada_peft.export.space import search_space
 from hawada_peft.latency.budget import LatencyBudget
@@ -156,7 +156,7 @@ def searcher(bench: Bench, regime: Regime, options: argparse.Namespace, clock: C
     space = search_space(base, layout, regime, multiple=table.multiple)
     batches = bench.examples(options.calibration, options.seeds[0])
     model = get_peft_model(bench.load(), HawAdaConfig())
-    quality = MaskedQuality(model, batches, gate_importance(model, batches))
+    quality = RefittedQuality(model, batches, gate_importance(model, batches))
     realise = realise_with(base, regime, timing=effort_of(options), clock=clock)
     tables = [table]
 

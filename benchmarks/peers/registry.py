@@ -8,7 +8,9 @@ from .llm_pruner import LLM_PRUNER
 from .minitron import MINITRON_DEPTH, MINITRON_WIDTH
 from .peer import Peer
 from .shortgpt import SHORTGPT
+from .slicegpt import SLICEGPT
 from .wanda_sp import WANDA_SP
+from .with_torch_pruning import TORCH_PRUNING_PEERS
 
 PEERS: dict[str, Peer] = {
     "flap": FLAP,
@@ -17,5 +19,7 @@ PEERS: dict[str, Peer] = {
     "minitron_width": MINITRON_WIDTH,
     "minitron_depth": MINITRON_DEPTH,
     "shortgpt": SHORTGPT,
+    "slicegpt": SLICEGPT,
     "ancestor": ANCESTOR,
+    **TORCH_PRUNING_PEERS,
 }

@@ -249,8 +249,7 @@ TORCH_PRUNING_PEERS = {
         source=_SOURCE,
         kinds=frozenset({"text", "image"}),
         prepare=taylor_with_hidden,
-        adapted=_PACKAGE
-        + "Heads, FFN channels and the residual stream by the same ratio, as in the example for "
+        adapted=_PACKAGE + "Heads, FFN channels and the residual stream by the same ratio, as in the example for "
         "language models; that one ranks by magnitude." + _EVEN,
     ),
     "tp_isomorphic": Peer(
