@@ -6,7 +6,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from hawada_peft.cli import app
+from hawada_peft.cli.program import app
 
 run = CliRunner().invoke
 
