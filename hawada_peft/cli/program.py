@@ -189,7 +189,8 @@ def train(
     """
     Slim a model as a recipe says, from gates to a verified folder.
 
-    Train gates, merge, refit, recover, measure, save verified. On several GPUs start it with accelerate or torchrun; one process prints.
+    Train gates, merge, refit, recover, measure, save verified. On several GPUs start it with accelerate or torchrun;
+    one process prints.
     """
     from accelerate import PartialState  # type: ignore[import-untyped]
 

@@ -12,7 +12,7 @@ from ..export.find_plan import measure_table, regime_of
 from ..latency import LatencyBudget, LatencyTable
 from ..loading import load_skeleton
 from ..progress import Progress
-from ._regime import DEVICE, RegimeOptions
+from ._regime import RegimeOptions, checked_device
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -67,6 +67,7 @@ def measure(
         InvalidRegimeError: if the conditions contradict themselves, or the model cannot run that way.
         UnsupportedModelError: if the model has no family row.
     """
+    regime["device"] = checked_device(regime.get("device"))
+    asked = LatencyBudget(speedup=1.0, **regime)
     skeleton = load_skeleton(os.fspath(model))
-    asked = LatencyBudget(speedup=1.0, **({"device": DEVICE} | regime))
     return MeasureResult(measure_table(skeleton, regime_of(skeleton, asked), progress=progress))

@@ -16,7 +16,7 @@ from ..latency import LatencyBudget
 from ..loading import batches_of, load_examples, load_model
 from ..progress import Progress, progress_bar
 from ..training import gate_importance
-from ._regime import DEVICE, RegimeOptions
+from ._regime import RegimeOptions, checked_device
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -94,18 +94,19 @@ def plan(
         HawAdaError: on examples that cannot be read.
         OSError: if there is no such file, or no place for the plan.
     """
+    regime["device"] = device = checked_device(regime.get("device"))
     budget = LatencyBudget(
         speedup=speedup,
         latency_ms=latency_ms,
         fraction=fraction,
         max_parameters=max_parameters,
-        **({"device": DEVICE} | regime),
+        **regime,
     )
     path, name = Path(output), os.fspath(model)
     path.parent.mkdir(parents=True, exist_ok=True)  # before the work
     length = budget.seq_len or SEQ_LEN
     batches = batches_of(load_examples(Path(calibration), name, length=length, count=examples), BATCH)
-    base = load_model(name, budget.device or DEVICE)
+    base = load_model(name, device)
     if adapter is None:
         kinds = ("heads", "ffn", "layers", "hidden") if hidden else ("heads", "ffn", "layers")
         gated: PeftModel = get_peft_model(base, HawAdaConfig(gates=kinds))

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import TypedDict
 
+import torch
+
+from ..errors import InvalidRegimeError
+
 
 class RegimeOptions(TypedDict, total=False):
     """
@@ -30,3 +34,21 @@ class RegimeOptions(TypedDict, total=False):
 
 DEVICE = "cpu"
 """Where is timed if nothing else is said."""
+
+
+def checked_device(device: str | None) -> str:
+    """
+    The device, before any work on it; `DEVICE` if none is named.
+
+    Raises:
+        InvalidRegimeError: if torch does not know it, or sees no CUDA device where one is named.
+    """
+    try:
+        kind = torch.device(device or DEVICE).type
+    except RuntimeError as error:
+        raise InvalidRegimeError(f"device {device!r} is none: {error}") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InvalidRegimeError(
+            f"device {device!r} was asked for, and torch sees no CUDA device here; use {DEVICE!r}"
+        )
+    return device or DEVICE

@@ -13,6 +13,7 @@ from ..export.stream import SlimCheckpoint, slim_checkpoint
 from ..loading import batches_of, load_examples
 from ..progress import Progress
 from ._plan import BATCH, SEQ_LEN
+from ._regime import checked_device
 
 
 def slim(
@@ -76,6 +77,7 @@ def slim(
             verify=verify or "files",
             progress=progress,
         )
+    where = checked_device(device)
     found = load_examples(Path(calibration), os.fspath(base), length=seq_len or SEQ_LEN, count=examples or 64)
     return slim_calibrated(
         base,
@@ -84,7 +86,7 @@ def slim(
         batches_of(found, BATCH),
         plan=chosen,
         fold=fold,
-        device=device or "cpu",
+        device=where,
         progress=progress,
     )
 

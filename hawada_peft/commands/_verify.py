@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..errors import HawAdaError, VerificationError
+from ..errors import HawAdaError, InvalidPlanError, VerificationError
 from ..export.checkpoint import Checkpoint
 from ..export.facts import REPORT_NAME
 from ..export.fold import gates_config
@@ -176,7 +176,7 @@ def _logits(
         return Check("logits", None, f"{REPORT_NAME} says that {why}")
     applied = report.get("plan") or gates_config(adapter).to_dict()["plan"]
     if plan is None and applied is None:
-        raise HawAdaError(NO_PLAN)
+        raise InvalidPlanError(NO_PLAN)
     chosen = Plan.from_dict(applied) if plan is None else plan
     expected, inputs = reference_logits(Checkpoint(base).folder, adapter, chosen, fold=fold)
     try:

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from ..adapters.huggingface.family import locate
 from ..errors import HawAdaError, UnsupportedModelError
-from .checkpoint import WEIGHTS, stored_tensors
+from .checkpoint import WEIGHTS, weight_files
 from .facts import REPORT_NAME
 from .plan import Plan
 
@@ -56,7 +56,10 @@ def config_problems(folder: Path) -> list[str]:
 def tensor_problems(folder: Path) -> list[str]:
     """Tensors of adapters, or no readable tensors at all."""
     try:
-        names = sorted(stored_tensors(folder))
+        names = []
+        for file in weight_files(folder):
+            with safe_open(file, "pt") as opened:
+                names += sorted(opened.keys())
     except (UnsupportedModelError, SafetensorError, OSError, ValueError) as error:
         return [str(error)]
     return [f"tensor {name} is none of a vanilla model" for name in names if _foreign(name, FOREIGN_TENSORS)]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
@@ -173,7 +174,10 @@ def reload(folder: Path, **options: Any) -> tuple[Any, PreTrainedModel]:
     try:
         auto = auto_class_of(skeleton_of(AutoConfig.from_pretrained(folder)))
         loaded, info = auto.from_pretrained(folder, dtype="auto", output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+    except (
+        *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError),
+        *(SafetensorError, StrictDataclassError),
+    ) as error:
         raise VerificationError(
             f"{folder} does not load with transformers {transformers.__version__}: {error}"
         ) from error
