@@ -135,9 +135,9 @@ def test_a_plan_that_cuts_nothing_leaves_nothing_to_refit(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "facts"),
     [
-        (["--calibration", "data.npy", "--max-shard-size", "5GB"], "--max-shard-size is for slimming from files"),
-        (["--calibration", "data.npy", "--verify", "files"], "--verify is for slimming from files"),
-        (["--examples", "3", "--device", "cpu"], "--examples, --device needs --calibration"),
+        (["--calibration", "data.npy", "--max-shard-size", "5GB"], "max_shard_size is for slimming from files"),
+        (["--calibration", "data.npy", "--verify", "files"], "verify is for slimming from files"),
+        (["--examples", "3", "--device", "cpu"], "examples, device needs calibration"),
         (["--calibration", "data.csv"], "data must be a file of"),
     ],
 )
