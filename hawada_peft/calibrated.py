@@ -21,6 +21,7 @@ from .export.reconstruct import Reconstruction
 from .export.stream import NO_PLAN, NOTHING_ELSE, SlimCheckpoint
 from .export.verify import example_inputs, save_slim
 from .loading import load_model, processor_of
+from .progress import Progress
 
 
 def slim_calibrated(
@@ -33,6 +34,7 @@ def slim_calibrated(
     fold: bool = True,
     device: str = "cpu",
     card: ExportFacts | None = NOTHING_ELSE,
+    progress: Progress | None = None,
 ) -> SlimCheckpoint:
     """
     Slim a checkpoint with reconstruction: `slim_checkpoint` for models that fit in memory.
@@ -50,6 +52,7 @@ def slim_calibrated(
         device (`str`): where the models are.
         card (`ExportFacts`, *optional*): what else is known about the export, for the model card and the report; base,
             plan, reconstruction and calibration data are filled in. `None` writes neither.
+        progress (*optional*): `tqdm.tqdm` for progress bars; none are shown if left out.
 
     Returns:
         `SlimCheckpoint`: what was written; `reconstruction` is None if the plan cuts nothing.
@@ -72,7 +75,7 @@ def slim_calibrated(
     dense_parameters = dense.num_parameters()
     gated: Any = PeftModel.from_pretrained(dense, os.fspath(adapter))
     options = {"calibration": batches, "on_reconstruction": reports.append}
-    small = cast(PreTrainedModel, gated.merge_and_unload(plan=plan, fold=fold, **options))
+    small = cast(PreTrainedModel, gated.merge_and_unload(progress is not None, plan=plan, fold=fold, **options))
     reconstruction = reports[0] if reports else None
     if card is not None:
         card = replace(

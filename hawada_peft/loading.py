@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel
 
-from .errors import HawAdaError
+from .errors import HawAdaError, UnsupportedModelError
 from .export.skeleton import auto_class_of, skeleton_of
 
 logger = logging.getLogger(__name__)
@@ -27,9 +28,13 @@ def load_skeleton(model: str) -> PreTrainedModel:
         model: a folder or model id with a `config.json`.
 
     Raises:
-        UnsupportedModelError: if the config does not say which class it is for.
+        UnsupportedModelError: if the config is none that transformers knows, or does not say which class it is for.
     """
-    return skeleton_of(AutoConfig.from_pretrained(model))
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except ValueError as error:  # of no known kind
+        raise UnsupportedModelError(f"{model} is no model that transformers knows: {error}") from error
+    return skeleton_of(config)
 
 
 def load_model(model: str, device: str = "cpu", dtype: str = "auto") -> PreTrainedModel:
@@ -99,6 +104,10 @@ def _read_safetensors(path: Path, model: str, length: int) -> dict[str, torch.Te
     tensors: dict[str, torch.Tensor] = load_file(path)
     if len({len(tensor) for tensor in tensors.values()}) != 1:
         raise HawAdaError(f"the tensors in {path} must have the same number of rows, one per example")
+    cls = type(load_skeleton(model))
+    allowed = inspect.signature(cls.forward).parameters
+    if unknown := sorted(set(tensors) - set(allowed)):
+        raise HawAdaError(f"{path} holds {unknown}, which {cls.__name__} does not take; it takes {list(allowed)[1:]}")
     return tensors
 
 

@@ -13,6 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, ModulesToSaveWrapper
 from torch import nn
+from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -343,7 +344,7 @@ class HawAdaModel(BaseTuner):
         model is used up; with a plan the result is a new model of the same class.
 
         Args:
-            progressbar (`bool`): show progress.
+            progressbar (`bool`): show progress, also of the reconstruction.
             safe_merge (`bool`): check the folded weights for NaN first.
             adapter_names (`list[str]`, *optional*): adapters to merge; the active ones if left out.
             plan (`Plan`, *optional*): what to keep, instead of the applied plan.
@@ -394,7 +395,7 @@ class HawAdaModel(BaseTuner):
                 return merged
             small = slim(base, chosen)
         if calibration is not None:
-            report = reconstruct(base, small, chosen, calibration)
+            report = reconstruct(base, small, chosen, calibration, progress=tqdm if progressbar else None)
             if on_reconstruction is not None:
                 on_reconstruction(report)
         return small

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from hawada_peft import Plan, calibration_facts, slim_calibrated, slim_checkpoint
 from hawada_peft.adapters.huggingface import locate
-from hawada_peft.cli import app
+from hawada_peft.cli.program import app
 from hawada_peft.errors import HawAdaError, InvalidPlanError
 from hawada_peft.export.facts import CARD_NAME, REPORT_NAME
 from hawada_peft.loading import batches_of, load_examples, load_model
@@ -135,9 +135,9 @@ def test_a_plan_that_cuts_nothing_leaves_nothing_to_refit(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "facts"),
     [
-        (["--calibration", "data.npy", "--max-shard-size", "5GB"], "--max-shard-size is for slimming from files"),
-        (["--calibration", "data.npy", "--verify", "files"], "--verify is for slimming from files"),
-        (["--examples", "3", "--device", "cpu"], "--examples, --device needs --calibration"),
+        (["--calibration", "data.npy", "--max-shard-size", "5GB"], "max_shard_size is for slimming from files"),
+        (["--calibration", "data.npy", "--verify", "files"], "verify is for slimming from files"),
+        (["--examples", "3", "--device", "cpu"], "examples, device needs calibration"),
         (["--calibration", "data.csv"], "data must be a file of"),
     ],
 )

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification, 
 from typer.testing import CliRunner
 
 from hawada_peft import Recipe, RecipeResult, train_recipe
-from hawada_peft.cli import app
+from hawada_peft.cli.program import app
 from hawada_peft.errors import HawAdaError
 from hawada_peft.recipes.examples import batches_from, load_data
 from hawada_peft.recipes.record import RESULT

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from hawada_peft import ExportFacts, Plan, slim, slim_checkpoint
 from hawada_peft.adapters.huggingface import locate
-from hawada_peft.cli import app
+from hawada_peft.cli.program import app
 from hawada_peft.errors import (
     BrokenGatesError,
     HawAdaError,

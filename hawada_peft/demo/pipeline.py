@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from peft import get_peft_model
 from safetensors.torch import save_file
-from tqdm import tqdm
 from transformers import default_data_collator
 
 from .. import HawAdaConfig, HawAdaTrainer, init_gates
 from ..errors import UnsettledTimingWarning
 from ..export.find_plan import find_plan
+from ..progress import Progress, progress_bar
 from .data import Data, stack
 from .measure import logits_of, one_thread
 from .table import Row
@@ -38,13 +38,14 @@ MARKER = ".hawada-demo"
 """In every folder that the demo makes, so that the next run knows what it may replace."""
 
 
-def run_demo(output_dir: str | Path, quick: bool = False) -> list[Row]:
+def run_demo(output_dir: str | Path, quick: bool = False, *, progress: Progress | None = None) -> list[Row]:
     """
     Train two small models, slim them, and measure what came of it.
 
     Args:
         output_dir: gets a folder per model with `teacher`, `adapter` and `slim`; those of an earlier run are replaced.
         quick: much shorter trainings, worse teachers.
+        progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
 
     Returns:
         Three rows per model: dense, masked, slim.
@@ -57,7 +58,7 @@ def run_demo(output_dir: str | Path, quick: bool = False) -> list[Row]:
     clear(output_dir)
     with one_thread():
         for task in TASKS.values():
-            train_task(task, task.quick if quick else task.full, output_dir / task.name)
+            train_task(task, task.quick if quick else task.full, output_dir / task.name, progress)
     return export(output_dir, list(TASKS), quick=quick)
 
 
@@ -71,7 +72,7 @@ def clear(output_dir: Path) -> None:
         shutil.rmtree(folder)
 
 
-def train_task(task: Task, effort: Effort, folder: Path) -> None:
+def train_task(task: Task, effort: Effort, folder: Path, progress: Progress | None = None) -> None:
     """
     Train a teacher, find the shape for the budget, then train gates on the saved teacher.
 
@@ -80,16 +81,18 @@ def train_task(task: Task, effort: Effort, folder: Path) -> None:
         effort: how long.
         folder: gets `teacher`, `adapter`, and `held_out.safetensors` with the held-out examples and the logits of the
             masked model on them.
+        progress: makes progress bars; none are shown if left out.
     """
     folder.mkdir(parents=True)
     (folder / MARKER).touch()
     data = task.load()
-    train_teacher(task, data, effort.teacher, folder / "teacher")
+    train_teacher(task, data, effort.teacher, folder / "teacher", progress)
     with no_file_bars():
         base = task.auto_class.from_pretrained(folder / "teacher")
     model = get_peft_model(base, HawAdaConfig())
     batches = calibration_batches(data, effort.calibration)
-    init_gates(model, tqdm(batches, desc=f"{task.title}: importance", unit="batch"), criterion="fisher")
+    watched = progress_bar(progress, iterable=batches, desc=f"{task.title}: importance", unit="batch")
+    init_gates(model, watched, criterion="fisher")
     with warnings.catch_warnings():
         # A few rounds on a machine that may be busy: the table that is printed shows what came of it.
         warnings.simplefilter("ignore", UnsettledTimingWarning)
@@ -102,6 +105,7 @@ def train_task(task: Task, effort: Effort, folder: Path) -> None:
             timing=effort.timing,
             effort=effort.search,
             cache=False,
+            progress=progress,
         )
     logger.info("%s: %s", task.title, found)
     trainer = HawAdaTrainer(
@@ -112,7 +116,7 @@ def train_task(task: Task, effort: Effort, folder: Path) -> None:
         shape=found.best.shape,
         soft_fraction=SOFT_FRACTION,
     )
-    train(trainer, f"{task.title}: gates")
+    train(trainer, f"{task.title}: gates", progress)
     model.save_pretrained(str(folder / "adapter"))
     held_out = stack(data.held_out)
     inputs = {f"inputs.{name}": tensor for name, tensor in held_out.items()}

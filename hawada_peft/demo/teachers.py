@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from transformers import (
     ProgressCallback,
     Trainer,
@@ -21,6 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from ..progress import Progress, progress_bar
 from .data import Data
 from .tasks import Schedule, Task
 
@@ -32,14 +32,14 @@ SEED = 0
 class NamedProgress(TrainerCallback):
     """One progress bar that says what is trained; unlike `ProgressCallback` it leaves the logs alone."""
 
-    def __init__(self, title: str) -> None:
-        self.title = title
+    def __init__(self, title: str, progress: Progress | None) -> None:
+        self.title, self.progress = title, progress
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the bar."""
-        self.bar = tqdm(total=state.max_steps, desc=self.title, unit="step")
+        self.bar = progress_bar(self.progress, total=state.max_steps, desc=self.title, unit="step")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -72,14 +72,14 @@ def training_arguments(schedule: Schedule, folder: Path) -> TrainingArguments:
     )
 
 
-def train(trainer: Trainer, title: str) -> None:
-    """Train under a named progress bar."""
+def train(trainer: Trainer, title: str, progress: Progress | None) -> None:
+    """Train under a named progress bar, if any."""
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(NamedProgress(title))
+    trainer.add_callback(NamedProgress(title, progress))
     trainer.train()
 
 
-def train_teacher(task: Task, data: Data, schedule: Schedule, folder: Path) -> None:
+def train_teacher(task: Task, data: Data, schedule: Schedule, folder: Path, progress: Progress | None = None) -> None:
     """
     Train a task's model from scratch and save it, with its tokenizer, as an ordinary folder.
 
@@ -88,6 +88,7 @@ def train_teacher(task: Task, data: Data, schedule: Schedule, folder: Path) -> N
         data: its data.
         schedule: how long.
         folder: where to save it.
+        progress: makes progress bars; none are shown if left out.
     """
     set_seed(SEED)
     model = task.build()
@@ -97,7 +98,7 @@ def train_teacher(task: Task, data: Data, schedule: Schedule, folder: Path) -> N
         train_dataset=data.train,
         data_collator=default_data_collator,
     )
-    train(trainer, f"{task.title}: teacher")
+    train(trainer, f"{task.title}: teacher", progress)
     with no_file_bars():
         model.save_pretrained(folder)
     if data.processor is not None:

@@ -23,6 +23,7 @@ from ..latency.measure import Clock, Effort, measure_built
 from ..latency.regime import Regime
 from ..latency.table import LatencyTable
 from ..latency.timing import Timing
+from ..progress import Progress
 from .legality import check_legal, legal_head_shapes
 from .quality import Batch, MaskedQuality
 from .realise import realiser
@@ -48,6 +49,7 @@ def measure_table(
     hidden_size: int | None = None,
     cache: str | Path | bool = True,
     clock: Clock = time.perf_counter,
+    progress: Progress | None = None,
 ) -> LatencyTable:
     """
     The latency table of a model under a regime: from the disk cache, or measured with random weights.
@@ -60,6 +62,7 @@ def measure_table(
         hidden_size: of all that is timed, for a table of a narrower residual stream; the dense one if left out.
         cache: a folder; `True` for the user's cache folder, `False` for none.
         clock: seconds.
+        progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
 
     Raises:
         UnsupportedModelError: if the model has no family row.
@@ -84,6 +87,7 @@ def measure_table(
         plan=plan,
         widest=widest,
         clock=clock,
+        progress=progress,
     )
     if cache is False:
         return make()
@@ -105,6 +109,7 @@ def find_plan(
     effort: SearchEffort | None = None,
     timing: Effort | None = None,
     cache: str | Path | bool = True,
+    progress: Progress | None = None,
 ) -> SearchResult:
     """
     The best plan for a budget, on this machine. Nothing of the model is changed; see `apply_plan`.
@@ -127,6 +132,7 @@ def find_plan(
         effort: how hard to look.
         timing: how long candidates are timed.
         cache: of the table, as in `measure_table`.
+        progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
 
     Returns:
         `SearchResult`: the shape, the plan, the measured latency and the whole frontier.
@@ -140,18 +146,18 @@ def find_plan(
     base = dense_model(model)
     layout = locate(base)
     regime = regime_of(model, budget)
+    measure = partial(measure_table, model, regime, allow_rehome=allow_rehome, cache=cache, progress=progress)
     if table is None:
-        table = measure_table(model, regime, plan=table_plan, allow_rehome=allow_rehome, cache=cache)
+        table = measure(plan=table_plan)
     table.check(regime=regime, model=layout.fingerprint())
     refit = not obstacle(model, calibration) if refit is None else refit
-    quality = (RefittedQuality if refit else MaskedQuality)(model, calibration, importance)
+    quality = (RefittedQuality if refit else MaskedQuality)(model, calibration, importance, progress)
     sizes: Sequence[int] = ()
     if HIDDEN in quality.free:
         group = quality.scores.hidden_group
         found = narrower_sizes(base, layout, multiple=table.multiple, group_size=group)
         sizes = found if hidden_sizes is None else hidden_sizes
-    narrow = partial(measure_table, model, regime, plan=table_plan or NARROWER, allow_rehome=allow_rehome, cache=cache)
-    tables = [table, *(narrow(hidden_size=size) for size in sizes)]
+    tables = [table, *(measure(plan=table_plan or NARROWER, hidden_size=size) for size in sizes)]
     spaces = [
         search_space(
             base,
@@ -165,7 +171,7 @@ def find_plan(
         )
         for size, each in zip((None, *sizes), tables, strict=True)
     ]
-    realise = realise_with(base, regime, allow_rehome=allow_rehome, timing=timing)
+    realise = realise_with(base, regime, allow_rehome=allow_rehome, timing=timing, progress=progress)
     narrower = list(zip(spaces[1:], tables[1:], strict=True))
     return search(spaces[0], table, quality, budget, realise, effort=effort, narrower=narrower)
 
@@ -177,6 +183,7 @@ def realise_with(
     allow_rehome: bool = False,
     timing: Effort | None = None,
     clock: Clock = time.perf_counter,
+    progress: Progress | None = None,
 ) -> Callable[[Sequence[Shape]], Mapping[Shape, Timing]]:
     """A function that builds shapes with random weights and times them side by side, the dense shape among them."""
     build = builder(base, regime, allow_rehome=allow_rehome)[1]
@@ -184,7 +191,14 @@ def realise_with(
 
     def realise(shapes: Sequence[Shape]) -> Mapping[Shape, Timing]:
         return measure_built(
-            build, shapes, regime, reference=dense, effort=timing or CONFIRM, clock=clock, label="realising shapes"
+            build,
+            shapes,
+            regime,
+            reference=dense,
+            effort=timing or CONFIRM,
+            clock=clock,
+            label="realising shapes",
+            progress=progress,
         )
 
     return realise

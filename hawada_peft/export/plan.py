@@ -145,6 +145,8 @@ class Plan:
         Raises:
             InvalidPlanError: if this is not a plan, or one of an unknown format.
         """
+        if not isinstance(data, Mapping):
+            raise InvalidPlanError(f"a plan is an object with names, got a {type(data).__name__}")
         if data.get("format") != FORMAT:
             raise InvalidPlanError(f"cannot read a plan of format {data.get('format')!r}; this version reads {FORMAT}")
         missing = sorted({"dense", "layers", "heads", "channels"} - set(data))

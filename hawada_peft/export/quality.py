@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..adapters.attach import collect_gates
 from ..adapters.base import BLOCK, HIDDEN_UNITS, LAYER, UNITS, GateAdapter
@@ -20,6 +19,7 @@ from ..adapters.gates import SigmoidGate
 from ..adapters.huggingface.family import HIDDEN, Layout
 from ..adapters.huggingface.shape import Shape
 from ..errors import HawAdaError, InvalidPlanError
+from ..progress import Progress, progress_bar
 from .plan import Plan
 from .rank import UnitScores, gate_scores, rank
 from .space import SearchSpace
@@ -73,6 +73,7 @@ class MaskedQuality:
         batches (`Sequence`): calibration batches, keyword arguments of the forward pass.
         importance (`Mapping[str, Tensor]`, *optional*): how much the loss depends on each gate, by the names of
             `collect_gates(model)`; the gates' own values if left out.
+        progress (*optional*): makes progress bars, as `tqdm.tqdm`; none are shown if left out.
 
     Raises:
         HawAdaError: if there are no batches.
@@ -84,11 +85,15 @@ class MaskedQuality:
     """
 
     def __init__(
-        self, model: PeftModel, batches: Sequence[Batch], importance: Mapping[str, torch.Tensor] | None = None
+        self,
+        model: PeftModel,
+        batches: Sequence[Batch],
+        importance: Mapping[str, torch.Tensor] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         if not batches:
             raise HawAdaError("no calibration batches were given; pass at least one")
-        self.model = model
+        self.model, self._progress = model, progress
         self.tuner = cast(Any, model.base_model)
         self.names = list(self.tuner.active_adapters)
         self.layout: Layout = self.tuner._layout(self.names)
@@ -182,8 +187,8 @@ class MaskedQuality:
         """Drop one layer after the other, the cheapest first, scoring those that remain anew each time."""
         total = self.layout.dense.sizes()["num_hidden_layers"]
         last: dict[int, float] = {}
-        steps = tqdm(range(len(self._order), total - least), desc="dropping layers", disable=None, leave=False)
-        for _ in steps:
+        steps = range(len(self._order), total - least)
+        for _ in progress_bar(self._progress, iterable=steps, desc="dropping layers", leave=False):
             remaining = [layer for layer in range(total) if layer not in self._order]
             asked = sorted(remaining, key=lambda layer: last.get(layer, 0.0))
             asked = asked[:RESCORED] if last else asked

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..adapters.huggingface.family import locate
 from ..adapters.layers import parameters_of
 from ..errors import HawAdaError, IncompatibleBaseError, UnsupportedModelError
+from ..progress import Progress, progress_bar
 from .fidelity import Batch, Reduce, all_reduced, divergence, position_mask
 from .plan import Plan
 from .projections import Refit, as_projection, choose, new_moments
@@ -67,6 +68,7 @@ def reconstruct(
     dampings: Sequence[float] = DAMPINGS,
     held_out: float = HELD_OUT,
     correction: float = CORRECTION,
+    progress: Progress | None = None,
 ) -> Reconstruction:
     """
     Refit the slim model's output projections (attention, FFN) to the dense model, layer by layer.
@@ -92,6 +94,7 @@ def reconstruct(
         dampings: how close to stay to the weights of `slim`; chosen per projection by held-out error.
         held_out: the part of the batches (of the rows, if there is one batch) that nothing is fitted to.
         correction: the part of the error left by earlier layers that is added to the targets, from 0 to 1.
+        progress: makes a progress bar, as `tqdm.tqdm`; none is shown if left out.
 
     Returns:
         `Reconstruction`: the errors, and whether it was applied.
@@ -112,6 +115,7 @@ def reconstruct(
         dampings=dampings,
         held_out=held_out,
         correction=correction,
+        progress=progress,
         reduce=all_reduced,
     )
     if result.applied or result.before == 0:
@@ -134,13 +138,14 @@ def refit_model(
     dampings: Sequence[float] = DAMPINGS,
     held_out: float = HELD_OUT,
     correction: float = CORRECTION,
+    progress: Progress | None = None,
     reduce: Reduce,
 ) -> Reconstruction:
     """
     `reconstruct` without its log and warning.
 
     Args:
-        dense, slim, plan, calibration, dampings, held_out, correction: as there.
+        dense, slim, plan, calibration, dampings, held_out, correction, progress: as there.
         reduce: sums over ranks.
     """
     problems = [f"damping must be above 0, got {damping}" for damping in dampings if not damping > 0]
@@ -177,7 +182,10 @@ def refit_model(
         plain = {name: [p.data for p in parameters_of(module)] for name, module in projections.items()}
         applied = False
         try:
-            refits = tuple(_refit_layers(teacher, student, plan, masks, len(fitted), dampings, correction, reduce))
+            layers = _refit_layers(teacher, student, plan, masks, len(fitted), dampings, correction, reduce)
+            refits = tuple(
+                progress_bar(progress, iterable=layers, total=len(ends), desc="reconstructing", leave=False)
+            )
             _, after = divergence(dense, slim, held, reduce)
             applied = after < before
         finally:  # also when a layer fails: never a model that is refitted in part

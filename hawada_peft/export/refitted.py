@@ -10,13 +10,13 @@ from typing import cast
 import numpy as np
 import torch
 from peft import PeftModel
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..adapters.attach import collect_gates
 from ..adapters.base import HIDDEN_UNITS
 from ..adapters.huggingface.shape import Shape
 from ..errors import HawAdaError, IllegalShapeError
+from ..progress import Progress, progress_bar
 from .beside import dense_view
 from .fidelity import of_this_rank
 from .legality import check_legal
@@ -48,6 +48,7 @@ class RefittedQuality(MaskedQuality):
             weights not quantized.
         batches (`Sequence`): calibration batches, keyword arguments of the forward pass: two rows at least.
         importance (`Mapping[str, Tensor]`, *optional*): as for `MaskedQuality`.
+        progress (*optional*): makes progress bars, as `tqdm.tqdm`; none are shown if left out.
 
     Raises:
         HawAdaError: if there are no batches, or nothing can be refitted in the model (`obstacle`).
@@ -55,12 +56,16 @@ class RefittedQuality(MaskedQuality):
     """
 
     def __init__(
-        self, model: PeftModel, batches: Sequence[Batch], importance: Mapping[str, torch.Tensor] | None = None
+        self,
+        model: PeftModel,
+        batches: Sequence[Batch],
+        importance: Mapping[str, torch.Tensor] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         reason = obstacle(model, batches)
         if reason:
             raise HawAdaError(f"shapes cannot be judged by refitted models: {reason}. Pass refit=False")
-        super().__init__(model, batches, importance)
+        super().__init__(model, batches, importance, progress)
         self.dense = dense_view(cast(PreTrainedModel, model.get_base_model()))
         self._refitted: dict[Plan, float] = {}
 
@@ -81,7 +86,7 @@ class RefittedQuality(MaskedQuality):
             return masked
         places = np.unique(np.linspace(0, len(counts) - 1, min(DEPTHS, len(counts))).round().astype(int))
         known = [counts[place] for place in places]
-        steps = tqdm(known, desc="refitting depths", disable=None, leave=False)
+        steps = progress_bar(self._progress, iterable=known, desc="refitting depths", leave=False)
         ratios = [
             np.log(max(self._refitted_loss(self.without_layers(count)), 1e-9) / masked[count]) for count in steps
         ]

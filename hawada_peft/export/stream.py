@@ -21,12 +21,12 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from peft import PeftModel
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..adapters.huggingface.family import locate
 from ..errors import HawAdaError, InvalidPlanError
+from ..progress import Progress, progress_bar
 from .axes import SliceRule, find_axes
 from .checkpoint import Checkpoint, stored_names
 from .facts import ExportFacts
@@ -87,6 +87,21 @@ class SlimCheckpoint:
             "reconstruction": None if self.reconstruction is None else asdict(self.reconstruction),
         }
 
+    def __str__(self) -> str:
+        lines = [
+            str(self.plan),
+            f"{self.parameters:,} of {self.dense_parameters:,} parameters stay: {self.weight_bytes / 1e6:.1f} MB in "
+            f"{self.folder}",
+        ]
+        if self.verification is not None:
+            found = self.verification
+            lines.append(f"verified: logits differ by at most {found.max_difference:.2g} of {found.scale:.3g}")
+        if self.reconstruction is not None:
+            lines.append(f"reconstruction: {self.reconstruction}")
+        if self.plan.keeps_all:
+            lines.append("the plan cuts nothing")
+        return "\n".join(lines)
+
 
 def slim_checkpoint(
     base: str | os.PathLike[str],
@@ -98,6 +113,7 @@ def slim_checkpoint(
     max_shard_size: int | str = "50GB",
     verify: str = "files",
     card: ExportFacts | None = NOTHING_ELSE,
+    progress: Progress | None = None,
 ) -> SlimCheckpoint:
     """
     Slim a checkpoint of any size: from safetensors files to safetensors files, tensor by tensor.
@@ -120,6 +136,7 @@ def slim_checkpoint(
             logits as `verify_slim` does.
         card (`ExportFacts`, *optional*): what else is known about the export, for the model card and the report; base
             and plan are filled in. `None` writes neither.
+        progress (*optional*): makes progress bars, as `tqdm.tqdm`; none are shown if left out.
 
     Returns:
         `SlimCheckpoint`: what was written.
@@ -141,12 +158,12 @@ def slim_checkpoint(
         card = replace(card, base=card.base or base, plan=card.plan or export.plan)
         checked_report(export.slim, card)  # before anything is written
     with new_folder(output) as folder:
-        weight_bytes = export.write(folder, max_shard_size)
+        weight_bytes = export.write(folder, max_shard_size, progress)
         checkpoint.copy_companions(folder)
         verify_files(folder, export.slim)
         verification = None
         if verify == "full":
-            logits, inputs = _reference(checkpoint.folder, adapter, export.plan, fold=fold)
+            logits, inputs = reference_logits(checkpoint.folder, adapter, export.plan, fold=fold)
             verification = verify_slim(folder, logits, inputs)
         if card is not None:
             write_card(folder, card, verification)
@@ -198,7 +215,7 @@ class _Export:
             self.slim = slim(self.dense, plan)
             self._rules = find_axes(self.dense, self._layout, hidden=plan.hidden is not None)
 
-    def write(self, folder: Path, max_shard_size: int | str) -> int:
+    def write(self, folder: Path, max_shard_size: int | str, progress: Progress | None) -> int:
         """
         Write all files that `save_pretrained` writes, the same.
 
@@ -216,9 +233,9 @@ class _Export:
         free = shutil.disk_usage(folder).free
         if free < total:
             raise OSError(f"the slim model needs {total / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in {folder}")
-        with tqdm(total=total, desc="Slimming", unit="B", unit_scale=True, disable=None) as progress:
+        with progress_bar(progress, total=total, desc="slimming", unit="B", unit_scale=True, leave=False) as bar:
             for file, keys in split.filename_to_tensors.items():
-                write_shard(folder / file, {key: like[key] for key in keys}, partial(self._watched, names, progress))
+                write_shard(folder / file, {key: like[key] for key in keys}, partial(self._watched, names, bar))
         if split.is_sharded:
             index = {
                 "metadata": {"total_parameters": self.slim.num_parameters(), **split.metadata},
@@ -228,10 +245,10 @@ class _Export:
             (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
         return total
 
-    def _watched(self, names: dict[str, str], progress: tqdm, key: str) -> Iterator[torch.Tensor]:
+    def _watched(self, names: dict[str, str], bar: Any, key: str) -> Iterator[torch.Tensor]:
         for part in self._parts(names[key]):
             yield part
-            progress.update(part.nbytes)
+            bar.update(part.nbytes)
 
     def _parts(self, name: str) -> Iterator[torch.Tensor]:
         """A slim tensor by its name in the slim model, in parts along its first dimension."""
@@ -264,10 +281,16 @@ class _Export:
         return merge_tensor(lora, which, tensors)
 
 
-def _reference(
+def reference_logits(
     base: Path, adapter: str | os.PathLike[str] | None, plan: Plan, *, fold: bool
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The logits that the slim model must compute, from the dense model in memory, and their inputs."""
+    """
+    The logits that a slim model must compute, from the dense model in memory, and their inputs.
+
+    Args:
+        base: the dense model's folder.
+        adapter, plan, fold: as in `slim_checkpoint`.
+    """
     skeleton = Checkpoint(base).skeleton
     dense = auto_class_of(skeleton).from_pretrained(base, dtype="auto")
     inputs = example_inputs(dense)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
@@ -107,7 +108,8 @@ def verify_slim(
             computes something else.
     """
     folder = Path(folder)
-    auto, loaded = _reload(folder, reference)
+    auto, loaded = reload(folder)
+    _check_class(folder, loaded, reference)
     if inputs is None:
         if isinstance(reference, torch.Tensor):
             raise VerificationError("pass the `inputs` that the reference logits were computed from")
@@ -140,7 +142,7 @@ def verify_files(folder: str | os.PathLike[str], expected: PreTrainedModel) -> N
             do not list exactly the expected tensors, with their shapes and dtypes.
     """
     folder = Path(folder)
-    _reload(folder, expected, device_map="meta")
+    _check_class(folder, reload(folder, device_map="meta")[1], expected)
     state = expected.state_dict()
     wanted = {
         key: (DTYPES[state[name].dtype], tuple(state[name].shape)) for key, name in stored_names(expected).items()
@@ -155,20 +157,39 @@ def verify_files(folder: str | os.PathLike[str], expected: PreTrainedModel) -> N
         raise VerificationError(f"{folder} does not hold what it should: {'; '.join(wrong[:5])}")
 
 
-def _reload(folder: Path, reference: nn.Module | torch.Tensor, **options: Any) -> tuple[Any, PreTrainedModel]:
+def reload(folder: Path, **options: Any) -> tuple[Any, PreTrainedModel]:
+    """
+    Load a folder through its Auto class, without custom code, and with exactly the weights that its class has.
+
+    Args:
+        folder: of a vanilla model.
+        options: of `from_pretrained`.
+
+    Returns:
+        The Auto class and the model.
+
+    Raises:
+        VerificationError: if it does not load so.
+    """
     try:
         auto = auto_class_of(skeleton_of(AutoConfig.from_pretrained(folder)))
         loaded, info = auto.from_pretrained(folder, dtype="auto", output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+    except (
+        *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError),
+        *(SafetensorError, StrictDataclassError),
+    ) as error:
         raise VerificationError(
             f"{folder} does not load with transformers {transformers.__version__}: {error}"
         ) from error
     wrong = {what: sorted(map(str, keys)) for what, keys in info.items() if keys}
     if wrong:
         raise VerificationError(f"{folder} does not hold exactly the weights of {type(loaded).__name__}: {wrong}")
+    return auto, loaded
+
+
+def _check_class(folder: Path, loaded: PreTrainedModel, reference: nn.Module | torch.Tensor) -> None:
     if isinstance(reference, PreTrainedModel) and type(loaded) is not type(reference):
         raise VerificationError(f"{folder} loads as {type(loaded).__name__}, saved was {type(reference).__name__}")
-    return auto, loaded
 
 
 def save_slim(

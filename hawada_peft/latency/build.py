@@ -17,6 +17,7 @@ from torch import nn
 
 from ..adapters.huggingface.shape import Shape
 from ..errors import HawAdaError
+from ..progress import Progress
 from .fit import Observation, fit_costs
 from .measure import Clock, Effort, Sync, measure_built
 from .regime import Regime
@@ -84,6 +85,7 @@ def build_table(
     widest: Shape | None = None,
     clock: Clock = time.perf_counter,
     sync: Sync | None = None,
+    progress: Progress | None = None,
 ) -> LatencyTable:
     """
     Measure a table.
@@ -102,6 +104,7 @@ def build_table(
         widest: the sizes that the table's shapes are cut from, complete, if these are not the dense ones: those of a
             narrower residual stream. The dense model is timed beside them, as `dense_ms`.
         clock, sync: as in `measure`.
+        progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
 
     Raises:
         InvalidRegimeError: if the model cannot run that way.
@@ -110,7 +113,16 @@ def build_table(
     started = time.perf_counter()
     many = min(dense.sizes()["num_hidden_layers"], plan.depth)
     few = max(1, many // 4)
-    timer = partial(measure_built, build, regime=regime, effort=plan.effort, group=plan.group, clock=clock, sync=sync)
+    timer = partial(
+        measure_built,
+        build,
+        regime=regime,
+        effort=plan.effort,
+        group=plan.group,
+        clock=clock,
+        sync=sync,
+        progress=progress,
+    )
     reference = replace(whole, num_hidden_layers=many)
     slopes = _Slopes(timer, reference, few)
     multiple = find_multiple(slopes, dense, ffn_unit)

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..errors import HawAdaError, UnsettledTimingWarning
+from ..progress import Progress, progress_bar
 from .regime import Regime
 from .runner import Runner, prepare
 from .timing import Timing, median_errors, summarise
@@ -118,6 +118,7 @@ def measure_built(
     clock: Clock = time.perf_counter,
     sync: Sync | None = None,
     label: str = "timing",
+    progress: Progress | None = None,
 ) -> dict[Key, Timing]:
     """
     Build and time many candidates, a group at a time, so that only one group is in memory.
@@ -134,13 +135,14 @@ def measure_built(
         group: models in memory at a time, the reference included.
         clock, sync: as in `measure`.
         label: of the progress bar.
+        progress: makes it, as `tqdm.tqdm`; none is shown if left out.
     """
     effort = effort or Effort()
     wanted = [key for key in dict.fromkeys(keys) if key != reference]
     step = max(1, group - 1)
     chunks = [wanted[start : start + step] for start in range(0, len(wanted), step)] or [[]]
     measured: list[dict[Key, Timing]] = []
-    with tqdm(total=len(wanted), desc=label, disable=None, leave=False) as bar:
+    with progress_bar(progress, total=len(wanted), desc=label, leave=False) as bar:
         for chunk in chunks:
             models = {key: build(key) for key in (reference, *chunk)}
             measured.append(_time(models, regime, effort, clock, sync))

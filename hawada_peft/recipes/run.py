@@ -36,6 +36,7 @@ from ..export.verify import save_slim
 from ..latency import LatencyBudget, Timing, measure_many
 from ..latency.regime import DTYPES, Regime
 from ..loading import load_model, processor_of
+from ..progress import Progress
 from ..training.recovery import recover
 from ..training.trainer import HawAdaTrainer
 from .examples import Example, batches_from, load_data
@@ -52,7 +53,11 @@ HELD_OUT_BATCH = 8
 
 
 def train_recipe(
-    recipe: Recipe | str | os.PathLike[str], *, overrides: Iterable[str] = (), resume: bool = False
+    recipe: Recipe | str | os.PathLike[str],
+    *,
+    overrides: Iterable[str] = (),
+    resume: bool = False,
+    progress: Progress | None = None,
 ) -> RecipeResult:
     """
     Slim a model as a recipe says: `hawada train` as a call.
@@ -63,6 +68,8 @@ def train_recipe(
         recipe (`Recipe` or path): the recipe, or its YAML file.
         overrides: as in `Recipe.read`, for a file.
         resume (`bool`): go on where an interrupted run of the same recipe stopped.
+        progress (*optional*): `tqdm.tqdm` for progress bars. Without it the trainers print lines, as with
+            `TrainingArguments(disable_tqdm=True)`.
 
     Returns:
         `RecipeResult`: sizes, latency and losses before and after. The output folder holds `adapter` and `slim`, the
@@ -80,6 +87,7 @@ def train_recipe(
         raise FileNotFoundError(f"there is no {', '.join(missing)}, which the recipe names as data")
     args = recipe.arguments("training", Path(recipe.output) / "gates")
     recovery_args = recipe.arguments("recovery", Path(recipe.output) / "recovery")
+    args.disable_tqdm = recovery_args.disable_tqdm = progress is None
     device = args.device  # joins the other processes, if there are any
     state = PartialState()
     record = Record(recipe, resume=resume, main=state.is_main_process)

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from accelerate.utils import broadcast_object_list  # type: ignore[import-untype
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..adapters.attach import collect_gates
@@ -300,17 +302,18 @@ class HawAdaTrainer(UnlabelledTrainer):
             init_gates(self.gated, batches, shape=self.goal.final_shape() if fixed else None)
 
     def _goal_of_budget(self, budget: LatencyBudget, batches: Sequence[Batch], fresh: bool) -> Goal:
-        options = self.search_options
+        options, progress = self.search_options, None if self.args.disable_tqdm else partial(tqdm, disable=None)
 
         def find_shape() -> Shape:
             # Fresh gates are all the same: shapes would be judged by cutting whatever comes last.
             importance = gate_importance(self.gated, batches) if fresh else None
-            return find_plan(self.gated, budget, batches, **({"importance": importance} | options)).best.shape
+            defaults = {"importance": importance, "progress": progress}
+            return find_plan(self.gated, budget, batches, **(defaults | options)).best.shape
 
         if self.constraint == "search":
             return ShapeGoal(self.gated, self._in_main_process(find_shape))
         named = {name: options[key] for key, name in (("cache", "cache"), ("table_plan", "plan")) if key in options}
-        regime = regime_of(self.gated, budget)
+        named["progress"], regime = progress, regime_of(self.gated, budget)
         table = options.get("table") or self._in_main_process(lambda: measure_table(self.gated, regime, **named))
         return self._latency_goal(table)
 

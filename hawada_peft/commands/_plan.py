@@ -1,0 +1,125 @@
+"""`hawada plan` as a call."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftModel, get_peft_model
+
+from ..config import HawAdaConfig
+from ..export.find_plan import find_plan
+from ..export.search_state import SearchResult
+from ..latency import LatencyBudget
+from ..loading import batches_of, load_examples, load_model
+from ..progress import Progress, progress_bar
+from ..training import gate_importance
+from ._regime import RegimeOptions, checked_device
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+BATCH = 8
+"""Calibration examples per batch."""
+
+SEQ_LEN = 256
+"""Tokens per calibration example of a text, if nothing else is said."""
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """
+    What was found, and where the plan is.
+
+    Args:
+        search (`SearchResult`): the shape, the plan, the measured latency and the frontier.
+        path (`Path`): the plan's file.
+    """
+
+    search: SearchResult
+    path: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        best = self.search.best
+        return {
+            "shape": best.shape.to_dict(),
+            "measured_ms": best.measured_ms,
+            "dense_ms": self.search.dense_ms,
+            "speedup": self.search.speedup,
+            "measured_loss": best.measured_loss,
+            "parameters": best.parameters,
+            "plan": str(self.path),
+        }
+
+    def __str__(self) -> str:
+        return f"{self.search}\nplan written to {self.path}"
+
+
+def plan(
+    model: str | os.PathLike[str],
+    calibration: str | os.PathLike[str],
+    *,
+    output: str | os.PathLike[str] = "plan.json",
+    speedup: float | None = None,
+    latency_ms: float | None = None,
+    fraction: float | None = None,
+    max_parameters: int | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    examples: int = 64,
+    hidden: bool = False,
+    progress: Progress | None = None,
+    **regime: Unpack[RegimeOptions],
+) -> PlanResult:
+    """
+    Find the shape of least loss that meets a budget on this machine, and write the plan for it.
+
+    Args:
+        model: folder or id of the dense model.
+        calibration: examples: `.safetensors` of inputs, `.npy`, or `.txt` for a language model; see `load_examples`.
+        output: where to write the plan.
+        speedup, latency_ms, fraction, max_parameters: the budget, as in `LatencyBudget`.
+        adapter: folder or id of trained gates; fresh ones, ranked by Fisher importance, if left out.
+        examples: calibration examples at most.
+        hidden: without an adapter: cut the hidden size, too.
+        progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
+        regime: `mode`, `batch_size`, `seq_len`, `image_size`, `dtype`, `backend`, `device`: see `RegimeOptions`. The
+            device is the CPU if left out.
+
+    Raises:
+        InfeasibleBudgetError: if no shape meets the budget, with the range that can be reached.
+        InvalidBudgetError: if the budget contradicts itself.
+        HawAdaError: on examples that cannot be read.
+        OSError: if there is no such file, or no place for the plan.
+    """
+    regime["device"] = device = checked_device(regime.get("device"))
+    budget = LatencyBudget(
+        speedup=speedup,
+        latency_ms=latency_ms,
+        fraction=fraction,
+        max_parameters=max_parameters,
+        **regime,
+    )
+    path, name = Path(output), os.fspath(model)
+    path.parent.mkdir(parents=True, exist_ok=True)  # before the work
+    length = budget.seq_len or SEQ_LEN
+    batches = batches_of(load_examples(Path(calibration), name, length=length, count=examples), BATCH)
+    base = load_model(name, device)
+    if adapter is None:
+        kinds = ("heads", "ffn", "layers", "hidden") if hidden else ("heads", "ffn", "layers")
+        gated: PeftModel = get_peft_model(base, HawAdaConfig(gates=kinds))
+        watched = progress_bar(progress, iterable=batches, desc="importance", unit="batch", leave=False)
+        importance = gate_importance(gated, watched)
+    else:
+        gated, importance = PeftModel.from_pretrained(base, os.fspath(adapter)), None
+    found = find_plan(gated, budget, batches, importance=importance, progress=progress)
+    _write(found, path)
+    return PlanResult(found, path)
+
+
+def _write(found: SearchResult, path: Path) -> None:
+    """What is kept of a search."""
+    if found.plan is not None:
+        path.write_text(found.plan.to_json(), encoding="utf-8")
