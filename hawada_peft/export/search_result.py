@@ -106,7 +106,8 @@ class SearchResult:
             loss: what the losses are.
         """
         on_frontier = {candidate.shape for candidate in self.frontier}
-        timed = {candidate.shape: candidate for candidate in (*self.measured, self.best)}
+        timed = {each.shape: each for each in self.measured if each.shape != self.best.shape}
+        timed[self.best.shape] = self.best  # the last one: what is too many goes from the front
         further = [candidate for candidate in self.frontier if candidate.shape not in timed]
         room = max(0, MOST_POINTS - len(timed))
         if len(further) > room:
