@@ -133,7 +133,7 @@ def kept(facts: SlimFacts) -> Picture | None:
 
     gone = [layer for layer in range(count) if layer not in plan.layers]
     text = (
-        f"Map of {count} dense layers, darker where more stays. Dropped layers: "
+        f"Map of {count} dense layers, the fuller a cell the more of it stays. Dropped layers: "
         f"{', '.join(map(str, gone)) or 'none'}. Every other layer keeps {plan.shape.num_attention_heads} of "
         f"{sizes['num_attention_heads']} query heads and {plan.shape.intermediate_size} of "
         f"{sizes['intermediate_size']} FFN channels."
@@ -230,6 +230,7 @@ def _picture(name: str, text: str, draw: Callable[[Any, Colours], None], height:
         style: Any = {
             "svg.fonttype": "none",
             "svg.hashsalt": name,
+            "text.parse_math": False,  # names may hold dollars
             "font.family": "sans-serif",
             "font.size": 10,
             "axes.spines.top": False,
@@ -246,7 +247,7 @@ def _picture(name: str, text: str, draw: Callable[[Any, Colours], None], height:
             buffer = io.BytesIO()
             figure.savefig(buffer, format=ending, dpi=160, metadata={"Date": None} if ending == "svg" else None)
         files[ending] = buffer.getvalue()
-    return Picture(name, text, follow_page(files["svg"].decode(), name), files["png"])
+    return Picture(name, text, follow_page(files["svg"].decode(), name, text), files["png"])
 
 
 def _map(axes: Any, parts: Sequence[Sequence[float] | None], colours: Colours) -> None:

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+from ..errors import HawAdaError
 from .facts import AGREEMENT, WEIGHT_BYTES, SlimFacts
 from .figures import Picture
 from .palette import DARK, LIGHT
@@ -64,6 +63,10 @@ def page(facts: SlimFacts, pictures: Mapping[str, Picture]) -> str:
         elif name in HOW:
             missing.append(HOW[name])
     missing += [HOW[name] for name in ("latency", "quality") if name not in facts.report]
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    except ImportError:
+        raise HawAdaError("a report needs jinja2: pip install 'hawada_peft[report]'") from None
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
@@ -95,18 +98,18 @@ def _cut(facts: SlimFacts) -> str:
     if dense is None:
         return f"A {model['class']} with {model['parameters']:,} parameters; the dense model's sizes are not known."
     gone = [
-        f"{dense[name] - model[name]:,} of {dense[name]:,} {word}{'' if name == 'num_hidden_layers' else each}"
+        f"{dense[name] - model[name]:,} of {dense[name]:,} {word}{each}"
         for name, word, each in (
             ("num_hidden_layers", "layers", ""),
-            ("num_attention_heads", "query heads", " in every layer that stays"),
-            ("intermediate_size", "FFN channels", " in every layer that stays"),
+            ("num_attention_heads", "query heads", " in every kept layer"),
+            ("intermediate_size", "FFN channels", " in every kept layer"),
             ("hidden_size", "channels of the residual stream", ""),
         )
         if name in dense and dense[name] > model[name]
     ]
     part = model["parameters"] / dense["parameters"]
-    what = f"{', '.join(gone[:-1])} and {gone[-1]}" if len(gone) > 1 else "".join(gone) or "Nothing"
-    return f"{what} went: {model['parameters']:,} of {dense['parameters']:,} parameters stay ({part:.0%})."
+    what = f"{', '.join(gone[:-1])} and {gone[-1]}" if len(gone) > 1 else "".join(gone) or "nothing"
+    return f"Cut: {what}. {model['parameters']:,} of {dense['parameters']:,} parameters stay ({part:.0%})."
 
 
 def _where(facts: SlimFacts) -> Iterator[str]:
@@ -152,11 +155,12 @@ def _frontier(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterator[Par
         f"timed beside the dense model, in {search['rounds']} rounds."
     )
     if "frontier" in pictures:
-        yield figure(pictures["frontier"], f"{pictures['frontier'].text} The loss is in {search['loss']}.")
+        yield figure(pictures["frontier"], f"{pictures['frontier'].text} Loss: {search['loss']}.")
     ordered = sorted(timed, key=lambda point: float(point["measured_ms"]))
+    columns = [SIZES[name] for name in SIZES if name in points[0]["shape"]]
     yield table(
-        f"Shapes that were timed. Losses in {search['loss']}.",
-        ("shape", "ms expected", "ms measured", "loss expected", "loss measured", "parameters", "why not"),
+        f"Shapes that were timed, the fastest first. Loss: {search['loss']}.",
+        (*columns, "ms expected", "ms measured", "loss expected", "loss measured", "parameters", "why not"),
         (_candidate(point) for point in ordered),
         chosen=_chosen(ordered),
     )
@@ -166,10 +170,10 @@ def _frontier(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterator[Par
             f"{len(others)} more shapes on the frontier, by their estimates",
             table(
                 "Shapes that were estimated only, slowest first.",
-                ("shape", "ms", "loss", "parameters", "why not"),
+                (*columns, "ms", "loss", "parameters", "why not"),
                 (
                     (
-                        _shape(point["shape"]),
+                        *_shape(point["shape"]),
                         number(point["estimate_ms"]),
                         number(point["predicted_loss"]),
                         number(point["parameters"], ","),
@@ -184,7 +188,7 @@ def _frontier(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterator[Par
 def _candidate(point: Mapping[str, Any]) -> tuple[Any, ...]:
     loss = point["predicted_loss"] if point["expected_loss"] is None else point["expected_loss"]
     return (
-        _shape(point["shape"]),
+        *_shape(point["shape"]),
         number(point["expected_ms"]),
         number(point["measured_ms"]),
         number(loss),
@@ -198,8 +202,8 @@ def _chosen(points: list[Mapping[str, Any]]) -> int | None:
     return next((place for place, point in enumerate(points) if point["rejected"] is None), None)
 
 
-def _shape(shape: Mapping[str, int]) -> str:
-    return ", ".join(f"{shape[name]} {word}" for name, word in SIZES.items() if name in shape)
+def _shape(shape: Mapping[str, int]) -> list[str]:
+    return [number(shape[name], ",") for name in SIZES if name in shape]
 
 
 def _peers(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterator[Part]:

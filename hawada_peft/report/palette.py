@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from html import escape
 
 LIGHT = {
     "paper": "#ffffff",
@@ -33,15 +34,18 @@ NAMED = {name: f"#0101{number:02x}" for number, name in enumerate(LIGHT, 1)}
 """Colours that no picture has: they stand for the names while a picture is drawn."""
 
 
-def follow_page(svg: str, prefix: str) -> str:
+def follow_page(svg: str, prefix: str, text: str) -> str:
     """
     A picture for inside a page: its colours are the page's variables, its ids do not meet those of other pictures.
 
     Args:
         svg: as matplotlib writes it, drawn in `NAMED` and `mixed`.
         prefix: of its ids.
+        text: what it shows.
     """
     svg = svg[svg.index("<svg") :]
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(text)}"', 1)
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # of everything on the page; it has that of its own
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
     svg = re.sub(r'\s(width|height)="[\d.]+pt"', "", svg, count=2)
