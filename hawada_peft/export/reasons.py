@@ -46,7 +46,8 @@ def explained(
         ),
         "hidden_size": multiples(hidden_steps(layout, scores.hidden_group)),
     }
-    return roundings(model, layout, asked, shape, source, steps=steps, rule=rule)
+    rules = dict.fromkeys(asked, rule)
+    return roundings(model, layout, asked, shape, source, steps=steps, rules=rules)
 
 
 def multiples(steps: Mapping[str, int]) -> str:
@@ -79,7 +80,7 @@ def roundings(
     source: str,
     *,
     steps: Mapping[str, str],
-    rule: str,
+    rules: Mapping[str, str],
 ) -> tuple[Rounding, ...]:
     """
     What became of the sizes that were asked for.
@@ -91,12 +92,12 @@ def roundings(
         shape: what was chosen, complete.
         source: who asked.
         steps: by name, which values there are to choose from.
-        rule: which of them is taken, in words.
+        rules: by name, which of them is taken, in words.
     """
     sizes = {"hidden_size": layout.hidden_size} | shape.to_dict()
     found = []
     for axis, wish in asked.items():
-        chosen = sizes[axis]
+        chosen, rule = sizes[axis], rules[axis]
         if wish == chosen:
             reason = AS_ASKED
         elif axis == "num_attention_heads" and (cause := why_heads(model, layout, wish)):

@@ -182,7 +182,8 @@ def training(facts: SlimFacts) -> Picture | None:
     }
     if not series["kl"] and not series["estimate_ms"]:
         return None
-    hard, limit = _first_hard(facts.entries), (facts.search or {}).get("limit_ms")
+    hard = _first_hard(facts.entries)
+    limit = next((entry["figures"]["limit_ms"] for entry in facts.entries if "limit_ms" in entry["figures"]), None)
     panels = [name for name in ("kl", "estimate_ms") if series[name]]
 
     def draw(figure: Any, colours: Colours) -> None:

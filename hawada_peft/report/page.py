@@ -22,6 +22,9 @@ SIZES = {
 }
 """The sizes of a `Shape` in words."""
 
+SHORT = {name: word.split()[0] for name, word in SIZES.items()} | {"num_attention_heads": "heads"}
+"""The same at the head of a column."""
+
 HOW = {
     "frontier": "What the shape was chosen from: give a budget (`find_plan`, a recipe's `budget`), and pass its "
     "result as `ExportFacts(search=...)`. Recipes do.",
@@ -157,10 +160,10 @@ def _frontier(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterator[Par
     if "frontier" in pictures:
         yield figure(pictures["frontier"], f"{pictures['frontier'].text} Loss: {search['loss']}.")
     ordered = sorted(timed, key=lambda point: float(point["measured_ms"]))
-    columns = [SIZES[name] for name in SIZES if name in points[0]["shape"]]
+    columns = [SHORT[name] for name in SIZES if name in points[0]["shape"]]
     yield table(
         f"Shapes that were timed, the fastest first. Loss: {search['loss']}.",
-        (*columns, "ms expected", "ms measured", "loss expected", "loss measured", "parameters", "why not"),
+        (*columns, "ms expected", "measured", "loss expected", "measured", "parameters", "why not"),
         (_candidate(point) for point in ordered),
         chosen=_chosen(ordered),
     )
@@ -267,7 +270,7 @@ def _gates(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterator[Part]:
     starts = ", ".join(f"{phase} at step {step}" for phase, step in sorted(phases.items(), key=lambda item: item[1]))
     yield text(f"First seen in each phase: {starts}. Under the plan (hard) what is kept no longer changes.")
     if "gates" in pictures:
-        note = "One line per layer, from the first (blue) to the last (orange); dotted: the plan is applied."
+        note = "From the first layer (blue) to the last (orange); dotted: the plan is applied."
         yield figure(pictures["gates"], f"{pictures['gates'].text} {note}")
     if "training" in pictures:
         yield figure(pictures["training"], pictures["training"].text)

@@ -233,10 +233,14 @@ class LatencyGoal(Goal):
         self.constraint.anchor(shape, measured_ms)
 
     def figures(self) -> dict[str, float]:
-        """The estimate, the multiplier, and the last measurement."""
+        """The estimate, the limit, the multiplier, and the last measurement."""
         with torch.no_grad():
             estimate = self.constraint.estimate(expected_sizes(self.base, self.layout, self.name))
-        figures = {"estimate_ms": float(estimate), "multiplier": self.constraint.multiplier}
+        figures = {
+            "estimate_ms": float(estimate),
+            "limit_ms": self.constraint.limit_ms,
+            "multiplier": self.constraint.multiplier,
+        }
         if self.constraint.measured_ms is not None:
             figures["measured_ms"] = self.constraint.measured_ms
         return figures
@@ -252,12 +256,14 @@ class LatencyGoal(Goal):
     def _roundings(self, shape: Shape) -> tuple[Rounding, ...]:
         quality = self._quality()
         expected = dict(zip(self.layout.dense.sizes(), (float(size) for size in quality.sizes.mean()), strict=True))
-        nearest = ", ".join(f"{name} {size}" for name, size in quality.nearest(self.space).to_dict().items())
-        rule = (
-            f"legal sizes nearest to the gates: {nearest}; of those whose measured latency meets the budget the one "
-        )
-        rule += "that cuts least of what is open"
-        return roundings(self.base, self.layout, expected, shape, "gates", steps=self.space.steps, rule=rule)
+        rules = {
+            name: "the nearest legal size"
+            if size == shape.to_dict()[name]
+            else f"the nearest legal size was {size}; of the shapes whose measured latency meets the budget, this one "
+            "cuts least of what is open"
+            for name, size in quality.nearest(self.space).to_dict().items()
+        }
+        return roundings(self.base, self.layout, expected, shape, "gates", steps=self.space.steps, rules=rules)
 
     def _quality(self) -> GateQuality:
         return GateQuality(self.base, self.layout, self.name, self.constraint.table)
