@@ -35,8 +35,9 @@ def explained(
     """
     asked: Mapping[str, float]
     if keep_ratio is None:
+        names = layout.dense.to_dict() if scores.hidden is None else layout.full.to_dict()
         opened = open_units(layout, scores)
-        asked, source = {name: count for name, count in opened.items() if name in layout.full.to_dict()}, "gates"
+        asked, source = {name: opened[name] for name in names}, "gates"
         rule = "the smallest size with room for all that is open in the layer where that is most"
     else:
         asked, source, rule = ratio_sizes(layout, keep_ratio), "keep ratio", "the nearest size"
