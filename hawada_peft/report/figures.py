@@ -16,7 +16,7 @@ from ..export.rank import LAYERS
 from .facts import SlimFacts
 from .palette import LIGHT, NAMED, follow_page, mixed
 
-WIDTH = 5.2
+WIDTH = 4.8
 """Inches: with text of 10 points this can be read on a phone, where it is as wide as the screen."""
 
 BINS = 12

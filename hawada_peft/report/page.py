@@ -160,11 +160,20 @@ def _frontier(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterator[Par
     if "frontier" in pictures:
         yield figure(pictures["frontier"], f"{pictures['frontier'].text} Loss: {search['loss']}.")
     ordered = sorted(timed, key=lambda point: float(point["measured_ms"]))
+    evaluated = any(point["measured_loss"] is not None for point in points)
     columns = [SHORT[name] for name in SIZES if name in points[0]["shape"]]
     yield table(
         f"Shapes that were timed, the fastest first. Loss: {search['loss']}.",
-        (*columns, "ms expected", "measured", "loss expected", "measured", "parameters", "why not"),
-        (_candidate(point) for point in ordered),
+        (
+            *columns,
+            "ms expected",
+            "measured",
+            "loss expected",
+            *(["measured"] if evaluated else []),
+            "parameters",
+            "why not",
+        ),
+        (_candidate(point, evaluated) for point in ordered),
         chosen=_chosen(ordered),
     )
     others = [point for point in points if point["measured_ms"] is None]
@@ -188,14 +197,14 @@ def _frontier(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterator[Par
         )
 
 
-def _candidate(point: Mapping[str, Any]) -> tuple[Any, ...]:
+def _candidate(point: Mapping[str, Any], evaluated: bool) -> tuple[Any, ...]:
     loss = point["predicted_loss"] if point["expected_loss"] is None else point["expected_loss"]
     return (
         *_shape(point["shape"]),
         number(point["expected_ms"]),
         number(point["measured_ms"]),
         number(loss),
-        number(point["measured_loss"]),
+        *([number(point["measured_loss"])] if evaluated else []),
         number(point["parameters"], ","),
         point["rejected"] or "chosen",
     )
@@ -385,7 +394,7 @@ def _reconstruction(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterat
 def _plain(value: Any) -> Any:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return number(value) if isinstance(value, int | float) else value
+    return f"{value:,.4g}" if isinstance(value, int | float) else value
 
 
 def _passport(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterator[Part]:
