@@ -195,14 +195,14 @@ def training(facts: SlimFacts) -> Picture | None:
                 panel.plot(*_columns(series["kl"]), color=colours["first"], linewidth=1.5)
                 panel.set_ylabel("KL, nats")
                 continue
-            panel.plot(*_columns(series["estimate_ms"]), color=colours["first"], label="estimate of the gates")
+            panel.plot(*_columns(series["estimate_ms"]), color=colours["first"], label="estimate")
             if series["measured_ms"]:
                 panel.plot(
                     *_columns(series["measured_ms"]),
                     "o",
                     color=colours["second"],
                     markersize=4,
-                    label="last measurement",
+                    label="measured",
                 )
             if limit is not None:
                 panel.axhline(limit, color=colours["third"], linestyle="--", label="budget")
