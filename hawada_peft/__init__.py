@@ -49,6 +49,7 @@ from .export.rehome import rehome
 from .latency import LatencyBudget, LatencyTable, Regime, Timing, measure_many
 from .model import HawAdaModel
 from .recipes import Recipe, RecipeResult, train_recipe
+from .report import WrittenReport, write_report
 from .training import DistillTrainer, HawAdaTrainer, get_student_logits, get_teacher_logits, init_gates, recover
 
 __version__ = version("hawada_peft")
@@ -85,6 +86,7 @@ __all__ = [
     "SlimCheckpoint",
     "Timing",
     "Verification",
+    "WrittenReport",
     "attach_adapters",
     "calibration_facts",
     "check_compile",
@@ -114,4 +116,5 @@ __all__ = [
     "train_recipe",
     "verify_slim",
     "write_card",
+    "write_report",
 ]

@@ -33,6 +33,7 @@ from .export.beside import dense_afterwards
 from .export.legality import check_legal, fit_hidden, legal_head_shapes
 from .export.plan import Plan
 from .export.rank import gate_scores, hidden_multiple, open_shape, rank, ratio_shape
+from .export.reasons import explained
 from .export.reconstruct import Reconstruction, reconstruct
 from .export.slim import slim
 
@@ -193,7 +194,7 @@ class HawAdaModel(BaseTuner):
         With neither, units whose gate is below 0.5 are closed, and the sizes rounded up to legal ones.
 
         Returns:
-            `Plan`: a legal one.
+            `Plan`: a legal one; its `roundings` say what became of the sizes that were asked for.
 
         Raises:
             IllegalShapeError: if no vanilla model of the shape exists; the message says which do.
@@ -206,7 +207,7 @@ class HawAdaModel(BaseTuner):
             raise InvalidPlanError(f"shape must be a Shape, got {shape!r}; for a ratio use `plan(keep_ratio=...)`")
         names = self._names(adapter_names)
         layout = self._layout(names)
-        scores = gate_scores(self.model, layout, names)
+        scores, given = gate_scores(self.model, layout, names), shape is not None
         if shape is None:
             legal = legal_head_shapes(self.model, layout)
             if keep_ratio is None:
@@ -218,7 +219,10 @@ class HawAdaModel(BaseTuner):
                 shape = fit_hidden(self.model, layout, shape, step=step, at_least=keep_ratio is None)
         shape = layout.complete(shape)
         check_legal(self.model, layout, shape)
-        return rank(layout, scores, shape)
+        plan = rank(layout, scores, shape)
+        if given:
+            return plan
+        return dataclasses.replace(plan, roundings=explained(self.model, layout, scores, shape, keep_ratio))
 
     def apply_plan(self, plan: Plan | None, *, in_training: bool = False, adapter_name: str | None = None) -> None:
         """

@@ -50,7 +50,7 @@ from hawada_peft import (
 )
 from hawada_peft.adapters.huggingface import locate
 from hawada_peft.errors import HawAdaError, IncompatibleTableError, InvalidPlanError, VerificationError
-from hawada_peft.export.search_state import Candidate
+from hawada_peft.export.search_result import Candidate
 from hawada_peft.latency import Effort
 
 SECTIONS = ["What was cut", "Latency", "Quality", "Reconstruction", "Calibration data"]

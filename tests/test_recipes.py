@@ -24,6 +24,7 @@ from hawada_peft.errors import HawAdaError
 from hawada_peft.recipes.examples import batches_from, load_data
 from hawada_peft.recipes.record import RESULT
 from hawada_peft.recipes.settings import DataSource
+from hawada_peft.training.history import HISTORY_FILE
 
 FILES = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.yaml"))
 SHORT = {
@@ -97,6 +98,7 @@ def test_a_language_model_from_recipe_to_verified_folder(whole: Path) -> None:
         assert getattr(slim.config, name) == result.slim[name] == size
     assert slim.num_parameters() == result.slim_parameters < result.dense_parameters
     assert (out / "adapter" / "adapter_config.json").exists()
+    assert len(json.loads((out / HISTORY_FILE).read_text())["entries"]) > 1
     assert {"README.md", "hawada_report.json"} <= {path.name for path in (out / "slim").iterdir()}
     assert result.losses.keys() == {"gates", "recovery_start", "recovery_end"}
     assert result.reconstruction["applied"]
@@ -132,6 +134,8 @@ def test_digits_under_a_budget_with_lora_in_both_trainings(tmp_path: Path) -> No
     assert {each["name"] for each in result.quality} >= {"accuracy in %"}
     report = json.loads((tmp_path / "out" / "slim" / "hawada_report.json").read_text())
     assert report["latency"]["slim_ms"] == result.latency["slim_ms"]
+    (chosen,) = [point for point in report["search"]["points"] if point["rejected"] is None]
+    assert chosen["shape"].items() <= result.slim.items()
 
 
 def test_without_reconstruction_and_recovery_the_slim_model_is_what_was_evaluated(tmp_path: Path) -> None:

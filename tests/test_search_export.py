@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,7 @@ from hawada_peft.export.plan import Plan
 from hawada_peft.export.quality import MaskedQuality
 from hawada_peft.export.realise import realiser
 from hawada_peft.export.search_export import search
+from hawada_peft.export.search_result import MOST_POINTS
 from hawada_peft.export.search_state import SearchEffort, frontier
 from hawada_peft.export.space import SearchSpace, narrower_sizes, search_space
 from hawada_peft.latency.budget import LatencyBudget
@@ -143,6 +145,28 @@ def test_the_answer_is_the_best_of_all_shapes() -> None:
     every = [space.shape(index) for index in range(len(space))]
     fits = [index for index, shape in enumerate(every) if table.estimate(shape) <= table.dense_ms / 1.5]
     assert result.best.predicted_loss == pytest.approx(min(loss[index] for index in fits))
+
+
+@pytest.mark.parametrize("limits", [{"speedup": 1.5}, {"speedup": 1.2, "max_parameters": 20_000}])
+def test_a_search_says_why_it_rejected_the_rest(limits: dict[str, float]) -> None:
+    table = toy_table(DENSE, launch=0.5, arithmetic=1.0)
+    result = search(toy_space(), table, ToyQuality(), LatencyBudget(**limits), Machine(table, 1.3))
+    found = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert len(result.measured) < len(found["points"]) <= MOST_POINTS
+    (chosen,) = [point for point in found["points"] if point["rejected"] is None]
+    assert chosen["shape"] == result.best.shape.to_dict()
+    assert {Shape.from_dict(point["shape"]) for point in found["points"]} >= {each.shape for each in result.measured}
+    for point in found["points"]:
+        timed = point["measured_ms"] is not None
+        assert timed == (point["expected_ms"] is not None)
+        ms = point["measured_ms"] if timed else point["estimate_ms"]
+        if point is not chosen:
+            assert ("slower than the budget" in point["rejected"]) == (ms > found["limit_ms"])
+            large = point["parameters"] > limits.get("max_parameters", float("inf"))
+            assert ("too many parameters" in point["rejected"]) == large
+    expected = [point["expected_ms"] for point in found["points"] if point["expected_ms"] is not None]
+    measured = [point["measured_ms"] for point in found["points"] if point["expected_ms"] is not None]
+    assert expected != measured  # what the table said before it was corrected
 
 
 def test_depth_is_cut_where_launches_dominate_and_width_where_arithmetic_does() -> None:

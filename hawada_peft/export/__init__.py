@@ -5,7 +5,8 @@ from .hub import push_to_hub, write_card
 from .passport import PassportLine
 from .plan import Plan
 from .runtimes import check_compile, check_onnx
-from .search_state import SearchEffort, SearchResult
+from .search_result import SearchResult
+from .search_state import SearchEffort
 from .slicing import slice_conv, slice_embedding, slice_linear
 from .slim import slim
 from .stream import SlimCheckpoint, slim_checkpoint

@@ -21,7 +21,7 @@ from ..latency.table import LatencyTable
 from ..latency.timing import Timing
 from .passport import PassportLine
 from .plan import Plan
-from .search_state import SearchResult
+from .search_result import SearchResult
 
 Latency: TypeAlias = SearchResult | LatencyTable | Mapping[str, Timing]
 CARD_NAME = "README.md"
@@ -68,6 +68,8 @@ class ExportFacts:
         plan (`Plan`, *optional*): what was kept.
         latency (*optional*): a `SearchResult`; or timings by `measure_many` under the names `"dense"` and `"slim"`; or
             a `LatencyTable`, whose estimate is then called an estimate.
+        search (*optional*): the search that chose the shape: a `SearchResult`, what its `to_dict` gave, or
+            `HawAdaTrainer.search`. The `SearchResult` in `latency` if left out.
         quality (`tuple[QualityChange, ...]`): before and after.
         reconstruction (*optional*): a dataclass or a mapping with what reconstruction reported.
         calibration (`dict`, *optional*): what the data for importance or reconstruction was: `calibration_facts`.
@@ -79,6 +81,7 @@ class ExportFacts:
     base: str | os.PathLike[str] | None = None
     plan: Plan | None = None
     latency: Latency | None = None
+    search: SearchResult | Mapping[str, Any] | None = None
     quality: Sequence[QualityChange] = ()
     reconstruction: Any = None
     calibration: Mapping[str, Any] | None = None
@@ -218,6 +221,16 @@ def _latency(
         "device": device,
         "versions": dict(versions),
     }
+
+
+def search_facts(facts: ExportFacts) -> dict[str, Any] | None:
+    """The search that chose the shape, for JSON; None if nothing is known of one."""
+    search = facts.search
+    if search is None and isinstance(facts.latency, SearchResult):
+        search = facts.latency
+    if isinstance(search, SearchResult):
+        return search.to_dict()
+    return None if search is None else dict(search)
 
 
 def plain_facts(reported: Any) -> dict[str, Any]:

@@ -30,7 +30,8 @@ from .realise import realiser
 from .refitted import RefittedQuality, obstacle
 from .rehome import has_twin, twin_skeleton
 from .search_export import search
-from .search_state import SearchEffort, SearchResult
+from .search_result import SearchResult
+from .search_state import SearchEffort
 from .space import narrower_sizes, search_space
 
 CONFIRM = Effort(min_rounds=15, max_rounds=100, max_seconds=30.0, tolerance=0.004)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..adapters.huggingface.family import FFN, HEADS, KV_GROUPS
 from ..adapters.huggingface.shape import Shape
 from ..errors import IncompatibleBaseError, InvalidPlanError
+from .rounding import Rounding
 
 FORMAT = 1
 
@@ -27,6 +28,8 @@ class Plan:
         channels (`tuple[tuple[int, ...], ...]`): the kept FFN channels, one entry per kept layer.
         hidden (`tuple[int, ...]`, *optional*): the kept channels of the residual stream, of which `dense` states the
             number then; all if left out.
+        roundings (`tuple[Rounding, ...]`): what was asked for where that is not what the plan has, and why. Plans that
+            keep the same are equal, whatever was asked for.
 
     Raises:
         InvalidPlanError: if the entries contradict each other or the dense sizes.
@@ -37,6 +40,7 @@ class Plan:
     heads: tuple[tuple[int, ...], ...]
     channels: tuple[tuple[int, ...], ...]
     hidden: tuple[int, ...] | None = None
+    roundings: tuple[Rounding, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         problems = list(self._problems())
@@ -127,7 +131,7 @@ class Plan:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON. Channels are a hexadecimal bit mask, channel 0 in the lowest bit; `hidden` only if it is given."""
+        """For JSON. Channels are a hexadecimal bit mask, channel 0 lowest; what is not given is left out."""
         data: dict[str, Any] = {
             "format": FORMAT,
             "dense": self.dense.to_dict(),
@@ -135,7 +139,11 @@ class Plan:
             "heads": [list(row) for row in self.heads],
             "channels": [_to_mask(row) for row in self.channels],
         }
-        return data if self.hidden is None else data | {"hidden": _to_mask(self.hidden)}
+        if self.hidden is not None:
+            data["hidden"] = _to_mask(self.hidden)
+        if self.roundings:
+            data["roundings"] = [rounding.to_dict() for rounding in self.roundings]
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
@@ -158,6 +166,7 @@ class Plan:
                 "heads": tuple(tuple(row) for row in data["heads"]),
                 "channels": tuple(_from_mask(mask) for mask in data["channels"]),
                 "hidden": None if data.get("hidden") is None else _from_mask(data["hidden"]),
+                "roundings": tuple(Rounding(**rounding) for rounding in data.get("roundings", ())),
             }
         except (TypeError, ValueError) as error:
             raise InvalidPlanError(f"the plan is damaged: {error}; make it anew with `model.plan`") from None

@@ -20,8 +20,14 @@ from .plan import Plan
 LAYERS = "layers"
 """The axis of depth, beside those of width."""
 
+PER_GROUP = "heads_per_group"
+"""Query heads per KV group, beside the names of `Shape`."""
+
 OPEN = 0.5
 """A unit whose gate is below this is one that the gates ask to close."""
+
+ALIGNMENT = "keeps the dense size's alignment"
+"""Why a size that is chosen for the user keeps a power of two."""
 
 Scores = tuple[torch.Tensor | None, ...]
 
@@ -190,6 +196,27 @@ def ratio_shape(
     Raises:
         InvalidPlanError: on other axes or ratios.
     """
+    asked, dense = ratio_sizes(layout, keep_ratio), layout.dense.sizes()
+    target = asked.get("num_attention_heads", dense["num_attention_heads"])
+    heads = min((shape.complete(layout.dense).sizes() for shape in legal_heads), key=lambda s: _distance(s, target))
+    multiple = ffn_multiple(dense["intermediate_size"], layout, group_size)
+    ffn = max(1, _round(asked.get("intermediate_size", dense["intermediate_size"]) / multiple)) * multiple
+    hidden = asked.get("hidden_size", layout.hidden_size)
+    return Shape(
+        num_attention_heads=heads["num_attention_heads"],
+        num_key_value_heads=heads["num_key_value_heads"],
+        intermediate_size=min(ffn, dense["intermediate_size"]),
+        num_hidden_layers=max(1, _round(asked.get("num_hidden_layers", dense["num_hidden_layers"]))),
+        hidden_size=max(1, _round(hidden)) if hidden < layout.hidden_size else None,
+    )
+
+
+def ratio_sizes(layout: Layout, keep_ratio: float | Mapping[str, float]) -> dict[str, float]:
+    """
+    The sizes that a keep ratio asks for, not rounded, by the names of `Shape`; what it does not name is left out.
+
+    Args, Raises: as in `ratio_shape`.
+    """
     ratios = dict(keep_ratio) if isinstance(keep_ratio, Mapping) else {HEADS: keep_ratio, FFN: keep_ratio}
     allowed = (HEADS, FFN, LAYERS, HIDDEN)
     problems = [f"unknown axis {axis!r}; known are {list(allowed)}" for axis in ratios if axis not in allowed]
@@ -200,18 +227,14 @@ def ratio_shape(
     ]
     if problems:
         raise InvalidPlanError("\n".join(problems))
-    dense = layout.dense.sizes()
-    target = ratios.get(HEADS, 1.0) * dense["num_attention_heads"]
-    heads = min((shape.complete(layout.dense).sizes() for shape in legal_heads), key=lambda s: _distance(s, target))
-    multiple = ffn_multiple(dense["intermediate_size"], layout, group_size)
-    ffn = max(1, _round(ratios.get(FFN, 1.0) * dense["intermediate_size"] / multiple)) * multiple
-    return Shape(
-        num_attention_heads=heads["num_attention_heads"],
-        num_key_value_heads=heads["num_key_value_heads"],
-        intermediate_size=min(ffn, dense["intermediate_size"]),
-        num_hidden_layers=max(1, _round(ratios.get(LAYERS, 1.0) * dense["num_hidden_layers"])),
-        hidden_size=max(1, _round(ratios[HIDDEN] * layout.hidden_size)) if ratios.get(HIDDEN, 1) < 1 else None,
-    )
+    full = layout.full.to_dict()
+    names = {
+        HEADS: "num_attention_heads",
+        FFN: "intermediate_size",
+        LAYERS: "num_hidden_layers",
+        HIDDEN: "hidden_size",
+    }
+    return {names[axis]: ratio * full[names[axis]] for axis, ratio in ratios.items()}
 
 
 def open_shape(layout: Layout, scores: UnitScores, legal_heads: Sequence[Shape]) -> Shape:
@@ -224,30 +247,44 @@ def open_shape(layout: Layout, scores: UnitScores, legal_heads: Sequence[Shape])
         scores: of its units; what is not gated counts as open.
         legal_heads: the (query heads, KV groups) to choose from.
     """
-    dense = layout.dense.sizes()
-    depth = [1.0 if score is None else float(score) for score in scores.layers]
-    layers = [layer for layer, score in enumerate(depth) if score >= OPEN] or [depth.index(max(depth))]
-    per_group = layout.dense.heads_per_group
-    groups, per_kept, channels = 1, 1, 1
-    for layer in layers:
-        opened = _opened(scores.heads[layer], dense["num_attention_heads"]).reshape(-1, per_group)
-        groups = max(groups, int(opened.any(1).sum()))
-        per_kept = max(per_kept, int(opened.sum(1).max()))
-        channels = max(channels, int(_opened(scores.channels[layer], dense["intermediate_size"]).sum()))
+    dense, opened = layout.dense.sizes(), open_units(layout, scores)
+    groups, per_kept = opened["num_key_value_heads"], opened[PER_GROUP]
     complete = [shape.complete(layout.dense) for shape in legal_heads]
     roomy = [
         s.sizes() for s in complete if s.heads_per_group >= per_kept and s.sizes()["num_key_value_heads"] >= groups
     ]
     heads = min(roomy, key=lambda s: s["num_attention_heads"])
     multiple = ffn_multiple(dense["intermediate_size"], layout, scores.group_size)
-    hidden = max(1, int(_opened(scores.hidden, layout.hidden_size).sum()))
+    hidden = opened["hidden_size"]
     return Shape(
         num_attention_heads=heads["num_attention_heads"],
         num_key_value_heads=heads["num_key_value_heads"],
-        intermediate_size=min(-(-channels // multiple) * multiple, dense["intermediate_size"]),
-        num_hidden_layers=len(layers),
+        intermediate_size=min(-(-opened["intermediate_size"] // multiple) * multiple, dense["intermediate_size"]),
+        num_hidden_layers=opened["num_hidden_layers"],
         hidden_size=hidden if hidden < layout.hidden_size else None,
     )
+
+
+def open_units(layout: Layout, scores: UnitScores) -> dict[str, int]:
+    """
+    What the gates leave open, by the names of `Shape`, in that layer of those that stay where it is most; `PER_GROUP`
+    is the most query heads in one KV group. At least 1 of each.
+    """
+    dense, per_group = layout.dense.sizes(), layout.dense.heads_per_group
+    depth = [1.0 if score is None else float(score) for score in scores.layers]
+    layers = [layer for layer, score in enumerate(depth) if score >= OPEN] or [depth.index(max(depth))]
+    most = dict.fromkeys(("num_attention_heads", "num_key_value_heads", PER_GROUP, "intermediate_size"), 1)
+    for layer in layers:
+        opened = _opened(scores.heads[layer], dense["num_attention_heads"]).reshape(-1, per_group)
+        here = {
+            "num_attention_heads": opened.sum(),
+            "num_key_value_heads": opened.any(1).sum(),
+            PER_GROUP: opened.sum(1).max(),
+            "intermediate_size": _opened(scores.channels[layer], dense["intermediate_size"]).sum(),
+        }
+        most = {name: max(most[name], int(count)) for name, count in here.items()}
+    hidden = max(1, int(_opened(scores.hidden, layout.hidden_size).sum()))
+    return most | {"num_hidden_layers": len(layers), "hidden_size": hidden}
 
 
 def ffn_multiple(dense_size: int, layout: Layout, group_size: int) -> int:
@@ -257,13 +294,30 @@ def ffn_multiple(dense_size: int, layout: Layout, group_size: int) -> int:
     Misaligned sizes run slower than larger aligned ones, so a size keeps the power of two that divides the dense one,
     up to 64 and up to 1/16 of it. Families that state the size as a multiple of another field step by that field.
     """
-    unit = layout.hidden_size if layout.family.ffn_unit else 1
-    return math.lcm(_aligned(dense_size), group_size, unit)
+    return math.lcm(*ffn_steps(dense_size, layout, group_size).values())
+
+
+def ffn_steps(dense_size: int, layout: Layout, group_size: int) -> dict[str, int]:
+    """What `ffn_multiple` is made of, by the reason."""
+    unit = layout.family.ffn_unit
+    return {ALIGNMENT: _aligned(dense_size), **size_steps(group_size, unit, layout.hidden_size if unit else 1)}
+
+
+def size_steps(group_size: int, unit: str | None, unit_size: int) -> dict[str, int]:
+    """What every FFN size is a multiple of, by the reason: the channels per gate, and the family's unit."""
+    return {"channels per gate": group_size} | (
+        {f"the config states it in units of {unit}": unit_size} if unit else {}
+    )
 
 
 def hidden_multiple(layout: Layout, group_size: int) -> int:
     """The step of hidden sizes that are chosen for the user: aligned as FFN sizes are."""
-    return math.lcm(_aligned(layout.hidden_size), group_size)
+    return math.lcm(*hidden_steps(layout, group_size).values())
+
+
+def hidden_steps(layout: Layout, group_size: int) -> dict[str, int]:
+    """What `hidden_multiple` is made of, by the reason."""
+    return {ALIGNMENT: _aligned(layout.hidden_size), "channels per gate": group_size}
 
 
 def _aligned(dense_size: int) -> int:

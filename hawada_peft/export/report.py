@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ..adapters.huggingface.family import Layout, locate
 from ..adapters.huggingface.shape import Shape
 from ..errors import InvalidPlanError
-from .facts import ExportFacts, base_facts, latency_facts, plain_facts
+from .facts import ExportFacts, base_facts, latency_facts, plain_facts, search_facts
 from .legality import edit_config
 from .passport import alignment, passport
 from .skeleton import auto_class_of, skeleton_of
@@ -71,6 +71,7 @@ def report_of(model: PreTrainedModel, facts: ExportFacts, verification: Verifica
         "plan": None if facts.plan is None else facts.plan.to_dict(),
         "verification": None if verification is None else dataclasses.asdict(verification),
         "latency": timing,
+        "search": search_facts(facts),
         "quality": [dataclasses.asdict(change) for change in facts.quality] or None,
         "reconstruction": None if facts.reconstruction is None else plain_facts(facts.reconstruction),
         "calibration": None if facts.calibration is None else dict(facts.calibration),

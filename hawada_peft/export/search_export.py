@@ -11,7 +11,8 @@ import numpy as np
 from ..latency.budget import LatencyBudget
 from ..latency.table import LatencyTable
 from .quality import Quality
-from .search_state import Realise, SearchEffort, SearchResult, SearchState
+from .search_result import SearchResult
+from .search_state import Realise, SearchEffort, SearchState
 from .space import SearchSpace
 
 logger = logging.getLogger(__name__)

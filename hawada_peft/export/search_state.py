@@ -1,4 +1,4 @@
-"""What is known while shapes are searched, and what is returned in the end."""
+"""What is known while shapes are searched."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..latency.budget import LatencyBudget
 from ..latency.interpolate import smooth
 from ..latency.table import LatencyTable, Realised
 from ..latency.timing import Timing
-from .plan import Plan
 from .quality import Quality
+from .search_result import Candidate, SearchResult
 from .space import SearchSpace
 
 logger = logging.getLogger(__name__)
@@ -56,78 +56,6 @@ class SearchEffort:
             )
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """
-    A shape and what is known about it.
-
-    Args:
-        shape (`Shape`): the sizes.
-        estimate_ms (`float`): by the table, corrected by all that was timed.
-        predicted_loss (`float`): nats per prediction over the dense model's, before any recovery, corrected likewise.
-        parameters (`int`): of the slim model.
-        memory (`float`): bytes of its weights and KV cache.
-        rehomed (`bool`): whether only the family's twin takes it.
-        measured_ms (`float`, *optional*): on the scale of `SearchResult.dense_ms`.
-        measured_loss (`float`, *optional*): by closing the gates of what goes.
-    """
-
-    shape: Shape
-    estimate_ms: float
-    predicted_loss: float
-    parameters: int
-    memory: float
-    rehomed: bool
-    measured_ms: float | None = None
-    measured_loss: float | None = None
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """
-    What the search found.
-
-    Args:
-        budget (`LatencyBudget`): what was asked for.
-        best (`Candidate`): the shape; its latency is measured, not estimated.
-        plan (`Plan`, *optional*): what of the model stays at that shape.
-        dense_ms (`float`): the dense model, timed side by side with `best`.
-        limit_ms (`float`): what the budget allows on that scale; infinite if it does not limit latency.
-        frontier (`tuple[Candidate, ...]`): for every latency the shape of least predicted loss, slowest first.
-        measured (`tuple[Candidate, ...]`): every shape that was timed.
-        table (`LatencyTable`): of the dense hidden size, corrected by all of it that was timed.
-        rounds (`int`): rounds it took.
-    """
-
-    budget: LatencyBudget
-    best: Candidate
-    plan: Plan | None
-    dense_ms: float
-    limit_ms: float
-    frontier: tuple[Candidate, ...]
-    measured: tuple[Candidate, ...]
-    table: LatencyTable
-    rounds: int
-
-    @property
-    def ms(self) -> float:
-        """The best shape's measured latency in milliseconds."""
-        return self.best.estimate_ms if self.best.measured_ms is None else self.best.measured_ms
-
-    @property
-    def speedup(self) -> float:
-        """The dense model's latency over the best shape's, both measured."""
-        return self.dense_ms / self.ms
-
-    def __str__(self) -> str:
-        sizes, home = self.best.shape.to_dict(), " (re-homed)" if self.best.rehomed else ""
-        loss = self.best.predicted_loss if self.best.measured_loss is None else self.best.measured_loss
-        return (
-            f"{sizes}{home}: {self.ms:.3f} ms measured, budget {self.limit_ms:.3f} ms, dense {self.dense_ms:.3f} ms "
-            f"({self.speedup:.2f}x); {loss:.4f} nats before recovery; {self.best.parameters:,} parameters"
-        )
-
-
 class SearchState:
     """
     What is known about the space while it is searched, by the position in it. It is made of the spaces of all hidden
@@ -151,6 +79,8 @@ class SearchState:
         self.predicted = np.zeros(len(self.parameters))
         self.times: dict[int, float] = {}
         self.losses: dict[int, float] = {}
+        self.expected_ms: dict[int, float] = {}  # of what was timed, before that
+        self.expected_loss: dict[int, float] = {}
         self.dense_ms = table.dense_ms
         self._estimates: np.ndarray | None = None
 
@@ -206,10 +136,15 @@ class SearchState:
 
     def fits(self) -> np.ndarray:
         """Over the space: whether all limits hold, with the margin for what is only estimated."""
-        ms, room = self.ms(), np.full(len(self.parameters), 1 - self.effort.margin)
-        room[list(self.times)] = 1 - self.effort.margin / 2
-        latency = ms <= self.limit * room if math.isfinite(self.limit) else np.ones(len(ms), dtype=bool)
+        ms = self.ms()
+        latency = ms <= self.limit * self._room() if math.isfinite(self.limit) else np.ones(len(ms), dtype=bool)
         return latency & self._small()
+
+    def _room(self) -> np.ndarray:
+        """Over the space: what of the limit may be used."""
+        room = np.full(len(self.parameters), 1 - self.effort.margin)
+        room[list(self.times)] = 1 - self.effort.margin / 2
+        return room
 
     def _small(self) -> np.ndarray:
         parameters, memory = self.budget.max_parameters, self.budget.max_memory
@@ -258,11 +193,12 @@ class SearchState:
 
     def evaluate(self, indices: Sequence[int], quality: Quality) -> None:
         """Measure the loss of shapes, where it can be."""
-        for index in indices:
-            if index not in self.losses:
-                loss = quality.evaluate(self.shape(index))
-                if loss is not None:
-                    self.losses[index] = loss
+        new = [index for index in indices if index not in self.losses]
+        expected = self.loss() if new else self.predicted
+        for index in new:
+            loss = quality.evaluate(self.shape(index))
+            if loss is not None:
+                self.losses[index], self.expected_loss[index] = loss, float(expected[index])
 
     def time(self, indices: Sequence[int], realise: Realise, *, final: bool = False) -> None:
         """
@@ -270,6 +206,8 @@ class SearchState:
         A final timing is made of several instances and replaces an earlier one.
         """
         shapes = [self.shape(index) for index in indices]
+        before = self.ms()
+        self.expected_ms = {index: float(before[index]) for index in indices} | self.expected_ms
         runs = [realise(shapes) for _ in range(self.effort.instances if final else 1)]
         dense = [timings[self.dense].median_ms for timings in runs]
         self.dense_ms = float(np.median(dense))
@@ -307,18 +245,21 @@ class SearchState:
         ms, loss = self.ms(), self.loss()
         scale = self.dense_ms / self.table.dense_ms
 
-        def candidate(index: int) -> Candidate:
-            timed, (part, local) = self.times.get(index), self.place(index)
-            space = self.spaces[part]
+        def candidate(place: int) -> Candidate:
+            timed, (part, local) = self.times.get(place), self.place(place)
+            expected, space = self.expected_ms.get(place), self.spaces[part]
             return Candidate(
                 shape=space.shape(local),
-                estimate_ms=float(ms[index]) * scale,
-                predicted_loss=float(loss[index]),
-                parameters=int(self.parameters[index]),
-                memory=float(self.memory[index]),
+                estimate_ms=float(ms[place]) * scale,
+                predicted_loss=float(loss[place]),
+                parameters=int(self.parameters[place]),
+                memory=float(self.memory[place]),
                 rehomed=space.rehomed[np.unravel_index(local, space.parameters.shape)[1]],
                 measured_ms=None if timed is None else timed * scale,
-                measured_loss=self.losses.get(index),
+                measured_loss=self.losses.get(place),
+                expected_ms=None if expected is None else expected * scale,
+                expected_loss=self.expected_loss.get(place),
+                rejected=None if place == index else self._rejected(place, loss, index),
             )
 
         result = SearchResult(
@@ -331,9 +272,31 @@ class SearchState:
             measured=tuple(candidate(place) for place in self.times),
             table=self.table,
             rounds=rounds,
+            margin=self.effort.margin,
+            shapes=len(self.parameters),
+            steps=self.spaces[0].steps,
         )
         logger.info("%s", result)
         return result
+
+    def _rejected(self, index: int, loss: np.ndarray, best: int) -> str:
+        """Why another shape was chosen."""
+        ms, parameters, memory = self.ms()[index], self.budget.max_parameters, self.budget.max_memory
+        room = self._room()[index]
+        reasons = []
+        if ms > self.limit:
+            reasons.append("slower than the budget")
+        elif ms > self.limit * room:
+            reasons.append(f"within the budget, but not by the margin of {1 - room:.1%}")
+        if parameters is not None and self.parameters[index] > parameters:
+            reasons.append("too many parameters")
+        if memory is not None and self.memory[index] > memory:
+            reasons.append("too much memory")
+        if reasons:
+            return ", ".join(reasons)
+        if loss[index] < loss[best]:
+            return "not timed and confirmed before the rounds were used up"
+        return "no less loss than the chosen shape"
 
     def _places(self) -> torch.Tensor:
         """(space, 4) in parts of the dense sizes; (space, 5) where there are several hidden sizes."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -15,12 +15,16 @@ from ..adapters.huggingface.family import Layout, locate
 from ..adapters.huggingface.shape import Shape
 from ..latency.build import SMALLEST_FFN
 from ..latency.regime import Regime
-from .legality import build_sizes, edit_config, fit_hidden, legal_head_shapes
-from .rank import hidden_multiple
+from .legality import build_sizes, edit_config, fit_hidden, head_shapes, legal_head_shapes
+from .rank import hidden_multiple, size_steps
+from .reasons import multiples
 from .rehome import has_twin, twin_skeleton
 
 HIDDEN = (7 / 8, 3 / 4, 5 / 8, 1 / 2)
 """Hidden sizes that are searched, in parts of the dense one. Each needs a latency table of its own."""
+
+FIXED = "has no gates: stays as it is"
+"""Why a size has one value."""
 
 MOST_FFN_SIZES = 256
 """FFN sizes that are searched at most; finer steps than that change nothing that can be measured."""
@@ -41,6 +45,7 @@ class SearchSpace:
         cache_bytes (`np.ndarray`): of its KV cache under the regime, over the space.
         weight_bytes (`int`): per parameter.
         hidden_size (`int`, *optional*): of all shapes, if it is not the dense one.
+        steps (`dict[str, str]`): by size, which values there are to choose from, and why.
     """
 
     dense: Shape
@@ -52,6 +57,7 @@ class SearchSpace:
     cache_bytes: np.ndarray
     weight_bytes: int = 4
     hidden_size: int | None = None
+    steps: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.layers) * len(self.heads) * len(self.ffn)
@@ -124,11 +130,14 @@ def search_space(
         if twin is None
         else [pair for pair in legal_head_shapes(twin, locate(twin), hidden_size) if pair not in heads]
     )
-    step = int(
-        np.lcm.reduce([multiple, group_size, dense.hidden_size or layout.hidden_size if layout.family.ffn_unit else 1])
-    )
+    unit = layout.family.ffn_unit
+    parts = {"other sizes are slower on this device": multiple}
+    parts |= size_steps(group_size, unit, dense.hidden_size or layout.hidden_size if unit else 1)
+    fine = step = math.lcm(*parts.values())
     while size // step > MOST_FFN_SIZES:
         step *= 2
+    if step > fine:
+        parts[f"at most {MOST_FFN_SIZES} sizes are searched"] = step
     smallest = max(1, round(SMALLEST_FFN * size / step)) * step
     ffn = tuple(range(smallest, size, step)) if "ffn" in free else ()
     if layout.family.ffn_unit:
@@ -158,6 +167,14 @@ def search_space(
         cache_bytes=np.broadcast_to(count * cache[None, :, None], (len(layers), len(pairs), len(ffn))),
         weight_bytes=bytes_each,
         hidden_size=dense.hidden_size,
+        steps={
+            "num_attention_heads": f"{len(pairs)} of {len(head_shapes(layout.dense))} pairs of query heads and KV "
+            f"groups are legal in {type(model).__name__}{f' or {type(twin).__name__}' if twin else ''}"
+            if "heads" in free
+            else FIXED,
+            "intermediate_size": multiples(parts) if "ffn" in free else FIXED,
+            "num_hidden_layers": "whole layers" if "layers" in free else FIXED,
+        },
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..errors import HawAdaError
+from ..training.history import HISTORY_FILE
 from ..training.trainer import STATE_FILE
 from .recipe import Recipe
 
@@ -72,6 +73,16 @@ class Record:
         self._content[name] = facts
         if self.main:
             self._write(RECORD, self._content)
+
+    def keep_history(self) -> None:
+        """Copy how the gates moved out of the folder of their training, which may be removed."""
+        if self.main:
+            shutil.copyfile(self.folder / "gates" / HISTORY_FILE, self.folder / HISTORY_FILE)
+
+    def search(self) -> dict[str, Any] | None:
+        """How a budget became a shape, if it did."""
+        history = _read(self.folder / HISTORY_FILE)
+        return None if history is None else history["search"]
 
     def checkpoint(self, section: str) -> str | None:
         """The last checkpoint of a training that is complete: the file that is written last is there."""

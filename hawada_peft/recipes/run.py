@@ -73,7 +73,7 @@ def train_recipe(
 
     Returns:
         `RecipeResult`: sizes, latency and losses before and after. The output folder holds `adapter` and `slim`, the
-        trainings' checkpoints in `gates` and `recovery`, `recipe.json` and `result.json`.
+        trainings' checkpoints in `gates` and `recovery`, `recipe.json`, `result.json` and `gate_history.json`.
 
     Raises:
         HawAdaError: before any work on whatever is wrong with the recipe, and on what only the model can tell, before
@@ -158,6 +158,7 @@ def _train_gates(
         **recipe.options("training"),
     )
     trainer.train(resume_from_checkpoint=record.checkpoint("gates"))
+    record.keep_history()
     loss = trainer.evaluate()["eval_loss"]
     if cast(Any, model).applied_plan().keeps_all:
         raise HawAdaError("the plan keeps everything: the dense model is what was asked for. Ask for a smaller one")
@@ -247,6 +248,7 @@ def _save(
                 base=recipe.model,
                 plan=plan,
                 latency=timings,
+                search=record.search(),
                 quality=quality,
                 reconstruction=refit,
                 calibration=facts.calibration,

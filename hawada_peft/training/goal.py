@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from ..adapters.huggingface.shape import Shape
 from ..errors import InvalidPlanError
 from ..export.find_plan import dense_model, realise_with, regime_of
 from ..export.rank import gate_scores
+from ..export.reasons import roundings
+from ..export.rounding import Rounding
 from ..export.search_export import search
 from ..export.search_state import Realise, SearchEffort, SearchState
 from ..export.space import search_space
@@ -34,8 +36,20 @@ ANCHOR = Effort(min_rounds=5, max_rounds=20, max_seconds=5.0, tolerance=0.01)
 """How long the current shape is timed while training runs."""
 
 
+GATE_LOSS = "by the gates: the probability that what is cut stays, weighed by the latency it has to give"
+"""What the losses of the search at the end of a training under a latency are."""
+
+
 class Goal(ABC):
-    """Where the gates are to end, and what draws them there."""
+    """
+    Where the gates are to end, and what draws them there.
+
+    `roundings` says what became of the sizes that were asked for, and `search` how the final shape was searched, for
+    JSON, once that is known.
+    """
+
+    roundings: Sequence[Rounding] = ()
+    search: Mapping[str, Any] | None = None
 
     @abstractmethod
     def current_shape(self) -> Shape:
@@ -79,10 +93,11 @@ class ShapeGoal(Goal):
     Args:
         model (`PeftModel`): with one active adapter, placed by a family row.
         shape (`Shape`): complete and legal.
+        roundings (`Sequence[Rounding]`): what was asked for instead.
     """
 
-    def __init__(self, model: PeftModel, shape: Shape) -> None:
-        self.model, self.shape = model, shape
+    def __init__(self, model: PeftModel, shape: Shape, roundings: Sequence[Rounding] = ()) -> None:
+        self.model, self.shape, self.roundings = model, shape, tuple(roundings)
         layout = locate(dense_model(model))
         wanted, dense = shape.complete(layout.full).to_dict(), layout.full.to_dict()
         self._ratios = {name: wanted[name] / dense[name] for name in dense}
@@ -112,12 +127,13 @@ class ShapeGoal(Goal):
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The shape."""
-        return {"shape": self.shape.to_dict()}
+        """The shape, and where it came from."""
+        return {"shape": self.shape.to_dict(), "roundings": [each.to_dict() for each in self.roundings]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The shape."""
-        self.__init__(self.model, Shape.from_dict(state["shape"]))  # type: ignore[misc]  # everything follows from it
+        """The inverse of `state_dict`."""
+        asked = [Rounding(**each) for each in state.get("roundings", ())]
+        self.__init__(self.model, Shape.from_dict(state["shape"]), asked)  # type: ignore[misc]  # all follows from it
 
 
 class LatencyGoal(Goal):
@@ -189,6 +205,8 @@ class LatencyGoal(Goal):
         realise = self._realise(self.timing)
         result = search(self.space, self.constraint.table, self._quality(), self.budget, realise, effort=self.effort)
         self.constraint.measured_ms = self.constraint.table.dense_ms / result.speedup  # as in `measure`
+        self.search = result.to_dict(loss=GATE_LOSS)
+        self.roundings = self._roundings(result.best.shape)
         return result.best.shape
 
     def penalty(self, progress: float) -> torch.Tensor:
@@ -215,10 +233,14 @@ class LatencyGoal(Goal):
         self.constraint.anchor(shape, measured_ms)
 
     def figures(self) -> dict[str, float]:
-        """The estimate, the multiplier, and the last measurement."""
+        """The estimate, the limit, the multiplier, and the last measurement."""
         with torch.no_grad():
             estimate = self.constraint.estimate(expected_sizes(self.base, self.layout, self.name))
-        figures = {"estimate_ms": float(estimate), "multiplier": self.constraint.multiplier}
+        figures = {
+            "estimate_ms": float(estimate),
+            "limit_ms": self.constraint.limit_ms,
+            "multiplier": self.constraint.multiplier,
+        }
         if self.constraint.measured_ms is not None:
             figures["measured_ms"] = self.constraint.measured_ms
         return figures
@@ -230,6 +252,18 @@ class LatencyGoal(Goal):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The constraint's."""
         self.constraint = LatencyConstraint.from_state_dict(state["constraint"])
+
+    def _roundings(self, shape: Shape) -> tuple[Rounding, ...]:
+        quality = self._quality()
+        expected = dict(zip(self.layout.dense.sizes(), (float(size) for size in quality.sizes.mean()), strict=True))
+        rules = {
+            name: "the nearest legal size"
+            if size == shape.to_dict()[name]
+            else f"the nearest legal size was {size}; of the shapes whose measured latency meets the budget, this one "
+            "cuts least of what is open"
+            for name, size in quality.nearest(self.space).to_dict().items()
+        }
+        return roundings(self.base, self.layout, expected, shape, "gates", steps=self.space.steps, rules=rules)
 
     def _quality(self) -> GateQuality:
         return GateQuality(self.base, self.layout, self.name, self.constraint.table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -26,10 +27,12 @@ from ..adapters.relaxation import RELAXATIONS
 from ..errors import HawAdaError
 from ..export.find_plan import find_plan, measure_table, regime_of
 from ..export.plan import Plan
+from ..export.rounding import Rounding
 from ..latency.budget import LatencyBudget
 from ..latency.table import LatencyTable
 from .distill import Batch, get_student_logits, get_teacher_logits, position_mask
 from .goal import Goal, LatencyGoal, ShapeGoal, axes_of
+from .history import GateHistory
 from .importance import gate_importance, init_gates
 from .objective import Distillation
 from .penalties import bimodality_penalty, floor_penalty
@@ -39,7 +42,8 @@ from .unlabelled import UnlabelledTrainer
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "hawada_state.json"
-"""Beside the adapter in a checkpoint: the goal (shape; or multiplier, moving average, table), the approached plan."""
+"""Beside the adapter in a checkpoint: the goal (shape; or multiplier, moving average, table), the approached plan, the
+history."""
 
 LAGRANGE_OPTIONS = ("cache", "effort", "table", "table_plan", "timing")
 """What a training under a multiplier takes of the arguments of `find_plan`."""
@@ -81,6 +85,12 @@ class HawAdaTrainer(UnlabelledTrainer):
         search_options (`dict`, *optional*): further arguments of `find_plan`; with `constraint="lagrange"` of
             `table`, `table_plan`, `cache`, `timing` and `effort`.
         kwargs: as in `Trainer`.
+
+    Attributes:
+        search (`dict`, *optional*): how a budget became a shape: `SearchResult.to_dict`, once that is known. For
+            `ExportFacts`.
+        history (`GateHistory`): the gates of each layer at every logging step; `gate_history.json` in the output
+            folder holds them.
 
     Raises:
         HawAdaError: listing everything that is wrong with the arguments.
@@ -161,7 +171,8 @@ class HawAdaTrainer(UnlabelledTrainer):
         self._goal: Goal | None = None
         if budget is None:
             # A shape that is illegal or has no gates fails here, before any training.
-            self._goal = ShapeGoal(model, model.plan(shape, keep_ratio=keep_ratio).shape)
+            plan = model.plan(shape, keep_ratio=keep_ratio)
+            self._goal = ShapeGoal(model, plan.shape, plan.roundings)
         self.budget, self.constraint = budget, constraint
         self.size_weight, self.bimodality_weight = size_weight, bimodality_weight
         self.floor_weight, self.keep_floor = floor_weight, keep_floor
@@ -169,6 +180,8 @@ class HawAdaTrainer(UnlabelledTrainer):
         self.anchor_steps, self.search_options = anchor_steps, dict(search_options or {})
         self._terms: dict[str, list[torch.Tensor]] = {}
         self.gated: Any = model  # `self.model`, typed for what PEFT passes on to the tuner
+        self.history = GateHistory(model)
+        self.search: Mapping[str, Any] | None = None
         super().__init__(model, args, **kwargs)
         applied = self.gated.applied_plan()
         if applied is not None and (self._goal is None or applied.shape != self._goal.final_shape()):
@@ -260,9 +273,14 @@ class HawAdaTrainer(UnlabelledTrainer):
     def decide(self) -> None:
         """Make the plan from the gates as they are, and apply it in training as well."""
         self.phases.relax(None)
-        plan = self.phases.plan(self._in_main_process(self.goal.final_shape))
+        shape, roundings, search = self._in_main_process(self._settle)
+        plan = dataclasses.replace(self.phases.plan(shape), roundings=tuple(roundings))
+        self.search = search or self.search
         self.gated.apply_plan(plan, in_training=True)
         logger.info("step %d: %s", self.state.global_step, plan)
+
+    def _settle(self) -> tuple[Shape, Sequence[Rounding], Mapping[str, Any] | None]:
+        return self.goal.final_shape(), self.goal.roundings, self.goal.search
 
     def _progress(self) -> float:
         return self.phases.progress(self.state.global_step, self.state.max_steps)
@@ -304,14 +322,16 @@ class HawAdaTrainer(UnlabelledTrainer):
     def _goal_of_budget(self, budget: LatencyBudget, batches: Sequence[Batch], fresh: bool) -> Goal:
         options, progress = self.search_options, None if self.args.disable_tqdm else partial(tqdm, disable=None)
 
-        def find_shape() -> Shape:
+        def find_shape() -> tuple[Shape, dict[str, Any]]:
             # Fresh gates are all the same: shapes would be judged by cutting whatever comes last.
             importance = gate_importance(self.gated, batches) if fresh else None
             defaults = {"importance": importance, "progress": progress}
-            return find_plan(self.gated, budget, batches, **(defaults | options)).best.shape
+            found = find_plan(self.gated, budget, batches, **(defaults | options))
+            return found.best.shape, found.to_dict()
 
         if self.constraint == "search":
-            return ShapeGoal(self.gated, self._in_main_process(find_shape))
+            shape, self.search = self._in_main_process(find_shape)
+            return ShapeGoal(self.gated, shape)
         named = {name: options[key] for key, name in (("cache", "cache"), ("table_plan", "plan")) if key in options}
         named["progress"], regime = progress, regime_of(self.gated, budget)
         table = options.get("table") or self._in_main_process(lambda: measure_table(self.gated, regime, **named))
@@ -356,7 +376,19 @@ class HawAdaTrainer(UnlabelledTrainer):
             logs |= self._keep_ratios()
             if not self.decided:
                 logs |= self.goal.figures()
+            self._note(logs)
         super().log(logs, *args, **kwargs)
+
+    def _note(self, figures: Mapping[str, float] | None = None) -> None:
+        """The gates as they are, into the history."""
+        step = self.state.global_step
+        soft = self.phases.progress(step - 1, self.state.max_steps) > 0
+        phase = "hard" if self.decided else "soft" if soft else "warm-up"
+        plan = self.gated.applied_plan() or self.phases.approached
+        self.history.record(step, phase, plan, figures or {})
+
+    def _write_history(self) -> None:
+        self.history.write(Path(str(self.args.output_dir)), {"search": self.search})
 
     @torch.no_grad()
     def _keep_ratios(self) -> dict[str, float]:
@@ -381,7 +413,12 @@ class HawAdaTrainer(UnlabelledTrainer):
     # ----------------------------------------------------------- checkpoints
 
     def _save_state(self, folder: Path) -> None:
-        state = {"goal": self.goal.state_dict(), "phases": self.phases.state_dict()}
+        state = {
+            "goal": self.goal.state_dict(),
+            "phases": self.phases.state_dict(),
+            "history": self.history.entries,
+            "search": self.search,
+        }
         (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
     def _load_state(self, folder: Path) -> None:
@@ -394,6 +431,7 @@ class HawAdaTrainer(UnlabelledTrainer):
         self._goal = self._goal or self._goal_of_state(state["goal"])
         self.goal.load_state_dict(state["goal"])
         self.phases.load_state_dict(state["phases"])
+        self.history.entries, self.search = state.get("history", []), state.get("search")
 
     def _goal_of_state(self, state: Mapping[str, Any]) -> Goal:
         if "shape" in state:
@@ -428,6 +466,13 @@ class _Phases(TrainerCallback):
     def __init__(self, trainer: HawAdaTrainer) -> None:
         self.trainer = trainer
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The gates as they are before the first step."""
+        if not self.trainer.history.entries:
+            self.trainer._note()
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -445,10 +490,15 @@ class _Phases(TrainerCallback):
         """The goal's state, into the checkpoint."""
         if state.is_world_process_zero:
             self.trainer._save_state(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+            self.trainer._write_history()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Decide if the whole training was soft."""
+        """Decide if the whole training was soft; the gates as they are in the end."""
         if not self.trainer.decided:
             self.trainer.decide()
+        if not self.trainer.history.entries or self.trainer.history.entries[-1]["step"] < state.global_step:
+            self.trainer._note()
+        if state.is_world_process_zero:
+            self.trainer._write_history()
