@@ -38,7 +38,9 @@ class Arguments:
     recover_learning_rate: float = field(default=5e-5, metadata={"help": "of the slim model"})
     train_batch_size: int = field(default=8, metadata={"help": "examples per training step"})
     push_to_hub: str | None = field(default=None, metadata={"help": "upload the slim model there: NAME/MODEL"})
-    tiny: bool = field(default=False, metadata={"help": "a model and data made here in seconds, without a network"})
+    tiny: bool = field(
+        default=False, metadata={"help": "make what is not given of model and data, in seconds; search briefly"}
+    )
 
 
 A = TypeVar("A", bound=Arguments)
@@ -77,6 +79,8 @@ def load_rows(args: Arguments, prepare: Callable[[Any], Any]) -> tuple[Any, Any]
 def batches_of(rows: Iterable[Any], count: int, size: int, collate: Callable[[list[Any]], Any]) -> list[Any]:
     """The first `count` rows, in batches of at most `size`."""
     first = list(islice(rows, count))
+    if not first:
+        raise ValueError("no examples are left: the dataset holds less than --held-out, or than one --seq-len of text")
     return [collate(first[start : start + size]) for start in range(0, len(first), size)]
 
 

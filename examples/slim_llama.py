@@ -47,8 +47,6 @@ TINY = {
     "learning_rate": 0.1,
     "recover_steps": 30,
     "recover_learning_rate": 2e-3,
-    "held_out": 64,
-    "calibration": 64,
 }
 
 
@@ -56,11 +54,9 @@ TINY = {
 def perplexity(model: Any, batches: list[dict[str, torch.Tensor]]) -> float:
     """The exponential of the mean cross entropy; all windows have the same length."""
     model.eval()
-    losses = [
-        model(input_ids=tokens, labels=tokens).loss
-        for tokens in (batch["input_ids"].to(model.device) for batch in batches)
-    ]
-    return torch.stack(losses).double().mean().exp().item()
+    rows = [batch["input_ids"].to(model.device) for batch in batches]
+    losses = [model(input_ids=tokens, labels=tokens).loss.expand(len(tokens)) for tokens in rows]
+    return torch.cat(losses).double().mean().exp().item()
 
 
 def main() -> None:
@@ -69,8 +65,7 @@ def main() -> None:
     set_seed(0)
     if args.tiny:
         torch.set_num_threads(1)  # at these sizes more threads mostly wait for each other
-        args.model = str(folder / "teacher")
-        tiny.make_llama(folder / "teacher")
+        args.model = args.model or tiny.make_llama(folder / "teacher")
 
     # Data: all texts in a row, cut into windows of the same length.
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -82,7 +77,7 @@ def main() -> None:
         starts = range(0, len(tokens) - args.seq_len + 1, args.seq_len)
         return {"input_ids": [tokens[start : start + args.seq_len] for start in starts]}
 
-    if args.tiny:
+    if args.dataset is None:
         train, held_out = (
             [{"input_ids": ids} for ids in windows({"text": some})["input_ids"]] for some in tiny.texts()
         )
@@ -124,12 +119,8 @@ def main() -> None:
     # What came of it, in the dtype and the regime that were asked for.
     dtype = getattr(torch, args.dtype)
     dense, slim = dense.to(dtype).eval(), slim.to(dtype).eval()
-    quality = QualityChange(
-        "perplexity",
-        perplexity(dense, held_out),
-        perplexity(slim, held_out),
-        f"{args.held_out} held-out windows of {args.seq_len} tokens",
-    )
+    what = f"{sum(len(batch['input_ids']) for batch in held_out)} held-out windows of {args.seq_len} tokens"
+    quality = QualityChange("perplexity", perplexity(dense, held_out), perplexity(slim, held_out), what)
     regime = budget.regime(generates=dense.can_generate(), dtype=dtype, device=args.device)
     timings = measure_many({"dense": dense, "slim": slim}, regime, effort=tiny.TIMING if args.tiny else None)
     facts = ExportFacts(

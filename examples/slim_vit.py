@@ -63,11 +63,10 @@ def main() -> None:
     set_seed(0)
     if args.tiny:
         torch.set_num_threads(1)  # at these sizes more threads mostly wait for each other
-        args.model = str(folder / "teacher")
-        tiny.make_vit(folder / "teacher")
+        args.model = args.model or tiny.make_vit(folder / "teacher")
 
     # Data: rows as they are, in random order (many datasets are sorted by class). Pictures become tensors in batches.
-    if args.tiny:
+    if args.dataset is None:
         train, held_out = tiny.digits()
     else:
         train, held_out = common.load_rows(args, lambda data: data.shuffle(seed=0))
@@ -115,9 +114,8 @@ def main() -> None:
     # What came of it, in the dtype and the regime that were asked for.
     dtype = getattr(torch, args.dtype)
     dense, slim = dense.to(dtype).eval(), slim.to(dtype).eval()
-    quality = QualityChange(
-        "accuracy in %", accuracy(dense, held_out), accuracy(slim, held_out), f"{args.held_out} held-out pictures"
-    )
+    what = f"{sum(len(batch['labels']) for batch in held_out)} held-out pictures"
+    quality = QualityChange("accuracy in %", accuracy(dense, held_out), accuracy(slim, held_out), what)
     regime = budget.regime(generates=dense.can_generate(), dtype=dtype, device=args.device)
     timings = measure_many({"dense": dense, "slim": slim}, regime, effort=tiny.TIMING if args.tiny else None)
     facts = ExportFacts(

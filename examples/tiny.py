@@ -54,7 +54,7 @@ def texts() -> tuple[list[str], list[str]]:
     return [text for index, text in enumerate(found) if index % 10], found[::10]
 
 
-def make_vit(folder: Path) -> None:
+def make_vit(folder: Path) -> str:
     """A ViT that sees a scan as 16 patches, trained, in a folder with its image processor."""
     config = ViTConfig(
         image_size=8,
@@ -72,9 +72,10 @@ def make_vit(folder: Path) -> None:
     model = train(ViTForImageClassification(config), examples, steps=150, batch_size=32, learning_rate=3e-3)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    return str(folder)
 
 
-def make_llama(folder: Path) -> None:
+def make_llama(folder: Path) -> str:
     """A Llama with 8 query heads in 4 KV groups, trained, in a folder with its byte-level tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -108,6 +109,7 @@ def make_llama(folder: Path) -> None:
     model = train(LlamaForCausalLM(config), examples, steps=200, batch_size=4, learning_rate=1e-2)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def train(
