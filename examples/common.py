@@ -48,7 +48,7 @@ A = TypeVar("A", bound=Arguments)
 
 def parse(kind: type[A], description: str | None, tiny: dict[str, Any]) -> A:
     """The options of the command line; with `--tiny` other defaults."""
-    parser = HfArgumentParser(kind, description=description)
+    parser = HfArgumentParser(kind, description=description and description.split("\n\n")[0])
     if "--tiny" in sys.argv:
         parser.set_defaults(**tiny)
     (args,) = parser.parse_args_into_dataclasses()
