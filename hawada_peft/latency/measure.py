@@ -212,7 +212,7 @@ def _warn_unsettled(timings: Mapping[Key, Timing], effort: Effort) -> None:
         worst = max(unsettled, key=lambda timing: timing.error)
         warnings.warn(
             f"{len(unsettled)} of {len(timings)} timers did not settle within {effort.max_rounds} rounds or "
-            f"{effort.max_seconds:.0f} s: the medians are known to {worst.error:.1%} at worst, {effort.tolerance:.1%} "
+            f"{effort.max_seconds:g} s: the medians are known to {worst.error:.1%} at worst, {effort.tolerance:.1%} "
             f"was asked for (the worst: {worst}). Stop other work on the machine, or give more rounds and seconds.",
             UnsettledTimingWarning,
             stacklevel=3,
