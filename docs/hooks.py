@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedModel
@@ -14,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import hawada_peft
-from hawada_peft.adapters.huggingface import FAMILIES, Family, Layout, Shape, locate
+from hawada_peft.adapters.huggingface import FAMILIES, Family, Layout, locate
 from hawada_peft.export.legality import build_sizes, head_shapes, legal_head_shapes
 
 if TYPE_CHECKING:
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from mkdocs.structure.pages import Page
 
 FAMILIES_MARK = "<!-- families -->"
-REFERENCE_MARK = "api.md"
 
 STAGES = {
     "config": "PEFT tuner",
@@ -137,9 +138,11 @@ def _tied(model: PreTrainedModel) -> str:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Add the pages of the reference to the navigation."""
-    section = next(part for entry in config.nav or [] for part in entry.values() if REFERENCE_MARK in part)
-    section += [{title: file_of(title)} for title in reference()]
+    """Add to the navigation the pages of the reference, and to the guides the pages that it does not name."""
+    sections: dict[str, Any] = {title: part for entry in config.nav or [] for title, part in entry.items()}
+    named = re.findall(r"[\w-]+\.md", str(config.nav))
+    sections["Guides"] += sorted({path.name for path in Path(config.docs_dir).glob("*.md")} - set(named))
+    sections["API reference"] += [{title: file_of(title)} for title in reference()]
     return config
 
 

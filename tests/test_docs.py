@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import configparser
 import importlib
 import importlib.util
@@ -12,6 +13,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import dedent
 from types import ModuleType
 from typing import Any
 
@@ -39,7 +41,9 @@ REASONS = {"needs a GPU", "needs the Hub", "needs bitsandbytes", "another librar
 """Why a block may be left out, said in a comment before it: `<!-- not run: needs a GPU -->`."""
 
 FENCE = re.compile(
-    r"(?:^<!-- not run: (?P<why>[^\n]*) -->\n+)?^```(?P<language>[^\n]*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
+    r"(?:^<!-- not run: (?P<why>[^\n]*) -->\n+)?^(?P<indent> *)```(?P<language>[^\n]*)\n(?P<text>.*?)^(?P=indent)```$"
+    r"(?:\n+^```text\n(?P<error>\w+(?:Error|Warning): .*?)^```$)?",
+    re.DOTALL | re.MULTILINE,
 )
 
 
@@ -51,12 +55,20 @@ class Block:
     text: str
     line: int
     why_not: str | None
+    error: str | None
+    """What it ends with, if a block of text after it says so; three dots stand for anything."""
 
 
 def blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
     return [
-        Block(found["language"], found["text"], text.count("\n", 0, found.start("text")), found["why"])
+        Block(
+            found["language"],
+            dedent(found["text"]),
+            text.count("\n", 0, found.start("text")),
+            found["why"],
+            found["error"],
+        )
         for found in FENCE.finditer(text)
     ]
 
@@ -94,7 +106,7 @@ SHORTER = {
     r"(max_steps\W+)\d+": r"\g<1>3",
     r"(seq_len=)\d+": r"\g<1>16",
     r"(batch_size=)\d+": r"\g<1>2",
-    r"\bspeedup=[\d.]+": "latency_ms=1000, max_parameters=100_000",  # the same search, not decided by the noise of a timer
+    r"\bspeedup=[\d.]+": "latency_ms=1000, max_parameters=100_000",  # the same search, without noise
     r"bf16=True": "bf16=False",
 }
 BRIEF = Effort(warmup=1, lead_in=0, min_rounds=2, max_rounds=3, max_seconds=0.2)
@@ -129,7 +141,7 @@ DEFAULTS = {
 
 
 def shortened(code: str) -> str:
-    """The block with few steps, small batches, inputs as long as the tiny models take, and a budget without a clock."""
+    """The block with few steps, small batches, inputs that tiny models take, and a budget that no timer decides."""
     for pattern, value in SHORTER.items():
         code = re.sub(pattern, value, code)
     return code
@@ -208,6 +220,7 @@ BY_PAGE: dict[str, Factories] = {
         "x": lambda: torch.ones(2, 3, 8),
         "images": lambda: torch.ones(2, 3, 4, 4),
     },
+    "add-an-adapter.md": {"model": Blocks},
     "hub.md": {"slim": slim_model, "found": timings, "dense_ppl": lambda: 10.0, "slim_ppl": lambda: 11.0},
     "recovery.md": {"slim": slim_model},
 }
@@ -247,15 +260,25 @@ def test_python_blocks_run(page: Path, folders: Path, tmp_path: Path, monkeypatc
     libraries = {name: getattr(transformers, name) for name in ("AutoModelForCausalLM", "TrainingArguments")}
     names: dict[str, Any] = {name: getattr(hawada_peft, name) for name in hawada_peft.__all__} | libraries
     names |= {"torch": torch, "nn": nn, "PeftModel": peft.PeftModel, "get_peft_model": peft.get_peft_model}
-    factories, made = ANYWHERE | BY_PAGE.get(page.name, {}), dict[str, Any]()
+    factories = ANYWHERE | BY_PAGE.get(page.name, {})
     for block in blocks(page):
         if block.language != "python" or block.why_not is not None:
             continue
-        for name, make in factories.items():
-            if re.search(rf"\b{name}\b", block.text) and names.get(name) is made.get(name, names.get(name)):
-                names[name] = made[name] = make()
-        code = "\n" * block.line + shortened(block.text)
-        exec(compile(code, str(page), "exec"), names)
+        names |= {name: make() for name, make in factories.items() if re.search(rf"\b{name}\b", block.text)}
+        parsed = ast.parse("\n" * block.line + shortened(block.text), str(page))
+        given = {
+            node.id for node in ast.walk(parsed) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        }
+        factories = {name: make for name, make in factories.items() if name not in given}
+        code = compile(parsed, str(page), "exec")
+        if block.error is None:
+            exec(code, names)
+            continue
+        with pytest.raises(Exception) as raised:  # noqa: PT011  # its type is compared with the page
+            exec(code, names)
+        said = " ".join(f"{raised.type.__name__}: {raised.value}".split())
+        expected = ".*".join(re.escape(part.strip()) for part in " ".join(block.error.split()).split("..."))
+        assert re.fullmatch(expected, said), said
 
 
 def test_blocks_that_are_not_run_say_why() -> None:
