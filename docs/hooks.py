@@ -156,6 +156,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Take off the types what stands beside them: docstrings write them as transformers does, with their defaults."""
+    if not page.file.src_uri.startswith("reference/"):
+        return html
+    return re.sub(r", \*optional\*(?:, defaults to [^<]*)?", "", html).replace("`", "")
+
+
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Put the table where the page of families wants it."""
     return markdown.replace(FAMILIES_MARK, families_table()) if FAMILIES_MARK in markdown else markdown

@@ -10,6 +10,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -281,6 +283,13 @@ def test_python_blocks_run(page: Path, folders: Path, tmp_path: Path, monkeypatc
         assert re.fullmatch(expected, said), said
 
 
+def test_adapter_without_the_import_is_not_known(folders: Path) -> None:
+    script = "import sys; from peft import PeftConfig; PeftConfig.from_pretrained(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", script, str(folders / "adapter")], capture_output=True, text=True)
+    said = done.stderr.strip().splitlines()[-1]
+    assert f"`{said}`" in (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+
+
 def test_blocks_that_are_not_run_say_why() -> None:
     left_out = [block for page in PAGES for block in blocks(page) if block.why_not is not None]
     assert {block.why_not for block in left_out} <= REASONS
@@ -355,11 +364,11 @@ def test_named_files_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize(("page", "block"), of_language("yaml"))
-def test_yaml_blocks_parse(page: Path, block: Block, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folders)
-    data = yaml.safe_load(block.text)
-    if "output" in data:
-        assert Recipe.from_dict(data).steps()
+def test_yaml_blocks_parse(page: Path, block: Block, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(block.text, encoding="utf-8")
+    if "output" in yaml.safe_load(block.text):
+        assert Recipe.read(file).steps()
 
 
 @pytest.mark.parametrize(("page", "block"), of_language("json"))
