@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from textwrap import dedent
 from types import ModuleType
@@ -32,10 +33,15 @@ from tokenizers.models import WordLevel
 from torch import nn
 
 import hawada_peft
-from hawada_peft import Family, Plan, Recipe, Regime, Shape, cli
+from hawada_peft import ExportFacts, Family, Plan, Recipe, Regime, Shape
 from hawada_peft.adapters.huggingface import FAMILIES
 from hawada_peft.export import SearchEffort
 from hawada_peft.latency import Effort, TablePlan
+
+try:
+    from hawada_peft.cli.program import app
+except ModuleNotFoundError:  # the command line is one module
+    from hawada_peft.cli import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -110,6 +116,7 @@ SHORTER = {
     r"(batch_size=)\d+": r"\g<1>2",
     r"\bspeedup=[\d.]+": "latency_ms=1000, max_parameters=100_000",  # the same search, without noise
     r"bf16=True": "bf16=False",
+    r"=\[\.\.\.\]": "=[]",
 }
 BRIEF = Effort(warmup=1, lead_in=0, min_rounds=2, max_rounds=3, max_seconds=0.2)
 
@@ -172,6 +179,12 @@ def timings() -> Any:
     return hawada_peft.measure_many({"dense": dense, "slim": slim_model()}, regime, effort=BRIEF)
 
 
+def gate_trainer() -> Any:
+    args = transformers.TrainingArguments("trainer-output", learning_rate=0.05, max_steps=3, report_to=[])
+    data, shape = [{"input_ids": row} for row in rows_of_tokens()], Shape(intermediate_size=48)
+    return hawada_peft.HawAdaTrainer(gate(build(LM_ROW), shuffle=False), args, train_dataset=data, shape=shape)
+
+
 class Blocks(nn.Module):
     """A model that is not of transformers: convolution, attention, FFN and a projection past them."""
 
@@ -225,6 +238,7 @@ BY_PAGE: dict[str, Factories] = {
     "add-an-adapter.md": {"model": Blocks},
     "hub.md": {"slim": slim_model, "found": timings, "dense_ppl": lambda: 10.0, "slim_ppl": lambda: 11.0},
     "recovery.md": {"slim": slim_model},
+    "report.md": {"slim": slim_model, "timings": timings, "trainer": gate_trainer},
 }
 
 
@@ -232,7 +246,7 @@ BY_PAGE: dict[str, Factories] = {
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What blocks find in the current folder: a dense model, trained gates with a plan, tokens."""
     folder = tmp_path_factory.mktemp("docs")
-    build(LM_ROW, intermediate_size=1024).save_pretrained(folder / "teacher")
+    build(LM_ROW).save_pretrained(folder / "teacher")
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 128)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(
@@ -241,7 +255,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build(LM_ROW).save_pretrained(folder / "base")
     planned().save_pretrained(folder / "adapter")
     np.save(folder / "tokens.npy", rows_of_tokens().numpy().astype(np.uint16).reshape(-1))
+    hawada_peft.save_slim(slim_model(), folder / "out" / "slim", card=ExportFacts(plan=ANYWHERE["plan"]()))
+    (folder / "peers.jsonl").write_text('{"name": "a peer", "quality": 34.1, "speedup": 1.5}\n', encoding="utf-8")
     return folder
+
+
+TEACHERS: dict[str, dict[str, int]] = {"quickstart.md": {"intermediate_size": 1024}}
+"""Other sizes of the model in the folder `teacher`, for the shapes that a page asks for."""
 
 
 def runs(page: Path) -> bool:
@@ -255,6 +275,7 @@ def runs(page: Path) -> bool:
 def test_python_blocks_run(page: Path, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(folders, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    build(LM_ROW, **TEACHERS.get(page.name, {})).save_pretrained("teacher")
     monkeypatch.setenv("HAWADA_CACHE", str(folders / "cache"))  # the pages share their latency tables
     for name, value in DEFAULTS.items():
         module, _, attribute = name.rpartition(".")
@@ -313,8 +334,11 @@ def words_of(line: str) -> list[str]:
 
 
 def command(words: list[str]) -> Any:
-    """The command of `hawada` that is named, as the installed CLI has it."""
-    found = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    """The command of `hawada` that is named, as the installed CLI has it; itself for its own options."""
+    program: Any = typer.main.get_command(app)
+    if words[0].startswith("-"):
+        return program
+    found = program.commands
     assert words[0] in found, f"hawada has no command {words[0]}; it has {sorted(found)}"
     return found[words[0]]
 
@@ -322,6 +346,7 @@ def command(words: list[str]) -> Any:
 @pytest.mark.parametrize("line", lines_of_shell("hawada") + lines_of_shell("accelerate launch -m hawada_peft.cli"))
 def test_command_parses(line: str) -> None:
     words = words_of(line.replace("accelerate launch -m hawada_peft.cli", "hawada"))[1:]
+    words = list(takewhile(lambda word: word not in {"|", "||", "&&", ">"}, words))
     command(words).make_context(words[0], words[1:])  # raises on what it does not know, or misses
 
 
@@ -373,9 +398,11 @@ def test_yaml_blocks_parse(page: Path, block: Block, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("page", "block"), of_language("json"))
 def test_json_blocks_parse(page: Path, block: Block) -> None:
-    data = json.loads(block.text)
-    if "channels" in data:
-        assert Plan.from_dict(data).to_dict() == data
+    lines = block.text.splitlines()
+    for text in lines if all(line[:1] + line[-1:] == "{}" for line in lines) else [block.text]:
+        data = json.loads(text)
+        if "channels" in data:
+            assert Plan.from_dict(data).to_dict() == data
 
 
 # ---------------------------------------------------------------- the site
