@@ -38,6 +38,9 @@ STAGES = {
 }
 """The page of the reference by the part of the package that a name is defined in; other parts get one of their own."""
 
+ROOT_PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
+"""Pages of the site that stand for files of the repository's root."""
+
 BEYOND = {"Errors": ["hawada_peft.errors"], "Extension points": ["hawada_peft.adapters.relaxation"]}
 """Pages of modules that are read as a whole."""
 
@@ -164,5 +167,7 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Put the table where the page of families wants it."""
+    """Put the table where the page of families wants it, and lead links to files of the root to their pages."""
+    for file, its_page in ROOT_PAGES.items():
+        markdown = markdown.replace(f"](../{file})", f"]({its_page})")
     return markdown.replace(FAMILIES_MARK, families_table()) if FAMILIES_MARK in markdown else markdown
