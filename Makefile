@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quality peft-suite clean
+.PHONY: demo test quality docs peft-suite clean
 
 # Markers: made when the installation succeeded, older than the files that it depends on when it must be repeated.
 $(VENV)/.made:
@@ -18,6 +18,10 @@ $(VENV)/.dev: $(VENV)/.made setup.cfg pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.made setup.cfg pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 # Trains two small teachers on data that installed packages carry, and slims them. `make demo QUICK=--quick` is shorter.
 demo: $(VENV)/.demo
 	$(BIN)/hawada demo $(QUICK)
@@ -30,9 +34,13 @@ quality: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The docs site, in site/; warnings are errors. MkDocs would add an advertisement of its successors to them.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 # PEFT's own tests, pointed at this tuner; fetches PEFT's source distribution.
 peft-suite: $(VENV)/.dev
 	$(BIN)/python tests/peft_suite/run.py
 
 clean:
-	rm -rf $(VENV) demo-output build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo-output build site *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -21,7 +21,7 @@ GATES = ("heads", "ffn", "blocks", "layers", "hidden")
 @dataclass
 class HawAdaConfig(PeftConfig):
     """
-    Configuration of a [`HawAdaModel`]: trainable sigmoid gates on a frozen transformer.
+    Configuration of a `HawAdaModel`: trainable sigmoid gates on a frozen transformer.
 
     Args:
         gates (`list[str]`, *optional*, defaults to `("heads", "ffn", "layers")`):

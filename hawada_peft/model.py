@@ -40,15 +40,10 @@ from .export.slim import slim
 
 class HawAdaModel(BaseTuner):
     """
-    Gates on a frozen model: what `get_peft_model` makes of a [`HawAdaConfig`].
+    Gates on a frozen model: what `get_peft_model` makes of a `HawAdaConfig`.
 
     Besides PEFT's own methods it has `plan`, `apply_plan`, and a `merge_and_unload` that removes what a plan closes.
-    `PeftModel` passes all of them on.
-
-    Args:
-        model (`nn.Module`): the base model; its modules are wrapped in place.
-        config (`HawAdaConfig`): what to gate.
-        adapter_name (`str`): the name of the gates.
+    `PeftModel` passes all of them on. It is made from the base model, whose modules are wrapped in place.
 
     Example:
 

@@ -104,7 +104,9 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
 
         Args:
             x: (..., in_features), or (batch, in_channels, ...) for convolutions.
-            adapter_names: one adapter name per row of the batch; `"__base__"` for none.
+
+        Keyword Args:
+            adapter_names (`list[str]`): one adapter name per row of the batch; `"__base__"` for none.
         """
         adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters:

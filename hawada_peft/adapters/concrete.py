@@ -12,8 +12,9 @@ class ChannelAdapter(GateAdapter):
     """
     Gates the input features of a Linear, Conv1D or convolution: the FFN channels, when it wraps `down_proj` or `fc2`.
 
-    Args:
-        base_layer, adapter_name, gates, inference_mode: as in `GateAdapter`.
+    Arguments as in `GateAdapter`, and:
+
+    Keyword Args:
         group_size (`int`): neighbouring features per gate.
         start (`GateStart`): how the gates start.
         relative (`bool`): as in `SigmoidGate`.
@@ -31,8 +32,9 @@ class AttentionHeadAdapter(GateAdapter):
     """
     Gates the attention heads at the input of the output projection (`o_proj`), where a closed head adds nothing.
 
-    Args:
-        base_layer, adapter_name, gates, inference_mode: as in `GateAdapter`.
+    Arguments as in `GateAdapter`, and:
+
+    Keyword Args:
         head_dim (`int`): features per head; must divide the module's input features.
         start (`GateStart`): how the gates start.
         relative (`bool`): as in `SigmoidGate`.
@@ -56,8 +58,9 @@ class BlockAdapter(GateAdapter):
     """
     Gates the whole output of a module: what a block adds to the residual, when it wraps the block's last projection.
 
-    Args:
-        base_layer, adapter_name, gates, inference_mode: as in `GateAdapter`.
+    Arguments as in `GateAdapter`, and:
+
+    Keyword Args:
         start (`GateStart`): how the gate starts.
         relative (`bool`): as in `SigmoidGate`.
     """

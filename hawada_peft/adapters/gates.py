@@ -190,7 +190,9 @@ class ChannelGate(SigmoidGate):
     Args:
         num_features (`int`): features along the gated axis.
         group_size (`int`): features per gate; must divide `num_features`.
-        dim, start, relative: as in `SigmoidGate`.
+        dim: as in `SigmoidGate`.
+        start: as in `SigmoidGate`.
+        relative: as in `SigmoidGate`.
     """
 
     def __init__(
@@ -223,7 +225,9 @@ class HeadGate(ChannelGate):
     Args:
         num_heads (`int`): query heads.
         head_dim (`int`): features per head.
-        dim, start, relative: as in `SigmoidGate`.
+        dim: as in `SigmoidGate`.
+        start: as in `SigmoidGate`.
+        relative: as in `SigmoidGate`.
     """
 
     def __init__(

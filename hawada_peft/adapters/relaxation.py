@@ -136,7 +136,8 @@ class HardConcrete(Relaxation):
 
     Args:
         beta (`float`): temperature of the distribution.
-        gamma, zeta (`float`): the interval to which it is stretched.
+        gamma (`float`): the lower end of the interval to which it is stretched.
+        zeta (`float`): the upper end.
     """
 
     beta: float = 2 / 3

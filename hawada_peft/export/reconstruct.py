@@ -41,7 +41,8 @@ class Reconstruction:
     Args:
         refits (`tuple[Refit, ...]`): one per output projection, in the order of the slim model.
         metric (`str`): `"kl"` in nats per prediction, or `"mse"` of the last hidden states of a model without a head.
-        before, after (`float`): divergence from the dense model on held-out batches: plain and reconstructed.
+        before (`float`): divergence from the dense model on held-out batches, of the plain slim model.
+        after (`float`): the same, reconstructed.
         applied (`bool`): whether the slim model has the reconstructed weights; False if they were not better.
     """
 

@@ -23,9 +23,13 @@ class LatencyBudget:
         speedup (`float`, *optional*): times faster than the dense model; at least 1.
         latency_ms (`float`, *optional*): milliseconds per call.
         fraction (`float`, *optional*): of the dense model's latency, in (0, 1].
-        batch_size (`int`), seq_len (`int`, *optional*), image_size (`int`, *optional*), mode, dtype, backend, device:
-            under which conditions; see [`Regime`]. A dtype or device that is left out is the model's; a mode that is
-            left out is `"prefill"` for models that generate and `"forward"` for others.
+        batch_size (`int`): rows per call; this and the next are the conditions, see `Regime`.
+        seq_len (`int`, *optional*): tokens per row.
+        image_size (`int`, *optional*): pixels along each side.
+        mode (`str`, *optional*): left out, it is `"prefill"` for models that generate and `"forward"` for others.
+        dtype (`str`, *optional*): the model's if left out.
+        backend (`str`): `"eager"`, `"compile"` or `"cuda_graph"`.
+        device (`str`, *optional*): the model's if left out.
         max_parameters (`int`, *optional*): parameters at most.
         max_memory (`float`, *optional*): bytes of weights and KV cache at most.
 

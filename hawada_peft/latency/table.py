@@ -50,14 +50,17 @@ class LatencyTable:
         versions (`dict[str, str]`): of torch and transformers.
         fixed_ms (`float`): what does not depend on the layers.
         layer_ms (`float`): per layer, with the smallest attention and FFN that were timed.
-        kv_groups, heads_per_group (`tuple[int, ...]`): the grid of attention sizes.
+        kv_groups (`tuple[int, ...]`): the grid of attention sizes: its KV groups.
+        heads_per_group (`tuple[int, ...]`): and its query heads per group.
         attention_ms (`tuple[tuple[float, ...], ...]`): per layer beyond the smallest, (KV groups, heads per group).
-        ffn_sizes (`tuple[int, ...]`), ffn_ms (`tuple[float, ...]`): per layer beyond the smallest.
+        ffn_sizes (`tuple[int, ...]`): the FFN sizes that were timed.
+        ffn_ms (`tuple[float, ...]`): per layer beyond the smallest of them.
         interaction_ms (`float`): what small attention and FFN together cost beyond the sum.
         multiple (`int`): FFN sizes that are not a multiple of it are slower than larger ones that are.
         dense_ms (`float`): the whole dense model; also in a table for a narrower residual stream, whose `model` states
             that `hidden_size` and the dense one as `dense_hidden_size`.
-        scale, offset_ms (`float`): the affine correction.
+        scale (`float`): of the affine correction.
+        offset_ms (`float`): of the affine correction.
         realised (`tuple[Realised, ...]`): shapes that were timed as a whole.
         errors (`dict[str, float]`): relative errors of the estimate on the realised shapes, each left out of the fit
             in turn: `median`, `p95`.
@@ -113,7 +116,10 @@ class LatencyTable:
         The latency of many shapes at once, differentiable.
 
         Args:
-            kv_groups, heads_per_group, ffn, layers: tensors, arrays or numbers that broadcast.
+            kv_groups: tensors, arrays or numbers that broadcast, as all that follow.
+            heads_per_group: query heads in each group.
+            ffn: FFN channels.
+            layers: layers.
 
         Returns:
             Milliseconds, float64, of the broadcast shape.
@@ -129,7 +135,9 @@ class LatencyTable:
         The latency of expected sizes that differ per layer, differentiable: what a trainer bounds.
 
         Args:
-            heads, kv_groups, ffn: (layers,) expected query heads, KV groups and FFN channels of each layer.
+            heads: (layers,) expected query heads of each layer.
+            kv_groups: (layers,) expected KV groups of each layer.
+            ffn: (layers,) expected FFN channels of each layer.
             layers: (layers,) the probability that each layer stays.
 
         Returns:

@@ -14,8 +14,10 @@ class RecipeResult:
 
     Args:
         folder (`str`): the verified slim model.
-        dense, slim (`dict`): the sizes before and after.
-        dense_parameters, slim_parameters (`int`): before and after.
+        dense (`dict`): the sizes before.
+        slim (`dict`): the sizes after.
+        dense_parameters (`int`): before.
+        slim_parameters (`int`): after.
         losses (`dict`): held-out distillation losses: `gates` (under the plan, before the merge), `recovery_start`
             (after merge and refitting) and `recovery_end`.
         reconstruction (`dict`, *optional*): `metric`, `before`, `after`, `applied`: on calibration batches that

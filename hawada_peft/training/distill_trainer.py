@@ -33,7 +33,9 @@ class DistillTrainer(UnlabelledTrainer):
         args (`TrainingArguments`): as in `Trainer`. Checkpoints of a `PreTrainedModel` are vanilla model folders.
         teacher (`PreTrainedModel` or `PeftModel`): the dense model; of a PEFT model the base, its adapters disabled.
             Of any dtype, used in evaluation mode.
-        kd_temperature, kl_weight, mse_weight (`float`): as in `Distillation`.
+        kd_temperature (`float`): T of the KL divergence.
+        kl_weight (`float`): weight of the divergence.
+        mse_weight (`float`): weight of the squared difference of logits.
         kwargs: as in `Trainer`.
 
     Raises:

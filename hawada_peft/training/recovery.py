@@ -51,7 +51,9 @@ def recover(
         calibration (*optional*): batches to refit the slim model on by least squares first, as `reconstruct` does. It
             costs no training and gives a better start.
         on_reconstruction (*optional*): called with the `Reconstruction`, which tells what that did.
-        kd_temperature, kl_weight, mse_weight (`float`): as in `Distillation`.
+        kd_temperature (`float`): T of the KL divergence.
+        kl_weight (`float`): weight of the divergence.
+        mse_weight (`float`): weight of the squared difference of logits.
         resume_from_checkpoint (*optional*): as in `Trainer.train`, of a run that started from the same model.
         kwargs: as in `Trainer`: `eval_dataset`, `data_collator`, `callbacks`, ...
 

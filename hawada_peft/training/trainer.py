@@ -72,12 +72,14 @@ class HawAdaTrainer(UnlabelledTrainer):
         relaxation (`str`): `"hard_concrete"` or `"sigmoid"`, which are drawn to a shape or a latency by penalties;
             `"closing"`, which keeps the order of the start, or `"straight_through"`, which approach a shape.
         kd_temperature (`float`): T of the KL divergence.
-        kl_weight, mse_weight (`float`): weights of the divergence and of the squared difference of logits.
+        kl_weight (`float`): weight of the divergence.
+        mse_weight (`float`): weight of the squared difference of logits.
         size_weight (`float`): weight of the penalty on the size, where the relaxation needs one.
         bimodality_weight (`float`): weight of `bimodality_penalty`.
-        floor_weight, keep_floor (`float`): weight of `floor_penalty`, and the least keep ratio of a layer.
-        warmup_fraction, soft_fraction (`float`): the parts of the steps before the gates move, and before the plan is
-            made, in [0, 1].
+        floor_weight (`float`): weight of `floor_penalty`.
+        keep_floor (`float`): the least keep ratio of a layer, in that penalty.
+        warmup_fraction (`float`): the part of the steps before the gates move, in [0, 1].
+        soft_fraction (`float`): the part of the steps before the plan is made, in [0, 1].
         gate_learning_rate (`float`, *optional*): of the gates, where other weights (LoRA) are trained with
             `args.learning_rate`.
         calibration_examples (`int`): how many examples start the gates and judge shapes; 0 leaves gates as they are.

@@ -40,9 +40,10 @@ class Family:
         twin (`str`): the `model_type` of a class that computes the same from the same weights and allows more head
             counts; empty if there is none.
         twin_fields (`tuple[tuple[str, Any], ...]`): config fields that make it compute the same.
-        hidden_norms (`tuple[str, ...]`), final_norm (`str`): the norms through which everything reads the residual
-            stream, relative to a layer, and after the layers, relative to `model.base_model`. The gate on the stream
-            sits there; empty if it has no place, because something else reads the stream or depends on its size.
+        hidden_norms (`tuple[str, ...]`): the norms of a layer, relative to it, through which everything there reads
+            the residual stream. The gate on the stream sits on them; empty if it has no place, because something else
+            reads the stream or depends on its size.
+        final_norm (`str`): the norm after the layers, relative to `model.base_model`, for the same gate.
     """
 
     layers: str

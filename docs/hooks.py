@@ -1,0 +1,173 @@
+"""What the docs site takes from the code when it is built: the pages of the reference, and the table of families."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+)
+
+import hawada_peft
+from hawada_peft.adapters.huggingface import FAMILIES, Family, Layout, locate
+from hawada_peft.export.legality import build_sizes, head_shapes, legal_head_shapes
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
+
+FAMILIES_MARK = "<!-- families -->"
+
+STAGES = {
+    "config": "PEFT tuner",
+    "model": "PEFT tuner",
+    "adapters": "Gates, adapters, families",
+    "latency": "Latency",
+    "training": "Training",
+    "export": "Export",
+    "calibrated": "Export",
+    "recipes": "Recipes",
+}
+"""The page of the reference by the part of the package that a name is defined in; other parts get one of their own."""
+
+ROOT_PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
+"""Pages of the site that stand for files of the repository's root."""
+
+BEYOND = {"Errors": ["hawada_peft.errors"], "Extension points": ["hawada_peft.adapters.relaxation"]}
+"""Pages of modules that are read as a whole."""
+
+
+def reference() -> dict[str, list[str]]:
+    """The pages of the reference, and what stands on them: every public name once."""
+    pages: dict[str, list[str]] = {title: [] for title in STAGES.values()}
+    for name in hawada_peft.__all__:
+        part = getattr(hawada_peft, name).__module__.split(".")[1]
+        pages.setdefault(STAGES.get(part, part.capitalize()), []).append(f"hawada_peft.{name}")
+    return {title: names for title, names in pages.items() if names} | BEYOND
+
+
+def file_of(title: str) -> str:
+    """Where a page of the reference is."""
+    return f"reference/{title.lower().replace(',', '').replace(' ', '-')}.md"
+
+
+def families_table() -> str:
+    """A line per registered family: what its classes allow, asked of them."""
+    head = [
+        "`model_type`",
+        "query heads",
+        "head size",
+        "KV groups",
+        "FFN",
+        "hidden size",
+        "re-homes to",
+        "tied embeddings",
+    ]
+    lines = [head, ["---"] * len(head)]
+    for model_type, family in sorted(FAMILIES.items()):
+        model = _skeleton(model_type, family)
+        layout = locate(model)
+        lines.append(
+            [
+                f"`{model_type}`",
+                _heads(model, layout),
+                f"stays, in `{family.head_dim_field}`" if family.head_dim_field else "derived, so heads stay",
+                "own number" if family.kv_heads_field else "as query heads",
+                _ffn(model, layout),
+                _hidden(model, layout),
+                f"`{family.twin}`, heads free" if family.twin else "-",
+                _tied(model),
+            ]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _skeleton(model_type: str, family: Family) -> PreTrainedModel:
+    """A small model of the family on the meta device, as its config class makes it."""
+    cls = CONFIG_MAPPING[model_type]
+    sizes = {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 2}
+    sizes |= {family.kv_heads_field: 4} if family.kv_heads_field else {}
+    sizes |= {family.ffn_field: 2 if family.ffn_unit else 96}
+    config = cls(**sizes)
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING)
+    built = next(mapping[cls] for mapping in mappings if cls in mapping)
+    with torch.device("meta"):
+        model: PreTrainedModel = (built[0] if isinstance(built, tuple) else built)(config)
+    return model
+
+
+def _heads(model: PreTrainedModel, layout: Layout) -> str:
+    asked, legal = head_shapes(layout.dense), legal_head_shapes(model, layout)
+    if legal == asked:
+        return "any number"
+    if legal == [shape for shape in asked if layout.hidden_size % (shape.num_attention_heads or 1) == 0]:
+        return "divisors of the hidden size"
+    return "of 8: " + ", ".join(str(size) for size in sorted({shape.num_attention_heads or 0 for shape in legal}))
+
+
+def _ffn(model: PreTrainedModel, layout: Layout) -> str:
+    odd = replace(layout.dense, intermediate_size=41)
+    if build_sizes(model, layout, odd) is None:
+        return "any size"
+    return f"multiples of the {layout.family.ffn_unit.replace('_', ' ')}" if layout.family.ffn_unit else "some sizes"
+
+
+def _hidden(model: PreTrainedModel, layout: Layout) -> str:
+    if not layout.norms:
+        return "no"
+    sizes = range(33, layout.hidden_size)
+    legal = [size for size in sizes if build_sizes(model, layout, layout.narrowed(size)) is None]
+    heads = layout.dense.num_attention_heads or 1
+    if legal == list(sizes):
+        return "any size"
+    return "multiples of the head count" if legal == [size for size in sizes if size % heads == 0] else "some sizes"
+
+
+def _tied(model: PreTrainedModel) -> str:
+    if model.get_output_embeddings() is None:
+        return "no head of words"
+    return "by default" if model.config.tie_word_embeddings else "if the config says so"
+
+
+# ---------------------------------------------------------------- MkDocs
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Add to the navigation the pages of the reference, and to the guides the pages that it does not name."""
+    sections: dict[str, Any] = {title: part for entry in config.nav or [] for title, part in entry.items()}
+    named = re.findall(r"[\w-]+\.md", str(config.nav))
+    sections["Guides"] += sorted({path.name for path in Path(config.docs_dir).glob("*.md")} - set(named))
+    sections["API reference"] += [{title: file_of(title)} for title in reference()]
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Make the pages of the reference: mkdocstrings fills them from the docstrings."""
+    from mkdocs.structure.files import File
+
+    for title, names in reference().items():
+        text = "\n\n".join([f"# {title}", *(f"::: {name}" for name in names)])
+        files.append(File.generated(config, file_of(title), content=text))
+    return files
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Take off the types what stands beside them: docstrings write them as transformers does, with their defaults."""
+    if not page.file.src_uri.startswith("reference/"):
+        return html
+    return re.sub(r", \*optional\*(?:, defaults to [^<]*)?", "", html).replace("`", "")
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Put the table where the page of families wants it, and lead links to files of the root to their pages."""
+    for file, its_page in ROOT_PAGES.items():
+        markdown = markdown.replace(f"](../{file})", f"]({its_page})")
+    return markdown.replace(FAMILIES_MARK, families_table()) if FAMILIES_MARK in markdown else markdown
