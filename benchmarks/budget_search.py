@@ -35,7 +35,8 @@ from hawada_peft.errors import InfeasibleBudgetError
 from hawada_peft.export.find_plan import measure_table, realise_with
 from hawada_peft.export.quality import MaskedQuality, Quality
 from hawada_peft.export.search_export import search
-from hawada_peft.export.search_state import Realise, SearchResult, frontier
+from hawada_peft.export.search_result import SearchResult
+from hawada_peft.export.search_state import Realise, frontier
 from hawada_peft.export.space import SearchSpace, search_space
 from hawada_peft.latency.budget import LatencyBudget
 from hawada_peft.latency.build import TablePlan

@@ -127,6 +127,7 @@ def main() -> None:
         base=args.model,
         plan=plan,
         latency=timings,
+        search=trainer.search,
         quality=[quality],
         reconstruction=reports[0],
         calibration=calibration_facts(calibration),

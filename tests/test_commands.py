@@ -104,12 +104,26 @@ def test_plan_writes_a_plan_that_slim_takes(made: Path, tmp_path: Path, clock: N
     assert said["speedup"] == pytest.approx(result.search.speedup)
     assert said["speedup"] >= 1.3
     assert str(path) in str(result)
+    assert json.loads(Path(said["search"]).read_text())["points"] == plain(result.search)["points"]
     written = commands.slim(made / "base", made / "adapter", tmp_path / "slim", plan=path, progress=bars)
     assert written.plan == Plan.from_json(path.read_text())
     assert written.plan.shape.to_dict() == said["shape"]
     assert written.parameters == said["parameters"]
     assert failed(tmp_path / "slim", base=made / "base", adapter=made / "adapter") == []
-    assert seen == {"dropping layers", "slimming"} | ({"importance"} if adapter is None else set())
+    assert seen == {"dropping layers", "refitting depths", "slimming"} | ({"importance"} if adapter is None else set())
+
+
+def test_plan_judges_by_closed_gates_if_asked(made: Path, tmp_path: Path, clock: None) -> None:
+    seen = set()
+
+    def bars(**options: Any) -> Any:
+        seen.add(options["desc"])
+        return tqdm(**options, disable=True)
+
+    budget: dict[str, Any] = {"speedup": 1.3, "seq_len": 8, "examples": 8, "refit": False, "progress": bars}
+    result = commands.plan(made / "base", made / "data.safetensors", output=tmp_path / "plan.json", **budget)
+    assert seen == {"dropping layers", "importance"}
+    assert result.search_path == tmp_path / "plan.search.json"
 
 
 def test_a_budget_that_cannot_be_met_writes_nothing(made: Path, tmp_path: Path, clock: None) -> None:
@@ -307,11 +321,10 @@ def test_a_device_that_is_not_here_is_refused(
 
 
 def test_report_writes_a_page(made: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("hawada_peft.report", reason="written in parallel")
     result = commands.report(made / "slim", output=tmp_path / "page")
     assert result.page.is_file()
     assert plain(result)["page"] == str(result.page)
+    assert str(result.page) in str(result)
 
 
 def test_every_command_is_documented_and_typed() -> None:

@@ -35,13 +35,9 @@ from torch import nn
 import hawada_peft
 from hawada_peft import ExportFacts, Family, Plan, Recipe, Regime, Shape
 from hawada_peft.adapters.huggingface import FAMILIES
+from hawada_peft.cli.program import app
 from hawada_peft.export import SearchEffort
 from hawada_peft.latency import Effort, TablePlan
-
-try:
-    from hawada_peft.cli.program import app
-except ModuleNotFoundError:  # the command line is one module
-    from hawada_peft.cli import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -175,6 +175,23 @@ def test_without_pictures_there_are_words(out: Path, tmp_path: Path) -> None:
     assert read(written.page).sections == EVERY - {"peers"} | {"missing"}
 
 
+def test_a_search_of_its_own_file(out: Path, tmp_path: Path) -> None:
+    report = json.loads((out / "slim" / "hawada_report.json").read_text())
+    search = report.pop("search")
+    (tmp_path / "slim").mkdir()
+    (tmp_path / "slim" / "hawada_report.json").write_text(json.dumps(report))
+    file = tmp_path / "plan.search.json"
+    file.write_text(json.dumps({"format": 1} | search))
+    found = read(write_report(tmp_path / "slim", search=file, pictures=False).page)
+    assert "frontier" in found.sections
+    assert "frontier" not in read(write_report(tmp_path / "slim", pictures=False).page).sections
+    file.write_text('{"format": 1}')
+    with pytest.raises(HawAdaError, match="is no search"):
+        write_report(tmp_path / "slim", search=file)
+    with pytest.raises(FileNotFoundError):
+        write_report(tmp_path / "slim", search=tmp_path / "none.json")
+
+
 def test_the_history_of_a_recipe_is_found(out: Path, tmp_path: Path) -> None:
     shutil.copytree(out / "slim", tmp_path / "slim")
     assert "gates" not in read(write_report(tmp_path / "slim", pictures=False).page).sections

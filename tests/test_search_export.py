@@ -219,6 +219,13 @@ def test_a_budget_below_the_floor_is_refused_with_the_range(asked: dict[str, flo
     assert machine.rounds == 0
 
 
+def test_a_noisy_table_gives_a_range_above_zero() -> None:
+    table = replace(toy_table(DENSE, launch=0.5, arithmetic=1.0), fixed_ms=-3.0)
+    assert table.fixed_ms + table.layer_ms < 0
+    with pytest.raises(InfeasibleBudgetError, match=r": 0\.\d*[1-9]\d* to \d+\.\d+ ms, a speedup of 1 to \d"):
+        search(toy_space(), table, ToyQuality(), LatencyBudget(speedup=500.0), Machine(table))
+
+
 def test_a_machine_that_never_meets_the_budget_is_reported() -> None:
     table = toy_table(DENSE, launch=0.5, arithmetic=1.0)
 

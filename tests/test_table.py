@@ -175,6 +175,22 @@ def test_shapes_that_were_realised_correct_the_table(table: LatencyTable) -> Non
     assert len(corrected.realised) == len(table.realised)
 
 
+def test_noise_never_leads_below_zero(table: LatencyTable) -> None:
+    # Costs as they come out when the shallow models were timed while the machine was busy.
+    noisy = replace(table, fixed_ms=-2 * table.dense_ms, realised=()).with_realised(table.realised[:2])
+    assert noisy.scale * (noisy.fixed_ms + noisy.layer_ms) + noisy.offset_ms < 0
+    estimates = noisy.estimate_sizes(1, 1, 8, np.arange(1, 9))
+    assert (estimates > 0).all()
+    assert (estimates.diff() > 0).all()
+    assert all(np.isfinite(error) for error in noisy.errors.values())
+    layers = torch.full((8,), 0.2, dtype=torch.float64, requires_grad=True)
+    one = torch.ones(8, dtype=torch.float64)
+    expected = noisy.expected(heads=one, kv_groups=one, ffn=8 * one, layers=layers)
+    (gradient,) = torch.autograd.grad(expected, layers)
+    assert expected > 0
+    assert (gradient > 0).all()
+
+
 def test_a_table_survives_json(table: LatencyTable, tmp_path: Path) -> None:
     table.save(tmp_path / "table.json")
     loaded = LatencyTable.load(tmp_path / "table.json")

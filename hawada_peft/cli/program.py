@@ -97,6 +97,9 @@ def plan(
     adapter: Annotated[str | None, typer.Option(help="Trained gates; Fisher importance if left out.")] = None,
     examples: Annotated[int, typer.Option(min=1, help="Calibration examples at most.")] = 64,
     hidden: Annotated[bool, typer.Option("--hidden", help="Without --adapter: cut the hidden size, too.")] = False,
+    refit: Annotated[
+        bool | None, typer.Option(help="Judge shapes by refitted models, or by closed gates; refitted where possible.")
+    ] = None,
     **regime: Any,
 ) -> Any:
     """
@@ -117,6 +120,7 @@ def plan(
         adapter=adapter,
         examples=examples,
         hidden=hidden,
+        refit=refit,
         progress=progress,
         **regime,
     )
@@ -238,8 +242,9 @@ def report(
     slim: Slim,
     output: Annotated[Path | None, typer.Option(help="Folder for the page and the pictures.")] = None,
     training: Annotated[Path | None, typer.Option(help="Folder of the training that made it.")] = None,
+    search: Annotated[Path | None, typer.Option(help="File of the search, as `hawada plan` leaves it.")] = None,
     peers: Annotated[Path | None, typer.Option(help="File of other models' measurements.")] = None,
     pictures: Annotated[bool, typer.Option(help="Also write the pictures as files.")] = True,
 ) -> Any:
     """Write a page about a slim model: what was cut, and what it costs."""
-    return commands.report(slim, output=output, training=training, peers=peers, pictures=pictures)
+    return commands.report(slim, output=output, training=training, search=search, peers=peers, pictures=pictures)

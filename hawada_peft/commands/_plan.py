@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from peft import PeftModel, get_peft_model
 
 from ..config import HawAdaConfig
 from ..export.find_plan import find_plan
-from ..export.search_state import SearchResult
+from ..export.search_result import FORMAT, SearchResult
 from ..latency import LatencyBudget
 from ..loading import batches_of, load_examples, load_model
 from ..progress import Progress, progress_bar
@@ -41,6 +42,11 @@ class PlanResult:
     search: SearchResult
     path: Path
 
+    @property
+    def search_path(self) -> Path:
+        """The file beside the plan with all that was looked at, for a report."""
+        return self.path.with_suffix(".search.json")
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         best = self.search.best
@@ -52,6 +58,7 @@ class PlanResult:
             "measured_loss": best.measured_loss,
             "parameters": best.parameters,
             "plan": str(self.path),
+            "search": str(self.search_path),
         }
 
     def __str__(self) -> str:
@@ -70,11 +77,14 @@ def plan(
     adapter: str | os.PathLike[str] | None = None,
     examples: int = 64,
     hidden: bool = False,
+    refit: bool | None = None,
     progress: Progress | None = None,
     **regime: Unpack[RegimeOptions],
 ) -> PlanResult:
     """
     Find the shape of least loss that meets a budget on this machine, and write the plan for it.
+
+    Beside the plan, as `plan.search.json`, lies what was looked at (`SearchResult.to_dict`), for `report`.
 
     Args:
         model: folder or id of the dense model.
@@ -84,6 +94,8 @@ def plan(
         adapter: folder or id of trained gates; fresh ones, ranked by Fisher importance, if left out.
         examples: calibration examples at most.
         hidden: without an adapter: cut the hidden size, too.
+        refit: judge shapes by slim models that are refitted on the examples, or, with `False`, by closed gates alone;
+            refitted where that is possible, if left out. As in `find_plan`.
         progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
         regime: `mode`, `batch_size`, `seq_len`, `image_size`, `dtype`, `backend`, `device`: see `RegimeOptions`. The
             device is the CPU if left out.
@@ -114,12 +126,14 @@ def plan(
         importance = gate_importance(gated, watched)
     else:
         gated, importance = PeftModel.from_pretrained(base, os.fspath(adapter)), None
-    found = find_plan(gated, budget, batches, importance=importance, progress=progress)
-    _write(found, path)
-    return PlanResult(found, path)
+    found = find_plan(gated, budget, batches, importance=importance, refit=refit, progress=progress)
+    result = PlanResult(found, path)
+    _write(result)
+    return result
 
 
-def _write(found: SearchResult, path: Path) -> None:
+def _write(result: PlanResult) -> None:
     """What is kept of a search."""
-    if found.plan is not None:
-        path.write_text(found.plan.to_json(), encoding="utf-8")
+    if result.search.plan is not None:
+        result.path.write_text(result.search.plan.to_json(), encoding="utf-8")
+    result.search_path.write_text(json.dumps({"format": FORMAT} | result.search.to_dict()) + "\n", encoding="utf-8")

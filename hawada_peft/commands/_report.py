@@ -14,6 +14,7 @@ def report(
     *,
     output: str | os.PathLike[str] | None = None,
     training: str | os.PathLike[str] | None = None,
+    search: str | os.PathLike[str] | None = None,
     peers: str | os.PathLike[str] | None = None,
     pictures: bool = True,
 ) -> WrittenReport:
@@ -26,6 +27,7 @@ def report(
         slim: the slim model's folder.
         output: folder for the page and the pictures; see `write_report`.
         training: folder of the training, for the gates' way through it.
+        search: file of the search that `plan` left, where the slim folder knows of none.
         peers: file of other models' measurements.
         pictures: also write the pictures as files.
 
@@ -34,4 +36,4 @@ def report(
     """
     from ..report import write_report  # here, so that the other commands do not need matplotlib
 
-    return write_report(slim, output, training=training, peers=peers, pictures=pictures)
+    return write_report(slim, output, training=training, search=search, peers=peers, pictures=pictures)

@@ -12,6 +12,9 @@ from ..latency.budget import LatencyBudget
 from ..latency.table import LatencyTable
 from .plan import Plan
 
+FORMAT = 1
+"""Of a file that holds a search."""
+
 MOST_POINTS = 80
 """Candidates in the JSON of a search at most: all that were timed, and the frontier thinned evenly."""
 
@@ -32,7 +35,7 @@ class Candidate:
         memory (`float`): bytes of its weights and KV cache.
         rehomed (`bool`): whether only the family's twin takes it.
         measured_ms (`float`, *optional*): on the scale of `SearchResult.dense_ms`.
-        measured_loss (`float`, *optional*): by closing the gates of what goes.
+        measured_loss (`float`, *optional*): of the refitted slim model, or by closing the gates of what goes.
         expected_ms, expected_loss (`float`, *optional*): what was expected before it was timed and evaluated.
         rejected (`str`, *optional*): why another shape was chosen; None for the chosen one.
     """

@@ -21,6 +21,9 @@ FORMAT = 1
 KERNEL_WIDTH, KERNEL_PRIOR = 0.15, 0.5
 """How far a realised shape's residual reaches, in parts of the dense sizes, and how much it is trusted."""
 
+LEAST = 0.05
+"""The part of the dense model's latency per layer that no layer is estimated below."""
+
 RIDGE = 1e-3
 """Pulls the affine correction towards "none", in units of squared relative errors."""
 
@@ -41,7 +44,8 @@ class LatencyTable:
     The latency of n layers with g KV groups of r query heads and f FFN channels is estimated as
     `scale * (fixed + n * (layer + attention(g, r) + ffn(f) + interaction(g, r, f))) + offset`, times a factor that
     carries what realised shapes nearby differed from it. `interaction` is `interaction_ms` times the parts of heads
-    and of FFN channels that are missing: 0 where either is dense.
+    and of FFN channels that are missing: 0 where either is dense. Where timings are noisy these straight lines may
+    lead below 0, so a layer counts at least `LEAST` of what one of the dense model takes.
 
     Args:
         regime (`Regime`): the conditions.
@@ -191,7 +195,8 @@ class LatencyTable:
         return self.layer_ms + attention + channels + self.interaction_ms * absent
 
     def _corrected(self, raw: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-        affine = self.scale * raw + self.offset_ms
+        share = where[..., -1]  # of the layers
+        affine = torch.maximum(self.scale * raw + self.offset_ms, LEAST * self.dense_ms * share)
         points, residuals = self._residuals
         left = smooth(
             where, points.to(where.device), residuals.to(where.device), width=KERNEL_WIDTH, prior=KERNEL_PRIOR

@@ -69,17 +69,19 @@ class SlimFacts:
         report (`dict`): `hawada_report.json`.
         history (`dict`, *optional*): `gate_history.json`.
         peers (`tuple[Peer, ...]`): other models.
+        planned (`dict`, *optional*): the search's own file.
     """
 
     folder: Path
     report: Mapping[str, Any]
     history: Mapping[str, Any] | None = None
     peers: Sequence[Peer] = ()
+    planned: Mapping[str, Any] | None = None
 
     @property
     def search(self) -> Mapping[str, Any] | None:
         """The search that chose the shape."""
-        return self.report.get("search") or (self.history or {}).get("search")
+        return self.report.get("search") or (self.history or {}).get("search") or self.planned
 
     @property
     def plan(self) -> Plan | None:
@@ -109,6 +111,7 @@ def read_facts(
     slim: str | os.PathLike[str],
     training: str | os.PathLike[str] | None = None,
     peers: str | os.PathLike[str] | None = None,
+    search: str | os.PathLike[str] | None = None,
 ) -> SlimFacts:
     """
     Read what is known; arguments and errors as in `write_report`.
@@ -120,7 +123,13 @@ def read_facts(
             f"{folder} holds no {REPORT_NAME}: save it with `save_slim(..., card=ExportFacts(...))`, or write the "
             "file with `write_card(folder, facts)`"
         )
-    return SlimFacts(folder, _json(path), _history(folder, training), () if peers is None else read_peers(peers))
+    return SlimFacts(
+        folder,
+        _json(path),
+        _history(folder, training),
+        () if peers is None else read_peers(peers),
+        None if search is None else _search(Path(search)),
+    )
 
 
 def read_peers(path: str | os.PathLike[str]) -> tuple[Peer, ...]:
@@ -143,6 +152,13 @@ def read_peers(path: str | os.PathLike[str]) -> tuple[Peer, ...]:
         except (json.JSONDecodeError, HawAdaError) as error:
             raise HawAdaError(f"{path}, line {number}: {error}") from None
     return tuple(found)
+
+
+def _search(path: Path) -> Mapping[str, Any]:
+    found = _json(path)
+    if "points" not in found:
+        raise HawAdaError(f"{path} is no search: pass the file that `hawada plan` leaves beside the plan")
+    return found
 
 
 def _history(folder: Path, training: str | os.PathLike[str] | None) -> Mapping[str, Any] | None:

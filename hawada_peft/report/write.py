@@ -32,12 +32,16 @@ class WrittenReport:
         found = asdict(self)
         return {"page": str(found["page"]), "pictures": [str(path) for path in found["pictures"]]}
 
+    def __str__(self) -> str:
+        return "\n".join(str(path) for path in (self.page, *self.pictures))
+
 
 def write_report(
     slim: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
     *,
     training: str | os.PathLike[str] | None = None,
+    search: str | os.PathLike[str] | None = None,
     peers: str | os.PathLike[str] | None = None,
     pictures: bool = True,
 ) -> WrittenReport:
@@ -53,6 +57,7 @@ def write_report(
             replaced. `NAME-report` beside the slim folder if left out.
         training: folder with `gate_history.json`: a recipe's output folder, or that of a `HawAdaTrainer`. Found
             without it where the slim folder lies in a recipe's output folder.
+        search: the file that `hawada plan` leaves beside the plan, where the slim folder's report holds no search.
         peers: a file of JSON lines, each with `name`, `quality`, and `latency_ms` or `speedup`; `measure` where the
             quality is not the first measure of the page.
         pictures: draw them; needs matplotlib (`pip install 'hawada_peft[report]'`).
@@ -63,9 +68,9 @@ def write_report(
     Raises:
         HawAdaError: if the slim folder holds no report, a file is damaged or of another model, a line of the peers is
             not a peer, or matplotlib is missing.
-        FileNotFoundError: if there is no peers file.
+        FileNotFoundError: if there is no such peers or search file.
     """
-    facts = read_facts(slim, training, peers)
+    facts = read_facts(slim, training, peers, search)
     folder = Path(slim).absolute()
     target = folder.with_name(f"{folder.name}-report") if output is None else Path(output)
     drawers = (figures.frontier, figures.peers, figures.kept, figures.gates, figures.training) if pictures else ()
