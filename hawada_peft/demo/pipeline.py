@@ -132,6 +132,7 @@ def calibration_batches(data: Data, count: int) -> list[dict[str, torch.Tensor]]
 
 def export(output_dir: Path, tasks: Sequence[str], *, quick: bool) -> list[Row]:
     """Slim, reload and measure the tasks' adapters in a new process, which has nothing but the saved folders."""
-    command = [sys.executable, "-m", f"{__package__}.export", str(output_dir), *tasks, *(["--quick"] if quick else [])]
+    python = [sys.executable, "-W", "ignore::FutureWarning"]  # of one library to another, as in this process
+    command = [*python, "-m", f"{__package__}.export", str(output_dir), *tasks, *(["--quick"] if quick else [])]
     subprocess.run(command, check=True)
     return [Row(**row) for task in tasks for row in json.loads((output_dir / task / "rows.json").read_text())]
