@@ -70,8 +70,8 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def output_of(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     """
-    The model's logits (else last hidden states, else last feature map) in evaluation mode; the mode is put back. Inputs
-    are taken to the model's device.
+    The model's logits (else last hidden states, else last feature map) in evaluation mode; the mode is put back.
+    Inputs are taken to the model's device.
     """
     training, device = model.training, next(model.parameters()).device
     model.eval()
