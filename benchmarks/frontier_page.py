@@ -19,6 +19,12 @@ from rows import Row, read_rows
 
 from hawada_peft.errors import HawAdaError
 
+DIVIDING = ("--shard", "--out")
+"""Options of a command that only say which part of the work it does."""
+
+JOINED = ("--contestants", "--seeds")
+"""Options whose values are put together where commands differ in nothing else."""
+
 STAGES = {"before": "before recovery", "after": "after recovery"}
 METRICS = {"text": ("perplexity",), "image": ("accuracy", "agreement")}
 """What is shown of a kind of teacher; the first decides. Accuracy and agreement with the teacher are in percent."""
@@ -189,7 +195,7 @@ def _intro(shapes: Sequence[Row], quality: Sequence[Row], dense: Row, kind: str)
         f"({_distinct(quality, 'date')}; {_distinct(quality, 'versions')}). Mean and standard deviation over seeds.",
         "",
         "```bash",
-        *sorted({plain_command(row["command"]) for row in (*shapes, *quality)}),
+        *plain_commands({row["command"] for row in (*shapes, *quality)}),
         "```",
     ]
     changed = sum(not row.get("as_timed", True) for row in quality)
@@ -198,17 +204,33 @@ def _intro(shapes: Sequence[Row], quality: Sequence[Row], dense: Row, kind: str)
     return "\n".join(lines)
 
 
-def plain_command(command: str) -> str:
-    """A command without its shard, and without the folders that files lay in."""
-    words = shlex.split(command)
-    kept: list[str] = []
-    for index, word in enumerate(words):
-        if word == "--shard" or (index and words[index - 1] == "--shard"):
-            continue
-        path = Path(word)
-        inside = path.parts[-2:] if path.suffix == ".py" else path.parts[-1:]
-        kept.append("/".join(inside) if "/" in word else word)
-    return shlex.join(kept)
+def plain_commands(commands: Iterable[str]) -> list[str]:
+    """
+    Commands without what only divides the work: the shard and the output's name, and the folders that files lay in.
+    Those that then differ by contestants and seeds alone are one.
+    """
+    parts: dict[str, dict[str, list[str]]] = {}
+    for command in commands:
+        kept: list[str] = []
+        lists: dict[str, list[str]] = {}
+        option = ""
+        for word in shlex.split(command):
+            option = word if word.startswith("--") else option
+            if option in DIVIDING:
+                continue
+            if option in JOINED:
+                lists.setdefault(option, []).extend([word] if word != option else [])
+                continue
+            path = Path(word)
+            inside = path.parts[-2:] if path.suffix == ".py" else path.parts[-1:]
+            kept.append("/".join(inside) if "/" in word else word)
+        joined = parts.setdefault(shlex.join(kept), {})
+        for name, values in lists.items():
+            joined[name] = sorted({*joined.get(name, ()), *values})
+    return sorted(
+        shlex.join([*shlex.split(command), *(word for name in joined for word in (name, *joined[name]))])
+        for command, joined in parts.items()
+    )
 
 
 def number(value: float) -> str:
