@@ -8,7 +8,7 @@ import os
 import shlex
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -163,7 +163,9 @@ def write(options: argparse.Namespace, peers: Mapping[str, Peer]) -> None:
             link = Path(os.path.relpath(path, page.parent)).as_posix()
             parts.append(f"![{METRICS[kind][0]} against measured speedup, {words}]({link})")
     for budget in sorted({entry.budget for entry in entries}):
-        parts += [f"**Budget {budget:g}x**", table([e for e in entries if e.budget == budget], dense, kind)]
+        here = [entry for entry in entries if entry.budget == budget]
+        parts += [f"**Budget {budget:g}x**", table(here, dense, kind)]
+        parts += filter(None, [out_of_reach(shapes, {entry.contestant for entry in here}, budget, peers)])
     found = comparison(entries, kind)
     if found:
         parts += [
@@ -171,11 +173,25 @@ def write(options: argparse.Namespace, peers: Mapping[str, Peer]) -> None:
             "seeds; models that miss the budget do not count:",
             found,
         ]
-    used = [name for name in peers if any(entry.contestant == name for entry in entries)]
-    if used:
-        lines = [f"- {peers[name].name}: {peers[name].source}. {peers[name].adapted}".rstrip() for name in used]
-        parts += ["The peers, and what is not as in their sources:", "\n".join(lines)]
     replace_section(page, options.name, "\n\n".join(parts))
+    replace_section(
+        page, "peers", "\n\n".join(["### The peers, and what is not as in their sources", _sources(peers)])
+    )
+
+
+def out_of_reach(shapes: Sequence[Row], shown: Collection[str], budget: float, peers: Mapping[str, Peer]) -> str:
+    """The peers that no cut takes to a budget and that were not trained for it, with the fastest that was timed."""
+    fastest: dict[str, float] = {}
+    for row in shapes:
+        name = row["contestant"]
+        if row["budget"] == budget and not row["met"] and name in peers and name not in shown:
+            fastest[name] = max(row["speedup"], fastest.get(name, 0.0))
+    listed = ", ".join(f"{peers[name].name} ({speed:.2f}x)" for name, speed in fastest.items())
+    return f"Out of reach, with the fastest that was timed: {listed}." if listed else ""
+
+
+def _sources(peers: Mapping[str, Peer]) -> str:
+    return "\n".join(f"- {peer.name}: {peer.source}. {peer.adapted}".rstrip() for peer in peers.values())
 
 
 def _intro(shapes: Sequence[Row], quality: Sequence[Row], dense: Row, kind: str) -> str:
