@@ -8,7 +8,7 @@ import os
 import shlex
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,12 @@ from peers.peer import Peer
 from rows import Row, read_rows
 
 from hawada_peft.errors import HawAdaError
+
+DIVIDING = ("--shard", "--out")
+"""Options of a command that only say which part of the work it does."""
+
+JOINED = ("--contestants", "--seeds")
+"""Options whose values are put together where commands differ in nothing else."""
 
 STAGES = {"before": "before recovery", "after": "after recovery"}
 METRICS = {"text": ("perplexity",), "image": ("accuracy", "agreement")}
@@ -157,7 +163,9 @@ def write(options: argparse.Namespace, peers: Mapping[str, Peer]) -> None:
             link = Path(os.path.relpath(path, page.parent)).as_posix()
             parts.append(f"![{METRICS[kind][0]} against measured speedup, {words}]({link})")
     for budget in sorted({entry.budget for entry in entries}):
-        parts += [f"**Budget {budget:g}x**", table([e for e in entries if e.budget == budget], dense, kind)]
+        here = [entry for entry in entries if entry.budget == budget]
+        parts += [f"**Budget {budget:g}x**", table(here, dense, kind)]
+        parts += filter(None, [out_of_reach(shapes, {entry.contestant for entry in here}, budget, peers)])
     found = comparison(entries, kind)
     if found:
         parts += [
@@ -165,11 +173,25 @@ def write(options: argparse.Namespace, peers: Mapping[str, Peer]) -> None:
             "seeds; models that miss the budget do not count:",
             found,
         ]
-    used = [name for name in peers if any(entry.contestant == name for entry in entries)]
-    if used:
-        lines = [f"- {peers[name].name}: {peers[name].source}. {peers[name].adapted}".rstrip() for name in used]
-        parts += ["The peers, and what is not as in their sources:", "\n".join(lines)]
     replace_section(page, options.name, "\n\n".join(parts))
+    replace_section(
+        page, "peers", "\n\n".join(["### The peers, and what is not as in their sources", _sources(peers)])
+    )
+
+
+def out_of_reach(shapes: Sequence[Row], shown: Collection[str], budget: float, peers: Mapping[str, Peer]) -> str:
+    """The peers that no cut takes to a budget and that were not trained for it, with the fastest that was timed."""
+    fastest: dict[str, float] = {}
+    for row in shapes:
+        name = row["contestant"]
+        if row["budget"] == budget and not row["met"] and name in peers and name not in shown:
+            fastest[name] = max(row["speedup"], fastest.get(name, 0.0))
+    listed = ", ".join(f"{peers[name].name} ({speed:.2f}x)" for name, speed in fastest.items())
+    return f"Out of reach, with the fastest that was timed: {listed}." if listed else ""
+
+
+def _sources(peers: Mapping[str, Peer]) -> str:
+    return "\n".join(f"- {peer.name}: {peer.source}. {peer.adapted}".rstrip() for peer in peers.values())
 
 
 def _intro(shapes: Sequence[Row], quality: Sequence[Row], dense: Row, kind: str) -> str:
@@ -189,7 +211,7 @@ def _intro(shapes: Sequence[Row], quality: Sequence[Row], dense: Row, kind: str)
         f"({_distinct(quality, 'date')}; {_distinct(quality, 'versions')}). Mean and standard deviation over seeds.",
         "",
         "```bash",
-        *sorted({plain_command(row["command"]) for row in (*shapes, *quality)}),
+        *plain_commands({row["command"] for row in (*shapes, *quality)}),
         "```",
     ]
     changed = sum(not row.get("as_timed", True) for row in quality)
@@ -198,17 +220,33 @@ def _intro(shapes: Sequence[Row], quality: Sequence[Row], dense: Row, kind: str)
     return "\n".join(lines)
 
 
-def plain_command(command: str) -> str:
-    """A command without its shard, and without the folders that files lay in."""
-    words = shlex.split(command)
-    kept: list[str] = []
-    for index, word in enumerate(words):
-        if word == "--shard" or (index and words[index - 1] == "--shard"):
-            continue
-        path = Path(word)
-        inside = path.parts[-2:] if path.suffix == ".py" else path.parts[-1:]
-        kept.append("/".join(inside) if "/" in word else word)
-    return shlex.join(kept)
+def plain_commands(commands: Iterable[str]) -> list[str]:
+    """
+    Commands without what only divides the work: the shard and the output's name, and the folders that files lay in.
+    Those that then differ by contestants and seeds alone are one.
+    """
+    parts: dict[str, dict[str, list[str]]] = {}
+    for command in commands:
+        kept: list[str] = []
+        lists: dict[str, list[str]] = {}
+        option = ""
+        for word in shlex.split(command):
+            option = word if word.startswith("--") else option
+            if option in DIVIDING:
+                continue
+            if option in JOINED:
+                lists.setdefault(option, []).extend([word] if word != option else [])
+                continue
+            path = Path(word)
+            inside = path.parts[-2:] if path.suffix == ".py" else path.parts[-1:]
+            kept.append("/".join(inside) if "/" in word else word)
+        joined = parts.setdefault(shlex.join(kept), {})
+        for name, values in lists.items():
+            joined[name] = sorted({*joined.get(name, ()), *values})
+    return sorted(
+        shlex.join([*shlex.split(command), *(word for name in joined for word in (name, *joined[name]))])
+        for command, joined in parts.items()
+    )
 
 
 def number(value: float) -> str:

@@ -18,6 +18,9 @@ MARKERS = {True: "osD", False: "^v<>PXph*d8"}
 CARD = "#fbfaf7"
 """Of the background: the picture is read on light and on dark pages."""
 
+TALLEST = 3.0
+"""Perplexities are shown up to this many times the package's own worst: lines leave the picture above that."""
+
 
 def draw(
     path: Path, entries: Sequence[Entry], stage: str, metric: str, dense: Mapping[str, float], title: str
@@ -63,7 +66,9 @@ def draw(
         )
     if metric == "perplexity":
         shown = [value for entry in entries if math.isfinite(value := entry.mean(stage, metric))]
-        low, high = min(dense[metric], *shown), max(dense[metric], *shown)
+        low = min(dense[metric], *shown)
+        ours_worst = max((entry.mean(stage, metric) for entry in entries if entry.ours), default=math.inf)
+        high = min(max(dense[metric], *shown), TALLEST * ours_worst)
         axes.set_yscale("log")
         axes.set_ylim(low * (low / high) ** 0.05, high * (high / low) ** 0.05)
         decades = [base * 10.0**power for power in range(9) for base in (1, 2, 5)]
@@ -73,10 +78,10 @@ def draw(
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("measured speedup over dense")
     axes.set_ylabel(metric if metric == "perplexity" else f"{metric}, %")
-    axes.set_title(title, loc="left", fontsize=11)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     axes.grid(color="#d9d6cf", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8.5)
+    figure.legend(loc="outside right center", frameon=False, fontsize=8.5)
     pixels = io.BytesIO()
     figure.savefig(pixels)
     with Image.open(pixels) as image:  # a palette takes a third of the bytes

@@ -24,7 +24,7 @@ pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from frontier import main
-from frontier_page import comparison, entries_of
+from frontier_page import comparison, entries_of, plain_commands
 from frontier_shapes import parse_regime
 from peers.peer import Peer, Prepared, Work
 from rows import read_rows
@@ -214,3 +214,12 @@ def test_the_comparison_counts_only_models_that_meet_the_budget() -> None:
     ]
     text = comparison(entries_of(shapes, json.loads(json.dumps(quality)), PEERS), "text")
     assert text == "- 2x, before recovery: hawada one-shot 12.00, Narrow 13.50: ahead by 1.50, one seed."
+
+
+def test_commands_that_divide_one_work_are_one() -> None:
+    commands = [
+        f"python /a/benchmarks/frontier.py quality --data /b/x.npz --seeds {seeds} --shard {i}/2 --out o{i}"
+        for i, seeds in enumerate(("0", "1 2"))
+    ]
+    assert plain_commands(commands) == ["python benchmarks/frontier.py quality --data x.npz --seeds 0 1 2"]
+    assert len(plain_commands([commands[0], commands[0].replace("x.npz", "y.npz")])) == 2

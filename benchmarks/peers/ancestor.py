@@ -137,7 +137,7 @@ def _distillation(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 
 ANCESTOR = Peer(
-    name="HawAda upstream",
+    name="ancestor (HawAda, 2026-01)",
     source="miosipof/hawada: core/gates.py, core/distill.py, core/train.py, core/proxy_cost.py, and the defaults of "
     "its scripts (gates start at logit 3, tau 1.5, Adam 0.05 on logits, temperature 2, MSE 0.1, dual ascent 0.05)",
     kinds=frozenset({"text", "image"}),

@@ -70,12 +70,15 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def output_of(model: nn.Module, inputs: Inputs) -> torch.Tensor:
-    """The model's logits (else last hidden states, else last feature map) in evaluation mode; the mode is put back."""
-    training = model.training
+    """
+    The model's logits (else last hidden states, else last feature map) in evaluation mode; the mode is put back.
+    Inputs are taken to the model's device.
+    """
+    training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
         with torch.inference_mode():
-            output = model(**inputs)
+            output = model(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()})
     finally:
         model.train(training)
     for name in ("logits", "last_hidden_state"):
