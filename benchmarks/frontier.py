@@ -30,6 +30,7 @@ from pathlib import Path
 from frontier_page import write
 from frontier_quality import HAWADA, quality
 from frontier_shapes import parse_regime, shapes
+from frontier_summary import summarise
 from peers.peer import Peer
 from work import add_work_arguments, read_pool
 
@@ -51,8 +52,9 @@ def parser_of(peers: Mapping[str, Peer]) -> argparse.ArgumentParser:
     names = [*HAWADA, *peers]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    parts = {name: commands.add_parser(name) for name in ("shapes", "quality", "write", "all")}
-    for name, run in (("shapes", shapes), ("quality", quality), ("write", write), ("all", everything)):
+    parts = {name: commands.add_parser(name) for name in ("shapes", "quality", "write", "summary", "all")}
+    runs = {"shapes": shapes, "quality": quality, "write": write, "summary": summarise, "all": everything}
+    for name, run in runs.items():
         parts[name].set_defaults(run=run)
     for name in ("shapes", "quality", "all"):
         part = parts[name]
@@ -89,6 +91,14 @@ def parser_of(peers: Mapping[str, Peer]) -> argparse.ArgumentParser:
     parts["quality"].add_argument("--shapes", required=True, help="what the first stage wrote")
     parts["write"].add_argument("--shapes", required=True)
     parts["write"].add_argument("--quality", required=True)
+    summary = parts["summary"]
+    summary.description = "One short table of several teachers at one budget, for another page."
+    for name in ("--shapes", "--quality"):
+        summary.add_argument(name, nargs="+", required=True, help="one file per teacher")
+    summary.add_argument("--words", nargs="+", required=True, help="for each of them")
+    summary.add_argument("--budget", type=float, default=2.0)
+    summary.add_argument("--picture", required=True, help="that `write` has made")
+    summary.add_argument("--page", default="README.md")
     parts["all"].add_argument("--folder", default="frontier-output", help="for the rows")
     for name in ("write", "all"):
         part = parts[name]

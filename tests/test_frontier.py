@@ -24,7 +24,7 @@ pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from frontier import main
-from frontier_page import comparison, entries_of, plain_commands
+from frontier_page import comparison, entries_of, out_of_reach, plain_commands
 from frontier_shapes import parse_regime
 from peers.peer import Peer, Prepared, Work
 from rows import read_rows
@@ -223,3 +223,47 @@ def test_commands_that_divide_one_work_are_one() -> None:
     ]
     assert plain_commands(commands) == ["python benchmarks/frontier.py quality --data x.npz --seeds 0 1 2"]
     assert len(plain_commands([commands[0], commands[0].replace("x.npz", "y.npz")])) == 2
+
+
+def test_a_summary_tells_what_was_not_run_from_what_is_out_of_reach(tmp_path: Path) -> None:
+    def shape(name: str, met: bool) -> dict[str, Any]:
+        return {"contestant": name, "budget": 2.0, "seed": 0, "met": met, "speedup": 2.0 if met else 1.4}
+
+    def value(name: str, budget: float | None, found: float) -> dict[str, Any]:
+        both = {stage: {"perplexity": found} for stage in ("before", "after")}
+        return {"contestant": name, "budget": budget, "seed": 0, "kind": "text", "parameters": 1} | both
+
+    rows = {
+        "s1": [shape("hawada", True), shape("narrow", False)],
+        "q1": [value("dense", None, 9.0), value("hawada_one_shot", 2.0, 12.5)],
+        "s2": [shape("hawada", True), shape("narrow", True)],
+        "q2": [value("dense", None, 8.0), value("hawada_one_shot", 2.0, 13.5), value("narrow", 2.0, 11.5)],
+    }
+    for name, found in rows.items():
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in found))
+    files = {name: str(tmp_path / name) for name in rows}
+    page = tmp_path / "page.md"
+    page.write_text("# Kept\n", encoding="utf-8")
+    command = [
+        "summary",
+        "--shapes",
+        files["s1"],
+        files["s2"],
+        "--quality",
+        files["q1"],
+        files["q2"],
+        "--words",
+        "A",
+        "B",
+    ]
+    for _ in range(2):
+        main([*command, "--picture", str(tmp_path / "p.png"), "--page", str(page)], PEERS)
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("# Kept")
+    assert text.count("begin frontier") == 1
+    assert "| hawada one-shot | **12.50** | **12.50** | 13.50 | 13.50 |" in text
+    assert "| out of reach | out of reach | **11.50** | **11.50** |" in text
+    assert "blind" not in text  # neither tried nor measured
+    shapes = rows["s1"]
+    assert "(1.40x)" in out_of_reach(shapes, {"hawada_one_shot"}, 2.0, PEERS)
+    assert out_of_reach(shapes, {"narrow"}, 2.0, PEERS) == ""
