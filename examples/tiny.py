@@ -30,7 +30,7 @@ TRAINER: dict[str, Any] = {
         "cache": False,
         "table_plan": TablePlan(attention=2, ffn=2, realised=0, depth=3, effort=TIMING),
         "timing": TIMING,
-        "effort": SearchEffort(top=2, rounds=3, instances=1),
+        "effort": SearchEffort(top=2, rounds=8, instances=1),
     },
 }
 """A quick look at a few shapes. Real models get the defaults, which take minutes."""

@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -35,6 +35,7 @@ from torch import nn
 import hawada_peft
 from hawada_peft import ExportFacts, Family, Plan, Recipe, Regime, Shape
 from hawada_peft.adapters.huggingface import FAMILIES
+from hawada_peft.adapters.relaxation import RELAXATIONS
 from hawada_peft.cli.program import app
 from hawada_peft.export import SearchEffort
 from hawada_peft.latency import Effort, TablePlan
@@ -238,6 +239,15 @@ BY_PAGE: dict[str, Factories] = {
 }
 
 
+@pytest.fixture
+def relaxations() -> Iterator[None]:
+    """Lets a page add relaxations: they are gone after it."""
+    before = dict(RELAXATIONS)
+    yield
+    RELAXATIONS.clear()
+    RELAXATIONS.update(before)
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What blocks find in the current folder: a dense model, trained gates with a plan, tokens."""
@@ -266,7 +276,7 @@ def runs(page: Path) -> bool:
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 @pytest.mark.filterwarnings("ignore::hawada_peft.errors.UnsettledTimingWarning")
-@pytest.mark.usefixtures("rows_of_families")
+@pytest.mark.usefixtures("rows_of_families", "relaxations")
 @pytest.mark.parametrize("page", [page for page in PAGES if runs(page)], ids=lambda page: page.name)
 def test_python_blocks_run(page: Path, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(folders, tmp_path, dirs_exist_ok=True)

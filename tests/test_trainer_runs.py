@@ -220,9 +220,9 @@ def test_fresh_gates_are_judged_by_their_importance(
     seen = []
     real = MaskedQuality.__init__
 
-    def record(self: MaskedQuality, model: Any, batches: Any, importance: Any = None) -> None:
+    def record(self: MaskedQuality, model: Any, batches: Any, importance: Any = None, progress: Any = None) -> None:
         seen.append(importance)
-        real(self, model, batches, importance)
+        real(self, model, batches, importance, progress)
 
     monkeypatch.setattr(find_plan_module.MaskedQuality, "__init__", record)
     for model in (fresh(), gate(build(LM_ROW))):

@@ -148,7 +148,7 @@ QUICK: dict[str, Any] = {
         effort=TimingEffort(warmup=1, min_rounds=3, max_rounds=8, max_seconds=0.5),
     ),
     "timing": TimingEffort(warmup=1, min_rounds=5, max_rounds=10, max_seconds=1),
-    "search": SearchEffort(top=2, rounds=3, instances=1),
+    "search": SearchEffort(top=2, rounds=8, instances=1),
     "final": TimingEffort(min_rounds=7, max_rounds=7),
 }
 
