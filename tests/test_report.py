@@ -15,7 +15,7 @@ from PIL import Image
 from test_search_export import DENSE, Machine, ToyQuality, toy_space, toy_table
 from test_trainer import trainer_of
 
-from hawada_peft import ExportFacts, LatencyBudget, QualityChange, save_slim, write_report
+from hawada_peft import ExportFacts, LatencyBudget, Plan, QualityChange, save_slim, write_report
 from hawada_peft.errors import HawAdaError
 from hawada_peft.export.search_export import search
 from hawada_peft.report.facts import read_peers
@@ -181,6 +181,10 @@ def test_a_search_of_its_own_file(out: Path, tmp_path: Path) -> None:
     (tmp_path / "slim").mkdir()
     (tmp_path / "slim" / "hawada_report.json").write_text(json.dumps(report))
     file = tmp_path / "plan.search.json"
+    file.write_text(json.dumps({"format": 1} | search))
+    with pytest.raises(HawAdaError, match="the search for another model"):
+        write_report(tmp_path / "slim", search=file)
+    search["points"][-1]["shape"] = Plan.from_dict(report["plan"]).shape.to_dict()
     file.write_text(json.dumps({"format": 1} | search))
     found = read(write_report(tmp_path / "slim", search=file, pictures=False).page)
     assert "frontier" in found.sections

@@ -123,13 +123,21 @@ def read_facts(
             f"{folder} holds no {REPORT_NAME}: save it with `save_slim(..., card=ExportFacts(...))`, or write the "
             "file with `write_card(folder, facts)`"
         )
-    return SlimFacts(
+    facts = SlimFacts(
         folder,
         _json(path),
         _history(folder, training),
         () if peers is None else read_peers(peers),
         None if search is None else _search(Path(search)),
     )
+    if facts.planned is not None and facts.plan is not None:
+        shape = facts.plan.shape.to_dict()
+        if all(point["shape"] != shape for point in facts.planned["points"]):
+            raise HawAdaError(
+                f"{search} is the search for another model: the shape of {folder}, {shape}, is not in it; pass the "
+                "file beside the plan that the folder was made with"
+            )
+    return facts
 
 
 def read_peers(path: str | os.PathLike[str]) -> tuple[Peer, ...]:
