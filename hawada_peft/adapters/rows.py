@@ -52,7 +52,8 @@ def theta_per_row(gates: Iterable[SigmoidGate], rows: int) -> Iterator[list[torc
 
     Args:
         gates: those that get them; others stay as they are.
-        rows: of the batch. A forward pass in which a gated module has another first axis raises `RowsError`.
+        rows: of the batch. They are taken to be the first axis of what the gates scale; a forward pass in which that
+            axis has another length raises `RowsError`.
 
     Yields:
         For each gate (rows, ...), with the axes of theta behind, to be differentiated by.
