@@ -189,6 +189,31 @@ def test_any_module_also_where_its_batch_cannot_be_taken_apart(adapter: type, fl
     assert all(each.row_thetas is None for each in collect_gates(module).values())
 
 
+class Narrow(nn.Linear):
+    """Memory for so many rows and no more."""
+
+    room = 3
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > self.room:
+            raise torch.OutOfMemoryError(f"{len(x)} rows")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(("room", "parts"), [(0, None), (1, 7), (3, 3), (4, 2), (7, 1)])
+def test_a_batch_that_memory_does_not_suffice_for_is_halved(room: int, parts: int | None) -> None:
+    model = gate(build(VISION_ROW, torch.float64))
+    narrow = Narrow(64, 3).double()
+    narrow.room = room
+    model.get_base_model().classifier = narrow
+    batch = {"pixel_values": torch.randn(7, 3, 16, 16).double()}
+    if parts is None:
+        with pytest.raises(torch.OutOfMemoryError, match="1 rows"):
+            found(model, batch)
+    else:
+        check(model, batch, parts)
+
+
 class Penalized(LlamaForCausalLM):
     """A loss beside that of the logits."""
 

@@ -41,6 +41,9 @@ def example_gradients(
     of a gated module has another first axis, or the loss is not one of transformers' losses on the logits of language
     models and classifiers.
 
+    A batch for which an accelerator's memory does not suffice is halved: its activations are all kept for the backward
+    pass, as transformers leaves out gradient checkpointing in evaluation mode.
+
     Args:
         model: a gated model, in evaluation mode.
         gates: some of its gates.
@@ -53,13 +56,25 @@ def example_gradients(
     device = gates[0].theta.device
     batch = {name: value.to(device) if _has_rows(value) else value for name, value in batch.items()}
     sizes = {len(value) for value in batch.values() if _has_rows(value)}
-    together = _together(model, gates, batch, sizes.pop(), generator) if len(sizes) == 1 and 0 not in sizes else None
+    rows = min(sizes, default=0)
+    together, fits, drawn = None, True, generator.get_state()
+    if rows > 0 and len(sizes) == 1:
+        try:
+            together = _together(model, gates, batch, rows, generator)
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                raise
+            fits = False
     if together is not None:
         yield together
-        return
-    thetas = [gate.theta for gate in gates]
-    for example in _examples(batch):
-        yield [gradient[None] for gradient in torch.autograd.grad(_loss(model, example, generator), thetas)]
+    elif not fits:
+        generator.set_state(drawn)
+        for half in _parts(batch, rows, (rows + 1) // 2):
+            yield from example_gradients(model, gates, half, generator)
+    else:
+        thetas = [gate.theta for gate in gates]
+        for example in _parts(batch, rows, 1):
+            yield [gradient[None] for gradient in torch.autograd.grad(_loss(model, example, generator), thetas)]
 
 
 def _together(
@@ -136,9 +151,8 @@ def _has_rows(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim > 0
 
 
-def _examples(batch: Batch) -> Iterator[dict[str, Any]]:
-    """The rows of a batch, as batches of one."""
-    tensors = {name: value for name, value in batch.items() if _has_rows(value)}
-    others = {name: value for name, value in batch.items() if name not in tensors}
-    for row in range(min((len(value) for value in tensors.values()), default=0)):
-        yield others | {name: value[row : row + 1] for name, value in tensors.items()}
+def _parts(batch: Batch, rows: int, size: int) -> Iterator[dict[str, Any]]:
+    """The first `rows` rows of a batch, in batches of at most `size`."""
+    for start in range(0, rows, size):
+        part = slice(start, min(start + size, rows))
+        yield {name: value[part] if _has_rows(value) else value for name, value in batch.items()}
