@@ -30,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hawada_peft import BlockAdapter, ChannelAdapter, HawAdaConfig, SigmoidGate, attach_adapters, collect_gates
 from hawada_peft.adapters.rows import theta_per_row
 from hawada_peft.errors import RowsError
+from hawada_peft.training.draws import draw_classes
 from hawada_peft.training.example_gradients import example_gradients
 
 HEADED = [name for name, row in ROWS.items() if not row.model.endswith("Model")]
@@ -50,7 +51,7 @@ def found(model: nn.Module, batch: dict[str, Any]) -> tuple[Gradients, int]:
 
 
 def expected(model: nn.Module, batch: dict[str, torch.Tensor]) -> Gradients:
-    """A pass for each example, with nothing of the package but its gates."""
+    """A pass for each example, with the gates as they always are."""
     gates, generator = trained(model), torch.Generator().manual_seed(0)
     rows = []
     for row in range(len(next(iter(batch.values())))):
@@ -62,7 +63,7 @@ def expected(model: nn.Module, batch: dict[str, torch.Tensor]) -> Gradients:
             logits = output["logits"] if "logits" in output else output["last_hidden_state"]
             flat = logits.flatten(0, -2).float()
             counts = example["attention_mask"][0].bool() if "attention_mask" in example else slice(None)
-            targets = torch.multinomial(flat.detach().softmax(-1), 1, generator=generator)[:, 0]
+            targets = draw_classes(flat.detach(), generator)
             loss = functional.cross_entropy(flat[counts], targets[counts])
         rows.append(torch.autograd.grad(loss, [each.theta for each in gates.values()]))
     return {name: torch.stack(of) for name, of in zip(gates, zip(*rows, strict=True), strict=True)}

@@ -21,6 +21,7 @@ from ..adapters.gates import SigmoidGate
 from ..adapters.rows import theta_per_row
 from ..errors import RowsError
 from .distill import Batch, get_student_logits, masked_mean, position_mask
+from .draws import draw_classes
 
 LossOfLogits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Of logits (rows, ..., classes) and labels (rows, ...): ()."""
@@ -140,9 +141,7 @@ def _loss(model: nn.Module, example: Batch, generator: torch.Generator) -> torch
 def _loss_of_draw(logits: torch.Tensor, mask: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor:
     """The cross-entropy of targets drawn by one example's logits."""
     flat = logits.reshape(-1, logits.shape[-1]).float()
-    # Drawn on the CPU by a generator of our own: the same on every device, and the caller's random state stays. One
-    # example after the other: the same however they are batched.
-    targets = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(flat.device)
+    targets = draw_classes(flat.detach(), generator)  # one example after the other: the same in every batching
     losses = functional.cross_entropy(flat, targets, reduction="none")
     return masked_mean(losses, None if mask is None else mask.flatten())
 

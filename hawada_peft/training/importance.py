@@ -59,7 +59,7 @@ def gate_importance(model: nn.Module, batches: Iterable[Batch], plan: Plan | Non
     before = [theta.detach().clone() for theta in thetas]
     plans = [(gate.kept, gate.hard_in_training) for gate in gates.values()]
     totals = [torch.zeros(theta.shape, dtype=torch.float64) for theta in thetas]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # the caller's random state stays
     training, count = model.training, 0
     model.eval()
     try:
