@@ -191,14 +191,18 @@ def test_any_module_also_where_its_batch_cannot_be_taken_apart(adapter: type, fl
 
 
 class Narrow(nn.Linear):
-    """Memory for so many rows and no more."""
+    """Memory for a backward pass of so many rows and no more."""
 
     room = 3
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
         if len(x) > self.room:
-            raise torch.OutOfMemoryError(f"{len(x)} rows")
-        return super().forward(x)
+            y.register_hook(self._refuse)
+        return y
+
+    def _refuse(self, gradient: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError(f"{len(gradient)} rows")
 
 
 @pytest.mark.parametrize(("room", "parts"), [(0, None), (1, 7), (3, 3), (4, 2), (7, 1)])
