@@ -25,6 +25,10 @@ class BrokenGatesError(HawAdaError):
     """Gates hold NaN or infinite values."""
 
 
+class RowsError(HawAdaError):
+    """Gates have values for each row of the batch, and a module's input does not have the rows on its first axis."""
+
+
 class VerificationError(RuntimeError):
     """A saved slim model does not reload to the model that was exported."""
 

@@ -91,11 +91,17 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
         return found
 
     def input_factor(self, adapter_names: Iterable[str], *, hard: bool | None = None) -> torch.Tensor | None:
-        """The product of the gates on the input: (in_features,), or None where there are none."""
+        """
+        The product of the gates on the input: (in_features,), or (rows, in_features) within `theta_per_row`; None
+        where there are none.
+        """
         return _product([self.gates(name).get(UNITS) for name in adapter_names], hard)
 
     def output_factor(self, adapter_names: Iterable[str], *, hard: bool | None = None) -> torch.Tensor | None:
-        """The product of the gates on the output: (1,), (features,) at a norm, or None where there are none."""
+        """
+        The product of the gates on the output: (1,), (features,) at a norm, with an axis of the rows in front within
+        `theta_per_row`; None where there are none.
+        """
         return _product([self.gates(name).get(slot) for name in adapter_names for slot in self.output_slots], hard)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -133,9 +139,9 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
         if inputs is not None and output is not None and scales_through(self.base_layer):
             inputs, output = inputs * output, None  # one pass less, and no output kept for the backward pass
         if inputs is not None:
-            x = scale(x, inputs, feature_dim(self.get_base_layer()))
+            x = _scaled(x, inputs, feature_dim(self.get_base_layer()))
         y = self._base_output(x, adapter_names, None, *args, **kwargs)
-        return y if output is None else scale(y, output.to(y.device))  # a shared gate may live on another device
+        return y if output is None else _scaled(y, output.to(y.device))  # a shared gate may live on another device
 
     def _base_output(
         self, x: torch.Tensor, adapter_names: Iterable[str], hard: bool | None, *args: Any, **kwargs: Any
@@ -221,6 +227,11 @@ def _product(gates: Iterable[SigmoidGate | None], hard: bool | None) -> torch.Te
             features = gate.features(hard=hard)
             product = features if product is None else product * features
     return product
+
+
+def _scaled(x: torch.Tensor, factor: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """By one factor for all rows, (features,), or by one for each, (rows, features)."""
+    return scale(x, factor, dim) if factor.ndim == 1 else scale_rows(x, factor, dim)
 
 
 def _stack(factors: list[torch.Tensor | None]) -> torch.Tensor | None:

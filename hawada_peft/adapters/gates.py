@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import HawAdaError
 from .relaxation import Closing, Relaxation
-from .scale import scale
+from .scale import scale, scale_rows
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ class SigmoidGate(nn.Module):
         self.register_buffer("kept", None, persistent=False)
         self.hard_in_training = False
         self.relaxation: Relaxation | None = None
+        self.row_thetas: torch.Tensor | None = None
+        """In the place of theta, (rows, ...): one for each row of the batch. Set by `theta_per_row` alone."""
         self._start_value: torch.Tensor | None = None
 
     @property
@@ -98,7 +100,8 @@ class SigmoidGate(nn.Module):
         return self.theta.numel()
 
     def _theta(self) -> torch.Tensor:
-        return self.theta.to(torch.promote_types(self.theta.dtype, torch.float32))
+        theta = self.theta if self.row_thetas is None else self.row_thetas
+        return theta.to(torch.promote_types(theta.dtype, torch.float32))
 
     def value(self) -> torch.Tensor:
         """`g = sigmoid(theta / temperature)`, in [0, 1], of theta's shape, at least float32."""
@@ -163,7 +166,10 @@ class SigmoidGate(nn.Module):
         self.hard_in_training = in_training  # also of a gate that stays open: no relaxation applies to it then
 
     def features(self, *, hard: bool | None = None) -> torch.Tensor:
-        """The factor of every feature along the gated axis; `hard` defaults to what the mode asks for."""
+        """
+        The factor of every feature along the gated axis; `hard` defaults to what the mode asks for. With one more axis
+        in front, of the rows, within `theta_per_row`.
+        """
         return self.factor(hard=self._is_hard(hard))
 
     def _is_hard(self, hard: bool | None) -> bool:
@@ -176,7 +182,8 @@ class SigmoidGate(nn.Module):
         Args:
             x: any layout in which the axes up to `dim` match the gate's shape (or broadcast to it).
         """
-        return scale(x, self.features().to(x.device), self.dim)  # a shared gate may live on another device
+        factor = self.features().to(x.device)  # a shared gate may live on another device
+        return scale(x, factor, self.dim) if self.row_thetas is None else scale_rows(x, factor, self.dim)
 
     def extra_repr(self) -> str:
         """The shape and the temperature."""
@@ -213,9 +220,9 @@ class ChannelGate(SigmoidGate):
         self.group_size = group_size
 
     def features(self, *, hard: bool | None = None) -> torch.Tensor:
-        """The factor of every feature: (num_features,)."""
+        """The factor of every feature: (num_features,), or (rows, num_features) within `theta_per_row`."""
         factor = super().features(hard=hard)
-        return factor.repeat_interleave(self.group_size) if self.group_size > 1 else factor
+        return factor.repeat_interleave(self.group_size, -1) if self.group_size > 1 else factor
 
 
 class HeadGate(ChannelGate):

@@ -1,16 +1,18 @@
-"""Mixed batches: another adapter for every row."""
+"""Batches whose rows differ: another adapter for every row, or a theta of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .base import GateAdapter
+from .gates import SigmoidGate
 
 
 @contextmanager
@@ -39,6 +41,34 @@ def adapter_per_row(model: nn.Module, adapter_names: Sequence[str], *, beams: in
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def theta_per_row(gates: Iterable[SigmoidGate], rows: int) -> Iterator[list[torch.Tensor]]:
+    """
+    Within the context every row of a batch has a theta of its own, of the value that the gate's theta has.
+
+    The gradient of a sum of losses, one of each row, by a row's thetas is then that of the row's loss by theta.
+
+    Args:
+        gates: those that get them; others stay as they are.
+        rows: of the batch. They are taken to be the first axis of what the gates scale; a forward pass in which that
+            axis has another length raises `RowsError`.
+
+    Yields:
+        For each gate (rows, ...), with the axes of theta behind, to be differentiated by.
+    """
+    gates = list(gates)
+    try:
+        thetas = []
+        for gate in gates:
+            theta = gate.theta.detach()
+            gate.row_thetas = theta.expand(rows, *theta.shape).clone().requires_grad_()
+            thetas.append(gate.row_thetas)
+        yield thetas
+    finally:
+        for gate in gates:
+            gate.row_thetas = None
 
 
 def _pass_names(

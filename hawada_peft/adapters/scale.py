@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ..errors import RowsError
+
 _CHUNK = 2**22  # elements of a float32 temporary
 
 
@@ -40,14 +42,22 @@ def scale_rows(x: torch.Tensor, factors: torch.Tensor, dim: int) -> torch.Tensor
 
     Args:
         x: (batch, ..., features, ...), with the features on axis `dim`.
-        factors: (batch, features).
-        dim: counted from the end.
+        factors: (batch, features); of a gate with more axes, (batch, ..., features).
+        dim: as in `scale`.
 
     Returns:
         A tensor like x.
+
+    Raises:
+        RowsError: if the first axis of x is not as long as that of the factors.
     """
-    between = (1,) * (x.ndim - 1 + dim)
-    return scale(x, factors.reshape(factors.shape[:1] + between + factors.shape[1:]), dim)
+    between = dim % x.ndim + 1 - factors.ndim
+    if between < 0 or len(x) != len(factors):
+        raise RowsError(
+            f"there are factors for {len(factors)} rows, and the input has shape {tuple(x.shape)}: the rows of the "
+            "batch must be its first axis"
+        )
+    return scale(x, factors.reshape(factors.shape[:1] + (1,) * between + factors.shape[1:]), dim)
 
 
 class _Scale(torch.autograd.Function):

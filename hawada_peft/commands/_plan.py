@@ -28,6 +28,9 @@ BATCH = 8
 SEQ_LEN = 256
 """Tokens per calibration example of a text, if nothing else is said."""
 
+BATCH_TOKENS = BATCH * SEQ_LEN
+"""Of longer texts so many tokens per batch, or one text: importance keeps a batch's activations."""
+
 
 @dataclass(frozen=True)
 class PlanResult:
@@ -117,7 +120,8 @@ def plan(
     path, name = Path(output), os.fspath(model)
     path.parent.mkdir(parents=True, exist_ok=True)  # before the work
     length = budget.seq_len or SEQ_LEN
-    batches = batches_of(load_examples(Path(calibration), name, length=length, count=examples), BATCH)
+    size = max(1, min(BATCH, BATCH_TOKENS // length))
+    batches = batches_of(load_examples(Path(calibration), name, length=length, count=examples), size)
     base = load_model(name, device)
     if adapter is None:
         kinds = ("heads", "ffn", "layers", "hidden") if hidden else ("heads", "ffn", "layers")

@@ -8,13 +8,12 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.nn import functional
 
 from ..adapters.attach import collect_gates
 from ..adapters.base import UNITS
@@ -23,7 +22,8 @@ from ..adapters.huggingface.shape import Shape
 from ..errors import HawAdaError
 from ..export.plan import Plan
 from ..export.quality import MaskedQuality
-from .distill import Batch, get_student_logits, masked_mean, position_mask
+from .distill import Batch
+from .example_gradients import example_gradients
 
 SPREAD = 0.5
 """Half the range over which a start by importance spreads theta / T around the common start."""
@@ -40,7 +40,10 @@ def gate_importance(model: nn.Module, batches: Iterable[Batch], plan: Plan | Non
     Args:
         model: a gated model in any mode; its gates are put back afterwards.
         batches: keyword arguments of its forward pass. One gradient is taken per example: squares of a batch's mean
-            gradient rank far worse.
+            gradient rank far worse. A batch takes one forward and one backward pass, and the memory of a training step
+            with it. Example by example it is done where a batch cannot be taken apart: where its tensors differ in
+            their first axes, a gated module's input has another first axis than the batch, or the model's loss is not
+            one of transformers' losses on the logits of language models and classifiers.
         plan: what it closes stays closed meanwhile, whatever its legality: importance in the model without it.
 
     Returns:
@@ -56,7 +59,7 @@ def gate_importance(model: nn.Module, batches: Iterable[Batch], plan: Plan | Non
     before = [theta.detach().clone() for theta in thetas]
     plans = [(gate.kept, gate.hard_in_training) for gate in gates.values()]
     totals = [torch.zeros(theta.shape, dtype=torch.float64) for theta in thetas]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # the caller's random state stays
     training, count = model.training, 0
     model.eval()
     try:
@@ -65,11 +68,11 @@ def gate_importance(model: nn.Module, batches: Iterable[Batch], plan: Plan | Non
             nn.init.constant_(gate.theta, gate.start.theta)
         if plan is not None:
             cast(Any, model).set_masks(plan)
-        for example in (example for batch in batches for example in _examples(batch, thetas[0].device)):
-            count += 1
-            gradients = torch.autograd.grad(_loss(model, example, generator), thetas)
-            for total, gradient in zip(totals, gradients, strict=True):
-                total += gradient.double().cpu().square()
+        for batch in batches:
+            for gradients in example_gradients(model, list(gates.values()), batch, generator):
+                count += len(gradients[0])
+                for total, gradient in zip(totals, gradients, strict=True):
+                    total += gradient.double().square().sum(0).cpu()
     finally:
         model.train(training)
         for theta, value, gate, (kept, hard) in zip(thetas, before, gates.values(), plans, strict=True):
@@ -140,23 +143,3 @@ def _places(quality: MaskedQuality, layers: int) -> dict[int, float]:
     return {
         id(gate): float(place - len(order)) for place, layer in enumerate(order) for gate in quality.depth_gates(layer)
     }
-
-
-def _loss(model: nn.Module, batch: Batch, generator: torch.Generator) -> torch.Tensor:
-    if "labels" in batch:
-        return model(**batch)["loss"]
-    logits = get_student_logits(model, batch)
-    flat = logits.reshape(-1, logits.shape[-1]).float()
-    # Drawn on the CPU by a generator of our own: the same on every device, and the caller's random state stays.
-    targets = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(flat.device)
-    losses = functional.cross_entropy(flat, targets, reduction="none")
-    mask = position_mask(logits, batch)
-    return masked_mean(losses, None if mask is None else mask.flatten())
-
-
-def _examples(batch: Batch, device: torch.device) -> Iterator[dict[str, Any]]:
-    """The rows of a batch, as batches of one."""
-    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and value.ndim > 0}
-    others = {name: value for name, value in batch.items() if name not in tensors}
-    for row in range(min((len(value) for value in tensors.values()), default=0)):
-        yield others | {name: value[row : row + 1].to(device) for name, value in tensors.items()}
