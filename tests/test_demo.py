@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from hawada_peft import Plan
 from hawada_peft.demo import Row, pipeline, render, run_demo
 from hawada_peft.demo.data import VOCABULARY, WINDOW, held_out_topics, load_digits, load_topics, stack
 from hawada_peft.demo.measure import accuracy, agreement, one_thread, perplexity
@@ -61,6 +62,10 @@ def test_slim_folders_have_a_card_with_what_the_table_says(demo: tuple[Path, lis
         assert (report["latency"]["dense_ms"], report["latency"]["slim_ms"]) == (dense.latency_ms, slim.latency_ms)
         assert [(q["dense"], q["slim"]) for q in report["quality"]] == [(dense.quality, slim.quality)]
         assert report["base"]["name"] == "teacher"
+        shape = Plan.from_dict(report["plan"]).shape.to_dict()
+        assert shape in [point["shape"] for point in report["search"]["points"]]
+        history = json.loads((demo[0] / name / "gate_history.json").read_text())
+        assert len(history["entries"]) > 3
         assert (demo[0] / name / "slim" / "README.md").exists()
 
 

@@ -20,7 +20,7 @@ from ..export.find_plan import regime_of
 from ..latency import measure_many
 from .measure import BATCH, agreement, logits_of, one_thread
 from .table import Row
-from .tasks import TASKS, Effort, Task
+from .tasks import SEARCH_FILE, TASKS, Effort, Task
 
 
 def export_task(task: Task, folder: Path, effort: Effort) -> list[Row]:
@@ -66,7 +66,8 @@ def export_task(task: Task, folder: Path, effort: Effort) -> list[Row]:
         slim=task.quality(slim_logits, inputs["labels"]),
         data=f"{len(slim_logits)} {task.held_out}",
     )
-    facts = ExportFacts(base=folder / "teacher", plan=plan, latency=timings, quality=(quality,))
+    search = json.loads((folder / SEARCH_FILE).read_text(encoding="utf-8"))
+    facts = ExportFacts(base=folder / "teacher", plan=plan, latency=timings, quality=(quality,), search=search)
     write_card(folder / "slim", facts, verification)
 
     def row(form: str, shape: Shape, parameters: int, logits: torch.Tensor, difference: float | None = None) -> Row:

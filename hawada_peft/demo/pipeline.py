@@ -23,7 +23,7 @@ from ..progress import Progress, progress_bar
 from .data import Data, stack
 from .measure import logits_of, one_thread
 from .table import Row
-from .tasks import TASKS, Effort, Task
+from .tasks import SEARCH_FILE, TASKS, Effort, Task
 from .teachers import SEED, no_file_bars, train, train_teacher, training_arguments
 
 logger = logging.getLogger(__name__)
@@ -79,8 +79,8 @@ def train_task(task: Task, effort: Effort, folder: Path, progress: Progress | No
     Args:
         task: which model.
         effort: how long.
-        folder: gets `teacher`, `adapter`, and `held_out.safetensors` with the held-out examples and the logits of the
-            masked model on them.
+        folder: gets `teacher`, `adapter`, `search.json`, and `held_out.safetensors` with the held-out examples and
+            the logits of the masked model on them.
         progress: makes progress bars; none are shown if left out.
     """
     folder.mkdir(parents=True)
@@ -108,6 +108,7 @@ def train_task(task: Task, effort: Effort, folder: Path, progress: Progress | No
             progress=progress,
         )
     logger.info("%s: %s", task.title, found)
+    (folder / SEARCH_FILE).write_text(json.dumps(found.to_dict()), encoding="utf-8")
     trainer = HawAdaTrainer(
         model=model,
         args=training_arguments(effort.gates, folder),

@@ -24,6 +24,9 @@ from ..latency import LatencyBudget, TablePlan
 from .data import VOCABULARY, WINDOW, Data, load_digits, load_topics
 from .measure import accuracy, perplexity
 
+SEARCH_FILE = "search.json"
+"""What the search for a task's shape looked at."""
+
 
 @dataclass(frozen=True)
 class Schedule:
