@@ -50,6 +50,8 @@ FRACTIONS = tuple(part / 16 for part in range(1, 17))
 class StretchedQuality:
     """A teacher's loss per axis, by the part that is kept, for a model of other sizes. Nothing can be measured."""
 
+    meaning = "stretched from the curves of a teacher"
+
     def __init__(self, curves: dict[str, list[float]]) -> None:
         self.curves = curves
 

@@ -103,4 +103,5 @@ def test_refitted_losses_are_not_the_masked_ones() -> None:
     model = gated()
     shapes = [Shape(intermediate_size=size).complete(locate(model.get_base_model()).dense) for size in (40, 72)]
     masked, refitted = (quality(model, batches_of(model)) for quality in (MaskedQuality, RefittedQuality))
+    assert masked.meaning != refitted.meaning
     assert [masked.evaluate(shape) for shape in shapes] != [refitted.evaluate(shape) for shape in shapes]

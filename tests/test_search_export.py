@@ -84,6 +84,8 @@ def toy_space(dense: Shape = DENSE) -> SearchSpace:
 class ToyQuality:
     """Loss grows with the square of what is cut on each axis."""
 
+    meaning = "squares of what is cut"
+
     def __init__(self, *, measurable: bool = True) -> None:
         self.measurable, self.evaluated = measurable, []
 
@@ -131,6 +133,7 @@ def test_the_answer_is_measured_and_meets_the_budget(speedup: float, factor: flo
     result = search(toy_space(), table, ToyQuality(), LatencyBudget(speedup=speedup), machine)
     true = machine.ms(result.best.shape) / machine.ms(DENSE) * speedup
     assert 0.9 < true <= 1
+    assert result.to_dict()["loss"] == ToyQuality.meaning
     assert result.ms <= result.limit_ms
     assert result.speedup == pytest.approx(machine.ms(DENSE) / machine.ms(result.best.shape))
     assert result.best.measured_ms is not None

@@ -37,6 +37,10 @@ WIDTHS = (0.75, 0.5, 0.25)
 class Quality(Protocol):
     """What the search asks about quality. Losses are in nats per prediction; 0 is the dense model."""
 
+    @property
+    def meaning(self) -> str:
+        """What the losses are, for people."""
+
     def predict(self, space: SearchSpace) -> np.ndarray:
         """The predicted loss over the space: (layers, heads, FFN sizes)."""
 
@@ -83,6 +87,8 @@ class MaskedQuality:
         Schulman, "Approximating KL Divergence" (2020), the third estimator. Kwon et al., "A Fast Post-Training Pruning
         Framework for Transformers" (2022), for sums of scores as a loss.
     """
+
+    meaning = "nats per prediction over the dense model's, gates closed, before any recovery"
 
     def __init__(
         self,

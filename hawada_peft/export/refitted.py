@@ -55,6 +55,8 @@ class RefittedQuality(MaskedQuality):
         InvalidPlanError: if the model's gates were not placed by a family row.
     """
 
+    meaning = "nats per prediction over the dense model's, refitted, before any training"
+
     def __init__(
         self,
         model: PeftModel,

@@ -18,9 +18,6 @@ FORMAT = 1
 MOST_POINTS = 80
 """Candidates in the JSON of a search at most: all that were timed, and the frontier thinned evenly."""
 
-LOSS = "nats per prediction over the dense model's, before any recovery"
-"""What the losses of a search are, if nothing else is said."""
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -75,6 +72,7 @@ class SearchResult:
         margin (`float`): how far below the budget it stayed: `SearchEffort.margin`.
         shapes (`int`): how many there were to choose from.
         steps (`dict[str, str]`): by size, which values were there to choose from, and why.
+        loss (`str`): what the losses are: `Quality.meaning`.
     """
 
     budget: LatencyBudget
@@ -89,6 +87,7 @@ class SearchResult:
     margin: float = 0.0
     shapes: int = 0
     steps: Mapping[str, str] = field(default_factory=dict)
+    loss: str = ""
 
     @property
     def ms(self) -> float:
@@ -100,13 +99,10 @@ class SearchResult:
         """The dense model's latency over the best shape's, both measured."""
         return self.dense_ms / self.ms
 
-    def to_dict(self, *, loss: str = LOSS) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """
         For JSON, without the plan and the table: at most `MOST_POINTS` candidates under `points`, `frontier` says
         which of them no other beats.
-
-        Args:
-            loss: what the losses are.
         """
         on_frontier = {candidate.shape for candidate in self.frontier}
         timed = {each.shape: each for each in self.measured if each.shape != self.best.shape}
@@ -129,7 +125,7 @@ class SearchResult:
             "rounds": self.rounds,
             "shapes": self.shapes,
             "steps": dict(self.steps),
-            "loss": loss,
+            "loss": self.loss,
             "points": [point.to_dict() | {"frontier": point.shape in on_frontier} for point in points],
         }
 

@@ -275,6 +275,7 @@ class SearchState:
             margin=self.effort.margin,
             shapes=len(self.parameters),
             steps=self.spaces[0].steps,
+            loss=quality.meaning,
         )
         logger.info("%s", result)
         return result

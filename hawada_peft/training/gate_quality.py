@@ -29,6 +29,8 @@ class GateQuality:
         table: milliseconds per size.
     """
 
+    meaning = "by the gates: the probability that what is cut stays, weighed by the latency it has to give"
+
     def __init__(self, model: nn.Module, layout: Layout, adapter_name: str, table: LatencyTable) -> None:
         self.layout, self.table = layout, table
         self.scores: UnitScores = gate_scores(model, layout, [adapter_name])

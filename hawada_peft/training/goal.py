@@ -36,10 +36,6 @@ ANCHOR = Effort(min_rounds=5, max_rounds=20, max_seconds=5.0, tolerance=0.01)
 """How long the current shape is timed while training runs."""
 
 
-GATE_LOSS = "by the gates: the probability that what is cut stays, weighed by the latency it has to give"
-"""What the losses of the search at the end of a training under a latency are."""
-
-
 class Goal(ABC):
     """
     Where the gates are to end, and what draws them there.
@@ -205,7 +201,7 @@ class LatencyGoal(Goal):
         realise = self._realise(self.timing)
         result = search(self.space, self.constraint.table, self._quality(), self.budget, realise, effort=self.effort)
         self.constraint.measured_ms = self.constraint.table.dense_ms / result.speedup  # as in `measure`
-        self.search = result.to_dict(loss=GATE_LOSS)
+        self.search = result.to_dict()
         self.roundings = self._roundings(result.best.shape)
         return result.best.shape
 
