@@ -22,10 +22,10 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hawada_peft import HawAdaConfig, Plan
-from hawada_peft.adapters.huggingface import locate
-from hawada_peft.export.quality import MaskedQuality
-from hawada_peft.export.space import narrower_sizes
-from hawada_peft.training import gate_importance
+from hawada_peft.planning.importance import gate_importance
+from hawada_peft.search.masked import MaskedQuality
+from hawada_peft.search.space import narrower_sizes
+from hawada_peft.vanilla.family import locate
 
 
 def windows(path: str, count: int, length: int) -> list[dict[str, torch.Tensor]]:

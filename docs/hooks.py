@@ -16,8 +16,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import hawada_peft
-from hawada_peft.adapters.huggingface import FAMILIES, Family, Layout, locate
-from hawada_peft.export.legality import build_sizes, head_shapes, legal_head_shapes
+from hawada_peft.vanilla.family import FAMILIES, Family, Layout, locate
+from hawada_peft.vanilla.legality import build_sizes, head_shapes, legal_head_shapes
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -41,7 +41,7 @@ STAGES = {
 ROOT_PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
 """Pages of the site that stand for files of the repository's root."""
 
-BEYOND = {"Errors": ["hawada_peft.errors"], "Extension points": ["hawada_peft.adapters.relaxation"]}
+BEYOND = {"Errors": ["hawada_peft.errors"], "Extension points": ["hawada_peft.gates.relaxation"]}
 """Pages of modules that are read as a whole."""
 
 

@@ -18,24 +18,27 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ._register import PREFIX
-from .adapters.base import HIDDEN_UNITS, LAYER, UNITS, GateAdapter
-from .adapters.concrete import AttentionHeadAdapter, ChannelAdapter
-from .adapters.gates import ChannelGate, HiddenGate, SigmoidGate
-from .adapters.hidden import HiddenAdapter, norm_sizes
-from .adapters.huggingface import FAMILIES, FFN, HEADS, HIDDEN, TARGET_MODULES, Layout, Shape, find_module, locate
-from .adapters.huggingface.placement import Masks, family_gates, hidden_gate, hidden_home, masks_of
-from .adapters.layers import check_unquantized, feature_dim, feature_sizes
-from .adapters.lora import inject_lora, lora_layers, merge_lora
-from .adapters.rows import adapter_per_row
 from .config import HawAdaConfig
 from .errors import IncompatibleBaseError, InvalidPlanError, UnsupportedModelError
-from .export.beside import dense_afterwards
-from .export.legality import check_legal, fit_hidden, legal_head_shapes
-from .export.plan import Plan
-from .export.rank import gate_scores, hidden_multiple, open_shape, rank, ratio_shape
-from .export.reasons import explained
-from .export.reconstruct import Reconstruction, reconstruct
-from .export.slim import slim
+from .gates.adapter import HIDDEN_UNITS, LAYER, UNITS, GateAdapter
+from .gates.concrete import AttentionHeadAdapter, ChannelAdapter
+from .gates.hidden import HiddenAdapter, norm_sizes
+from .gates.kinds import ChannelGate, HiddenGate, SigmoidGate
+from .gates.lora import inject_lora, lora_layers, merge_lora
+from .gates.placement import Masks, family_gates, masks_of
+from .gates.reading import gate_scores, hidden_gate
+from .gates.rows import adapter_per_row
+from .planning.plan import Plan
+from .planning.ranking import rank
+from .planning.reasons import explained
+from .planning.sizes import hidden_multiple, open_shape, ratio_shape
+from .refit.reconstruction import Reconstruction, reconstruct
+from .surgery.dense import dense_afterwards
+from .surgery.slimming import slim
+from .vanilla.family import FAMILIES, FFN, HEADS, HIDDEN, TARGET_MODULES, Layout, find_module, hidden_home, locate
+from .vanilla.legality import check_legal, fit_hidden, legal_head_shapes
+from .vanilla.modules import check_unquantized, feature_dim, feature_sizes
+from .vanilla.shape import Shape
 
 
 class HawAdaModel(BaseTuner):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import LM_ROW, VISION_ROW, Row, build
 
-from hawada_peft.adapters.huggingface import locate
-from hawada_peft.export.axes import SliceRule, find_axes
+from hawada_peft.surgery.axes import SliceRule, find_axes
+from hawada_peft.vanilla.family import locate
 
 
 def rules_of(row: Row, **fields: object) -> dict[str, tuple[SliceRule, ...]]:

@@ -28,10 +28,10 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hawada_peft import BlockAdapter, ChannelAdapter, HawAdaConfig, SigmoidGate, attach_adapters, collect_gates
-from hawada_peft.adapters.rows import theta_per_row
 from hawada_peft.errors import RowsError
-from hawada_peft.training.draws import draw_classes
-from hawada_peft.training.example_gradients import example_gradients
+from hawada_peft.gates.rows import theta_per_row
+from hawada_peft.planning.example_gradients import example_gradients
+from hawada_peft.vanilla.draws import draw_classes
 
 HEADED = [name for name, row in ROWS.items() if not row.model.endswith("Model")]
 """The rows that take labels."""

@@ -19,9 +19,10 @@ from conftest import (
 )
 
 from hawada_peft import Shape
-from hawada_peft.adapters.huggingface import locate
 from hawada_peft.errors import IllegalShapeError
-from hawada_peft.export.legality import build_sizes, check_legal, edit_config, head_shapes, legal_head_shapes
+from hawada_peft.vanilla.family import locate
+from hawada_peft.vanilla.legality import build_sizes, check_legal, head_shapes, legal_head_shapes
+from hawada_peft.vanilla.resize import edit_config
 
 BACKBONE = Row("Dinov2Backbone", "Dinov2Config", VISION | {"mlp_ratio": 2, "out_indices": [1, 2, 4]}, PLAIN)
 

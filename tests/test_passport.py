@@ -11,11 +11,11 @@ from conftest import LM_ROW, ROWS, VISION_ROW, Export, Row, build, scattered_pla
 from transformers import PreTrainedModel
 
 from hawada_peft import PassportLine, Shape, check_compile, slim
-from hawada_peft.adapters.huggingface import FAMILIES, locate, register_family
 from hawada_peft.errors import HawAdaError
-from hawada_peft.export.passport import alignment, passport
-from hawada_peft.export.runtime_rules import RULES, VERSIONS_TRIED
-from hawada_peft.export.skeleton import skeleton_of
+from hawada_peft.shipping.passport import alignment, passport
+from hawada_peft.shipping.runtime_rules import RULES, VERSIONS_TRIED
+from hawada_peft.vanilla.family import FAMILIES, locate, register_family
+from hawada_peft.vanilla.skeleton import skeleton_of
 
 
 def lines_of(model: PreTrainedModel, **options: object) -> dict[str, PassportLine]:

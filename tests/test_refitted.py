@@ -12,14 +12,14 @@ from conftest import LM_ROW, VISION_ROW, build, difference, inputs_of, logits_of
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from hawada_peft import HawAdaConfig, Reconstruction, Shape
-from hawada_peft.adapters.huggingface import locate
 from hawada_peft.errors import HawAdaError, IllegalShapeError
-from hawada_peft.export.beside import dense_view
-from hawada_peft.export.legality import check_legal
-from hawada_peft.export.quality import MaskedQuality
-from hawada_peft.export.refitted import RefittedQuality, obstacle
-from hawada_peft.export.space import search_space
 from hawada_peft.latency.regime import Regime
+from hawada_peft.search.masked import MaskedQuality
+from hawada_peft.search.refitted import RefittedQuality, obstacle
+from hawada_peft.search.space import search_space
+from hawada_peft.surgery.dense import dense_view
+from hawada_peft.vanilla.family import locate
+from hawada_peft.vanilla.legality import check_legal
 
 
 def gated(row: Any = LM_ROW, **options: Any) -> PeftModel:

@@ -10,11 +10,11 @@ from conftest import EVERYTHING, LM_ROW, VISION_ROW, build, gate, inputs_of, log
 from transformers import AutoModelForCausalLM, MistralForCausalLM, MistralModel
 
 from hawada_peft import Shape, save_slim, slim
-from hawada_peft.adapters.huggingface import locate
 from hawada_peft.errors import IllegalShapeError, UnsupportedModelError
-from hawada_peft.export.legality import check_legal, legal_head_shapes
-from hawada_peft.export.quality import MaskedQuality
-from hawada_peft.export.rehome import has_twin, rehome, twin_skeleton
+from hawada_peft.search.masked import MaskedQuality
+from hawada_peft.vanilla.family import locate
+from hawada_peft.vanilla.legality import check_legal, legal_head_shapes
+from hawada_peft.vanilla.rehoming import has_twin, rehome, twin_skeleton
 
 ILLEGAL = Shape(6, 3, 40, 2)
 """Six heads do not divide a hidden size of 64: LlamaConfig refuses them."""
@@ -87,6 +87,6 @@ def test_a_twin_that_computes_something_else_is_refused(monkeypatch: pytest.Monk
     twin.config.rms_norm_eps = 0.5
     other = MistralForCausalLM(twin.config)
     other.load_state_dict(llama.state_dict())
-    monkeypatch.setattr("hawada_peft.export.rehome.twin_skeleton", lambda model: other)
+    monkeypatch.setattr("hawada_peft.vanilla.rehoming.twin_skeleton", lambda model: other)
     with pytest.raises(UnsupportedModelError, match="does not compute what LlamaForCausalLM does"):
         rehome(llama)

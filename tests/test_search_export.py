@@ -15,7 +15,6 @@ from conftest import EVERYTHING, LM_ROW, ROWS, VISION_ROW, build, difference, ga
 from peft import get_peft_model
 
 from hawada_peft import HawAdaConfig, Shape, collect_gates, slim
-from hawada_peft.adapters.huggingface import locate
 from hawada_peft.errors import (
     HawAdaError,
     IllegalShapeError,
@@ -24,22 +23,25 @@ from hawada_peft.errors import (
     InvalidPlanError,
     InvalidRegimeError,
 )
-from hawada_peft.export import find_plan as find_plan_module
-from hawada_peft.export.find_plan import dense_model, find_plan, measure_table, regime_of
-from hawada_peft.export.legality import head_shapes
-from hawada_peft.export.plan import Plan
-from hawada_peft.export.quality import MaskedQuality
-from hawada_peft.export.realise import realiser
-from hawada_peft.export.search_export import search
-from hawada_peft.export.search_result import MOST_POINTS
-from hawada_peft.export.search_state import SearchEffort, frontier
-from hawada_peft.export.space import SearchSpace, narrower_sizes, search_space
 from hawada_peft.latency.budget import LatencyBudget
 from hawada_peft.latency.build import TablePlan
 from hawada_peft.latency.regime import Regime
 from hawada_peft.latency.table import LatencyTable
 from hawada_peft.latency.timing import Timing
-from hawada_peft.training import gate_importance
+from hawada_peft.planning.importance import gate_importance
+from hawada_peft.planning.plan import Plan
+from hawada_peft.search import budgeted as find_plan_module
+from hawada_peft.search.budgeted import find_plan
+from hawada_peft.search.effort import SearchEffort
+from hawada_peft.search.masked import MaskedQuality
+from hawada_peft.search.result import MOST_POINTS
+from hawada_peft.search.rounds import search
+from hawada_peft.search.space import SearchSpace, narrower_sizes, search_space
+from hawada_peft.search.state import frontier
+from hawada_peft.search.timed import dense_model, measure_table, regime_of
+from hawada_peft.search.timed_models import realiser
+from hawada_peft.vanilla.family import locate
+from hawada_peft.vanilla.legality import head_shapes
 
 DENSE = Shape(16, 4, 1024, 8)
 REGIME = Regime(mode="prefill", seq_len=8)

@@ -1,0 +1,1 @@
+"""From calibration batches to refitted projections."""
