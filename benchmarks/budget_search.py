@@ -178,7 +178,7 @@ def main() -> None:
         table = measure_table(
             base, case.regime, plan=plan, allow_rehome=options.allow_rehome, cache=False, clock=clock
         )
-        space = search_space(base, layout, case.regime, multiple=table.multiple, allow_rehome=options.allow_rehome)
+        space = search_space(layout, case.regime, multiple=table.multiple, allow_rehome=options.allow_rehome)
         if options.calibration:
             batches = calibration_batches(options.calibration, case, options.batches)
             model = get_peft_model(base, HawAdaConfig())

@@ -153,7 +153,7 @@ def searcher(bench: Bench, regime: Regime, options: argparse.Namespace, clock: C
         effort = Effort(min_rounds=7, max_rounds=40, max_seconds=options.timing_seconds)
         table = measure_table(base, regime, plan=TablePlan(effort=effort), cache=False, clock=clock)
     table.check(regime=regime, model=layout.fingerprint())
-    space = search_space(base, layout, regime, multiple=table.multiple)
+    space = search_space(layout, regime, multiple=table.multiple)
     batches = bench.examples(options.calibration, options.seeds[0])
     model = get_peft_model(bench.load(), HawAdaConfig())
     quality = RefittedQuality(model, batches, gate_importance(model, batches))

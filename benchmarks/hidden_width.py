@@ -51,7 +51,7 @@ def main() -> None:
     base = AutoModelForCausalLM.from_pretrained(options.teacher).float().eval()
     calibration = windows(options.calibration, options.windows, options.length)
     evaluation = windows(options.evaluation, options.windows, options.length)
-    layout, sizes = locate(base), narrower_sizes(base, locate(base))
+    layout, sizes = locate(base), narrower_sizes(locate(base))
     model = get_peft_model(base, HawAdaConfig(gates=("hidden",))).eval()
     print(f"dense, {layout.hidden_size}: perplexity {perplexity(model, evaluation):.2f}")
     quality = MaskedQuality(model, calibration[:1], gate_importance(model, calibration))

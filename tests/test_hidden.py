@@ -537,7 +537,7 @@ def test_importance_is_the_mean_of_squared_gradients() -> None:
 
 def test_every_place_of_the_residual_stream_is_found() -> None:
     model = build(LM_ROW)
-    plain, rules = find_axes(model, locate(model)), find_axes(model, locate(model), hidden=True)
+    plain, rules = find_axes(locate(model)), find_axes(locate(model), hidden=True)
     outside = {".model.embed_tokens.weight": 1, ".lm_head.weight": 1, ".model.norm.weight": 0}
     for name, dim in outside.items():
         assert rules[name] == (SliceRule(dim, ("hidden",), 1),)

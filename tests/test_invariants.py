@@ -209,7 +209,7 @@ def test_unmerging_closed_gates_restores_every_bit(row: Row) -> None:
 def test_every_sliced_parameter_lies_in_a_layer(exported: Export) -> None:
     dense = build(exported.row)
     small = exported.slim.state_dict()
-    rules = find_axes(dense, locate(dense))
+    rules = find_axes(locate(dense))
     stack = locate(dense).stack
     for name, tensor in dense.state_dict().items():
         if name in small and tensor.shape != small[name].shape:

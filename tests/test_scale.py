@@ -12,7 +12,7 @@ from hawada_peft import BlockGate, ChannelGate, HeadGate, SigmoidGate, collect_g
 from hawada_peft.gates.adapter import BLOCK, LAYER
 from hawada_peft.gates.concrete import BlockAdapter, ChannelAdapter
 from hawada_peft.gates.kinds import GateStart
-from hawada_peft.gates.scale import scale, scale_rows
+from hawada_peft.gates.scaling import scale, scale_rows
 
 HALVES = [torch.bfloat16, torch.float16]
 LAYOUTS = [

@@ -64,7 +64,7 @@ class Searched:
         return measure_table(self.base, self.regime, plan=self.plan, cache=False)
 
     def space(self, table: LatencyTable) -> SearchSpace:
-        return search_space(self.base, locate(self.base), self.regime, multiple=table.multiple)
+        return search_space(locate(self.base), self.regime, multiple=table.multiple)
 
     def answer(self, table: LatencyTable, budget: LatencyBudget, curves: Curves, again: int) -> Row:
         """

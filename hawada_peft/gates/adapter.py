@@ -22,7 +22,7 @@ from ..vanilla.modules import (
     scales_through,
 )
 from .kinds import SigmoidGate
-from .scale import scale, scale_rows
+from .scaling import scale, scale_rows
 
 UNITS, BLOCK, LAYER, HIDDEN_UNITS = "hawada_units", "hawada_block", "hawada_layer", "hawada_hidden"
 """

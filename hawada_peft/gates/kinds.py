@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import HawAdaError
 from .relaxation import Closing, Relaxation
-from .scale import scale, scale_rows
+from .scaling import scale, scale_rows
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import HawAdaError
 from ..gates.attach import collect_gates
 from ..vanilla.outputs import Batch
-from .example_gradients import example_gradients
+from .per_example import example_gradients
 from .plan import Plan
 
 

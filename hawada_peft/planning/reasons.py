@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from transformers import PreTrainedModel
-
 from ..gates.reading import UnitScores
 from ..vanilla.family import Layout
 from ..vanilla.legality import build_sizes, head_shapes
@@ -18,7 +16,6 @@ AS_ASKED = "as asked for"
 
 
 def explained(
-    model: PreTrainedModel,
     layout: Layout,
     scores: UnitScores,
     shape: Shape,
@@ -28,8 +25,7 @@ def explained(
     What became of the sizes that a keep ratio, or without one the gates, asked for.
 
     Args:
-        model: the dense model.
-        layout: its family row and sizes.
+        layout: the dense model's, with its class and config.
         scores: of its units.
         shape: what was chosen, complete.
         keep_ratio: as in `HawAdaModel.plan`.
@@ -49,7 +45,7 @@ def explained(
         "hidden_size": multiples(hidden_steps(layout, scores.hidden_group)),
     }
     rules = dict.fromkeys(asked, rule)
-    return roundings(model, layout, asked, shape, source, steps=steps, rules=rules)
+    return roundings(layout, asked, shape, source, steps=steps, rules=rules)
 
 
 def multiples(steps: Mapping[str, int]) -> str:
@@ -63,19 +59,18 @@ def multiples(steps: Mapping[str, int]) -> str:
     return f"multiples of {math.lcm(*steps.values())}: {' and '.join(parts)}" if parts else "whole numbers"
 
 
-def why_heads(model: PreTrainedModel, layout: Layout, asked: float) -> str:
+def why_heads(layout: Layout, asked: float) -> str:
     """Why no shape has the whole number of query heads that is nearest to what was asked for; empty if one has."""
     count = min(layout.dense.sizes()["num_attention_heads"], max(1, math.floor(asked + 0.5)))
     pairs = [pair for pair in head_shapes(layout.dense) if pair.num_attention_heads == count]
     if not pairs:
         per_group = layout.dense.heads_per_group
         return f"{count} heads cannot be divided evenly over KV groups of at most {per_group} heads"
-    found = [build_sizes(model, layout, pair.complete(layout.dense)) for pair in pairs]
+    found = [build_sizes(layout, pair.complete(layout.dense)) for pair in pairs]
     return "" if None in found else str(found[0])
 
 
 def roundings(
-    model: PreTrainedModel,
     layout: Layout,
     asked: Mapping[str, float],
     shape: Shape,
@@ -88,8 +83,7 @@ def roundings(
     What became of the sizes that were asked for.
 
     Args:
-        model: the dense model.
-        layout: its family row and sizes.
+        layout: the dense model's, with its class and config.
         asked: by the names of `Shape`; those left out were not asked for.
         shape: what was chosen, complete.
         source: who asked.
@@ -102,7 +96,7 @@ def roundings(
         chosen, rule = sizes[axis], rules[axis]
         if wish == chosen:
             reason = AS_ASKED
-        elif axis == "num_attention_heads" and (cause := why_heads(model, layout, wish)):
+        elif axis == "num_attention_heads" and (cause := why_heads(layout, wish)):
             reason = f"{rule}; {cause}"
         else:
             reason = f"{rule}; {steps[axis]}" if axis in steps else rule

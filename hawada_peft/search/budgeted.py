@@ -85,12 +85,11 @@ def find_plan(
     sizes: Sequence[int] = ()
     if HIDDEN in quality.free:
         group = quality.scores.hidden_group
-        found = narrower_sizes(base, layout, multiple=table.multiple, group_size=group)
+        found = narrower_sizes(layout, multiple=table.multiple, group_size=group)
         sizes = found if hidden_sizes is None else hidden_sizes
     tables = [table, *(measure(plan=table_plan or NARROWER, hidden_size=size) for size in sizes)]
     spaces = [
         search_space(
-            base,
             layout,
             regime,
             multiple=each.multiple,

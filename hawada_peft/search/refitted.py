@@ -110,7 +110,7 @@ class RefittedQuality(MaskedQuality):
 
     def _home(self, plan: Plan) -> PreTrainedModel:
         try:
-            check_legal(self.dense, self.layout, plan.shape)
+            check_legal(self.layout, plan.shape)
         except IllegalShapeError:
             return self._twin
         return self.dense

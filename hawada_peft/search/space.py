@@ -9,7 +9,6 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from ..latency.build import SMALLEST_FFN
 from ..latency.regime import Regime
@@ -99,7 +98,6 @@ class SearchSpace:
 
 
 def search_space(
-    model: PreTrainedModel,
     layout: Layout,
     regime: Regime,
     *,
@@ -113,8 +111,7 @@ def search_space(
     The space of a model: what its class (or its family's twin) builds as asked.
 
     Args:
-        model: the dense model, or its class and config on the meta device.
-        layout: its family row and sizes.
+        layout: the dense model's, with its class and config.
         regime: for the size of weights and KV cache.
         multiple: FFN sizes are multiples of it: `LatencyTable.multiple`.
         group_size: and of this: the channels per gate.
@@ -124,13 +121,9 @@ def search_space(
     """
     dense = layout.narrowed(hidden_size)
     size = dense.sizes()["intermediate_size"]
-    heads = legal_head_shapes(model, layout, hidden_size) if "heads" in free else [_pair(dense)]
-    twin = twin_skeleton(model) if allow_rehome and "heads" in free and has_twin(model) else None
-    more = (
-        []
-        if twin is None
-        else [pair for pair in legal_head_shapes(twin, locate(twin), hidden_size) if pair not in heads]
-    )
+    heads = legal_head_shapes(layout, hidden_size) if "heads" in free else [_pair(dense)]
+    twin = locate(twin_skeleton(layout)) if allow_rehome and "heads" in free and has_twin(layout) else None
+    more = [] if twin is None else [pair for pair in legal_head_shapes(twin, hidden_size) if pair not in heads]
     unit = layout.family.ffn_unit
     parts = {"other sizes are slower on this device": multiple}
     parts |= size_steps(group_size, unit, dense.hidden_size or layout.hidden_size if unit else 1)
@@ -142,7 +135,7 @@ def search_space(
     smallest = max(1, round(SMALLEST_FFN * size / step)) * step
     ffn = tuple(range(smallest, size, step)) if "ffn" in free else ()
     if layout.family.ffn_unit:
-        ffn = tuple(f for f in ffn if build_sizes(model, layout, Shape(intermediate_size=f).complete(dense)) is None)
+        ffn = tuple(f for f in ffn if build_sizes(layout, Shape(intermediate_size=f).complete(dense)) is None)
     ffn = (*ffn, size)
     total = dense.sizes()["num_hidden_layers"]
     layers = tuple(range(1, total + 1)) if "layers" in free else (total,)
@@ -151,9 +144,9 @@ def search_space(
     bytes_each = regime.torch_dtype.itemsize
     cache = 2.0 * tokens * layout.head_dim * bytes_each * np.array([p.num_key_value_heads for p in pairs])
     plain = replace(dense, num_hidden_layers=1)
-    per_pair = [_parameters(model if p in heads else twin or model, layout, p.complete(plain)) for p in pairs]
-    one, two = (_parameters(model, layout, replace(plain, num_hidden_layers=count)) for count in (1, 2))
-    low = _parameters(model, layout, replace(plain, intermediate_size=ffn[0]))
+    per_pair = [_parameters(layout if p in heads else twin or layout, p.complete(plain)) for p in pairs]
+    one, two = (_parameters(layout, replace(plain, num_hidden_layers=count)) for count in (1, 2))
+    low = _parameters(layout, replace(plain, intermediate_size=ffn[0]))
     per_channel = (one - low) / (size - ffn[0]) if len(ffn) > 1 else 0.0
     count, width = np.array(layers, dtype=float)[:, None, None], np.array(ffn, dtype=float)[None, None, :]
     fixed = 2 * one - two
@@ -170,7 +163,7 @@ def search_space(
         hidden_size=dense.hidden_size,
         steps={
             "num_attention_heads": f"{len(pairs)} of {len(head_shapes(layout.dense))} pairs of query heads and KV "
-            f"groups are legal in {type(model).__name__}{f' or {type(twin).__name__}' if twin else ''}"
+            f"groups are legal in {layout.model_class.__name__}{f' or {twin.model_class.__name__}' if twin else ''}"
             if "heads" in free
             else FIXED,
             "intermediate_size": multiples(parts) if "ffn" in free else FIXED,
@@ -179,13 +172,12 @@ def search_space(
     )
 
 
-def narrower_sizes(model: PreTrainedModel, layout: Layout, *, multiple: int = 1, group_size: int = 1) -> list[int]:
+def narrower_sizes(layout: Layout, *, multiple: int = 1, group_size: int = 1) -> list[int]:
     """
     A few hidden sizes below the dense one that the model's class builds, the largest first: the parts `HIDDEN` of it.
 
     Args:
-        model: the dense model, or its class and config on the meta device.
-        layout: its family row and sizes.
+        layout: the dense model's, with its class and config.
         multiple: sizes are multiples of it (`LatencyTable.multiple`), besides those of `rank.hidden_multiple`.
         group_size: channels per gate.
     """
@@ -193,7 +185,7 @@ def narrower_sizes(model: PreTrainedModel, layout: Layout, *, multiple: int = 1,
     if not layout.family.ffn_unit:  # otherwise the table's multiple is one of the hidden size itself
         step = math.lcm(step, multiple)
     wishes = [replace(layout.dense, hidden_size=max(1, round(part * layout.hidden_size))) for part in HIDDEN]
-    found = [layout.complete(fit_hidden(model, layout, wish, step=step)).hidden_size for wish in wishes]
+    found = [layout.complete(fit_hidden(layout, wish, step=step)).hidden_size for wish in wishes]
     return sorted({size for size in found if size is not None}, reverse=True)
 
 
@@ -201,11 +193,9 @@ def _pair(shape: Shape) -> Shape:
     return Shape(shape.num_attention_heads, shape.num_key_value_heads)
 
 
-def _parameters(model: PreTrainedModel, layout: Layout, shape: Shape) -> int:
+def _parameters(layout: Layout, shape: Shape) -> int:
     """Parameters of a model of these sizes, by building it on the meta device."""
-    if model.config.model_type != layout.model_type:
-        layout = locate(model)
     layers = (0,) * shape.sizes()["num_hidden_layers"]
     with torch.device("meta"):
-        built = type(model)(edit_config(model.config, layout, shape, layers=layers))
+        built = layout.model_class(edit_config(layout, shape, layers=layers))
     return built.num_parameters()

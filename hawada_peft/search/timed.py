@@ -68,7 +68,7 @@ def measure_table(
     layout = locate(base)
     widest, model_key = layout.narrowed(hidden_size), layout.fingerprint()
     if widest.hidden_size is not None:
-        check_legal(base, layout, widest)
+        check_legal(layout, widest)
         model_key |= widest.to_dict() | {"dense_hidden_size": layout.hidden_size}
     heads, build = builder(base, regime, allow_rehome=allow_rehome, hidden_size=widest.hidden_size)
     make = partial(
@@ -152,12 +152,12 @@ def builder(
         hidden_size: of the pairs that are returned; the dense one if left out.
     """
     layout = locate(base)
-    home, own = remember(partial(legal_head_shapes, base, layout)), realiser(base, layout, regime)
+    home, own = remember(partial(legal_head_shapes, layout)), realiser(layout, regime)
     here = home(hidden_size)
-    if not allow_rehome or not has_twin(base):
+    if not allow_rehome or not has_twin(layout):
         return here, own
-    twin = twin_skeleton(base)
-    other, away = legal_head_shapes(twin, locate(twin), hidden_size), realiser(twin, locate(twin), regime)
+    twin = locate(twin_skeleton(layout))
+    other, away = legal_head_shapes(twin, hidden_size), realiser(twin, regime)
 
     def build(shape: Shape) -> PreTrainedModel:
         pair = Shape(shape.num_attention_heads, shape.num_key_value_heads)

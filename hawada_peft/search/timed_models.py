@@ -19,13 +19,12 @@ SPREAD = 0.02
 """Random weights are uniform in (-SPREAD, SPREAD)."""
 
 
-def realiser(model: PreTrainedModel, layout: Layout, regime: Regime) -> Callable[[Shape], PreTrainedModel]:
+def realiser(layout: Layout, regime: Regime) -> Callable[[Shape], PreTrainedModel]:
     """
     A function that builds a model of a shape with random weights, in the regime's dtype on its device.
 
     Args:
-        model: the dense model; only its class and config are used, so it may be on the meta device.
-        layout: its family row and sizes.
+        layout: the dense model's, with its class and config.
         regime: where to.
 
     Returns:
@@ -36,15 +35,15 @@ def realiser(model: PreTrainedModel, layout: Layout, regime: Regime) -> Callable
 
     def build(shape: Shape) -> PreTrainedModel:
         try:
-            config = edit_config(model.config, layout, shape)
+            config = edit_config(layout, shape)
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 with device, no_init_weights():
-                    built = type(model)._from_config(config, dtype=regime.torch_dtype)
+                    built = layout.model_class._from_config(config, dtype=regime.torch_dtype)
                 for tensor in (*built.parameters(), *_saved_buffers(built)):
                     tensor.data.uniform_(-SPREAD, SPREAD)
         except (StrictDataclassError, ValueError, TypeError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
-            raise IllegalShapeError(f"{type(model.config).__name__} refuses {shape.to_dict()}: {reason}") from None
+            raise IllegalShapeError(f"{type(layout.config).__name__} refuses {shape.to_dict()}: {reason}") from None
         return built.eval()
 
     return build

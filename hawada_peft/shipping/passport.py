@@ -75,7 +75,7 @@ def not_checked(runtime: str, detail: str) -> PassportLine:
     return PassportLine(runtime, "unknown", "not checked", detail)
 
 
-def passport(
+def passport_of(
     model: PreTrainedModel,
     layout: Layout,
     *,

@@ -19,7 +19,7 @@ from ..vanilla.shape import Shape
 from ..vanilla.skeleton import auto_class_of, skeleton_of
 from .facts import ExportFacts, base_facts, plain_facts, search_facts
 from .figures import latency_facts
-from .passport import alignment, passport
+from .passport import alignment, passport_of
 
 if TYPE_CHECKING:
     from ..files.verify import Verification
@@ -51,7 +51,7 @@ def report_of(model: PreTrainedModel, facts: ExportFacts, verification: Verifica
     dense = facts.plan.dense if facts.plan is not None else _sizes_of(facts.base)
     timing = None if facts.latency is None else latency_facts(facts.latency, layout.full)
     compiled = timing is not None and timing["measured"] and timing["regime"]["backend"] == "compile"
-    lines = passport(
+    lines = passport_of(
         model,
         layout,
         verification=verification,
@@ -68,7 +68,7 @@ def report_of(model: PreTrainedModel, facts: ExportFacts, verification: Verifica
         "repo_id": facts.repo_id,
         "base": base or None,
         "model": _model_facts(model, layout),
-        "dense": None if dense is None else dense.to_dict() | {"parameters": dense_parameters(model, layout, dense)},
+        "dense": None if dense is None else dense.to_dict() | {"parameters": dense_parameters(layout, dense)},
         "plan": None if facts.plan is None else facts.plan.to_dict(),
         "verification": None if verification is None else dataclasses.asdict(verification),
         "latency": timing,
@@ -82,18 +82,17 @@ def report_of(model: PreTrainedModel, facts: ExportFacts, verification: Verifica
     return {name: section for name, section in sections.items() if section is not None}
 
 
-def dense_parameters(model: PreTrainedModel, layout: Layout, dense: Shape) -> int:
+def dense_parameters(layout: Layout, dense: Shape) -> int:
     """
     Parameters of the dense model, by building the slim model's class in the dense sizes on the meta device.
 
     Args:
-        model: the slim model; may be on the meta device.
-        layout: its family row and sizes.
+        layout: the dense model's, with its class and config.
         dense: the dense sizes, complete.
     """
     first = (0,) * dense.sizes()["num_hidden_layers"]  # per-layer lists say nothing of sizes
     with torch.device("meta"):
-        return int(type(model)(edit_config(model.config, layout, dense, layers=first)).num_parameters())
+        return int(layout.model_class(edit_config(layout, dense, layers=first)).num_parameters())
 
 
 def _model_facts(model: PreTrainedModel, layout: Layout) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class _Export:
         self.slim = self.dense
         if not plan.keeps_all:
             self.slim = slim(self.dense, plan)
-            self._rules = find_axes(self.dense, self._layout, hidden=plan.hidden is not None)
+            self._rules = find_axes(self._layout, hidden=plan.hidden is not None)
 
     def write(self, folder: Path, max_shard_size: int | str, progress: Progress | None) -> int:
         """

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from ..vanilla.family import FFN, HEADS, HIDDEN, KV_GROUPS, Layout
@@ -31,7 +30,7 @@ class SliceRule:
     width: int
 
 
-def find_axes(model: PreTrainedModel, layout: Layout, *, hidden: bool = False) -> dict[str, tuple[SliceRule, ...]]:
+def find_axes(layout: Layout, *, hidden: bool = False) -> dict[str, tuple[SliceRule, ...]]:
     """
     The slicing rules of every parameter and persistent buffer that depends on a width.
 
@@ -39,8 +38,7 @@ def find_axes(model: PreTrainedModel, layout: Layout, *, hidden: bool = False) -
     on that size.
 
     Args:
-        model: the dense model; only its class and config are used.
-        layout: its family row and sizes.
+        layout: the dense model's, with its class and config.
         hidden: also find what depends on the size of the residual stream.
 
     Returns:
@@ -51,10 +49,10 @@ def find_axes(model: PreTrainedModel, layout: Layout, *, hidden: bool = False) -
         UnsupportedModelError: if a dimension is not made of whole units, or of several things in an undeclared order.
     """
     one_layer = Shape(num_hidden_layers=1).complete(layout.dense)
-    plain = _shapes(model, layout, one_layer)
+    plain = _shapes(layout, one_layer)
     axes_of: dict[tuple[str, int], list[str]] = {}
-    for axis, changed in _probes(model, layout, one_layer, hidden):
-        for name, shape in _shapes(model, layout, changed).items():
+    for axis, changed in _probes(layout, one_layer, hidden):
+        for name, shape in _shapes(layout, changed).items():
             for dim, (old, new) in enumerate(zip(plain[name], shape, strict=True)):
                 if old != new:
                     axes_of.setdefault((name, dim), []).append(axis)
@@ -70,14 +68,14 @@ def find_axes(model: PreTrainedModel, layout: Layout, *, hidden: bool = False) -
     return rules
 
 
-def _shapes(model: PreTrainedModel, layout: Layout, shape: Shape) -> dict[str, tuple[int, ...]]:
-    config = edit_config(model.config, layout, shape, layers=(0,))
+def _shapes(layout: Layout, shape: Shape) -> dict[str, tuple[int, ...]]:
+    config = edit_config(layout, shape, layers=(0,))
     with torch.device("meta"):
-        built = type(model)(config)
+        built = layout.model_class(config)
     return {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
 
 
-def _probes(model: PreTrainedModel, layout: Layout, plain: Shape, hidden: bool) -> Iterator[tuple[str, Shape]]:
+def _probes(layout: Layout, plain: Shape, hidden: bool) -> Iterator[tuple[str, Shape]]:
     """Per axis, the nearest other size that the class builds as asked; an axis that has none is not free."""
     heads, groups, ffn, _ = plain.sizes().values()
     grouped = bool(layout.family.kv_heads_field)
@@ -92,7 +90,7 @@ def _probes(model: PreTrainedModel, layout: Layout, plain: Shape, hidden: bool) 
     for axis, shapes in candidates.items():
         for shape in shapes:
             changed = shape.complete(plain)
-            if changed != plain and build_sizes(model, layout, changed) is None:
+            if changed != plain and build_sizes(layout, changed) is None:
                 yield axis, changed
                 break
 

@@ -53,9 +53,9 @@ def slim(model: Model, plan: Plan) -> Model:
         )
     check_unquantized(model)
     plan.check_base(layout.full)
-    check_legal(model, layout, plan.shape)
-    rules = find_axes(model, layout, hidden=plan.hidden is not None)
-    config = edit_config(model.config, layout, plan.shape, layers=plan.layers)
+    check_legal(layout, plan.shape)
+    rules = find_axes(layout, hidden=plan.hidden is not None)
+    config = edit_config(layout, plan.shape, layers=plan.layers)
     add_v4_rope_keys(config)
     with torch.device("meta"):
         result = type(model)(config)

@@ -73,7 +73,6 @@ class LatencyGoal(Goal):
         self.regime = regime_of(model, budget)
         table.check(regime=self.regime, model=self.layout.fingerprint())
         self.space = search_space(
-            self.base,
             self.layout,
             self.regime,
             multiple=table.multiple,
@@ -157,7 +156,7 @@ class LatencyGoal(Goal):
             "cuts least of what is open"
             for name, size in quality.nearest(self.space).to_dict().items()
         }
-        return roundings(self.base, self.layout, expected, shape, "gates", steps=self.space.steps, rules=rules)
+        return roundings(self.layout, expected, shape, "gates", steps=self.space.steps, rules=rules)
 
     def _quality(self) -> GateQuality:
         return GateQuality(self.base, self.layout, self.name, self.constraint.table)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -83,7 +84,7 @@ def register_family(model_type: str, family: Family) -> None:
 @dataclass(frozen=True)
 class Layout:
     """
-    A family's row found in a model.
+    A family's row found in a model, with its class and config: all that decides which sizes it can have.
 
     Args:
         model_type (`str`): the row's key.
@@ -93,6 +94,8 @@ class Layout:
         dense (`Shape`): the model's sizes, complete.
         head_dim (`int`): features per head.
         hidden_size (`int`): features of the residual stream.
+        model_class (`type[PreTrainedModel]`): the model's class.
+        config (`PreTrainedConfig`): its config.
     """
 
     model_type: str
@@ -102,6 +105,8 @@ class Layout:
     dense: Shape
     head_dim: int
     hidden_size: int
+    model_class: type[PreTrainedModel] = field(compare=False, repr=False)
+    config: PreTrainedConfig = field(compare=False, repr=False)
 
     def attention_out(self, layer: int) -> str:
         """The dotted name of a layer's attention output projection."""
@@ -111,7 +116,7 @@ class Layout:
         """The dotted name of a layer's FFN output projection."""
         return f"{self.stack}.{layer}.{self.family.ffn_out}"
 
-    @property
+    @cached_property
     def norms(self) -> tuple[str, ...]:
         """The dotted names of all norms that read the residual stream; the first of them holds the stream's gate."""
         if not self.family.hidden_norms or not self.family.final_norm:
@@ -221,6 +226,8 @@ def locate(model: nn.Module) -> Layout:
         ),
         head_dim=sizes[0][0] // heads,
         hidden_size=config.hidden_size,
+        model_class=type(model),
+        config=config,
     )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
+from typing import cast
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from ..errors import UnsupportedModelError
-from .family import FAMILIES, Family
+from .family import FAMILIES, Family, Layout, locate
 from .resize import add_v4_rope_keys
 
 logger = logging.getLogger(__name__)
@@ -27,39 +28,37 @@ MAPPINGS = (
 PROBE_TOKENS = 16
 
 
-def has_twin(model: PreTrainedModel) -> bool:
-    """Whether the model's family row names a twin, and the twin's class has the same parameters."""
-    family = FAMILIES.get(model.config.model_type)
-    if family is None or not family.twin:
+def has_twin(layout: Layout) -> bool:
+    """Whether a model's family row names a twin, and the twin's class has the same parameters."""
+    if not layout.family.twin:
         return False
     try:
-        twin_skeleton(model)
+        twin_skeleton(layout)
     except UnsupportedModelError:
         return False
     return True
 
 
-def twin_skeleton(model: PreTrainedModel) -> PreTrainedModel:
+def twin_skeleton(layout: Layout) -> PreTrainedModel:
     """
     The twin on the meta device: its class and config, no weights.
 
     Raises:
         UnsupportedModelError: if the family has no twin, or the twin's class has other parameters.
     """
-    family = FAMILIES.get(model.config.model_type)
-    if family is None or not family.twin:
+    if not layout.family.twin:
         raise UnsupportedModelError(
-            f"model_type={model.config.model_type!r} has no twin to re-home to; rows with one: "
+            f"model_type={layout.model_type!r} has no twin to re-home to; rows with one: "
             f"{sorted(name for name, row in FAMILIES.items() if row.twin)}"
         )
-    config = _twin_config(model.config, family)
+    config = _twin_config(layout.config, layout.family)
     with torch.device("meta"):
-        twin = _twin_class(model, type(config))(config)
+        model, twin = layout.model_class(layout.config), _twin_class(layout, type(config))(config)
     mine, its = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, twin))
     differing = sorted(name for name in {*mine, *its} if mine.get(name) != its.get(name))
     if differing:
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be re-homed to {type(twin).__name__}: their parameters differ in "
+            f"{layout.model_class.__name__} cannot be re-homed to {type(twin).__name__}: their parameters differ in "
             f"{differing[:8]} (biases have no place there)"
         )
     return twin
@@ -86,7 +85,7 @@ def rehome(model: PreTrainedModel) -> PreTrainedModel:
         >>> type(rehome(base)).__name__  # base: a LlamaForCausalLM
         'MistralForCausalLM'
     """
-    twin = twin_skeleton(model)
+    twin = twin_skeleton(locate(model))
     twin.load_state_dict(model.state_dict(), strict=True, assign=True)
     for name, module in twin.named_modules():
         source = model.get_submodule(name)
@@ -113,12 +112,12 @@ def _twin_config(config: PreTrainedConfig, family: Family) -> PreTrainedConfig:
     return twin
 
 
-def _twin_class(model: PreTrainedModel, config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+def _twin_class(layout: Layout, config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    mine = type(layout.config)
     for mapping in MAPPINGS:
-        if type(model.config) in mapping and config_class in mapping and mapping[type(model.config)] is type(model):
-            found: type[PreTrainedModel] = mapping[config_class]
-            return found
-    raise UnsupportedModelError(f"{config_class.__name__} has no counterpart of {type(model).__name__}")
+        if mine in mapping and config_class in mapping and mapping[mine] == layout.model_class:
+            return cast(type[PreTrainedModel], mapping[config_class])
+    raise UnsupportedModelError(f"{config_class.__name__} has no counterpart of {layout.model_class.__name__}")
 
 
 def _compare(model: PreTrainedModel, twin: PreTrainedModel) -> None:

@@ -28,22 +28,20 @@ def add_v4_rope_keys(config: PreTrainedConfig) -> None:
         fields["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
 
 
-def edit_config(
-    config: PreTrainedConfig, layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None = None
-) -> PreTrainedConfig:
+def edit_config(layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None = None) -> PreTrainedConfig:
     """
     A new config of the same class with the sizes of `shape`.
 
     Args:
-        config: the dense model's config; left as it is.
-        layout: the dense model's family row and sizes.
+        layout: the dense model's; its config is left as it is.
         shape: the sizes wanted, complete.
         layers: the kept layers, by which per-layer lists are cut; the first ones if left out.
 
     Raises:
         StrictDataclassError, ValueError, TypeError: whatever the config class raises on sizes that it refuses.
     """
-    family, sizes, dense = layout.family, shape.sizes(), layout.dense.sizes()
+    config, family = layout.config, layout.family
+    sizes, dense = shape.sizes(), layout.dense.sizes()
     layers = layers or tuple(range(sizes["num_hidden_layers"]))
     fields: dict[str, Any] = copy.deepcopy(config.to_dict())
 

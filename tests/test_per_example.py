@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hawada_peft import BlockAdapter, ChannelAdapter, HawAdaConfig, SigmoidGate, attach_adapters, collect_gates
 from hawada_peft.errors import RowsError
 from hawada_peft.gates.rows import theta_per_row
-from hawada_peft.planning.example_gradients import example_gradients
+from hawada_peft.planning.per_example import example_gradients
 from hawada_peft.vanilla.draws import draw_classes
 
 HEADED = [name for name, row in ROWS.items() if not row.model.endswith("Model")]
