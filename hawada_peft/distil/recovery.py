@@ -15,7 +15,7 @@ from ..planning.plan import Plan
 from ..refit.reconstruction import Reconstruction, reconstruct
 from ..surgery.dense import dense_afterwards
 from ..surgery.slimming import slim
-from ..vanilla.outputs import Batch
+from ..vanilla.batches import Batch
 from .objective import Distillation
 from .trainer import DistillTrainer
 
