@@ -9,13 +9,15 @@ from __future__ import annotations
 import torch
 from peft import PeftModel
 
+from ..vanilla.mode import adapters_off, evaluating
 from ..vanilla.outputs import Batch, get_student_logits
 from .sliced_loss import Divergence, SquaredError, mean_over_positions
 
 
 def get_teacher_logits(model: PeftModel, batch: Batch) -> torch.Tensor:
     """
-    The dense model's logits: the same weights with the adapter disabled, in evaluation mode, without gradients.
+    The dense model's logits: the same weights with the adapter disabled, in evaluation mode, without gradients. The
+    mode of every module, and what requires gradients, is put back.
 
     Args:
         model: the PEFT model itself.
@@ -24,13 +26,8 @@ def get_teacher_logits(model: PeftModel, batch: Batch) -> torch.Tensor:
     Returns:
         As `get_student_logits`.
     """
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), model.disable_adapter():
-            return get_student_logits(model, batch)
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad(), adapters_off(model):
+        return get_student_logits(model, batch)
 
 
 def kl_divergence(
