@@ -34,10 +34,11 @@ def check_finite(model: nn.Module, loss: torch.Tensor | None, step: int, acceler
     if not largest:
         return
     device = largest[-1].device
-    worst = torch.stack([each.to(device, torch.float32) for each in largest]).sum()
+    finite = torch.stack([each.to(device, torch.float32) for each in largest]).isfinite()
+    broken = (~finite).any().float()
     if accelerator.num_processes > 1:
-        worst = accelerator.reduce(worst, reduction="sum")
-    if bool(worst.isfinite()):
+        broken = accelerator.reduce(broken, reduction="sum")
+    if not bool(broken):
         return
     found = [name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if not _fine(tensor)]
     what = "" if loss is None or bool(loss.isfinite()) else f"the loss is {float(loss)}; "
