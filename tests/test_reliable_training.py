@@ -15,9 +15,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_trainer import DATA, TARGET, arguments, logged, thetas, trainer_of
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hawada_peft import DistillTrainer, HawAdaConfig, collect_gates, slim
+from hawada_peft import DistillTrainer, HawAdaConfig, collect_gates, recover, slim
 from hawada_peft.distil.unlabelled import LOCK_FILE
 from hawada_peft.errors import CheckpointError, DivergedError, HawAdaError
 from hawada_peft.training.trainer import STATE_FILE
@@ -100,6 +100,22 @@ def test_large_finite_weights_are_no_reason_to_stop(tmp_path: Path) -> None:
     trainer = gates_of(tmp_path, max_steps=1)
     trainer.model.register_parameter("large", nn.Parameter(torch.full((3,), 3e38)))
     trainer.train()
+
+
+def test_negative_rates_are_refused_by_every_trainer(tmp_path: Path) -> None:
+    wrong = {"learning_rate": -1.0, "gradient_accumulation_steps": 0}
+    model = gate(build(LM_ROW))
+    plan = scattered_plan(model, TARGET)
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    for name, value in wrong.items():
+        setattr(args, name, value)
+    for call in (
+        lambda: trainer_of(tmp_path, model, args=wrong),
+        lambda: DistillTrainer(build(LM_ROW), args, teacher=build(LM_ROW), train_dataset=DATA),
+        lambda: recover(model, args, train_dataset=DATA, plan=plan),
+    ):
+        with pytest.raises(HawAdaError, match=r"(?s)'learning_rate': -1.*'gradient_accumulation_steps': 0"):
+            call()
 
 
 # ------------------------------------------------------------------------------------------------------------- resume

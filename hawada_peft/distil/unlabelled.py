@@ -117,7 +117,7 @@ class UnlabelledTrainer(Trainer):
         if not isinstance(self.model, PeftModel):
             super()._load_best_model()
         elif self.state.best_model_checkpoint is not None:
-            (name,) = self.model.active_adapters
+            name = self.model.active_adapters[0]
             folder = adapter_folder(Path(self.state.best_model_checkpoint), name)
             check_tensors(folder, self.model, name)
             with keeping_trainable(self.model):

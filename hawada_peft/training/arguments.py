@@ -84,7 +84,7 @@ class GateTrainingArguments(TrainingArguments):
             return args
         if args is None:
             return cls("trainer_output")
-        return cls(**{each.name: getattr(args, each.name) for each in fields(args) if each.init})
+        return cls(**{each.name: getattr(args, each.name) for each in fields(TrainingArguments) if each.init})
 
 
 GATE_OPTIONS: dict[str, Any] = {
