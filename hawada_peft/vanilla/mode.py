@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from accelerate.utils import extract_model_from_parallel  # type: ignore[import-untyped]
 from peft import PeftModel
 from torch import nn
 
@@ -29,7 +30,11 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
     What requires gradients is put back: PEFT switches that on for all parameters of the active adapters, those that
     were loaded for inference or frozen on purpose too.
+
+    Args:
+        model: also compiled, or wrapped for data-parallel training.
     """
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
     if not isinstance(model, PeftModel):
         yield
         return
