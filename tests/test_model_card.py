@@ -49,7 +49,7 @@ from hawada_peft import (
     write_card,
 )
 from hawada_peft.errors import HawAdaError, IncompatibleTableError, InvalidPlanError, VerificationError
-from hawada_peft.latency.clock import Effort
+from hawada_peft.latency.effort import Effort
 from hawada_peft.search.result import Candidate
 from hawada_peft.vanilla.family import locate
 

@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 
 from ..config import HawAdaConfig
 from ..latency.budget import LatencyBudget
+from ..latency.effort import Effort
 from ..planning.importance import gate_importance
 from ..progress import Progress, progress_bar
 from ..recipes.readers import batches_of, load_examples
@@ -82,6 +83,7 @@ def plan(
     examples: int = 64,
     hidden: bool = False,
     refit: bool | None = None,
+    effort: Effort | None = None,
     progress: Progress | None = None,
     **regime: Unpack[RegimeOptions],
 ) -> PlanResult:
@@ -100,6 +102,7 @@ def plan(
         hidden: without an adapter: cut the hidden size, too.
         refit: judge shapes by slim models that are refitted on the examples, or, with `False`, by closed gates alone;
             refitted where that is possible, if left out. As in `find_plan`.
+        effort: how hard to measure and to look, and by which clock.
         progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
         regime: `mode`, `batch_size`, `seq_len`, `image_size`, `dtype`, `backend`, `device`: see `RegimeOptions`. The
             device is the CPU if left out.
@@ -131,7 +134,7 @@ def plan(
         importance = gate_importance(gated, watched)
     else:
         gated, importance = PeftModel.from_pretrained(base, os.fspath(adapter)), None
-    found = find_plan(gated, budget, batches, importance=importance, refit=refit, progress=progress)
+    found = find_plan(gated, budget, batches, importance=importance, refit=refit, effort=effort, progress=progress)
     result = PlanResult(found, path)
     _write(result)
     return result
