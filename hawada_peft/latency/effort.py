@@ -82,8 +82,8 @@ class Effort:
         for name, least in LEAST.items():
             value: Any = getattr(self, name)
             whole = name not in ("max_seconds", "tolerance", "bend", "margin")
-            kinds: tuple[type, ...] = (int,) if whole else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or value < least:
+            number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or value < least:
                 kind = "whole number" if whole else "number"
                 yield f"effort: {name} must be a {kind} of at least {least}, got {value!r}"
             elif name in ("tolerance", "bend") and value == 0:
