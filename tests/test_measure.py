@@ -232,3 +232,11 @@ def test_the_toy_clock_is_exact_and_runs_no_model(llama: LlamaForCausalLM, vit: 
     assert found["llama"].device_name != regime.device_name
     with pytest.raises(InvalidRegimeError, match="does not generate"):
         measure_many({"vit": vit}, regime, effort=Effort.quick(clock=ToyClock()))
+
+
+def test_the_toy_clock_tells_the_same_at_any_hour(llama: LlamaForCausalLM) -> None:
+    regime, effort = Regime(seq_len=8), Effort.quick(clock=ToyClock(lambda model, regime: 1 / 3))
+    first, later = (measure_many({"llama": llama}, regime, effort=effort) for _ in range(2))
+    assert first == later
+    with pytest.raises(HawAdaError, match="above 0, got nan"):
+        measure_many({"llama": llama}, regime, effort=Effort(clock=ToyClock(lambda model, regime: float("nan"))))

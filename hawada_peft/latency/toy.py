@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from torch import nn
 
+from ..errors import HawAdaError
 from .clock import Clock
 from .regime import Regime
 from .runner import Runner, check_call
@@ -15,6 +17,9 @@ Law = Callable[[nn.Module, Regime], float]
 
 CALL_MS, LAYER_MS, WEIGHT_MS = 0.1, 0.02, 1e-6
 """Milliseconds of a call, of each layer, and of each weight that is no embedding."""
+
+TICK = 2.0**-40
+"""Seconds. Times are multiples of it, so that sums and differences of them are exact, however late it is."""
 
 
 def toy_law(model: nn.Module, regime: Regime) -> float:
@@ -52,7 +57,10 @@ class ToyClock(Clock):
 
     def runner(self, model: nn.Module, regime: Regime) -> Runner:
         """A call that lets time pass."""
-        seconds = 1e-3 * self._law(model, regime)
+        milliseconds = self._law(model, regime)
+        if not 0 < milliseconds < math.inf:
+            raise HawAdaError(f"the law of a toy clock must give milliseconds above 0, got {milliseconds!r}")
+        seconds = round(1e-3 * milliseconds / TICK) * TICK
 
         def call() -> None:
             self._passed += seconds
