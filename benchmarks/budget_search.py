@@ -175,8 +175,8 @@ def main() -> None:
         base = case.load()
         layout = locate(base)
         quick = Effort(min_rounds=7, max_rounds=40, max_seconds=options.table_seconds, cache=False, clock=clock)
-        table = measure_table(base, case.regime, effort=quick, allow_rehome=options.allow_rehome)
-        space = search_space(layout, case.regime, multiple=table.multiple, allow_rehome=options.allow_rehome)
+        table = measure_table(base, case.regime, effort=quick)
+        space = search_space(layout, case.regime, multiple=table.multiple)
         if options.calibration:
             batches = calibration_batches(options.calibration, case, options.batches)
             model = get_peft_model(base, HawAdaConfig())
@@ -191,8 +191,8 @@ def main() -> None:
         seconds = pass_seconds(space, table, quality.predict(space))
         print(f"one pass over {len(space):,} shapes: {seconds:.3f} s; table {table.seconds:.0f} s; {table}")
         effort = replace(quick, min_rounds=15, max_rounds=100, max_seconds=options.search_seconds, tolerance=0.003)
-        realise = Timer(base, case.regime, effort, allow_rehome=options.allow_rehome)
-        again = Timer(base, case.regime, replace(effort, max_rounds=150), allow_rehome=options.allow_rehome)
+        realise = Timer(base, case.regime, effort)
+        again = Timer(base, case.regime, replace(effort, max_rounds=150))
         for asked in options.budgets.split(","):
             name, _, value = asked.partition("=")
             budget = LatencyBudget(**{name: float(value)})
@@ -207,7 +207,7 @@ def main() -> None:
             print(
                 f"| {case} | {asked} | {limit:.3f} | {dense:.3f} | {ms:.3f} | {ms / limit:.4f} | {dense / ms:.3f} | "
                 f"{best['num_hidden_layers']} | {best['num_attention_heads']}, {best['num_key_value_heads']}"
-                f"{' (re-homed)' if result.best.rehomed else ''} | {best['intermediate_size']} | "
+                f" | {best['intermediate_size']} | "
                 f"{result.best.predicted_loss if loss is None else loss:.4f} | {result.rounds} | {seconds:.0f} |",
                 flush=True,
             )

@@ -80,7 +80,7 @@ def test_plan_writes_a_plan_that_slim_takes(made: Path, tmp_path: Path, gates: s
     path, seen = tmp_path / "new" / "plan.json", set()
 
     def bars(**options: Any) -> Any:
-        seen.add(options["desc"])
+        seen.add(options["desc"].partition(": ")[2] or options["desc"])
         return tqdm(**options, disable=True)
 
     budget: dict[str, Any] = {
@@ -110,7 +110,7 @@ def test_plan_judges_by_closed_gates_if_asked(made: Path, tmp_path: Path) -> Non
     seen = set()
 
     def bars(**options: Any) -> Any:
-        seen.add(options["desc"])
+        seen.add(options["desc"].partition(": ")[2] or options["desc"])
         return tqdm(**options, disable=True)
 
     budget: dict[str, Any] = {

@@ -16,8 +16,9 @@ import torch
 from conftest import EVERYTHING, LM_ROW, ROWS, VISION_ROW, build, difference, gate, inputs_of, logits_of
 from peft import get_peft_model
 from toys import REGIME, StoppedClock, by_shape, by_table, once, timing, toy_table
+from tqdm import tqdm
 
-from hawada_peft import HawAdaConfig, Shape, collect_gates, slim
+from hawada_peft import HawAdaConfig, Shape, collect_gates, rehome
 from hawada_peft.errors import (
     HawAdaError,
     IllegalShapeError,
@@ -37,7 +38,7 @@ from hawada_peft.search.masked import MaskedQuality
 from hawada_peft.search.result import MOST_POINTS
 from hawada_peft.search.rounds import search
 from hawada_peft.search.space import SearchSpace, narrower_sizes, search_space
-from hawada_peft.search.state import frontier
+from hawada_peft.search.state import SearchState, frontier
 from hawada_peft.search.timed import dense_model, measure_table, regime_of
 from hawada_peft.search.timed_models import realiser
 from hawada_peft.vanilla.family import locate
@@ -51,9 +52,7 @@ def toy_space(dense: Shape = DENSE) -> SearchSpace:
     layers = tuple(range(1, 9))
     parameters = np.array([n * (p.num_attention_heads * 100 + f * 10) for n in layers for p in heads for f in sizes])
     shape = (len(layers), len(heads), len(sizes))
-    return SearchSpace(
-        dense, layers, heads, sizes, (False,) * len(heads), parameters.reshape(shape).astype(float), np.zeros(shape)
-    )
+    return SearchSpace(dense, layers, heads, sizes, parameters.reshape(shape).astype(float), np.zeros(shape))
 
 
 class ToyQuality:
@@ -74,8 +73,8 @@ class ToyQuality:
         loss = (1 - heads / 16) ** 2 + (1 - ffn / 1024) ** 2 + (1 - layers / 8) ** 2 + 0.01
         return loss if self.measurable else None
 
-    def plan(self, shape: Shape) -> Plan | None:
-        return None
+    def plan(self, shape: Shape) -> Plan:
+        return Plan.keep_all(shape.complete(DENSE))
 
 
 class Machine:
@@ -225,24 +224,20 @@ def test_shapes_and_places_of_a_space_agree() -> None:
 def test_parameters_are_those_of_the_built_model(row: object) -> None:
     model = build(row)
     layout = locate(model)
-    space = search_space(layout, REGIME, multiple=8, allow_rehome=True)
+    space = search_space(layout, REGIME, multiple=8)
     build_shape = realiser(layout, Regime())
     for index in np.linspace(0, len(space) - 1, 7).astype(int):
         shape = space.shape(int(index))
-        if not space.rehomed[space.heads.index(Shape(shape.num_attention_heads, shape.num_key_value_heads))]:
-            assert space.parameters.ravel()[index] == build_shape(shape).num_parameters()
+        assert space.parameters.ravel()[index] == build_shape(shape).num_parameters()
     assert space.shape(len(space) - 1).num_hidden_layers == 4
     assert max(space.ffn) == layout.dense.intermediate_size
 
 
-def test_only_the_twin_takes_more_heads() -> None:
-    model = build(LM_ROW)
-    alone = search_space(locate(model), REGIME)
-    both = search_space(locate(model), REGIME, allow_rehome=True)
-    assert not any(alone.rehomed)
-    assert len(both.heads) > len(alone.heads)
-    assert both.rehomed[both.heads.index(Shape(6, 3))]
-    frozen = search_space(locate(model), REGIME, free=("ffn",))
+def test_a_re_homed_model_takes_more_heads() -> None:
+    alone, both = (search_space(locate(model), REGIME) for model in (build(LM_ROW), rehome(build(LM_ROW))))
+    assert set(both.heads) > set(alone.heads)
+    assert Shape(6, 3) in both.heads
+    frozen = search_space(locate(build(LM_ROW)), REGIME, free=("ffn",))
     assert frozen.layers == (4,)
     assert len(frozen.heads) == 1
     assert (both.memory > both.parameters * 4).all()  # a KV cache comes with prefill
@@ -352,36 +347,114 @@ def test_padding_does_not_count() -> None:
 # -------------------------------------------------------------------------------------------------- all tied together
 
 
-@pytest.mark.parametrize("allow_rehome", [False, True])
-def test_a_plan_is_found_for_a_budget(allow_rehome: bool) -> None:
-    model = get_peft_model(build(LM_ROW), HawAdaConfig())
+@pytest.mark.parametrize("twin", [False, True], ids=["as it is", "re-homed"])
+def test_a_plan_is_found_for_a_budget_and_carried_all_the_way(twin: bool) -> None:
+    model = get_peft_model(rehome(build(LM_ROW)) if twin else build(LM_ROW), HawAdaConfig())
     layout = locate(model.get_base_model())
     table = toy_table(layout.dense, launch=0.2, arithmetic=1.0, model=layout.fingerprint())
     budget = LatencyBudget(speedup=1.5, mode="prefill", seq_len=8)
-    batches, effort = [inputs_of(model)], once(by_table(table))
-    importance = gate_importance(model, batches)
-    result = find_plan(
-        model, budget, batches, importance=importance, table=table, allow_rehome=allow_rehome, effort=effort
-    )
+    result = find_plan(model, budget, [inputs_of(model)], table=table, effort=once(by_table(table)))
     assert result.speedup >= 1.5
-    assert result.plan is not None
     assert result.plan.shape == result.best.shape
-    assert all(not candidate.rehomed for candidate in result.frontier) or allow_rehome
-    if not result.best.rehomed:
-        assert locate(slim(model.unload(), result.plan)).dense == result.best.shape
+    model.apply_plan(result.plan)
+    masked = logits_of(model)
+    merged = model.merge_and_unload()
+    assert locate(merged).dense == result.best.shape
+    assert difference(logits_of(merged), masked) <= 1e-5
+
+
+@pytest.mark.parametrize("refit", [True, False])
+def test_fresh_gates_are_ranked_by_their_importance(refit: bool) -> None:
+    """The first heads and channels are made to count least: keeping the first would be the worst choice."""
+    base = build(LM_ROW)
+    layout = locate(base)
+    for layer in range(4):
+        for end, part in ((layout.attention_out(layer), 32), (layout.ffn_out(layer), 48)):
+            base.get_submodule(end).weight.data[:, :part] *= 1e-3
+    model = get_peft_model(base, HawAdaConfig(gates=("heads", "ffn")))
+    table = toy_table(layout.dense, launch=0.0, arithmetic=1.0, model=layout.fingerprint())
+    budget = LatencyBudget(speedup=1.9, mode="prefill", seq_len=8)
+    options = {"table": table, "effort": once(by_table(table)), "refit": refit}
+    plan = find_plan(model, budget, [inputs_of(model)], **options).plan
+    first = [sum(head < 4 for head in heads) for heads in plan.heads]
+    assert max(len(channels) for channels in plan.channels) < 96
+    assert all(np.mean(np.array(channels) < 48) < 0.3 for channels in plan.channels)
+    assert sum(first) < sum(len(heads) for heads in plan.heads) / 2 or plan.shape.num_attention_heads == 8
+
+
+def test_trained_gates_are_ranked_by_their_values() -> None:
+    model = gate(build(LM_ROW), gates=("heads", "ffn", "layers"))
+    table = toy_table(Shape(8, 4, 96, 4), launch=0.2, arithmetic=1.0)
+    table = replace(table, model=locate(model.get_base_model()).fingerprint())
+    budget = LatencyBudget(speedup=1.5, mode="prefill", seq_len=8)
+    seen: list[str] = []
+
+    def bars(**options: Any) -> Any:
+        seen.append(options["desc"])
+        return tqdm(**options, disable=True)
+
+    options = {"table": table, "effort": once(by_table(table)), "refit": False, "progress": bars}
+    plan = find_plan(model, budget, [inputs_of(model)], **options).plan
+    shape = plan.shape
+    kept = dict(zip(plan.layers, plan.channels, strict=True))
+    by_value = model.plan(replace(shape, num_hidden_layers=4))
+    assert all(by_value.channels[layer] == channels for layer, channels in kept.items())
+    assert seen == [
+        "step 1 of 3: dropping layers",
+        "step 2 of 3: judging widths",
+        "step 3 of 3: building and timing shapes",
+    ]
+
+
+def test_layers_that_no_budget_needs_are_not_judged() -> None:
+    quality = quality_of(LM_ROW)
+    dense = quality.layout.dense
+    table = toy_table(dense, launch=1.0, arithmetic=0.1)
+    space = search_space(quality.layout, REGIME, multiple=8)
+    law = by_table(table)
+    asked: list[int] = []
+    quality.predict = lambda space: asked.append(min(space.layers)) or MaskedQuality.predict(quality, space)
+
+    def machine(shapes: Sequence[Shape]) -> dict[Shape, Timing]:
+        return {shape: timing(table.estimate(shape)) for shape in (*shapes, dense)}
+
+    mild = search(space, table, quality, LatencyBudget(speedup=1.15), machine)
+    assert asked == [3]
+    assert mild.shapes == len(space)
+    hard = search(space, table, quality, LatencyBudget(speedup=2.5), machine)
+    assert asked == [3, 1]
+    assert hard.best.shape.num_hidden_layers == 1
+    assert law.now() == 0.0
+
+
+@pytest.mark.parametrize("speedup", [1.1, 1.3, 1.7, 2.5, 4.0])
+def test_what_is_left_out_by_depth_is_never_the_best(speedup: float) -> None:
+    table, space, quality = toy_table(DENSE, launch=0.5, arithmetic=1.0), toy_space(), ToyQuality()
+    state = SearchState(space, table, LatencyBudget(speedup=speedup), Effort())
+    fits = state.fits()
+    best = space.shape(int(np.where(fits, quality.predict(space).ravel(), np.inf).argmin()))
+    assert best.num_hidden_layers >= min(state.of_worthwhile_depth().spaces[0].layers)
+
+
+def test_two_adapters_are_refused() -> None:
+    model = gate(build(LM_ROW))
+    model.add_adapter("other", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(InvalidPlanError, match="one adapter must be active"):
+        MaskedQuality(model, [inputs_of(model)])
 
 
 def test_a_table_is_measured_for_a_model_and_kept(tmp_path: Path) -> None:
     model = build(LM_ROW)
     law = toy_table(locate(model).dense, launch=0.2, arithmetic=1.0)
     effort = Effort(clock=by_table(law), cache=tmp_path)
-    table = measure_table(model, REGIME, effort=effort, allow_rehome=True)
+    table = measure_table(model, REGIME, effort=effort)
     shape = Shape(4, 2, 40, 2)
     assert table.estimate(shape) == pytest.approx(law.estimate(shape), rel=0.02)
-    kept = measure_table(model, REGIME, effort=replace(effort, clock=StoppedClock()), allow_rehome=True)
+    kept = measure_table(model, REGIME, effort=replace(effort, clock=StoppedClock()))
     assert kept == table
     assert str(kept.path) in str(kept)
-    assert measure_table(model, REGIME, effort=replace(effort, fresh=True), allow_rehome=True).path is None
+    assert measure_table(model, REGIME, effort=replace(effort, fresh=True)).path is None
 
 
 def test_the_regime_comes_from_the_model() -> None:
@@ -499,9 +572,8 @@ def test_a_plan_with_a_hidden_size_is_found() -> None:
 
     batches = [inputs_of(model)]
     budget = LatencyBudget(speedup=1.2, mode="prefill", seq_len=8)
-    importance = gate_importance(model, batches)
     effort = once(by_shape(ms), **SMALL)
-    result = find_plan(model, budget, batches, importance=importance, hidden_sizes=[48, 32], effort=effort)
+    result = find_plan(model, budget, batches, hidden_sizes=[48, 32], effort=effort)
     assert seen == {64, 48, 32}
     assert result.best.shape.hidden_size == 48
     assert result.speedup == pytest.approx(9 / 7)

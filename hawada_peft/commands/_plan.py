@@ -13,8 +13,7 @@ from peft import PeftModel, get_peft_model
 from ..config import HawAdaConfig
 from ..latency.budget import LatencyBudget
 from ..latency.effort import Effort
-from ..planning.importance import gate_importance
-from ..progress import Progress, progress_bar
+from ..progress import Progress
 from ..recipes.readers import batches_of, load_examples
 from ..search.budgeted import find_plan
 from ..search.result import FORMAT, SearchResult
@@ -130,11 +129,9 @@ def plan(
     if adapter is None:
         kinds = ("heads", "ffn", "layers", "hidden") if hidden else ("heads", "ffn", "layers")
         gated: PeftModel = get_peft_model(base, HawAdaConfig(gates=kinds))
-        watched = progress_bar(progress, iterable=batches, desc="importance", unit="batch", leave=False)
-        importance = gate_importance(gated, watched)
     else:
-        gated, importance = PeftModel.from_pretrained(base, os.fspath(adapter)), None
-    found = find_plan(gated, budget, batches, importance=importance, refit=refit, effort=effort, progress=progress)
+        gated = PeftModel.from_pretrained(base, os.fspath(adapter))
+    found = find_plan(gated, budget, batches, refit=refit, effort=effort, progress=progress)
     result = PlanResult(found, path)
     _write(result)
     return result
@@ -142,6 +139,5 @@ def plan(
 
 def _write(result: PlanResult) -> None:
     """What is kept of a search."""
-    if result.search.plan is not None:
-        result.path.write_text(result.search.plan.to_json(), encoding="utf-8")
+    result.path.write_text(result.search.plan.to_json(), encoding="utf-8")
     result.search_path.write_text(json.dumps({"format": FORMAT} | result.search.to_dict()) + "\n", encoding="utf-8")

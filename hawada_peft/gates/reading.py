@@ -75,6 +75,12 @@ def _open(module: nn.Module, adapter_name: str, device: torch.device) -> dict[st
     return {slot: gate.open_probability().to(device) for slot, gate in gates.items()}
 
 
+def are_fresh(model: PeftModel) -> bool:
+    """Whether every gate of the active adapters is at its start, so that the gates rank no unit before another."""
+    gates = [gate for axis in axes_of(model).values() for gate in axis]
+    return all(bool((gate.theta == gate.start.theta).all()) for gate in gates)
+
+
 def axes_of(model: PeftModel) -> dict[str, list[SigmoidGate]]:
     """The active adapter's gates by the size that they gate."""
     axes: dict[str, list[SigmoidGate]] = {}

@@ -38,6 +38,9 @@ SMALLEST_FFN = 1 / 16
 ALIGNED = 8
 """FFN sizes are multiples of this wherever the dense size is: a slim model may be run on other devices, too."""
 
+TABLE = "measuring the latency table"
+"""What it is shown as."""
+
 PROBES = (1, 2, 4, 8, 16)
 """How far below the dense FFN size the multiple is looked for, in the smallest multiple allowed."""
 
@@ -164,7 +167,7 @@ class _Slopes:
         missing = [shape for shape in dict.fromkeys(shapes) if shape not in self.times]
         if not missing:
             return
-        timings = self.timer(missing, reference=self.reference, label="measuring the latency table")
+        timings = self.timer(missing, reference=self.reference, label=TABLE)
         self.timings += timings.values()
         scale = self.times.get(self.reference, timings[self.reference].median_ms) / timings[self.reference].median_ms
         self.times |= {shape: timing.median_ms * scale for shape, timing in timings.items()}

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 
-import torch
 from peft import PeftModel
 
+from ..errors import HawAdaError
+from ..gates.reading import are_fresh
 from ..latency.budget import LatencyBudget
+from ..latency.build import TABLE
 from ..latency.effort import Effort
 from ..latency.runner import check_call
 from ..latency.settling import warn_unsettled
 from ..latency.table import LatencyTable
-from ..progress import Progress
+from ..planning.importance import gate_importance
+from ..progress import Progress, in_steps, progress_bar
 from ..vanilla.family import HIDDEN, locate
 from ..vanilla.outputs import Batch
-from .masked import MaskedQuality
-from .refitted import RefittedQuality, obstacle
+from .masked import DEPTH, WIDTHS_OF, MaskedQuality
+from .refitted import REFITS, RefittedQuality, obstacle
 from .result import SearchResult
 from .rounds import search
 from .space import narrower_sizes, search_space
-from .timed import Timer, dense_model, regime_of, table_of
+from .timed import TIMING, Timer, dense_model, regime_of, table_of
+
+IMPORTANCE = "importance"
+"""What it is shown as."""
 
 
 def find_plan(
@@ -29,9 +34,7 @@ def find_plan(
     budget: LatencyBudget,
     calibration: Sequence[Batch],
     *,
-    importance: Mapping[str, torch.Tensor] | None = None,
     table: LatencyTable | None = None,
-    allow_rehome: bool = False,
     hidden_sizes: Sequence[int] | None = None,
     refit: bool | None = None,
     effort: Effort | None = None,
@@ -41,13 +44,11 @@ def find_plan(
     The best plan for a budget, on this machine. Nothing of the model is changed; see `apply_plan`.
 
     Args:
-        model (`PeftModel`): with gates placed by a family row.
+        model (`PeftModel`): with gates placed by a family row. Units are ranked by the gates' values; by their
+            importance on the calibration batches (`gate_importance`) while all gates are as they were made.
         budget (`LatencyBudget`): what the slim model may cost.
-        calibration: batches, keyword arguments of the forward pass; labels are not used.
-        importance: how much the loss depends on each gate (`gate_importance`); the gates' values if left out.
+        calibration: batches, keyword arguments of the forward pass. Labels count for that importance only.
         table: measured here before; measured or taken from the disk cache if left out.
-        allow_rehome: also offer shapes that only the family's twin takes (a Llama as a Mistral): `result.best.rehomed`
-            says so, and such a plan is exported by `slim(rehome(dense), plan)`.
         hidden_sizes: to search besides the dense one, each by a table of its own; a few even steps down to half of it
             if left out. Only with gates on `"hidden"`.
         refit: judge shapes by slim models that are refitted on the calibration batches (`RefittedQuality`), as
@@ -64,7 +65,8 @@ def find_plan(
         InfeasibleBudgetError: before any training, if no shape meets the budget.
         IllegalShapeError: if no model of one of the hidden sizes exists.
         IncompatibleTableError: if the table is for another device, regime or model.
-        HawAdaError: if models are to be refitted and cannot be, or there are no two rows to do so.
+        InvalidPlanError: if not one adapter is active, or its gates were not placed by a family row.
+        HawAdaError: if there are no batches, or models are to be refitted and cannot be.
 
     Warns:
         UnsettledTimingWarning: once, if timers did not settle.
@@ -75,18 +77,25 @@ def find_plan(
     layout = locate(base)
     regime = regime_of(model, budget)
     check_call(base, regime)
-    measure = partial(table_of, model, regime, allow_rehome=allow_rehome, progress=progress)
-    if table is None:
-        table = measure(effort)
-    table.check(regime=regime, model=layout.fingerprint(), device_name=effort.clock.device_name(regime))
+    if not calibration:
+        raise HawAdaError("no calibration batches were given; pass at least one")
     refit = not obstacle(model, calibration) if refit is None else refit
+    fresh = are_fresh(model)
+    steps = [TABLE] * (table is None) + [IMPORTANCE] * fresh + [DEPTH] + [REFITS] * refit + [WIDTHS_OF, TIMING]
+    progress = in_steps(progress, steps)
+    tables = [table_of(model, regime, effort, progress=progress) if table is None else table]
+    tables[0].check(regime=regime, model=layout.fingerprint(), device_name=effort.clock.device_name(regime))
+    importance = None
+    if fresh:
+        watched = progress_bar(progress, iterable=calibration, desc=IMPORTANCE, unit="batch", leave=False)
+        importance = gate_importance(model, watched)
     quality = (RefittedQuality if refit else MaskedQuality)(model, calibration, importance, progress)
     sizes: Sequence[int] = ()
     if HIDDEN in quality.free:
-        group = quality.scores.hidden_group
-        found = narrower_sizes(layout, multiple=table.multiple, group_size=group)
+        found = narrower_sizes(layout, multiple=tables[0].multiple, group_size=quality.scores.hidden_group)
         sizes = found if hidden_sizes is None else hidden_sizes
-    tables = [table, *(measure(effort.narrower(), hidden_size=size) for size in sizes)]
+    for size in sizes:
+        tables.append(table_of(model, regime, effort.narrower(), hidden_size=size, progress=progress))
     spaces = [
         search_space(
             layout,
@@ -94,13 +103,12 @@ def find_plan(
             multiple=each.multiple,
             group_size=quality.scores.group_size,
             free=quality.free,
-            allow_rehome=allow_rehome,
             hidden_size=size,
         )
         for size, each in zip((None, *sizes), tables, strict=True)
     ]
-    timer = Timer(base, regime, effort.confirming(), allow_rehome=allow_rehome, progress=progress)
+    timer = Timer(base, regime, effort.confirming(), progress=progress)
     narrower = list(zip(spaces[1:], tables[1:], strict=True))
-    result = search(spaces[0], table, quality, budget, timer, effort=effort, narrower=narrower)
+    result = search(spaces[0], tables[0], quality, budget, timer, effort=effort, narrower=narrower)
     warn_unsettled(*(each.unsettled for each in tables), timer.unsettled)
     return result

@@ -32,6 +32,9 @@ RESCORED = 8
 """Layers whose loss is measured anew after each drop: those that were cheapest to drop before it."""
 
 
+DEPTH, WIDTHS_OF = "dropping layers", "judging widths"
+"""What these are shown as."""
+
 WIDTHS = (0.75, 0.5, 0.25)
 """Parts of an axis of width at which the predicted loss is held against a measured one."""
 
@@ -66,7 +69,7 @@ class MaskedQuality:
 
     Raises:
         HawAdaError: if there are no batches.
-        InvalidPlanError: if the model's gates were not placed by a family row.
+        InvalidPlanError: if not one adapter is active, or its gates were not placed by a family row.
 
     References:
         Schulman, "Approximating KL Divergence" (2020), the third estimator. Kwon et al., "A Fast Post-Training Pruning
@@ -87,7 +90,9 @@ class MaskedQuality:
         self.model, self._progress = model, progress
         self.tuner = cast(Any, model.base_model)
         self.names = list(self.tuner.active_adapters)
-        self.layout: Layout = self.tuner._layout(self.names)
+        if len(self.names) != 1:
+            raise InvalidPlanError(f"one adapter must be active, got {self.names}; see `model.set_adapter`")
+        self.layout: Layout = self.tuner.layout_of(self.names)
         self.scores = unit_scores(model, self.layout, self.names, importance)
         self.references = [self._reference(batch, index) for index, batch in enumerate(batches)]
         self.measured: dict[Plan, float] = {}
@@ -178,16 +183,23 @@ class MaskedQuality:
         """Drop one layer after the other, the cheapest first, scoring those that remain anew each time."""
         total = self.layout.dense.sizes()["num_hidden_layers"]
         last: dict[int, float] = {}
-        steps = range(len(self._order), total - least)
-        for _ in progress_bar(self._progress, iterable=steps, desc="dropping layers", leave=False):
-            remaining = [layer for layer in range(total) if layer not in self._order]
-            asked = sorted(remaining, key=lambda layer: last.get(layer, 0.0))
-            asked = asked[:RESCORED] if last else asked
-            scores = {layer: self.loss(self._without([*self._order, layer])) for layer in asked}
-            last |= scores
-            cheapest = min(scores, key=scores.__getitem__)
-            self._order.append(cheapest)
-            self._depth_loss.append(max([scores[cheapest], *self._depth_loss[-1:]]))
+        kept = range(total - len(self._order), least, -1)  # before each drop
+        if not kept:
+            return
+        count = sum(min(RESCORED, each) if index else each for index, each in enumerate(kept))
+        logger.info("dropping %d of %d layers takes %d evaluations of the calibration data", len(kept), total, count)
+        with progress_bar(self._progress, total=count, desc=DEPTH, unit="evaluation", leave=False) as bar:
+            for _ in kept:
+                remaining = [layer for layer in range(total) if layer not in self._order]
+                asked = sorted(remaining, key=lambda layer: last.get(layer, 0.0))
+                scores: dict[int, float] = {}
+                for layer in asked[:RESCORED] if last else asked:
+                    scores[layer] = self.loss(self._without([*self._order, layer]))
+                    bar.update(1)
+                last |= scores
+                cheapest = min(scores, key=scores.__getitem__)
+                self._order.append(cheapest)
+                self._depth_loss.append(max([scores[cheapest], *self._depth_loss[-1:]]))
         logger.info("layers in the order of dropping: %s", self._order)
 
     def _without(self, dropped: Sequence[int]) -> Plan:
@@ -219,7 +231,7 @@ class MaskedQuality:
         dense = self.layout.dense.sizes()[field]
         values = np.array([getattr(shape, field) for shape in shapes])
         points: dict[float, float] = {}
-        for part in WIDTHS:
+        for part in progress_bar(self._progress, iterable=WIDTHS, desc=WIDTHS_OF, leave=False):
             at = int(np.argmin(np.abs(values - part * dense) + 1e-6 * cut / (cut.max() + 1e-30)))
             if values[at] < dense and cut[at] > 0:
                 points[float(cut[at])] = max(self.evaluate(shapes[at]), 1e-9)
@@ -239,7 +251,7 @@ class MaskedQuality:
     @contextmanager
     def _masked(self, plan: Plan) -> Iterator[None]:
         """Close what a plan removes, whatever its legality, and put everything back."""
-        name = self.tuner._one_name(None)
+        (name,) = self.names
         gates = list(collect_gates(self.model, name).values())
         before = [(gate.kept, gate.hard_in_training) for gate in gates]
         training = self.model.training

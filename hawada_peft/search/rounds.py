@@ -32,9 +32,9 @@ def search(
     """
     Find the shape of least loss that meets a budget.
 
-    All shapes are estimated and scored. The best are built with random weights and timed, and evaluated with their
-    gates closed; table and scores are corrected by that and the search is repeated, until the best shape is one that
-    was timed, evaluated, timed once more on its own and found to meet the budget.
+    All shapes that the budget may need are estimated and scored. The best are built with random weights and timed, and
+    evaluated with their gates closed; table and scores are corrected by that and the search is repeated, until the
+    best shape is one that was timed, evaluated, timed once more on its own and found to meet the budget.
 
     Args:
         space: the shapes.
@@ -51,6 +51,7 @@ def search(
     effort = effort or Effort()
     state = SearchState(space, table, budget, effort, narrower)
     state.check_feasible()
+    state = state.of_worthwhile_depth()
     state.predict(quality)
     confirmed: set[int] = set()
     for number in range(1, effort.search_rounds + 1):

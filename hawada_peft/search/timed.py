@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache as remember
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from peft import PeftModel
@@ -24,9 +23,11 @@ from ..latency.timing import Timing
 from ..progress import Progress
 from ..vanilla.family import locate
 from ..vanilla.legality import check_legal, legal_head_shapes
-from ..vanilla.rehoming import has_twin, twin_skeleton
 from ..vanilla.shape import Shape
 from .timed_models import realiser
+
+TIMING = "building and timing shapes"
+"""What a search shows its timings as."""
 
 
 def measure_table(
@@ -34,7 +35,6 @@ def measure_table(
     regime: Regime,
     *,
     effort: Effort | None = None,
-    allow_rehome: bool = False,
     hidden_size: int | None = None,
     progress: Progress | None = None,
 ) -> LatencyTable:
@@ -45,7 +45,6 @@ def measure_table(
         model: a dense or gated model; only its class and config are used.
         regime: the conditions.
         effort: what is measured, how long and by which clock, and where tables are kept.
-        allow_rehome: also time heads that only the family's twin takes.
         hidden_size: of all that is timed, for a table of a narrower residual stream; the dense one if left out.
         progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
 
@@ -58,9 +57,7 @@ def measure_table(
         UnsettledTimingWarning: if timers did not settle; such a table is not kept.
         UncachedTableWarning: if it cannot be kept.
     """
-    table = table_of(
-        model, regime, effort or Effort(), allow_rehome=allow_rehome, hidden_size=hidden_size, progress=progress
-    )
+    table = table_of(model, regime, effort or Effort(), hidden_size=hidden_size, progress=progress)
     warn_unsettled(table.unsettled)
     return table
 
@@ -70,7 +67,6 @@ def table_of(
     regime: Regime,
     effort: Effort,
     *,
-    allow_rehome: bool = False,
     hidden_size: int | None = None,
     progress: Progress | None = None,
 ) -> LatencyTable:
@@ -82,10 +78,10 @@ def table_of(
     if widest.hidden_size is not None:
         check_legal(layout, widest)
         model_key |= widest.to_dict() | {"dense_hidden_size": layout.hidden_size}
-    heads, build = builder(base, regime, allow_rehome=allow_rehome, hidden_size=widest.hidden_size)
+    heads = legal_head_shapes(layout, widest.hidden_size)
     make = partial(
         build_table,
-        build,
+        realiser(layout, regime),
         dense=layout.dense,
         heads=heads,
         model=model_key,
@@ -106,7 +102,6 @@ class Timer:
         base: the dense model; only its class and config are used.
         regime: the conditions.
         effort: how long, and by which clock.
-        allow_rehome: whether the family's twin builds what the model's class does not.
         progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
     """
 
@@ -116,11 +111,11 @@ class Timer:
         regime: Regime,
         effort: Effort,
         *,
-        allow_rehome: bool = False,
         progress: Progress | None = None,
     ) -> None:
         self.regime, self.effort, self.progress = regime, effort, progress
-        self.dense, self.build = locate(base).dense, builder(base, regime, allow_rehome=allow_rehome)[1]
+        layout = locate(base)
+        self.dense, self.build = layout.dense, realiser(layout, regime)
         self.timings: list[Timing] = []
 
     def __call__(self, shapes: Sequence[Shape]) -> Mapping[Shape, Timing]:
@@ -131,7 +126,7 @@ class Timer:
             self.regime,
             reference=self.dense,
             effort=self.effort,
-            label="realising shapes",
+            label=TIMING,
             progress=self.progress,
         )
         self.timings += found.values()
@@ -160,32 +155,3 @@ def dense_model(model: nn.Module) -> PreTrainedModel:
     if not isinstance(base, PreTrainedModel):
         raise InvalidRegimeError(f"only transformers models can be planned by latency, got {type(base).__name__}")
     return base
-
-
-def builder(
-    base: PreTrainedModel, regime: Regime, *, allow_rehome: bool, hidden_size: int | None = None
-) -> tuple[list[Shape], Callable[[Shape], PreTrainedModel]]:
-    """
-    The (query heads, KV groups) that can be built, and what builds them: the model's class, or else its twin's.
-
-    What builds takes shapes of any hidden size; the pairs are those of one.
-
-    Args:
-        base: the dense model; only its class and config are used.
-        regime: the dtype and device of what is built.
-        allow_rehome: whether the twin counts.
-        hidden_size: of the pairs that are returned; the dense one if left out.
-    """
-    layout = locate(base)
-    home, own = remember(partial(legal_head_shapes, layout)), realiser(layout, regime)
-    here = home(hidden_size)
-    if not allow_rehome or not has_twin(layout):
-        return here, own
-    twin = locate(twin_skeleton(layout))
-    other, away = legal_head_shapes(twin, hidden_size), realiser(twin, regime)
-
-    def build(shape: Shape) -> PreTrainedModel:
-        pair = Shape(shape.num_attention_heads, shape.num_key_value_heads)
-        return (own if pair in home(shape.hidden_size) else away)(shape)
-
-    return [*here, *(pair for pair in other if pair not in here)], build

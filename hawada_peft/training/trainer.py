@@ -26,12 +26,11 @@ from ..distil.unlabelled import UnlabelledTrainer
 from ..errors import HawAdaError
 from ..gates.adapter import GateAdapter
 from ..gates.attach import collect_gates
-from ..gates.reading import axes_of
+from ..gates.reading import are_fresh, axes_of
 from ..gates.relaxation import RELAXATIONS
 from ..latency.budget import LatencyBudget
 from ..latency.effort import Effort
 from ..latency.table import LatencyTable
-from ..planning.importance import gate_importance
 from ..planning.plan import Plan
 from ..planning.rounding import Rounding
 from ..search.budgeted import find_plan
@@ -318,16 +317,14 @@ class HawAdaTrainer(UnlabelledTrainer):
 
     def _prepare(self) -> None:
         """Find the shape for a budget, and start gates that nobody has started."""
-        gates = [gate for axis in axes_of(self.gated).values() for gate in axis]
-        fresh = all(bool((gate.theta == gate.start.theta).all()) for gate in gates)
-        start = fresh and self.calibration_examples > 0 and not self.decided
+        start = are_fresh(self.gated) and self.calibration_examples > 0 and not self.decided
         batches = self._calibration() if start or self._goal is None else []
-        self._goal = self._goal or self._goal_of_budget(cast(LatencyBudget, self.budget), batches, fresh)
+        self._goal = self._goal or self._goal_of_budget(cast(LatencyBudget, self.budget), batches)
         if start:
             fixed = isinstance(self.goal, ShapeGoal)
             init_gates(self.gated, batches, shape=self.goal.final_shape() if fixed else None)
 
-    def _goal_of_budget(self, budget: LatencyBudget, batches: Sequence[Batch], fresh: bool) -> Goal:
+    def _goal_of_budget(self, budget: LatencyBudget, batches: Sequence[Batch]) -> Goal:
         progress = None if self.args.disable_tqdm else partial(tqdm, disable=None)
 
         def find_shape() -> tuple[Shape, dict[str, Any]]:
@@ -335,8 +332,6 @@ class HawAdaTrainer(UnlabelledTrainer):
                 self.gated,
                 budget,
                 batches,
-                # Fresh gates are all the same: shapes would be judged by cutting whatever comes last.
-                importance=gate_importance(self.gated, batches) if fresh else None,
                 table=self.table,
                 hidden_sizes=self.hidden_sizes,
                 refit=self.refit,
