@@ -17,7 +17,8 @@ from ..progress import Progress
 from ..recipes.readers import batches_of, load_examples
 from ..search.budgeted import find_plan
 from ..search.result import FORMAT, SearchResult
-from ..vanilla.loading import load_model
+from ..search.timed import check_regime, regime_of
+from ..vanilla.loading import load_model, load_skeleton
 from ._regime import RegimeOptions, checked_device
 
 if TYPE_CHECKING:
@@ -121,6 +122,8 @@ def plan(
         **regime,
     )
     path, name = Path(output), os.fspath(model)
+    skeleton = load_skeleton(name)
+    check_regime(skeleton, regime_of(skeleton, budget))  # before the data and the weights are read
     path.parent.mkdir(parents=True, exist_ok=True)  # before the work
     length = budget.seq_len or SEQ_LEN
     size = max(1, min(BATCH, BATCH_TOKENS // length))

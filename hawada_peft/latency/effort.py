@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HawAdaError
+from .checks import is_number
 from .clock import Clock
 
 
@@ -82,8 +83,7 @@ class Effort:
         for name, least in LEAST.items():
             value: Any = getattr(self, name)
             whole = name not in ("max_seconds", "tolerance", "bend", "margin")
-            number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or value < least:
+            if not is_number(value) or (whole and not isinstance(value, int)) or value < least:
                 kind = "whole number" if whole else "number"
                 yield f"effort: {name} must be a {kind} of at least {least}, got {value!r}"
             elif name in ("tolerance", "bend") and value == 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -11,6 +13,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from ..errors import InvalidRegimeError
+from ..vanilla.family import locate
 from .regime import Regime
 
 CAPTURE_WARMUP = 3
@@ -59,6 +62,48 @@ def check_call(model: nn.Module, regime: Regime) -> PreTrainedModel:
     if problems:
         raise InvalidRegimeError("\n".join(problems))
     return model
+
+
+def check_memory(model: PreTrainedModel, regime: Regime) -> None:
+    """
+    Check that a call of a model under a regime can fit its device.
+
+    Args:
+        model: its class, config and sizes count; its weights may be anywhere.
+        regime: the conditions.
+
+    Raises:
+        InvalidRegimeError: if it cannot.
+        UnsupportedModelError: if the model has no family row.
+    """
+    needs, has = least_bytes(model, regime), device_bytes(regime)
+    if needs > has:
+        raise InvalidRegimeError(
+            f"a call of {type(model).__name__} under {regime} needs {needs / 2**30:,.1f} GiB at least, and the device "
+            f"has {has / 2**30:,.1f}: ask for fewer rows (batch_size) or tokens (seq_len)"
+        )
+
+
+def least_bytes(model: PreTrainedModel, regime: Regime) -> int:
+    """Bytes of the weights, and of one activation, the KV cache and all logits, where the mode has them."""
+    layout, tokens = locate(model), regime.seq_len or 1
+    each = 0 if regime.mode == "decode" else layout.hidden_size
+    if regime.mode == "forward" and model.can_generate():
+        each += model.config.vocab_size
+    if regime.mode != "forward":
+        sizes = layout.dense.sizes()
+        each += 2 * sizes["num_key_value_heads"] * layout.head_dim * sizes["num_hidden_layers"]
+    return (model.num_parameters() + regime.batch_size * tokens * each) * regime.torch_dtype.itemsize
+
+
+def device_bytes(regime: Regime) -> float:
+    """The memory of the regime's device; infinite where it is not known."""
+    device = torch.device(regime.device)
+    if device.type == "cuda" and torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    if device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return math.inf
 
 
 def prepare(model: nn.Module, regime: Regime) -> Runner:

@@ -14,7 +14,7 @@ import torch
 
 from ..errors import IncompatibleTableError
 from ..vanilla.shape import AXES, Shape
-from .damage import disagreements, problems_of
+from .checks import disagreements, problems_of
 from .interpolate import bilinear, linear, smooth
 from .regime import Regime
 

@@ -11,7 +11,6 @@ from ..gates.reading import are_fresh
 from ..latency.budget import LatencyBudget
 from ..latency.build import TABLE
 from ..latency.effort import Effort
-from ..latency.runner import check_call
 from ..latency.settling import warn_unsettled
 from ..latency.table import LatencyTable
 from ..planning.importance import gate_importance
@@ -23,7 +22,7 @@ from .refitted import REFITS, RefittedQuality, obstacle
 from .result import SearchResult
 from .rounds import search
 from .space import narrower_sizes, search_space
-from .timed import TIMING, Timer, dense_model, regime_of, table_of
+from .timed import TIMING, Timer, check_regime, dense_model, regime_of, table_of
 
 IMPORTANCE = "importance"
 """What it is shown as."""
@@ -76,7 +75,7 @@ def find_plan(
     base = dense_model(model)
     layout = locate(base)
     regime = regime_of(model, budget)
-    check_call(base, regime)
+    check_regime(base, regime)
     if not calibration:
         raise HawAdaError("no calibration batches were given; pass at least one")
     refit = not obstacle(model, calibration) if refit is None else refit

@@ -16,7 +16,7 @@ from ..latency.cache import cached_table, table_key
 from ..latency.effort import Effort
 from ..latency.measuring import measure_built
 from ..latency.regime import Regime
-from ..latency.runner import check_call
+from ..latency.runner import check_call, check_memory
 from ..latency.settling import unsettled, warn_unsettled
 from ..latency.table import LatencyTable
 from ..latency.timing import Timing
@@ -72,7 +72,7 @@ def table_of(
 ) -> LatencyTable:
     """As `measure_table`, without a warning: the table says what did not settle."""
     base = dense_model(model)
-    check_call(base, regime)
+    check_regime(base, regime)
     layout = locate(base)
     widest, model_key = layout.narrowed(hidden_size), layout.fingerprint()
     if widest.hidden_size is not None:
@@ -142,6 +142,18 @@ def regime_of(model: PreTrainedModel | PeftModel, budget: LatencyBudget) -> Regi
     """The budget's regime, with what it leaves out taken from the model."""
     base = dense_model(model)
     return budget.regime(generates=base.can_generate(), dtype=base.dtype, device=base.device)
+
+
+def check_regime(model: PreTrainedModel, regime: Regime) -> None:
+    """
+    Check that a model can be called under a regime on its device, before any work. Its weights may be anywhere.
+
+    Raises:
+        InvalidRegimeError: if it cannot.
+        UnsupportedModelError: if the model has no family row.
+    """
+    check_call(model, regime)
+    check_memory(model, regime)
 
 
 def dense_model(model: nn.Module) -> PreTrainedModel:

@@ -19,7 +19,7 @@ from ..planning.rounding import Rounding
 from ..search.rounds import search
 from ..search.space import search_space
 from ..search.state import SearchState
-from ..search.timed import Timer, dense_model, regime_of
+from ..search.timed import Timer, check_regime, dense_model, regime_of
 from ..vanilla.family import Layout, locate
 from ..vanilla.shape import Shape
 from .constraint import LatencyConstraint
@@ -67,6 +67,7 @@ class LatencyGoal(Goal):
                 "them out of the config's `gates`, or let the search choose the shape (constraint='search')"
             )
         self.regime = regime_of(model, budget)
+        check_regime(self.base, self.regime)
         self.effort = effort = effort or Effort()
         device_name = effort.clock.device_name(self.regime)
         table.check(regime=self.regime, model=self.layout.fingerprint(), device_name=device_name)

@@ -1,4 +1,4 @@
-"""Whether a latency table that was read can be one that was measured."""
+"""What counts as a number, and as a latency table that was measured: for what people and files give."""
 
 from __future__ import annotations
 
@@ -12,6 +12,21 @@ if TYPE_CHECKING:
 
 FAR = 2.0
 """A table's estimate of a shape that it has seen is off by this factor at most."""
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number, and no bool."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # whole, and beyond all floats
+        return False
+
+
+def is_whole(value: Any, least: int) -> bool:
+    """Whether it is a whole number of at least `least`, and no bool."""
+    return isinstance(value, int) and is_number(value) and value >= least
 
 
 def problems_of(table: LatencyTable) -> Iterator[str]:
@@ -32,7 +47,7 @@ def problems_of(table: LatencyTable) -> Iterator[str]:
     }
     numbers |= {f"realised[{index}].ms": point.ms for index, point in enumerate(table.realised)}
     numbers |= {f"errors.{name}": value for name, value in table.errors.items()}
-    broken = [name for name, value in numbers.items() if not _is_number(value)]
+    broken = [name for name, value in numbers.items() if not is_number(value)]
     broken += [
         name
         for name, value in numbers.items()
@@ -44,14 +59,14 @@ def problems_of(table: LatencyTable) -> Iterator[str]:
         yield "no finite numbers, or too small: " + ", ".join(f"{name} = {numbers[name]!r}" for name in broken[:4])
     sizes = {name: getattr(table, name) for name in ("kv_groups", "heads_per_group", "ffn_sizes")}
     for name, values in sizes.items():
-        if not values or not all(_is_size(value) for value in values) or any(a >= b for a, b in pairwise(values)):
+        if not values or not all(is_whole(value, 0) for value in values) or any(a >= b for a, b in pairwise(values)):
             yield f"{name} must be rising whole numbers, got {values!r}"
     grid = [len(table.kv_groups), *{len(row) for row in table.attention_ms}]
     if len(table.attention_ms) != grid[0] or grid[1:] != [len(table.heads_per_group)]:
         yield "attention_ms must have a row per KV group and a column per number of heads in a group"
     if len(table.ffn_ms) != len(table.ffn_sizes):
         yield "ffn_ms must have a number per FFN size"
-    if not _is_size(table.multiple) or table.multiple < 1:
+    if not is_whole(table.multiple, 1):
         yield f"multiple must be a whole number of at least 1, got {table.multiple!r}"
     texts = (table.device_name, table.measured_at, table.unsettled)
     if not all(isinstance(text, str) for text in texts):
@@ -66,11 +81,3 @@ def disagreements(table: LatencyTable) -> Iterator[str]:
         estimate = table.estimate(shape)
         if not (math.isfinite(estimate) and ms / FAR < estimate < ms * FAR):
             yield f"{shape.to_dict()} took {ms!r} ms, and its costs add up to {estimate:.6g} ms"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
