@@ -23,7 +23,7 @@ from ..planning.ranking import rank
 from ..progress import Progress, progress_bar
 from ..vanilla.family import HIDDEN, Layout
 from ..vanilla.outputs import Batch
-from ..vanilla.shape import Shape
+from ..vanilla.shape import BY_NAME, FFN, HEADS, LAYERS, Shape
 from .space import SearchSpace
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class MaskedQuality:
     @property
     def free(self) -> tuple[str, ...]:
         """What the gates allow to cut."""
-        scores = {"heads": self.scores.heads, "ffn": self.scores.channels, "layers": self.scores.layers}
+        scores = {HEADS: self.scores.heads, FFN: self.scores.channels, LAYERS: self.scores.layers}
         free = tuple(axis for axis, values in scores.items() if all(value is not None for value in values))
         return free if self.scores.hidden is None else (*free, HIDDEN)
 
@@ -138,9 +138,9 @@ class MaskedQuality:
         depth_loss = self.depth_losses(min(space.layers))
         heads = np.stack([self._heads_cut(layer, space.heads) for layer in range(total)])
         ffn = np.stack([self._channels_cut(layer, space.ffn) for layer in range(total)])
-        heads_loss = self._measured_curve(heads.sum(0), [replace(pair) for pair in space.heads], "num_attention_heads")
+        heads_loss = self._measured_curve(heads.sum(0), space.heads, BY_NAME[HEADS].field)
         sizes = [Shape(intermediate_size=size) for size in space.ffn]
-        ffn_loss = self._measured_curve(ffn.sum(0), sizes, "intermediate_size")
+        ffn_loss = self._measured_curve(ffn.sum(0), sizes, BY_NAME[FFN].field)
         hidden = 0.0 if space.hidden_size is None else max(0.0, self.evaluate(Shape(hidden_size=space.hidden_size)))
         result = np.empty((len(space.layers), len(space.heads), len(space.ffn)))
         for row, count in enumerate(space.layers):

@@ -10,23 +10,19 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from ..latency.build import SMALLEST_FFN
 from ..latency.regime import Regime
 from ..planning.reasons import multiples
-from ..planning.sizes import hidden_multiple, size_steps
+from ..planning.sizes import ffn_choices, hidden_multiple
 from ..vanilla.family import Layout
-from ..vanilla.legality import build_sizes, fit_hidden, head_shapes, legal_head_shapes
+from ..vanilla.legality import fit_hidden, head_shapes, legal_head_shapes
 from ..vanilla.resize import edit_config
-from ..vanilla.shape import Shape
+from ..vanilla.shape import FFN, HEADS, LAYERS, Shape
 
 HIDDEN = (7 / 8, 3 / 4, 5 / 8, 1 / 2)
 """Hidden sizes that are searched, in parts of the dense one. Each needs a latency table of its own."""
 
 FIXED = "has no gates: stays as it is"
 """Why a size has one value."""
-
-MOST_FFN_SIZES = 256
-"""FFN sizes that are searched at most; finer steps than that change nothing that can be measured."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +106,7 @@ def search_space(
     *,
     multiple: int = 1,
     group_size: int = 1,
-    free: Sequence[str] = ("heads", "ffn", "layers"),
+    free: Sequence[str] = (HEADS, FFN, LAYERS),
     hidden_size: int | None = None,
 ) -> SearchSpace:
     """
@@ -126,22 +122,13 @@ def search_space(
     """
     dense = layout.narrowed(hidden_size)
     size = dense.sizes()["intermediate_size"]
-    heads = legal_head_shapes(layout, hidden_size) if "heads" in free else [_pair(dense)]
-    unit = layout.family.ffn_unit
-    parts = {"other sizes are slower on this device": multiple}
-    parts |= size_steps(group_size, unit, dense.hidden_size or layout.hidden_size if unit else 1)
-    fine = step = math.lcm(*parts.values())
-    while size // step > MOST_FFN_SIZES:
-        step *= 2
-    if step > fine:
-        parts[f"at most {MOST_FFN_SIZES} sizes are searched"] = step
-    smallest = max(1, round(SMALLEST_FFN * size / step)) * step
-    ffn = tuple(range(smallest, size, step)) if "ffn" in free else ()
-    if layout.family.ffn_unit:
-        ffn = tuple(f for f in ffn if build_sizes(layout, Shape(intermediate_size=f).complete(dense)) is None)
-    ffn = (*ffn, size)
+    heads = legal_head_shapes(layout, hidden_size) if HEADS in free else [_pair(dense)]
+    ffn: tuple[int, ...] = (size,)
+    parts: dict[str, int] = {}
+    if FFN in free:
+        ffn, parts = ffn_choices(layout, dense, multiple=multiple, group_size=group_size)
     total = dense.sizes()["num_hidden_layers"]
-    layers = tuple(range(1, total + 1)) if "layers" in free else (total,)
+    layers = tuple(range(1, total + 1)) if LAYERS in free else (total,)
     pairs = tuple(heads)
     tokens = regime.batch_size * ((regime.seq_len or 0) + (regime.mode == "decode")) if regime.mode != "forward" else 0
     bytes_each = regime.torch_dtype.itemsize
@@ -166,10 +153,10 @@ def search_space(
         steps={
             "num_attention_heads": f"{len(pairs)} of {len(head_shapes(layout.dense))} pairs of query heads and KV "
             f"groups are legal in {layout.model_class.__name__}"
-            if "heads" in free
+            if HEADS in free
             else FIXED,
-            "intermediate_size": multiples(parts) if "ffn" in free else FIXED,
-            "num_hidden_layers": "whole layers" if "layers" in free else FIXED,
+            "intermediate_size": multiples(parts) if FFN in free else FIXED,
+            "num_hidden_layers": "whole layers" if LAYERS in free else FIXED,
         },
     )
 

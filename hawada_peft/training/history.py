@@ -16,9 +16,9 @@ from ..gates.adapter import BLOCK, LAYER, UNITS, GateAdapter
 from ..gates.kinds import SigmoidGate
 from ..gates.reading import expected_sizes
 from ..planning.plan import Plan
-from ..planning.ranking import LAYERS
 from ..search.timed import dense_model
 from ..vanilla.family import FFN, HEADS, Layout, locate
+from ..vanilla.shape import LAYERS
 
 HISTORY_FILE = "gate_history.json"
 FORMAT = 1

@@ -21,7 +21,7 @@ from ..search.space import search_space
 from ..search.state import SearchState
 from ..search.timed import Timer, check_regime, dense_model, regime_of
 from ..vanilla.family import Layout, locate
-from ..vanilla.shape import Shape
+from ..vanilla.shape import FFN, HEADS, LAYERS, Shape
 from .constraint import LatencyConstraint
 from .gate_quality import GateQuality
 from .goal import Goal, logger
@@ -60,7 +60,7 @@ class LatencyGoal(Goal):
         self.layout: Layout = locate(self.base)
         self.name: str = model.active_adapters[0]
         scores = gate_scores(self.base, self.layout, [self.name])
-        axes = {"heads": scores.heads, "ffn": scores.channels, "layers": scores.layers}
+        axes = {HEADS: scores.heads, FFN: scores.channels, LAYERS: scores.layers}
         if scores.hidden is not None:
             raise InvalidPlanError(
                 "gates on 'hidden' cannot be trained under a latency constraint: the table has one hidden size. Leave "
