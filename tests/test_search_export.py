@@ -25,12 +25,14 @@ from hawada_peft.errors import (
     InfeasibleBudgetError,
     InvalidPlanError,
     InvalidRegimeError,
+    UnsettledTimingWarning,
 )
 from hawada_peft.latency.budget import LatencyBudget
 from hawada_peft.latency.effort import Effort
 from hawada_peft.latency.regime import Regime
 from hawada_peft.latency.table import LatencyTable
 from hawada_peft.latency.timing import Timing
+from hawada_peft.latency.toy import ToyClock
 from hawada_peft.planning.importance import gate_importance
 from hawada_peft.planning.plan import Plan
 from hawada_peft.search.budgeted import find_plan
@@ -601,3 +603,25 @@ def test_without_gates_on_it_no_hidden_size_is_timed() -> None:
 def test_a_hidden_size_that_does_not_exist_is_refused() -> None:
     with pytest.raises(IllegalShapeError, match=r"LlamaConfig refuses.*\n.*nearest.*48"):
         measure_table(build(LM_ROW), REGIME, hidden_size=44)
+
+
+class Shaky(ToyClock):
+    """Every look at it takes another while."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late, self.rng = 0.0, np.random.default_rng(0)
+
+    def now(self) -> float:
+        self.late += 1e-3 * self.rng.exponential()
+        return super().now() + self.late
+
+
+def test_a_search_warns_once_of_what_did_not_settle_and_where_it_was_called() -> None:
+    model = get_peft_model(build(LM_ROW), HawAdaConfig())
+    budget = LatencyBudget(max_parameters=120_000, mode="prefill", seq_len=8)
+    effort = once(Shaky(), min_rounds=3, max_rounds=4, tolerance=1e-4)
+    with pytest.warns(UnsettledTimingWarning, match=r"did not settle.*\. .*did not settle.*Stop other work") as caught:
+        find_plan(model, budget, [inputs_of(model)], effort=effort, refit=False)
+    told = [each.filename for each in caught if each.category is UnsettledTimingWarning]
+    assert told == [__file__]
