@@ -13,7 +13,8 @@ from .gates.attach import attach_adapters, collect_gates, detach_adapters, is_at
 from .gates.concrete import AttentionHeadAdapter, BlockAdapter, ChannelAdapter
 from .gates.kinds import BlockGate, ChannelGate, HeadGate, SigmoidGate
 from .latency.budget import LatencyBudget
-from .latency.clock import measure_many
+from .latency.effort import Effort
+from .latency.measuring import measure_many
 from .latency.regime import Regime
 from .latency.table import LatencyTable
 from .latency.timing import Timing
@@ -25,7 +26,6 @@ from .recipes.result import RecipeResult
 from .recipes.run import train_recipe
 from .refit.reconstruction import Reconstruction, reconstruct
 from .search.budgeted import find_plan
-from .search.effort import SearchEffort
 from .search.result import SearchResult
 from .search.timed import measure_table
 from .shipping.calibrated import slim_calibrated
@@ -57,6 +57,7 @@ __all__ = [
     "ChannelAdapter",
     "ChannelGate",
     "DistillTrainer",
+    "Effort",
     "ExportFacts",
     "Family",
     "GateAdapter",
@@ -74,7 +75,6 @@ __all__ = [
     "RecipeResult",
     "Reconstruction",
     "Regime",
-    "SearchEffort",
     "SearchResult",
     "Shape",
     "SigmoidGate",

@@ -11,8 +11,8 @@ from typing import Any
 
 from ..errors import HawAdaError
 from ..planning.plan import Plan
-from ..planning.ranking import LAYERS
 from ..vanilla.family import FFN, HEADS
+from ..vanilla.shape import LAYERS
 from .known import SlimFacts
 from .palette import LIGHT, NAMED, follow_page, mixed
 
