@@ -40,9 +40,7 @@ def cached_table(
         return LatencyTable.load(path)
     table = make()
     folder.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_suffix(f".{os.getpid()}.tmp")
-    table.save(partial_path)
-    partial_path.replace(path)
+    table.save(path)
     return table
 
 
