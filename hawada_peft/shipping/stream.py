@@ -28,6 +28,7 @@ from ..surgery.slicing import slice_tensor
 from ..surgery.slimming import slim
 from ..surgery.source import rows_of, source_of
 from ..vanilla.family import locate
+from ..vanilla.resize import untie
 
 NO_PLAN = (
     "there is no plan: apply one to the adapter before it is saved "
@@ -61,6 +62,7 @@ class _Export:
             self._factors = factors_of(gated) if fold else {}
             self._lora = lora_of(gated)
             self.dense = cast(PreTrainedModel, gated.unload())
+            untie(self.dense)
         if plan is None:
             raise InvalidPlanError(NO_PLAN)
         self.plan = plan

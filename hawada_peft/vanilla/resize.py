@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneConfigMixin
 
 from .family import Layout
@@ -26,6 +26,24 @@ def add_v4_rope_keys(config: PreTrainedConfig) -> None:
     fields["rope_theta"] = rope["rope_theta"]
     if rope.get("rope_type", "default") != "default":
         fields["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+
+
+def untie(model: PreTrainedModel) -> None:
+    """
+    Say in a model's config that its embeddings are not tied, if they were and are no longer the same tensors.
+
+    Training one of them makes them differ; saved as tied ones, one would be lost.
+    """
+    if any(model.get_parameter(one) is not model.get_parameter(other) for one, other in _tied(model)):
+        for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
+            if config.tie_word_embeddings:
+                config.tie_word_embeddings = False
+        model.all_tied_weights_keys = {}
+
+
+def _tied(model: PreTrainedModel) -> list[tuple[str, str]]:
+    names = dict(model.named_parameters(remove_duplicate=False))
+    return [pair for pair in model.all_tied_weights_keys.items() if set(pair) <= names.keys()]
 
 
 def edit_config(layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None = None) -> PreTrainedConfig:
