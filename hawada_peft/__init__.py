@@ -34,7 +34,7 @@ from .shipping.facts import ExportFacts, QualityChange, calibration_facts
 from .shipping.hub import push_to_hub
 from .shipping.passport import PassportLine
 from .shipping.runtimes import check_compile, check_onnx
-from .shipping.save import save_slim
+from .shipping.save import Slimmed, save_slim
 from .shipping.write import write_card
 from .surgery.slicing import slice_conv, slice_embedding, slice_linear
 from .surgery.slimming import slim
@@ -77,6 +77,7 @@ __all__ = [
     "Shape",
     "SigmoidGate",
     "SlimCheckpoint",
+    "Slimmed",
     "Timing",
     "Verification",
     "WrittenReport",

@@ -1,9 +1,12 @@
-"""A slim model in memory becomes a verified folder."""
+"""What became of a slimming, and how it becomes a verified folder."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +15,14 @@ from transformers import AutoProcessor, PreTrainedModel
 
 from ..files.folder import new_folder
 from ..files.verify import Verification, logger, verify_slim
+from ..planning.plan import Plan
+from ..refit.reconstruction import Reconstruction
+from ..search.result import SearchResult
+from ..surgery.merge import Reference
 from ..vanilla.outputs import Batch
-from .facts import ExportFacts, known_base
+from .facts import ExportFacts, QualityChange, known_base
+from .figures import Latency
+from .passport import PassportLine
 from .write import checked_report, write_card
 
 
@@ -63,3 +72,79 @@ def save_slim(
             write_card(temporary, card, verification)
     logger.info("%s: verified, logits differ by at most %.3g", folder, verification.max_difference)
     return verification
+
+
+@dataclass(frozen=True)
+class Slimmed:
+    """
+    What became of a slimming: of `model.slim`, `recover`, `slim_checkpoint`.
+
+    Args:
+        model (`PreTrainedModel`): the slim model. On the meta device if it was written tensor by tensor.
+        plan (`Plan`): what was kept.
+        dense (`PreTrainedModel`, *optional*): the dense model, without gates, as it was before there were any.
+        search (*optional*): the search that chose the shape; a `SearchResult`, or what its `to_dict` gave.
+        reconstruction (`Reconstruction`, *optional*): what refitting on calibration batches did.
+        calibration (`dict`, *optional*): what these batches were: `calibration_facts`.
+        reference (`Reference`, *optional*): what the gated model computes, if that was compared.
+        folder (`Path`, *optional*): where the slim model was saved.
+        verification (`Verification`, *optional*): what reloading that folder gave.
+    """
+
+    model: PreTrainedModel
+    plan: Plan
+    dense: PreTrainedModel | None = None
+    search: SearchResult | Mapping[str, Any] | None = None
+    reconstruction: Reconstruction | None = None
+    calibration: Mapping[str, Any] | None = None
+    reference: Reference | None = None
+    folder: Path | None = None
+    verification: Verification | None = None
+
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        processor: Any = None,
+        base: str | os.PathLike[str] | None = None,
+        quality: Sequence[QualityChange] = (),
+        latency: Latency | None = None,
+        checked: Sequence[PassportLine] = (),
+        license: str | None = None,
+        repo_id: str | None = None,
+    ) -> Slimmed:
+        """
+        Save the slim model, verified, with its card and its report: the folder appears complete, or not at all.
+
+        Args:
+            folder: must not exist yet, or be empty.
+            processor: a tokenizer or image processor to save with it; or the folder or id of a model to take it from.
+            base (*optional*): the dense model's id on the Hub or its folder; where it was loaded from if left out.
+            quality, latency, checked, license, repo_id: what only the user can know, for the card; see `ExportFacts`.
+
+        Returns:
+            `Slimmed`: this one, with the folder and its verification.
+
+        Raises:
+            FileExistsError, VerificationError, HawAdaError: as `save_slim`.
+        """
+        known = None if self.dense is None else known_base(self.dense.name_or_path)
+        verification = save_slim(
+            self.model,
+            folder,
+            inputs=None if self.reference is None else self.reference.inputs,
+            processor=processor,
+            card=ExportFacts(
+                base=base or known,
+                plan=self.plan,
+                latency=latency,
+                search=self.search,
+                quality=quality,
+                reconstruction=self.reconstruction,
+                calibration=self.calibration,
+                checked=checked,
+                license=license,
+                repo_id=repo_id,
+            ),
+        )
+        return dataclasses.replace(self, folder=Path(folder), verification=verification)
