@@ -91,7 +91,10 @@ def smuggle(weights: Weights) -> None:
 
 THETA = "hawada_units"
 BAD: dict[str, tuple[Callable[[Weights], object], str]] = {
-    "empty": (lambda weights: weights.clear(), "lacks the weights"),
+    "no gates": (
+        lambda weights: [weights.pop(name) for name in list(weights) if "hawada_" in name],
+        "lacks the weights.*hawada_",
+    ),
     "without a gate": (lambda weights: weights.pop(first(weights, THETA)), "lacks the weights.*hawada_units"),
     "without a LoRA": (lambda weights: weights.pop(first(weights, "lora_A")), "lacks the weights.*lora_A"),
     "misnamed gate": (rename_first(THETA, lambda name: name.replace("theta", "teta")), "lacks the weights.*theta"),
@@ -130,6 +133,13 @@ def test_other_tensors_are_refused_by_name(made: dict[str, Path], tmp_path: Path
     assert not (made["llama"] / "slim").exists()
 
 
+@pytest.mark.parametrize("way", ["from_pretrained", "slim_checkpoint"])
+def test_an_empty_file_is_refused(made: dict[str, Path], tmp_path: Path, way: str) -> None:
+    adapter = edited(made["llama"], tmp_path, lambda weights: weights.clear())
+    with pytest.raises(HawAdaError, match="lacks the weights"):
+        WAYS[way](made["llama"] / "base", adapter, LM_ROW)
+
+
 def test_a_head_that_is_missing_is_refused_by_name(made: dict[str, Path], tmp_path: Path) -> None:
     adapter = edited(made["vit"], tmp_path, lambda weights: weights.pop(first(weights, "classifier.bias")))
     with pytest.raises(HawAdaError, match=r"lacks the weights.*classifier\.bias"):
@@ -152,8 +162,9 @@ def test_what_is_no_file_of_weights_is_refused_and_not_waited_for(
         (adapter / FILE).mkdir()
     else:
         (adapter / FILE).write_bytes(whole[:-10] if kind == "cut" else b"weights")
+    load = WAYS[way] if way != "load_adapter" else lambda *_: gate(build(LM_ROW)).load_adapter(adapter, "second")
     with pytest.raises(HawAdaError, match="is not a file" if kind in ("pipe", "folder") else "is damaged"):
-        WAYS[way](made["llama"] / "base", adapter, LM_ROW)
+        load(made["llama"] / "base", adapter, LM_ROW)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneConfigMixin
 
 from .family import Layout
+from .plain import plain_fields
 from .shape import Shape
 
 
@@ -61,7 +62,7 @@ def edit_config(layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None 
     config, family = layout.config, layout.family
     sizes, dense = shape.sizes(), layout.dense.sizes()
     layers = layers or tuple(range(sizes["num_hidden_layers"]))
-    fields: dict[str, Any] = copy.deepcopy(config.to_dict())
+    fields: dict[str, Any] = plain_fields(copy.deepcopy(config.to_dict()))
 
     def put(name: str, value: Any) -> None:
         fields[config.attribute_map.get(name, name)] = value
