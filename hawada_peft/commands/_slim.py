@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 from ..errors import HawAdaError
 from ..planning.plan import Plan
@@ -55,15 +58,15 @@ def slim(
         FileExistsError: if the output folder holds something.
         VerificationError: if the output is not what it should be.
     """
+    batches = None
     if calibration is None:
-        named = [name for name, value in (("examples", examples), ("seq_len", seq_len)) if value is not None]
+        options = {"examples": examples, "seq_len": seq_len, "device": device}
+        named = [name for name, value in options.items() if value is not None]
         if named:
             raise HawAdaError(f"{', '.join(named)} needs calibration: give it as well")
-        batches = None
     else:
         device = checked_device(device)
-        found = load_examples(Path(calibration), os.fspath(base), length=seq_len or SEQ_LEN, count=examples or 64)
-        batches = batches_of(found, BATCH)
+        batches = _batches(Path(calibration), os.fspath(base), seq_len or SEQ_LEN, examples or 64)
     return slim_checkpoint(
         base,
         adapter,
@@ -90,3 +93,8 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
         return Plan.from_json(Path(path).read_text(encoding="utf-8"))
     except (HawAdaError, UnicodeDecodeError) as error:
         raise HawAdaError(f"{os.fspath(path)} holds no plan: {error}") from None
+
+
+def _batches(file: Path, base: str, length: int, count: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Read when the first batch is asked for: other options may be wrong."""
+    yield from batches_of(load_examples(file, base, length=length, count=count), BATCH)

@@ -28,10 +28,9 @@ from ..surgery.fold import gates_config
 from ..vanilla.loading import load_model, processor_of
 from ..vanilla.outputs import example_inputs
 from .facts import ExportFacts, calibration_facts
-from .reference import reference_outputs
 from .save import Slimmed, save_slim
 from .stream import NO_PLAN, _Export
-from .verify import verify_slim
+from .verify import reference_outputs, verify_slim
 from .write import checked_report, write_card
 
 logger = logging.getLogger(__name__)
