@@ -6,17 +6,15 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
 
 from ..errors import InvalidPlanError
 from ..files.folder import check_free
 from ..planning.plan import Plan
 from ..progress import Progress
-from ..refit.reconstruction import Reconstruction
 from ..surgery.fold import gates_config
 from ..vanilla.loading import load_model, processor_of
 from ..vanilla.outputs import example_inputs
@@ -72,13 +70,12 @@ def slim_calibrated(
     if plan is None and applied is None:
         raise InvalidPlanError(NO_PLAN)
     chosen = Plan.from_dict(applied) if plan is None else plan
-    batches, reports = list(calibration), list[Reconstruction]()
+    batches = list(calibration)
     dense = load_model(os.fspath(base), device)
     dense_parameters = dense.num_parameters()
     gated: Any = PeftModel.from_pretrained(dense, os.fspath(adapter))
-    options = {"calibration": batches, "on_reconstruction": reports.append}
-    small = cast(PreTrainedModel, gated.merge_and_unload(progress is not None, plan=plan, fold=fold, **options))
-    reconstruction = reports[0] if reports else None
+    slimmed = gated.slim(progressbar=progress is not None, plan=plan, fold=fold, calibration=batches)
+    small, reconstruction = slimmed.model, slimmed.reconstruction
     if card is not None:
         card = replace(
             card,

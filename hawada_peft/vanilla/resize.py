@@ -11,6 +11,9 @@ from transformers.backbone_utils import BackboneConfigMixin
 from .family import Layout
 from .shape import Shape
 
+LEFT_OVER = ("auto_map", "quantization_config")
+"""Fields of custom code and of packed weights: a slim model has neither."""
+
 
 def add_v4_rope_keys(config: PreTrainedConfig) -> None:
     """
@@ -44,6 +47,8 @@ def edit_config(layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None 
     sizes, dense = shape.sizes(), layout.dense.sizes()
     layers = layers or tuple(range(sizes["num_hidden_layers"]))
     fields: dict[str, Any] = copy.deepcopy(config.to_dict())
+    for name in LEFT_OVER:
+        fields.pop(name, None)
 
     def put(name: str, value: Any) -> None:
         fields[config.attribute_map.get(name, name)] = value
