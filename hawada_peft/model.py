@@ -36,7 +36,7 @@ from .refit.reconstruction import reconstruct
 from .shipping.facts import calibration_facts
 from .shipping.save import Slimmed
 from .surgery.conformity import check_conforms, vanilla_tensors
-from .surgery.dense import dense_view, put_back, take_off
+from .surgery.dense import dense_view, put_back, take_off, unshare
 from .surgery.merge import Reference, check_computes, check_finite, check_gates, reference_of
 from .surgery.slimming import slim
 from .vanilla.family import FAMILIES, FFN, HEADS, HIDDEN, TARGET_MODULES, Layout, find_module, hidden_home, locate
@@ -422,8 +422,9 @@ class HawAdaModel(BaseTuner):
                 "out, or cut no hidden channels"
             )
         base = cast(PreTrainedModel, self.model)
-        check_gates(base)
+        check_unquantized(base)
         self._check_merge_allowed()
+        check_gates(base)
         masks = None if plan is None else (plan,)
         options = (progressbar, safe_merge, names)
         if chosen.keeps_all:
@@ -522,6 +523,7 @@ class HawAdaModel(BaseTuner):
             self._restore()
             for name in options[2]:
                 self.set_masks(None, name)  # another plan's closed units must not be folded away
+        unshare(self.model)
         merge_lora(self.model, options[2])
         if fold:
             return super().merge_and_unload(options[0], options[1], list(options[2]))

