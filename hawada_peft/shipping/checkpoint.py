@@ -23,7 +23,6 @@ from ..files.folder import check_free, new_folder
 from ..files.verify import verify_files
 from ..planning.plan import Plan
 from ..progress import Progress
-from ..refit.reconstruction import Reconstruction
 from ..surgery.fold import gates_config
 from ..vanilla.loading import load_model, processor_of
 from ..vanilla.outputs import example_inputs
@@ -151,24 +150,19 @@ def _in_memory(
     if plan is None and applied is None:
         raise InvalidPlanError(NO_PLAN)
     chosen = Plan.from_dict(applied) if plan is None else plan
-    batches, reports = list(calibration), list[Reconstruction]()
+    batches = list(calibration)
     gated: Any = PeftModel.from_pretrained(load_model(os.fspath(base), device or "cpu"), os.fspath(adapter))
-    options = {"calibration": batches, "on_reconstruction": reports.append}
-    small = gated.merge_and_unload(bars is not None, plan=plan, fold=fold, **options)
-    slimmed = Slimmed(
-        model=small,
-        plan=chosen,
-        dense=Checkpoint(base).skeleton,
-        reconstruction=reports[0] if reports else None,
-        calibration=calibration_facts(batches),
-    )
+    slimmed: Slimmed = gated.slim(progressbar=bars is not None, plan=plan, fold=fold, calibration=batches)
+    if slimmed.dense is None:
+        slimmed = replace(slimmed, dense=Checkpoint(base).skeleton)
+    small = slimmed.model
     if card is not None:
         card = replace(
             card,
             base=card.base or base,
             plan=card.plan or chosen,
             reconstruction=card.reconstruction or slimmed.reconstruction,
-            calibration=card.calibration or slimmed.calibration,
+            calibration=card.calibration or slimmed.calibration or calibration_facts(batches),
         )
     verification = save_slim(small, output, inputs=example_inputs(small), processor=processor_of(base), card=card)
     return replace(slimmed, folder=Path(output), verification=verification)
