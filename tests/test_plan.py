@@ -101,3 +101,9 @@ def test_damaged_plans_are_refused(change: dict[str, Any]) -> None:
 def test_text_that_is_not_json_is_refused() -> None:
     with pytest.raises(InvalidPlanError, match="not JSON"):
         Plan.from_json("channels: all")
+
+
+def test_what_a_notebook_shows_of_a_plan_is_short() -> None:
+    dense = Shape(32, 8, 8192, 16)
+    assert len(repr(Plan.keep_all(dense))) < 300
+    assert repr(Plan.keep_all(dense)) == str(Plan.keep_all(dense))
