@@ -133,7 +133,7 @@ def test_gates_that_are_no_numbers_are_named() -> None:
     model = planned(LM_ROW)
     name, broken = next(iter(collect_gates(model).items()))
     broken.theta.data.fill_(torch.inf)
-    with pytest.raises(BrokenGatesError, match=name.rsplit(".", 2)[0].replace(".", r"\.")):
+    with pytest.raises(BrokenGatesError, match=name.removeprefix("base_model.model.")):
         model.merge_and_unload()
 
 

@@ -135,3 +135,9 @@ def test_masks_that_are_none_are_refused() -> None:
 def test_json_that_is_nested_too_deep_is_refused() -> None:
     with pytest.raises(InvalidPlanError, match="not JSON"):
         Plan.from_json("[" * 100_000)
+
+
+def test_what_a_notebook_shows_of_a_plan_is_short() -> None:
+    dense = Shape(32, 8, 8192, 16)
+    assert len(repr(Plan.keep_all(dense))) < 300
+    assert repr(Plan.keep_all(dense)) == str(Plan.keep_all(dense))

@@ -137,7 +137,7 @@ def test_an_interrupted_recovery_is_resumed(tmp_path: Path, lora: LoraConfig | N
         lora=lora,
         resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"),
     )
-    assert_same_state(resumed.state_dict(), whole.state_dict())
+    assert_same_state(resumed.model.state_dict(), whole.state_dict())
 
 
 def test_all_that_is_wrong_is_said_before_anything_is_changed(tmp_path: Path) -> None:
@@ -174,3 +174,20 @@ def test_broken_gates_leave_the_model_as_it_was() -> None:
         recover(model, train_dataset=DATA)
     found = model.state_dict()
     assert_same_state({name: found[name] for name in base}, base)
+
+
+class Stop(TrainerCallback):
+    """Ctrl-C in the middle of training."""
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_recovery_leaves_the_gated_model(tmp_path: Path) -> None:
+    model = planned()
+    expected, state = logits_of(model), state_of(model)
+    with pytest.raises(KeyboardInterrupt):
+        recover(model, arguments(tmp_path, max_steps=2), train_dataset=DATA, callbacks=[Stop()])
+    assert torch.equal(logits_of(model), expected)
+    assert_same_state(state_of(model), state)
+    recover(model, arguments(tmp_path, max_steps=1), train_dataset=DATA)

@@ -16,7 +16,7 @@ from .rounding import Rounding
 FORMAT = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """
     What stays of a dense model. The sizes are the same in every kept layer; the indices may differ.
@@ -195,6 +195,9 @@ class Plan:
             return cls.from_dict(json.loads(text))
         except (json.JSONDecodeError, RecursionError) as error:
             raise InvalidPlanError(f"the plan is not JSON: {error}") from None
+
+    def __repr__(self) -> str:
+        return str(self)  # all indices would be megabytes: `to_dict` has them
 
     def __str__(self) -> str:
         slim, dense = self.shape.to_dict(), self.dense.to_dict()
