@@ -37,6 +37,10 @@ class RegistrationError(RuntimeError):
     """The tuner type could not be made known to PEFT."""
 
 
+class BadDataError(HawAdaError):
+    """Data that a model cannot take: other inputs, token ids outside its vocabulary, NaN, a mask that does not fit."""
+
+
 class InvalidRegimeError(HawAdaError):
     """What is to be timed contradicts itself, or the model cannot run that way."""
 

@@ -31,6 +31,7 @@ from transformers import (
 from hawada_peft import DistillTrainer, slim
 from hawada_peft.distil.objective import Distillation
 from hawada_peft.errors import HawAdaError, IncompatibleBaseError
+from hawada_peft.vanilla.heads import Classes
 
 LENGTHS = [12, 5, 9, 7, 12, 4, 10, 8]
 
@@ -73,7 +74,7 @@ def kl_of(student: torch.nn.Module, teacher: torch.nn.Module, **weights: float) 
     objective = Distillation(**weights)
     with torch.no_grad():
         logits = [model.eval()(**batch).logits for model in (student, teacher)]
-    return float(objective.loss(objective.terms(*logits, batch["attention_mask"])))
+    return float(objective.loss(objective.terms(*logits, batch["attention_mask"], head=Classes())))
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +213,8 @@ def test_a_peft_teacher_is_its_dense_base(tmp_path: Path) -> None:
 def test_images_train_as_well(tmp_path: Path) -> None:
     teacher = build(VISION_ROW)
     args = {"max_steps": 12, "learning_rate": 0.002, "per_device_train_batch_size": 8}
-    trainer = trainer_of(tmp_path, slimmed(VISION_ROW), teacher=teacher, train_dataset=IMAGES, args=args)
+    data = {"train_dataset": IMAGES, "eval_dataset": IMAGES}
+    trainer = trainer_of(tmp_path, slimmed(VISION_ROW), teacher=teacher, args=args, **data)
     trainer.train()
     assert logged(trainer, "kl")[-1] < 0.8 * logged(trainer, "kl")[0]
     trainer.save_model(str(tmp_path / "slim"))

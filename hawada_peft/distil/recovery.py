@@ -18,7 +18,7 @@ from ..shipping.facts import calibration_facts
 from ..shipping.save import Slimmed
 from ..surgery.dense import put_back
 from ..surgery.slimming import slim
-from ..vanilla.outputs import Batch
+from ..vanilla.batches import Batch
 from .objective import Distillation
 from .trainer import DistillTrainer
 

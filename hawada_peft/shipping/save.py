@@ -18,8 +18,8 @@ from ..planning.plan import Plan
 from ..refit.reconstruction import Reconstruction
 from ..search.result import SearchResult
 from ..surgery.merge import Reference
+from ..vanilla.batches import Batch
 from ..vanilla.modules import check_unquantized
-from ..vanilla.outputs import Batch
 from ..vanilla.plain import make_plain, origin_of, rename
 from .checks import Verification
 from .facts import ExportFacts, QualityChange, known_base

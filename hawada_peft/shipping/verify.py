@@ -21,7 +21,8 @@ from ..files.verify import compare, reload
 from ..planning.plan import Plan
 from ..surgery.fold import gates_config
 from ..surgery.slimming import slim
-from ..vanilla.outputs import Batch, example_inputs, main_output, outputs_of
+from ..vanilla.batches import Batch
+from ..vanilla.outputs import example_inputs, output_of, outputs_of
 from ..vanilla.skeleton import auto_class_of
 from .checks import Check, Verification
 from .passport import PassportLine
@@ -213,8 +214,9 @@ def _outputs(
         case _:
             expected = reference
     device = next((tensor.device for tensor in expected.values()), model.device)
-    found = outputs_of(nn.Module.to(model, device), inputs)
-    found = {"logits": main_output(found)} if isinstance(reference, torch.Tensor) else found
+    nn.Module.to(model, device)
+    alone = isinstance(reference, torch.Tensor)
+    found = {"logits": output_of(model, inputs)} if alone else outputs_of(model, inputs)
     try:
         measured = compare(found, expected, model.dtype, tolerance)
     except VerificationError as error:

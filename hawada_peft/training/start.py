@@ -21,7 +21,7 @@ from ..gates.attach import collect_gates
 from ..gates.kinds import SigmoidGate
 from ..planning.importance import gate_importance
 from ..search.masked import MaskedQuality
-from ..vanilla.outputs import Batch
+from ..vanilla.batches import Batch
 from ..vanilla.shape import Shape
 
 SPREAD = 0.5

@@ -36,7 +36,9 @@ from ..planning.plan import Plan
 from ..planning.rounding import Rounding
 from ..search.budgeted import find_plan
 from ..search.timed import measure_table, regime_of
-from ..vanilla.outputs import Batch, get_student_logits, position_mask
+from ..vanilla.batches import Batch, main_input, position_mask
+from ..vanilla.heads import head_of
+from ..vanilla.outputs import get_student_logits
 from ..vanilla.shape import Shape
 from .goal import Goal, ShapeGoal
 from .history import GateHistory
@@ -210,7 +212,8 @@ class HawAdaTrainer(UnlabelledTrainer):
         """The distillation loss, and while the gates are soft the penalties; arguments as in `Trainer`."""
         teacher = get_teacher_logits(self.accelerator.unwrap_model(model), inputs)
         student = get_student_logits(model, inputs)
-        terms = self.objective.terms(student, teacher, position_mask(inputs, student.shape[:-1]))
+        mask = position_mask(inputs, student.shape[:-1])
+        terms = self.objective.terms(student, teacher, mask, head=head_of(self.gated, student))
         loss = self.objective.loss(terms)
         if model.training and not self.decided:
             for name, (weight, term) in self._penalties().items():
@@ -309,6 +312,7 @@ class HawAdaTrainer(UnlabelledTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`, after the start: the shape for a budget, and gates in the order of their importance."""
+        self.check_data()
         if not resume_from_checkpoint:
             self._prepare()
         try:
@@ -361,8 +365,8 @@ class HawAdaTrainer(UnlabelledTrainer):
         with torch.random.fork_rng(devices=[]):  # data is drawn on the CPU
             torch.default_generator.manual_seed(self.args.seed)
             for batch in self.get_train_dataloader():
-                batches.append({name: value for name, value in batch.items() if isinstance(value, torch.Tensor)})
-                count += next((len(value) for value in batches[-1].values() if value.ndim), 1)
+                batches.append(batch)
+                count += len(main_input(self.gated.get_base_model(), batch))
                 if count >= max(1, self.calibration_examples):
                     break
         if not batches:

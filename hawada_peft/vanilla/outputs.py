@@ -1,4 +1,4 @@
-"""What goes into a model and what comes out: example inputs, logits, the positions that count."""
+"""What goes into a model and what comes out: example inputs, logits."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS
 
 from ..errors import UnsupportedModelError
-
-Batch = Mapping[str, Any]
-
-MAIN = ("logits", "last_hidden_state")
-"""Names of what a model is about, in transformers' outputs."""
+from .batches import Batch, on_device, without_labels
+from .heads import prediction_of
+from .mode import evaluating
 
 
 def get_student_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -27,26 +25,12 @@ def get_student_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
         batch: keyword arguments of its forward pass; labels are left out.
 
     Returns:
-        (batch, ..., classes); last hidden states for a model without a head.
+        (batch, ..., classes), as `prediction_of` says; last hidden states for a model without a head.
 
     Raises:
-        UnsupportedModelError: if the model gives neither.
+        UnsupportedModelError: if the model gives nothing that can be compared.
     """
-    output = model(**{name: value for name, value in batch.items() if name != "labels"})
-    for name in MAIN:
-        if name in output:
-            return output[name]
-    raise UnsupportedModelError(
-        f"{type(model).__name__} gives {sorted(output)}; distillation needs `logits` or `last_hidden_state`"
-    )
-
-
-def masked_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The mean where the mask is nonzero; 0 where it is zero everywhere."""
-    if mask is None:
-        return values.mean()
-    weights = mask.to(values.dtype)
-    return (values * weights).sum() / weights.sum().clamp(min=1)
+    return prediction_of(model(**without_labels(batch)), model)
 
 
 def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -81,13 +65,8 @@ def outputs_of(model: nn.Module, inputs: Batch) -> dict[str, torch.Tensor]:
     Raises:
         UnsupportedModelError: if there are none.
     """
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    try:
-        with torch.inference_mode():
-            output = model(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()})
-    finally:
-        model.train(training)
+    with evaluating(model), torch.inference_mode():
+        output = model(**on_device(inputs, next(model.parameters()).device))
     found = floats_of(output)
     if not found:
         raise UnsupportedModelError(f"{type(model).__name__} gives {sorted(output)}, none of it floating tensors")
@@ -106,20 +85,13 @@ def floats_of(output: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def output_of(model: nn.Module, inputs: Batch) -> torch.Tensor:
-    """The model's logits, else last hidden states, else the last of its other outputs; as `outputs_of` gives them."""
-    return main_output(outputs_of(model, inputs))
-
-
-def main_output(outputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Of what `outputs_of` gives: logits, else last hidden states, else the last."""
-    return next((outputs[name] for name in MAIN if name in outputs), list(outputs.values())[-1])
+    """
+    What the model predicts (`prediction_of`) in evaluation mode; the mode is put back. Inputs are taken to the model's
+    device.
+    """
+    with evaluating(model), torch.inference_mode():
+        return prediction_of(model(**on_device(inputs, next(model.parameters()).device)), model)
 
 
 def _floating(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def position_mask(batch: Batch, positions: torch.Size) -> torch.Tensor | None:
-    """Where a batch holds tokens and not padding: (batch, seq), bool; None where positions are not tokens."""
-    mask = batch.get("attention_mask")
-    return mask.bool() if isinstance(mask, torch.Tensor) and mask.shape == positions else None
