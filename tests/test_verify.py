@@ -33,7 +33,7 @@ from hawada_peft.errors import HawAdaError, UnsupportedModelError, VerificationE
 from hawada_peft.files.names import REPORT_NAME
 from hawada_peft.files.verify import verify_files
 from hawada_peft.vanilla.outputs import outputs_of
-from hawada_peft.vanilla.plain import LEFT_OVER
+from hawada_peft.vanilla.resize import LEFT_OVER
 from hawada_peft.vanilla.skeleton import auto_class_of
 
 

@@ -20,7 +20,7 @@ from ..search.result import SearchResult
 from ..surgery.merge import Reference
 from ..vanilla.batches import Batch
 from ..vanilla.modules import check_unquantized
-from ..vanilla.plain import make_plain, origin_of, rename
+from ..vanilla.resize import make_plain, origin_of, rename
 from .checks import Verification
 from .facts import ExportFacts, QualityChange, known_base
 from .figures import Latency

@@ -28,8 +28,7 @@ from ..surgery.slicing import slice_tensor
 from ..surgery.slimming import slim
 from ..surgery.source import rows_of, source_of
 from ..vanilla.family import locate
-from ..vanilla.plain import make_plain
-from ..vanilla.resize import untie
+from ..vanilla.resize import make_plain, untie
 
 NO_PLAN = (
     "there is no plan: apply one to the adapter before it is saved "

@@ -18,8 +18,7 @@ from ..planning.plan import Plan
 from ..vanilla.family import Layout, locate
 from ..vanilla.legality import check_layers, check_legal
 from ..vanilla.modules import check_loaded, check_unquantized
-from ..vanilla.plain import origin_of, rename
-from ..vanilla.resize import add_v4_rope_keys, edit_config
+from ..vanilla.resize import add_v4_rope_keys, edit_config, origin_of, rename
 from .axes import SliceRule, find_axes
 from .conformity import check_conforms, vanilla_tensors
 from .slicing import slice_tensor
