@@ -25,6 +25,14 @@ class BrokenGatesError(HawAdaError):
     """Gates hold NaN or infinite values."""
 
 
+class DivergedError(HawAdaError):
+    """In training a loss or a weight has become NaN or infinite."""
+
+
+class CheckpointError(HawAdaError):
+    """A checkpoint is not complete, damaged, or of another training."""
+
+
 class RowsError(HawAdaError):
     """Gates have values for each row of the batch, and a module's input does not have the rows on its first axis."""
 

@@ -30,6 +30,7 @@ FLOORS = (
     "files",
     "vanilla",
     "_register",
+    "processes",
     "progress",
     "errors",
 )

@@ -244,22 +244,27 @@ def test_another_vocabulary_is_refused(tmp_path: Path, row: Row, fields: Any, si
 
 
 PROCESS = """
-import json, sys
-import torch
+import sys
+from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import test_distill_trainer as tests
-from pathlib import Path
-folder = Path(sys.argv[2])
-trainer = tests.trainer_of(folder, args=tests.PARALLEL | {"per_device_train_batch_size": 2, "ddp_backend": "gloo"})
-trainer.train()
-metrics = trainer.evaluate()
-trainer.save_model(str(folder / "slim"))
-if trainer.is_world_process_zero():
-    logs = {"world": trainer.args.world_size, "eval_kl": metrics["eval_kl"], "eval_loss": metrics["eval_loss"]}
-    logs |= {name: tests.logged(trainer, name) for name in ("loss", "kl")}
-    (folder / "logs.json").write_text(json.dumps(logs))
-torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter
+from hawada_peft.processes import run_program
+run_program(lambda: tests.process(Path(sys.argv[2])))
 """
+
+
+def process(folder: Path) -> None:
+    """What each of two processes does."""
+    trainer = trainer_of(folder, args=PARALLEL | {"per_device_train_batch_size": 2, "ddp_backend": "gloo"})
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.save_model(str(folder / "slim"))
+    if trainer.is_world_process_zero():
+        logs = {"world": trainer.args.world_size, "eval_kl": metrics["eval_kl"], "eval_loss": metrics["eval_loss"]}
+        logs |= {name: logged(trainer, name) for name in ("loss", "kl")}
+        (folder / "logs.json").write_text(json.dumps(logs))
+
+
 PARALLEL = SGD | {"max_steps": 2, "gradient_accumulation_steps": 2, "ddp_find_unused_parameters": False}
 
 

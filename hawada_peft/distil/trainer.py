@@ -15,6 +15,7 @@ from ..vanilla.batches import Batch, check_batch, main_input, on_device, positio
 from ..vanilla.heads import head_of, is_bare
 from ..vanilla.mode import adapters_off, evaluating
 from ..vanilla.outputs import get_student_logits
+from .arguments import rate_problems
 from .objective import Distillation
 from .unlabelled import UnlabelledTrainer
 
@@ -66,7 +67,11 @@ class DistillTrainer(UnlabelledTrainer):
         if model is teacher:
             problems.append("model and teacher must be two models, got the same one; for gates use HawAdaTrainer")
         elif isinstance(model, nn.Module) and not any(parameter.requires_grad for parameter in model.parameters()):
-            problems.append("no parameter of the model requires gradients: there is nothing to train")
+            problems.append(
+                "no parameter of the model requires gradients: there is nothing to train. An adapter that was loaded "
+                "for inference is trained with PeftModel.from_pretrained(..., is_trainable=True)"
+            )
+        problems += rate_problems({} if args is None else vars(args))
         try:
             self.objective: Distillation = Distillation(kd_temperature, kl_weight, mse_weight)
         except HawAdaError as error:

@@ -14,10 +14,9 @@ from peft import PeftModel
 from torch import nn
 
 from ..errors import HawAdaError, InvalidPlanError
-from ..gates.adapter import BLOCK, HIDDEN_UNITS, LAYER, UNITS, GateAdapter
 from ..gates.attach import collect_gates
 from ..gates.kinds import SigmoidGate
-from ..gates.reading import UnitScores, gate_scores
+from ..gates.reading import UnitScores, gate_scores, hidden_gate, layers_of
 from ..planning.plan import Plan
 from ..planning.ranking import rank
 from ..progress import Progress, progress_bar
@@ -182,19 +181,6 @@ class MaskedQuality:
         """The plan that drops those and nothing else."""
         return self._without(self.drop_order(layers))
 
-    def depth_gates(self, layer: int) -> list[SigmoidGate]:
-        """The gates on the blocks and on the whole of a layer."""
-        ends = self.layout.attention_out(layer), self.layout.ffn_out(layer)
-        adapters = [cast(nn.Module, self.model.base_model.model).get_submodule(end) for end in ends]
-        return [
-            gate
-            for adapter in adapters
-            if isinstance(adapter, GateAdapter)
-            for name in self.names
-            for slot, gate in adapter.gates(name).items()
-            if slot in (BLOCK, LAYER)
-        ]
-
     def _drop_layers(self, least: int) -> None:
         """Drop one layer after the other, the cheapest first, scoring those that remain anew each time."""
         total = self.layout.dense.sizes()["num_hidden_layers"]
@@ -336,23 +322,22 @@ def unit_scores(
         )
     by_gate = {id(gates[name]): value for name, value in importance.items()}
 
-    def scores(end: str, slot: str = UNITS) -> torch.Tensor | None:
-        adapter = base.get_submodule(end)
-        found = [adapter.gates(name).get(slot) for name in adapter_names] if isinstance(adapter, GateAdapter) else []
+    def scores(gates: Sequence[SigmoidGate]) -> torch.Tensor | None:
         total: torch.Tensor | None = None
-        for gate in found:
-            if gate is not None and id(gate) in by_gate:
+        for gate in gates:
+            if id(gate) in by_gate:
                 value = by_gate[id(gate)].double().cpu() * gate.factor(hard=False).detach().double().cpu().square()
                 total = value if total is None else total + value
         return total
 
-    layers = range(layout.dense.sizes()["num_hidden_layers"])
+    layers = layers_of(base, layout, adapter_names)
     size = layout.dense.sizes()["intermediate_size"]
+    stream = [gate for name in adapter_names if (gate := hidden_gate(base, layout, name)) is not None]
     return replace(
         plain,
-        heads=tuple(scores(layout.attention_out(layer)) for layer in layers),
-        channels=tuple(_spread(scores(layout.ffn_out(layer)), size) for layer in layers),
-        hidden=None if plain.hidden is None else _spread(scores(layout.norms[0], HIDDEN_UNITS), layout.hidden_size),
+        heads=tuple(scores(layer.heads) for layer in layers),
+        channels=tuple(_spread(scores(layer.ffn), size) for layer in layers),
+        hidden=None if plain.hidden is None else _spread(scores(stream), layout.hidden_size),
     )
 
 
