@@ -7,7 +7,6 @@ from .config import HawAdaConfig
 from .distil.divergence import get_teacher_logits
 from .distil.recovery import recover
 from .distil.trainer import DistillTrainer
-from .files.verify import Verification, verify_slim
 from .gates.adapter import GateAdapter
 from .gates.attach import attach_adapters, collect_gates, detach_adapters, is_attention_layer, is_ffn_layer
 from .gates.concrete import AttentionHeadAdapter, BlockAdapter, ChannelAdapter
@@ -28,13 +27,14 @@ from .refit.reconstruction import Reconstruction, reconstruct
 from .search.budgeted import find_plan
 from .search.result import SearchResult
 from .search.timed import measure_table
-from .shipping.calibrated import slim_calibrated
-from .shipping.checkpoint import SlimCheckpoint, slim_checkpoint
+from .shipping.checkpoint import slim_checkpoint
+from .shipping.checks import Verification
 from .shipping.facts import ExportFacts, QualityChange, calibration_facts
 from .shipping.hub import push_to_hub
 from .shipping.passport import PassportLine
 from .shipping.runtimes import check_compile, check_onnx
-from .shipping.save import save_slim
+from .shipping.save import Slimmed, save_slim
+from .shipping.verify import verify_slim
 from .shipping.write import write_card
 from .surgery.slicing import slice_conv, slice_embedding, slice_linear
 from .surgery.slimming import slim
@@ -78,7 +78,7 @@ __all__ = [
     "SearchResult",
     "Shape",
     "SigmoidGate",
-    "SlimCheckpoint",
+    "Slimmed",
     "Timing",
     "Verification",
     "WrittenReport",
@@ -106,7 +106,6 @@ __all__ = [
     "slice_embedding",
     "slice_linear",
     "slim",
-    "slim_calibrated",
     "slim_checkpoint",
     "train_recipe",
     "verify_slim",

@@ -17,7 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from hawada_peft import LatencyTable, Plan, SlimCheckpoint, commands
+from hawada_peft import LatencyTable, Plan, Slimmed, commands
 from hawada_peft.commands._regime import RegimeOptions
 from hawada_peft.errors import (
     HawAdaError,
@@ -146,10 +146,10 @@ def test_a_budget_that_cannot_be_met_writes_nothing(made: Path, tmp_path: Path) 
 
 def test_slim_tells_what_it_wrote(made: Path, tmp_path: Path) -> None:
     result = commands.slim(made / "base", made / "adapter", tmp_path / "slim", verify="full", max_shard_size="50KB")
-    assert isinstance(result, SlimCheckpoint)
+    assert isinstance(result, Slimmed)
     assert plain(result)["shape"] == LM_ROW.slim.to_dict()
     assert f"{result.parameters:,} of {result.dense_parameters:,} parameters stay" in str(result)
-    assert "logits differ by at most" in str(result)
+    assert "outputs differ by at most" in str(result)
     assert failed(tmp_path / "slim", base=made / "base", adapter=made / "adapter") == []
 
 
@@ -176,7 +176,7 @@ def test_a_sound_folder_passes(made: Path) -> None:
     result = commands.verify(made / "slim", base=made / "base", adapter=made / "adapter")
     assert result.ok
     assert [check.name for check in result.checks] == [
-        *("files", "config", "tensors", "loads", "sizes", "forward", "smaller", "logits")
+        *("files", "config", "tensors", "loads", "finite", "report", "sizes", "forward", "smaller", "logits")
     ]
     assert all(check.ok for check in result.checks)
 
@@ -205,8 +205,8 @@ DEFECTS: dict[str, tuple[Callable[[Path], Any], set[str]]] = {
     "code": (lambda folder: (folder / "modeling_slim.py").touch(), {"files"}),
     "adapter": (lambda folder: (folder / "adapter_model.safetensors").touch(), {"files"}),
     "pickle": (lambda folder: (folder / "pytorch_model.bin").touch(), {"files"}),
-    "field": (lambda folder: change_json(folder / "config.json", extra={"hawada_gates": 1}), {"config"}),
-    "custom class": (lambda folder: change_json(folder / "generation_config.json", auto_map={}), {"config"}),
+    "field": (lambda folder: change_json(folder / "config.json", extra={"hawada_gates": 1}), {"config", "report"}),
+    "custom class": (lambda folder: change_json(folder / "generation_config.json", auto_map={}), {"config", "report"}),
     "no config": (lambda folder: (folder / "config.json").unlink(), {"config", "loads"}),
     "broken config": (lambda folder: (folder / "config.json").write_text("{"), {"config", "loads"}),
     "illegal config": (lambda folder: change_json(folder / "config.json", num_attention_heads=3), {"loads"}),
@@ -217,14 +217,14 @@ DEFECTS: dict[str, tuple[Callable[[Path], Any], set[str]]] = {
         {"tensors", "loads"},
     ),
     "missing tensor": (lambda folder: change_weights(folder, lambda state: state.pop("model.norm.weight")), {"loads"}),
-    "NaN": (lambda folder: change_weights(folder, poison), {"forward", "logits"}),
+    "NaN": (lambda folder: change_weights(folder, poison), {"finite", "report", "forward", "logits"}),
     "other weights": (
         lambda folder: change_weights(folder, lambda state: state["model.embed_tokens.weight"].mul_(2.0)),
-        {"logits"},
+        {"report", "logits"},
     ),
-    "dense": (the_dense_model, {"sizes", "smaller", "logits"}),
-    "broken report": (lambda folder: (folder / REPORT_NAME).write_text("{"), {"sizes"}),
-    "no plan in it": (lambda folder: change_json(folder / REPORT_NAME, plan={"format": 0}), {"sizes"}),
+    "dense": (the_dense_model, {"report", "sizes", "smaller", "logits"}),
+    "broken report": (lambda folder: (folder / REPORT_NAME).write_text("{"), {"report"}),
+    "no plan in it": (lambda folder: change_json(folder / REPORT_NAME, plan={"format": 0}), {"report"}),
 }
 
 
@@ -266,7 +266,7 @@ def test_a_folder_without_a_report_is_checked_as_far_as_that_goes(made: Path, tm
     shutil.copytree(made / "slim", tmp_path / "slim")
     (tmp_path / "slim" / REPORT_NAME).unlink()
     (check,) = [check for check in commands.verify(tmp_path / "slim").checks if check.ok is None]
-    assert check.name == "sizes"
+    assert check.name == "report"
     assert failed(tmp_path / "slim", base=made / "base", adapter=made / "adapter") == []
     bare = gate(build(LM_ROW))
     bare.save_pretrained(tmp_path / "bare")

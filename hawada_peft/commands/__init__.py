@@ -17,14 +17,13 @@ from ._plan import PlanResult, plan
 from ._report import report
 from ._slim import slim
 from ._train import TrainSteps, train
-from ._verify import VerifyResult, verify
+from ._verify import verify
 
 __all__ = [
     "DemoResult",
     "MeasureResult",
     "PlanResult",
     "TrainSteps",
-    "VerifyResult",
     "demo",
     "measure",
     "plan",

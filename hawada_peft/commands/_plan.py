@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftModel, get_peft_model
 
 from ..config import HawAdaConfig
+from ..files.atomic import write_text
 from ..latency.budget import LatencyBudget
 from ..latency.effort import Effort
 from ..progress import Progress
@@ -142,5 +143,6 @@ def plan(
 
 def _write(result: PlanResult) -> None:
     """What is kept of a search."""
-    result.path.write_text(result.search.plan.to_json(), encoding="utf-8")
-    result.search_path.write_text(json.dumps({"format": FORMAT} | result.search.to_dict()) + "\n", encoding="utf-8")
+    if result.search.plan is not None:
+        write_text(result.path, result.search.plan.to_json())
+    write_text(result.search_path, json.dumps({"format": FORMAT} | result.search.to_dict()) + "\n")

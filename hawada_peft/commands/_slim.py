@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 from ..errors import HawAdaError
 from ..planning.plan import Plan
 from ..progress import Progress
 from ..recipes.readers import batches_of, load_examples
-from ..shipping.calibrated import slim_calibrated
-from ..shipping.checkpoint import SlimCheckpoint, slim_checkpoint
+from ..shipping.checkpoint import slim_checkpoint
+from ..shipping.save import Slimmed
 from ._plan import BATCH, SEQ_LEN
 from ._regime import checked_device
 
@@ -30,12 +32,11 @@ def slim(
     seq_len: int | None = None,
     device: str | None = None,
     progress: Progress | None = None,
-) -> SlimCheckpoint:
+) -> Slimmed:
     """
     Slim a checkpoint of any size straight from its files, tensor by tensor (`slim_checkpoint`).
 
-    With `calibration` the model is loaded, and the slim one's output projections are refitted to it
-    (`slim_calibrated`).
+    With `calibration` the model is loaded, and the slim one's output projections are refitted to it.
 
     Args:
         base: folder or id of the dense model.
@@ -53,40 +54,29 @@ def slim(
         progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
 
     Raises:
-        HawAdaError: on options that the chosen way has no use for; as `slim_checkpoint` and `slim_calibrated`.
+        HawAdaError: on options that the chosen way has no use for; as `slim_checkpoint`.
         FileExistsError: if the output folder holds something.
         VerificationError: if the output is not what it should be.
     """
+    batches = None
     if calibration is None:
-        _refuse({"examples": examples, "seq_len": seq_len, "device": device}, "needs calibration: give it as well")
+        options = {"examples": examples, "seq_len": seq_len, "device": device}
+        named = [name for name, value in options.items() if value is not None]
+        if named:
+            raise HawAdaError(f"{', '.join(named)} needs calibration: give it as well")
     else:
-        _refuse(
-            {"max_shard_size": max_shard_size, "verify": verify},
-            "is for slimming from files, and calibration slims in memory, where logits are always compared and "
-            "transformers cuts the files: leave one of them out",
-        )
-    chosen = None if plan is None else read_plan(plan)
-    if calibration is None:
-        return slim_checkpoint(
-            base,
-            adapter,
-            output,
-            plan=chosen,
-            fold=fold,
-            max_shard_size=max_shard_size or "50GB",
-            verify=verify or "files",
-            progress=progress,
-        )
-    where = checked_device(device)
-    found = load_examples(Path(calibration), os.fspath(base), length=seq_len or SEQ_LEN, count=examples or 64)
-    return slim_calibrated(
+        device = checked_device(device)
+        batches = _batches(Path(calibration), os.fspath(base), seq_len or SEQ_LEN, examples or 64)
+    return slim_checkpoint(
         base,
         adapter,
         output,
-        batches_of(found, BATCH),
-        plan=chosen,
+        plan=None if plan is None else read_plan(plan),
         fold=fold,
-        device=where,
+        calibration=batches,
+        device=device,
+        max_shard_size=max_shard_size,
+        verify=verify,
         progress=progress,
     )
 
@@ -105,7 +95,6 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
         raise HawAdaError(f"{os.fspath(path)} holds no plan: {error}") from None
 
 
-def _refuse(given: Mapping[str, object], why: str) -> None:
-    named = [name for name, value in given.items() if value is not None]
-    if named:
-        raise HawAdaError(f"{', '.join(named)} {why}")
+def _batches(file: Path, base: str, length: int, count: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Read when the first batch is asked for: other options may be wrong."""
+    yield from batches_of(load_examples(file, base, length=length, count=count), BATCH)

@@ -67,9 +67,7 @@ def sections() -> dict[str, Hints]:
         "gates.lora": fields_of(LoraConfig),
         "training": own | arguments,
         "reconstruction": fields_of(ReconstructionStep),
-        "recovery": keywords(recover, leave_out=_TRAINING | _PLACES | {"on_reconstruction"})
-        | {"lora": mapping}
-        | arguments,
+        "recovery": keywords(recover, leave_out=_TRAINING | _PLACES | {"inputs"}) | {"lora": mapping} | arguments,
         "recovery.lora": fields_of(LoraConfig),
     }
 
