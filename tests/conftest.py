@@ -16,11 +16,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+import toys
 import transformers
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from hawada_peft import HawAdaConfig, Plan, Shape, Verification, collect_gates, save_slim
+from hawada_peft.latency import clock
 from hawada_peft.vanilla.family import FAMILIES, TARGET_MODULES, locate
 from hawada_peft.vanilla.outputs import example_inputs, output_of
 
@@ -98,7 +100,7 @@ def two_processes(*arguments: str) -> str:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    done = subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-20000:]  # the launcher's own report comes last, and is long
     return done.stdout
 
@@ -210,3 +212,16 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def row(request: pytest.FixtureRequest) -> Row:
     """Every row of the table."""
     return ROWS[request.param]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the latency tables of the toy machine are kept, away from the user's."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def toy_machine(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """Latency follows from sizes; see `toys`."""
+    monkeypatch.setattr(clock, "_time", toys.toy_times)
+    monkeypatch.setenv("HAWADA_CACHE", str(cache))

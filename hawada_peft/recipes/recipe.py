@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +12,7 @@ from typing import Any, cast
 import yaml  # type: ignore[import-untyped]
 from peft import LoraConfig
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from ..config import HawAdaConfig
 from ..distil.objective import Distillation
@@ -235,9 +236,10 @@ class Recipe:
         """Whether the recipe says under which conditions latency is measured."""
         return self.budget is not None
 
-    def missing_files(self) -> list[str]:
-        """The data files that are not there."""
-        return [path for path in self.source().paths() if not Path(path).exists()]
+    def missing(self) -> list[str]:
+        """What this machine lacks: data files that are not there, packages that `report_to` names."""
+        lost = [path for path in self.source().paths() if not Path(path).exists()]
+        return lost + [each for section in ("training", "recovery") for each in _loggers_missing(self, section)]
 
     # ----------------------------------------------------------------- checks
 
@@ -270,6 +272,19 @@ class Recipe:
             "training phases": lambda: _phases(self.options("training")),
             "recovery": lambda: _objective(self.options("recovery")),
         }
+
+
+def _loggers_missing(recipe: Recipe, section: str) -> Iterator[str]:
+    """What `Trainer` would find out when it begins."""
+    wanted = (getattr(recipe, section) or {}).get("report_to")
+    for name in [wanted] if isinstance(wanted, str) else wanted or []:
+        if name in ("none", "all"):
+            continue
+        try:
+            for callback in get_reporting_integration_callbacks([name]):
+                callback()
+        except (RuntimeError, ImportError, ValueError) as error:
+            yield f"{section}.report_to: {str(error).strip().splitlines()[0]}"
 
 
 def _arguments() -> Mapping[str, Any]:

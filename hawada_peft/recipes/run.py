@@ -85,8 +85,8 @@ def train_recipe(
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.read(recipe, overrides)
-    if missing := recipe.missing_files():
-        raise FileNotFoundError(f"there is no {', '.join(missing)}, which the recipe names as data")
+    if missing := recipe.missing():
+        raise FileNotFoundError("\n".join(f"missing here, and named in the recipe: {each}" for each in missing))
     args = recipe.arguments("training", Path(recipe.output) / "gates")
     recovery_args = recipe.arguments("recovery", Path(recipe.output) / "recovery")
     args.disable_tqdm = recovery_args.disable_tqdm = progress is None

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
+from ..config import HawAdaConfig
 from ..errors import InvalidPlanError
 from ..files.folder import check_free
 from ..planning.plan import Plan
@@ -28,7 +29,7 @@ from .stream import NO_PLAN
 
 def slim_calibrated(
     base: str | os.PathLike[str],
-    adapter: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | None,
     output: str | os.PathLike[str],
     calibration: Iterable[Mapping[str, torch.Tensor]],
     *,
@@ -46,7 +47,7 @@ def slim_calibrated(
 
     Args:
         base: folder or Hub id of the dense model.
-        adapter: folder or Hub id of the gates.
+        adapter: folder or Hub id of the gates; `None` for plain slicing by `plan`.
         output: the new folder; must not exist yet, or be empty.
         calibration: batches, keyword arguments of the forward pass, each (examples, ...); see `reconstruct`.
         plan (`Plan`, *optional*): what to keep, instead of the plan that was applied to the adapter.
@@ -68,14 +69,18 @@ def slim_calibrated(
         VerificationError: if the output is not what it should be.
     """
     check_free(output)  # before the work
-    applied = gates_config(adapter).to_dict()["plan"]
-    if plan is None and applied is None:
+    applied = None if adapter is None else gates_config(adapter).to_dict()["plan"]
+    chosen = Plan.from_dict(applied) if plan is None and applied is not None else plan
+    if chosen is None:
         raise InvalidPlanError(NO_PLAN)
-    chosen = Plan.from_dict(applied) if plan is None else plan
     batches, reports = list(calibration), list[Reconstruction]()
     dense = load_model(os.fspath(base), device)
     dense_parameters = dense.num_parameters()
-    gated: Any = PeftModel.from_pretrained(dense, os.fspath(adapter))
+    gated: Any
+    if adapter is None:  # gates that are not trained say nothing
+        gated, fold = get_peft_model(dense, HawAdaConfig(gates=("heads", "ffn", "layers"))), False
+    else:
+        gated = PeftModel.from_pretrained(dense, os.fspath(adapter))
     options = {"calibration": batches, "on_reconstruction": reports.append}
     small = cast(PreTrainedModel, gated.merge_and_unload(progress is not None, plan=plan, fold=fold, **options))
     reconstruction = reports[0] if reports else None

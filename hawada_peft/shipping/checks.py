@@ -1,9 +1,9 @@
-"""`hawada verify` as a call."""
+"""Whether a slim folder is vanilla, and the model that it should be: one check after the other."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,17 @@ from ..files.foreign import config_problems, file_problems, tensor_problems
 from ..files.names import REPORT_NAME
 from ..files.verify import reload, verify_slim
 from ..planning.plan import Plan
-from ..shipping.passport import PassportLine
-from ..shipping.reference import reference_logits
-from ..shipping.runtimes import check_compile, check_onnx
-from ..shipping.sizes import read_report, size_problems
-from ..shipping.stream import NO_PLAN
 from ..surgery.fold import gates_config
+from ..vanilla.family import locate
 from ..vanilla.outputs import example_inputs, output_of
-from ._slim import read_plan
+from ..vanilla.rehoming import has_twin, twin_skeleton
+from .passport import PassportLine
+from .reference import reference_logits
+from .runtimes import check_compile, check_onnx
+from .sizes import read_report, size_problems
+from .stream import NO_PLAN
+
+RUNTIMES: dict[str, Callable[[PreTrainedModel], PassportLine]] = {"compile": check_compile, "onnx": check_onnx}
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class VerifyResult:
+class Checks:
     """
     What was found out about a slim folder.
 
@@ -63,11 +66,6 @@ class VerifyResult:
         """Whether nothing is wrong."""
         return all(check.ok is not False for check in self.checks)
 
-    @property
-    def problems(self) -> tuple[str, ...]:
-        """What is wrong."""
-        return tuple(f"{check.name}: {check.detail}" for check in self.checks if check.ok is False)
-
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {"folder": str(self.folder), "ok": self.ok, "checks": [asdict(check) for check in self.checks]}
@@ -77,16 +75,15 @@ class VerifyResult:
         return "\n".join([*map(str, self.checks), f"{self.folder}: {verdict}"])
 
 
-def verify(
+def check_slim(
     slim: str | os.PathLike[str],
     *,
     base: str | os.PathLike[str] | None = None,
     adapter: str | os.PathLike[str] | None = None,
-    plan: str | os.PathLike[str] | None = None,
+    plan: Plan | None = None,
     fold: bool = True,
-    compile: bool = False,
-    onnx: bool = False,
-) -> VerifyResult:
+    runtimes: Collection[str] = (),
+) -> Checks:
     """
     Check that a slim folder is vanilla and computes what it should. Nothing in it is changed.
 
@@ -98,23 +95,25 @@ def verify(
         slim: the folder.
         base: folder or id of the dense model: the slim one must be smaller.
         adapter: folder or id of the gates, with `base`: logits of the gated model are compared, too.
-        plan: file of the plan that the export was made with; the report's, or that of the adapter, if left out.
+        plan: that the export was made with; the report's, or that of the adapter, if left out.
         fold: whether the export folded the gates' soft values.
-        compile: also run it under `torch.compile`.
-        onnx: also export it to ONNX and run that. Needs `pip install hawada_peft[onnx]`.
+        runtimes: also run it there: `"compile"` for `torch.compile`, `"onnx"` for an export to ONNX, which needs
+            `pip install hawada_peft[onnx]`.
 
     Returns:
-        `VerifyResult`: what was found; `ok` tells whether all is well. A folder that is wrong raises nothing.
+        `Checks`: what was found; `ok` tells whether all is well. A folder that is wrong raises nothing.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
-        HawAdaError: on options that do not fit together, a missing plan, or an adapter that does not fit.
+        FileNotFoundError: if there is no such folder, base or adapter.
+        HawAdaError: on options that do not fit together, a missing plan, or a base or adapter that does not fit.
     """
     folder = Path(slim)
     if adapter is not None and base is None:
         raise HawAdaError("adapter needs base: the dense model that the gates are for; give it as well")
     if plan is not None and adapter is None:
         raise HawAdaError("plan needs adapter and base, whose logits are then compared; give them as well")
+    if unknown := sorted(set(runtimes) - RUNTIMES.keys()):
+        raise HawAdaError(f"runtimes must be among {list(RUNTIMES)}, got {unknown}")
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     checks = [
@@ -125,7 +124,7 @@ def verify(
     try:
         auto, model = reload(folder)
     except VerificationError as error:
-        return VerifyResult(folder, (*checks, Check("loads", False, str(error))))
+        return Checks(folder, (*checks, Check("loads", False, str(error))))
     model.eval()
     checks.append(Check("loads", True, f"{auto.__name__}, strictly: {model.num_parameters():,} parameters"))
     checks.append(_sizes(folder, model))
@@ -133,13 +132,9 @@ def verify(
     if base is not None:
         checks.append(_smaller(model, base))
         if adapter is not None:
-            checks.append(_logits(folder, base, adapter, None if plan is None else read_plan(plan), fold))
-    asked: dict[str, tuple[bool, Callable[[PreTrainedModel], PassportLine]]] = {
-        "compile": (compile, check_compile),
-        "onnx": (onnx, check_onnx),
-    }
-    checks += [_run(name, run(model)) for name, (wanted, run) in asked.items() if wanted]
-    return VerifyResult(folder, tuple(checks))
+            checks.append(_logits(folder, base, adapter, plan, fold))
+    checks += [_run(name, RUNTIMES[name](model)) for name in runtimes]
+    return Checks(folder, tuple(checks))
 
 
 def _listed(name: str, problems: list[str], well: str) -> Check:
@@ -166,7 +161,15 @@ def _forward(model: PreTrainedModel) -> Check:
 
 
 def _smaller(model: PreTrainedModel, base: str | os.PathLike[str]) -> Check:
-    dense, slim = Checkpoint(base).skeleton.num_parameters(), model.num_parameters()
+    skeleton = Checkpoint(base).skeleton
+    layout = locate(skeleton)
+    classes = {type(skeleton), *([type(twin_skeleton(layout))] if has_twin(layout) else [])}
+    if type(model) not in classes:
+        raise HawAdaError(
+            f"{os.fspath(base)} is a {type(skeleton).__name__}, and the slim model a {type(model).__name__}: it was "
+            "not cut from this base; name the one that its report does"
+        )
+    dense, slim = skeleton.num_parameters(), model.num_parameters()
     return Check("smaller", slim < dense, f"{slim:,} parameters, the dense model has {dense:,}")
 
 
