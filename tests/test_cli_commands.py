@@ -113,7 +113,7 @@ def test_slim_refits(made: Path, tmp_path: Path, gates: str) -> None:
     plan = tmp_path / "plan.json"
     plan.write_text(scattered_plan(build(LM_ROW), LM_ROW.slim).to_json())
     places = [made / "adapter", tmp_path / "slim"] if gates == "trained" else [tmp_path / "slim"]
-    found = said("slim", made / "base", *places, plan=plan, calibration=made / "data.safetensors", examples=16)
+    found = said("slim", made / "base", *places, plan=plan, calibration=made / "data.safetensors")
     assert found["shape"] == LM_ROW.slim.to_dict()
     assert found["reconstruction"]["after"] < found["reconstruction"]["before"]
 

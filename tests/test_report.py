@@ -190,7 +190,7 @@ def test_a_search_of_its_own_file(out: Path, tmp_path: Path) -> None:
     assert "frontier" in found.sections
     assert "frontier" not in read(write_report(tmp_path / "slim", pictures=False).page).sections
     file.write_text('{"format": 1}')
-    with pytest.raises(HawAdaError, match="is no search"):
+    with pytest.raises(HawAdaError, match="Pass the file that `hawada plan` leaves"):
         write_report(tmp_path / "slim", search=file)
     with pytest.raises(FileNotFoundError):
         write_report(tmp_path / "slim", search=tmp_path / "none.json")

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import torch
+import transformers
 from torch import nn
 
 from hawada_peft.latency import clock
@@ -19,6 +21,7 @@ from hawada_peft.latency.timing import Timing
 
 Key = TypeVar("Key")
 
+VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__}
 FIXED_MS, MS_PER_WEIGHT = 0.5, 1e-3
 
 
@@ -30,7 +33,7 @@ def toy_ms(model: nn.Module) -> float:
 
 def toy_timing(ms: float, regime: Regime) -> Timing:
     """A timing without spread."""
-    return Timing(ms, ms, 0.0, 0.0, True, 1, regime, regime.device_name, {})
+    return Timing(ms, ms, 0.0, 0.0, True, 1, regime, regime.device_name, VERSIONS)
 
 
 def toy_times(models: Mapping[Key, nn.Module], regime: Regime, *_: Any) -> dict[Key, Timing]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
@@ -23,7 +24,6 @@ from ..vanilla.rehoming import has_twin, twin_skeleton
 from .passport import PassportLine
 from .reference import reference_logits
 from .runtimes import check_compile, check_onnx
-from .sizes import read_report, size_problems
 from .stream import NO_PLAN
 
 RUNTIMES: dict[str, Callable[[PreTrainedModel], PassportLine]] = {"compile": check_compile, "onnx": check_onnx}
@@ -135,6 +135,51 @@ def check_slim(
             checks.append(_logits(folder, base, adapter, plan, fold))
     checks += [_run(name, RUNTIMES[name](model)) for name in runtimes]
     return Checks(folder, tuple(checks))
+
+
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """
+    The report beside a slim model, if there is one.
+
+    Raises:
+        HawAdaError: if it is no JSON object.
+    """
+    file = folder / REPORT_NAME
+    if not file.is_file():
+        return None
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise HawAdaError(f"{file} is no JSON: {error}") from None
+    if not isinstance(report, dict):
+        raise HawAdaError(f"{file} must hold an object, got a {type(report).__name__}")
+    return report
+
+
+def size_problems(model: PreTrainedModel, report: Mapping[str, Any]) -> list[str]:
+    """
+    Where a model is not of the sizes that its report says.
+
+    Args:
+        model: the slim model; may be on the meta device.
+        report: as `hawada_report.json` has it.
+
+    Raises:
+        HawAdaError: if the model has no family row, or the report's plan is none.
+    """
+    layout, problems = locate(model), []
+    said = report.get("model", {}).get("parameters")
+    if said is not None and said != model.num_parameters():
+        problems.append(f"{REPORT_NAME} says {said:,} parameters, the model has {model.num_parameters():,}")
+    if "plan" in report:
+        plan = Plan.from_dict(report["plan"])
+        wanted, found = plan.shape.to_dict(), layout.full.to_dict()
+        off = [f"{name} {found[name]} instead of {size}" for name, size in wanted.items() if found[name] != size]
+        if off:
+            untouched = all(found[name] == size for name, size in plan.dense.to_dict().items())
+            dense = " (these are the dense sizes)" if untouched else ""
+            problems.append(f"the model does not have the sizes of the plan in {REPORT_NAME}: {', '.join(off)}{dense}")
+    return problems
 
 
 def _listed(name: str, problems: list[str], well: str) -> Check:
