@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
 from peft import PeftModel, get_peft_model
@@ -40,7 +41,7 @@ from ..shipping.save import save_slim
 from ..surgery.dense import dense_afterwards
 from ..training.trainer import HawAdaTrainer
 from ..vanilla.family import locate
-from ..vanilla.loading import load_model, processor_of
+from ..vanilla.loading import load_model, load_skeleton, processor_of
 from .examples import Example, batches_from, load_data
 from .measures import qualities
 from .recipe import Recipe
@@ -90,11 +91,20 @@ def train_recipe(
     args = recipe.arguments("training", Path(recipe.output) / "gates")
     recovery_args = recipe.arguments("recovery", Path(recipe.output) / "recovery")
     args.disable_tqdm = recovery_args.disable_tqdm = progress is None
-    device = args.device  # joins the other processes, if there are any
+    _check_device(recipe, args.device)  # it joins the other processes, if there are any
     state = PartialState()
     record = Record(recipe, resume=resume, main=state.is_main_process)
     state.wait_for_everyone()  # all have looked before anything is written
     record.begin()
+    try:
+        return _run(recipe, record, (args, recovery_args))
+    finally:
+        record.end()
+
+
+def _run(recipe: Recipe, record: Record, arguments: tuple[TrainingArguments, TrainingArguments]) -> RecipeResult:
+    """All that is not done yet."""
+    (args, recovery_args), state = arguments, PartialState()
     state.wait_for_everyone()
     if (done := record.result()) is not None:
         return RecipeResult.from_dict(done)
@@ -106,11 +116,32 @@ def train_recipe(
         state.wait_for_everyone()
         clear_device_cache(garbage_collection=True)
     model = PeftModel.from_pretrained(load_model(recipe.model, dtype=recipe.dtype), str(record.adapter))
-    model.to(device)
+    model.to(args.device)
     plan: Plan = cast(Any, model).applied_plan()
     facts = _Facts(record.stage("gates") or {})
     slim, dense = _cut(recipe, record, model, plan, recovery_args, (train, held_out), facts)
     return _save(recipe, record, (dense, slim), plan, held_out, facts)
+
+
+def _check_device(recipe: Recipe, device: torch.device) -> None:
+    """Refuse what this device or this kind of model cannot do, before any work."""
+    problems = [
+        f"{section}.fp16 needs a GPU, and this is trained on the CPU: use bf16, or neither"
+        for section in ("training", "recovery")
+        if device.type == "cpu" and (getattr(recipe, section) or {}).get("fp16")
+    ]
+    skeleton = load_skeleton(recipe.model)
+    if recipe.budget is not None:
+        budget = LatencyBudget(**recipe.budget)
+        wrong = "image_size" if skeleton.main_input_name == "input_ids" else "seq_len"
+        if getattr(budget, wrong) is not None:
+            problems.append(
+                f"budget.{wrong} is not for {type(skeleton).__name__}, which takes {skeleton.main_input_name}"
+            )
+    if problems:
+        raise HawAdaError("\n".join(problems))
+    if recipe.budget is not None:
+        regime_of(skeleton, budget)
 
 
 class _Facts:
