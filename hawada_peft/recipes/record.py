@@ -52,8 +52,8 @@ class Record:
         known = {} if before is None else before.get("digests", {})
         if changed := sorted(name for name in seen.keys() & known.keys() if seen[name] != known[name]):
             raise HawAdaError(
-                f"{self.folder} was begun with other content of {changed}: the rest would not fit it. Put back what was "
-                "there, or name another output"
+                f"{self.folder} was begun with other content of {changed}: the rest would not fit it. Put it back, or "
+                "name another output"
             )
         self._content: dict[str, Any] = before or {"recipe": now, "digests": seen}
 
