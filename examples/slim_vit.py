@@ -20,17 +20,9 @@ import torch
 from peft import get_peft_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
-from hawada_peft import (
-    DistillTrainer,
-    ExportFacts,
-    HawAdaConfig,
-    HawAdaTrainer,
-    QualityChange,
-    calibration_facts,
-    measure_many,
-    push_to_hub,
-    save_slim,
-)
+from hawada_peft import DistillTrainer, ExportFacts, HawAdaConfig, HawAdaTrainer, QualityChange, save_slim
+from hawada_peft.latency import measure_many
+from hawada_peft.shipping import calibration_facts, push_to_hub
 
 
 @dataclass

@@ -17,9 +17,9 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from hawada_peft import SearchEffort
 from hawada_peft.latency.build import TablePlan
 from hawada_peft.latency.clock import Effort
+from hawada_peft.search import SearchEffort
 
 Rows = list[dict[str, Any]]
 TIMING = Effort(warmup=1, min_rounds=5, max_rounds=5, tolerance=10.0)

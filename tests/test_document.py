@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hawada_peft import Recipe
 from hawada_peft.errors import HawAdaError
+from hawada_peft.recipes import Recipe
 from hawada_peft.recipes.document import MOST_BYTES, parsed, read_mapping
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -11,9 +11,10 @@ import torch
 from conftest import LM_ROW, VISION_ROW, build, difference, inputs_of, logits_of
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from hawada_peft import HawAdaConfig, Reconstruction, Shape
+from hawada_peft import HawAdaConfig, Shape
 from hawada_peft.errors import HawAdaError, IllegalShapeError
 from hawada_peft.latency.regime import Regime
+from hawada_peft.refit import Reconstruction
 from hawada_peft.search.masked import MaskedQuality
 from hawada_peft.search.refitted import RefittedQuality, obstacle
 from hawada_peft.search.space import search_space

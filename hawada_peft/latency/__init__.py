@@ -1,4 +1,4 @@
-"""Measured latency: the clock (`latency.measure`), the table of costs, the estimate, the budget."""
+"""For whoever measures: the clock, the table of costs, the estimate, the budget."""
 
 from .budget import LatencyBudget
 from .build import TablePlan, build_table

@@ -16,7 +16,7 @@ PART = 2**20
 """Bytes that are read at a time."""
 
 
-def digests(recipe: Recipe) -> dict[str, str]:
+def digests_of(recipe: Recipe) -> dict[str, str]:
     """
     One digest for each thing that the recipe names: SHA-256 of a file, of all files of a model's folder, of the names
     and sizes in a folder of images; the commit of a model on the Hub. What is not known here has none.

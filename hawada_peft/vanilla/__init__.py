@@ -1,4 +1,4 @@
-"""The rows that say where transformers' model families keep what is gated."""
+"""For whoever adds a family: the rows that say where transformers' models keep what is gated."""
 
 from . import llama, vit
 from .family import (
@@ -14,6 +14,7 @@ from .family import (
     locate,
     register_family,
 )
+from .rehoming import rehome
 from .shape import Shape
 
 __all__ = [
@@ -30,5 +31,6 @@ __all__ = [
     "llama",
     "locate",
     "register_family",
+    "rehome",
     "vit",
 ]
