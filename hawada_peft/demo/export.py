@@ -85,7 +85,7 @@ def export_task(task: Task, folder: Path, effort: Effort) -> list[Row]:
             kv_heads=sizes["num_key_value_heads"],
             ffn=sizes["intermediate_size"],
             latency_ms=latency.get(form),
-            budget=str(task.budget),
+            budget=str(task.asked(effort)),
             regime=str(regime),
             device=regime.device_name,
             rounds=timings["slim"].rounds,

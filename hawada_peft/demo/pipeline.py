@@ -100,7 +100,7 @@ def train_task(task: Task, effort: Effort, folder: Path, progress: Progress | No
         warnings.simplefilter("ignore", UnsettledTimingWarning)
         found = find_plan(
             model,
-            task.budget,
+            task.asked(effort),
             batches[: effort.evaluation],
             refit=False,  # nor is the slim model: the table shows that it computes what the masked one does
             table_plan=effort.table,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class Effort:
         calibration: batches for the importance of the gates.
         evaluation: how many of them the search closes gates on.
         table, timing, search: how hard the search for the shape looks and measures.
+        timed: whether the budget is one of latency on this machine; of parameters if not, which is met on any.
         final: timed forward passes of each model for the table that is printed.
     """
 
@@ -59,6 +60,7 @@ class Effort:
     timing: TimingEffort
     search: SearchEffort
     final: TimingEffort
+    timed: bool
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Task:
         load: its data.
         quality: of logits and labels of the held-out examples; `quality_name` and `held_out` say what that is.
         budget: what the slim model may cost, on this machine and one thread.
+        parameters: and without a clock.
         full, quick: how long to work.
     """
 
@@ -87,8 +90,13 @@ class Task:
     quality_name: str
     held_out: str
     budget: LatencyBudget
+    parameters: int
     full: Effort
     quick: Effort
+
+    def asked(self, effort: Effort) -> LatencyBudget:
+        """What the slim model may cost, under an effort."""
+        return self.budget if effort.timed else replace(self.budget, speedup=None, max_parameters=self.parameters)
 
 
 def build_vit() -> PreTrainedModel:
@@ -140,6 +148,7 @@ FULL: dict[str, Any] = {
     "timing": TimingEffort(min_rounds=9, max_rounds=30, max_seconds=3),
     "search": SearchEffort(top=3, rounds=6, instances=2),
     "final": TimingEffort(min_rounds=21, max_rounds=21),
+    "timed": True,
 }
 QUICK: dict[str, Any] = {
     "calibration": 8,
@@ -154,6 +163,7 @@ QUICK: dict[str, Any] = {
     "timing": TimingEffort(warmup=1, min_rounds=5, max_rounds=10, max_seconds=1),
     "search": SearchEffort(top=2, rounds=8, instances=1),
     "final": TimingEffort(min_rounds=7, max_rounds=7),
+    "timed": False,
 }
 
 DIGITS = Task(
@@ -167,6 +177,7 @@ DIGITS = Task(
     quality_name="accuracy in %",
     held_out="held-out scans",
     budget=LatencyBudget(speedup=1.5, batch_size=64, mode="forward"),
+    parameters=200_000,
     full=Effort(Schedule(200, 64, 2e-3), Schedule(200, 32, 0.2), **FULL),
     quick=Effort(Schedule(80, 32, 2e-3), Schedule(40, 32, 0.2), **QUICK),
 )
@@ -182,6 +193,7 @@ TOPICS = Task(
     quality_name="perplexity",
     held_out=f"held-out windows of {WINDOW} tokens",
     budget=LatencyBudget(speedup=1.5, batch_size=8, seq_len=WINDOW, mode="forward"),
+    parameters=600_000,
     full=Effort(Schedule(400, 8, 3e-3), Schedule(100, 8, 0.1), **FULL),
     quick=Effort(Schedule(150, 3, 1e-2), Schedule(30, 4, 0.1), **QUICK),
 )

@@ -14,8 +14,8 @@ from .known import AGREEMENT, SlimFacts
 
 TEMPLATE = "page.html.j2"
 HOW = {
-    "frontier": "What the shape was chosen from: a search for a budget. `hawada train` notes it; of `hawada plan` name "
-    "its file: `hawada report --search plan.search.json`.",
+    "frontier": "What the shape was chosen from: a search for a budget. `hawada train` notes it; name the file of "
+    "`hawada plan`: `hawada report --search plan.search.json`.",
     "latency": "The latency: `hawada train` measures it, or `measure_many` and `ExportFacts(latency=...)` in Python.",
     "quality": "The quality: `hawada train` measures it, or `ExportFacts(quality=[QualityChange(...)])` in Python.",
     "peers": "Other models to compare with: `hawada report --peers`, a file of JSON lines with name, quality, and "

@@ -124,6 +124,6 @@ def _read(path: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise HawAdaError(f"{path} is damaged ({error}): name another output, or remove the folder") from None
-    if not isinstance(found, dict):
-        raise HawAdaError(f"{path} must hold an object: it is not of a recipe; name another output")
+    if not isinstance(found, dict) or not isinstance(found.get("recipe", {}), dict):
+        raise HawAdaError(f"{path} is not of a recipe: name another output")
     return found
