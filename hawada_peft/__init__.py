@@ -14,6 +14,7 @@ from .distil.trainer import DistillTrainer
 from .files.verify import verify_slim
 from .gates.attach import attach_adapters, collect_gates
 from .latency.budget import LatencyBudget
+from .latency.effort import Effort
 from .model import HawAdaModel
 from .page.write import write_report
 from .planning.plan import Plan
@@ -35,6 +36,7 @@ register(HawAdaConfig, HawAdaModel)
 
 __all__ = [
     "DistillTrainer",
+    "Effort",
     "ExportFacts",
     "Family",
     "HawAdaConfig",

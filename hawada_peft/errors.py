@@ -55,3 +55,7 @@ class InfeasibleBudgetError(HawAdaError):
 
 class UnsettledTimingWarning(UserWarning):
     """A timer's median was still moving when the rounds were used up."""
+
+
+class UncachedTableWarning(UserWarning):
+    """A latency table was measured, and could not be kept for later."""

@@ -16,14 +16,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-import toys
 import transformers
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from hawada_peft import HawAdaConfig, Plan, Shape, collect_gates, save_slim
 from hawada_peft.files import Verification
-from hawada_peft.latency import clock
+from hawada_peft.latency import Clock, ToyClock
 from hawada_peft.vanilla.family import FAMILIES, TARGET_MODULES, locate
 from hawada_peft.vanilla.outputs import example_inputs, output_of
 
@@ -215,14 +214,15 @@ def row(request: pytest.FixtureRequest) -> Row:
     return ROWS[request.param]
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the latency tables of the toy machine are kept, away from the user's."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def toy_machine(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    """Latency follows from sizes; see `toys`."""
-    monkeypatch.setattr(clock, "_time", toys.toy_times)
-    monkeypatch.setenv("HAWADA_CACHE", str(cache))
+def toy_machine(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Where no `Effort` can be given, as on the command line: every clock is a toy's, and no table is the user's."""
+    toy = ToyClock()
+    for name in ("now", "wait", "runner", "device_name"):
+        monkeypatch.setattr(Clock, name, _of_the_toy(getattr(Clock, name), getattr(toy, name)))
+    monkeypatch.setenv("HAWADA_CACHE", str(tmp_path_factory.getbasetemp() / "toy-cache"))
+
+
+def _of_the_toy(real: Any, toys: Any) -> Any:
+    """A method of the real clock alone."""
+    return lambda self, *given: toys(*given) if type(self) is Clock else real(self, *given)

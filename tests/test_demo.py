@@ -9,6 +9,7 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
+from toys import once
 from transformers import AutoTokenizer
 
 from hawada_peft import Plan
@@ -17,23 +18,23 @@ from hawada_peft.demo.data import VOCABULARY, WINDOW, held_out_topics, load_digi
 from hawada_peft.demo.measure import accuracy, agreement, one_thread, perplexity
 from hawada_peft.demo.pipeline import run_demo
 from hawada_peft.demo.table import Row, render
-from hawada_peft.demo.tasks import TASKS, Effort, Schedule
-from hawada_peft.latency.build import TablePlan
-from hawada_peft.latency.clock import Effort as TimingEffort
-from hawada_peft.search.effort import SearchEffort
+from hawada_peft.demo.tasks import TASKS, Schedule, Work
+from hawada_peft.latency.budget import LatencyBudget
 
-ONCE = TimingEffort(warmup=0, lead_in=0, min_rounds=1, max_rounds=1)
-TINY = Effort(
+ONCE = once(depth=2, candidates=1, search_rounds=2)
+TINY = Work(
     teacher=Schedule(3, 4, 1e-3),
     gates=Schedule(4, 4, 0.1),
     calibration=2,
     evaluation=1,
-    table=TablePlan(attention=2, ffn=2, realised=0, depth=2, effort=ONCE),
-    timing=ONCE,
-    search=SearchEffort(top=1, rounds=2, instances=1),
+    search=ONCE,
     final=ONCE,
-    timed=False,
 )
+# A limit that does not depend on how fast this machine is just now.
+BUDGETS = {
+    "digits": LatencyBudget(max_parameters=200_000, batch_size=2, mode="forward"),
+    "topics": LatencyBudget(max_parameters=600_000, batch_size=2, seq_len=WINDOW, mode="forward"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Row]]:
     """A run from end to end; its second process is a real one."""
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
-        tasks = {name: replace(task, quick=TINY) for name, task in TASKS.items()}
+        tasks = {name: replace(task, quick=TINY, budget=BUDGETS[name]) for name, task in TASKS.items()}
         patch.setattr(pipeline, "TASKS", tasks)
         return folder, run_demo(folder, quick=True)
 
@@ -68,9 +69,10 @@ def test_slim_folders_have_a_card_with_what_the_table_says(demo: tuple[Path, lis
 
 
 def test_slim_model_has_the_shape_and_computes_what_the_masked_one_did(demo: tuple[Path, list[Row]]) -> None:
-    for name, task in TASKS.items():
+    for name, budget in BUDGETS.items():
         dense, masked, slim = (row for row in demo[1] if row.task == name)
-        assert slim.parameters <= task.parameters
+        assert budget.max_parameters is not None
+        assert slim.parameters <= budget.max_parameters
         assert (masked.layers, masked.heads, masked.kv_heads, masked.ffn) == (
             slim.layers,
             slim.heads,

@@ -1,4 +1,4 @@
-"""The scripts in examples/, as a user starts them, but on a toy machine's clock."""
+"""The scripts in examples/, as a user starts them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoProcessor
 
-TOYS = Path(__file__).parent / "toys.py"
 EXAMPLES = Path(__file__).parents[1] / "examples"
 AUTO = {"slim_vit": AutoModelForImageClassification, "slim_llama": AutoModelForCausalLM}
 QUICK = ["--steps", "4", "--recover-steps", "2", "--held-out", "8", "--calibration", "8", "--train-batch-size", "4"]
 
 
 def start(script: str, *options: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOYS), str(EXAMPLES / f"{script}.py"), *map(str, options)]
+    command = [sys.executable, str(EXAMPLES / f"{script}.py"), *map(str, options)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800)
 

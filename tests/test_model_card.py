@@ -43,7 +43,7 @@ from hawada_peft import (
 )
 from hawada_peft.errors import HawAdaError, IncompatibleTableError, InvalidPlanError, VerificationError
 from hawada_peft.latency import LatencyTable, Regime, Timing, measure_many
-from hawada_peft.latency.clock import Effort
+from hawada_peft.latency.effort import Effort
 from hawada_peft.search.result import Candidate
 from hawada_peft.shipping import PassportLine, calibration_facts, write_card
 from hawada_peft.vanilla.family import locate

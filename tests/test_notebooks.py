@@ -1,9 +1,7 @@
-"""The notebooks: stripped in the repository; run from top to bottom by a kernel of their own, on the toy machine."""
+"""The notebooks: stripped in the repository; run from top to bottom by a kernel of their own."""
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 
 import nbformat
@@ -43,8 +41,6 @@ def test_runs(notebook: NotebookNode, tmp_path: Path, monkeypatch: pytest.Monkey
     for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
         monkeypatch.setenv(name, str(tmp_path / ".jupyter"))
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
-    notebook.cells.insert(0, nbformat.v4.new_code_cell("import toys\n\ntoys.install()"))
     where = {"metadata": {"path": str(tmp_path)}}
     client = NotebookClient(notebook, timeout=TIMEOUT, kernel_name="python3", resources=where)
     ran = client.execute()

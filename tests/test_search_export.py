@@ -5,34 +5,34 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import EVERYTHING, LM_ROW, ROWS, VISION_ROW, build, difference, gate, inputs_of, logits_of
 from peft import get_peft_model
+from toys import REGIME, StoppedClock, by_shape, by_table, once, timing, toy_table
 
 from hawada_peft import HawAdaConfig, Shape, collect_gates, slim
 from hawada_peft.errors import (
     HawAdaError,
     IllegalShapeError,
     InfeasibleBudgetError,
-    InvalidBudgetError,
     InvalidPlanError,
     InvalidRegimeError,
 )
 from hawada_peft.latency.budget import LatencyBudget
-from hawada_peft.latency.build import TablePlan
+from hawada_peft.latency.effort import Effort
 from hawada_peft.latency.regime import Regime
 from hawada_peft.latency.table import LatencyTable
 from hawada_peft.latency.timing import Timing
 from hawada_peft.planning.importance import gate_importance
 from hawada_peft.planning.plan import Plan
-from hawada_peft.search import timed as find_plan_module
 from hawada_peft.search.budgeted import find_plan
-from hawada_peft.search.effort import SearchEffort
 from hawada_peft.search.masked import MaskedQuality
 from hawada_peft.search.result import MOST_POINTS
 from hawada_peft.search.rounds import search
@@ -44,33 +44,6 @@ from hawada_peft.vanilla.family import locate
 from hawada_peft.vanilla.legality import head_shapes
 
 DENSE = Shape(16, 4, 1024, 8)
-REGIME = Regime(mode="prefill", seq_len=8)
-
-
-def toy_table(
-    dense: Shape, *, launch: float, arithmetic: float, model: Mapping[str, int | str] | None = None
-) -> LatencyTable:
-    """Milliseconds per layer: `launch`, and `arithmetic` in equal parts for attention and FFN."""
-    heads, groups, ffn, layers = dense.sizes().values()
-    per_group = dense.heads_per_group
-    grid = [[arithmetic / 2 * g * r / heads for r in range(1, per_group + 1)] for g in range(1, groups + 1)]
-    low = grid[0][0]
-    return LatencyTable(
-        regime=REGIME,
-        device_name=REGIME.device_name,
-        model=model or {"model_type": "toy", "hidden_size": 64, "head_dim": 4, **dense.sizes()},
-        versions={},
-        fixed_ms=0.1,
-        layer_ms=launch + low,
-        kv_groups=tuple(range(1, groups + 1)),
-        heads_per_group=tuple(range(1, per_group + 1)),
-        attention_ms=tuple(tuple(value - low for value in row) for row in grid),
-        ffn_sizes=(0, ffn),
-        ffn_ms=(0.0, arithmetic / 2),
-        interaction_ms=0.0,
-        multiple=8,
-        dense_ms=0.1 + layers * (launch + arithmetic),
-    )
 
 
 def toy_space(dense: Shape = DENSE) -> SearchSpace:
@@ -123,10 +96,6 @@ class Machine:
         return {shape: timing(self.ms(shape) * speed) for shape in (*shapes, DENSE)}
 
 
-def timing(ms: float) -> Timing:
-    return Timing(ms, ms, 0.0, 0.0, True, 1, REGIME, REGIME.device_name, {})
-
-
 @pytest.mark.parametrize("speedup", [1.25, 1.5, 2.0])
 @pytest.mark.parametrize("factor", [0.8, 1.0, 1.3])
 def test_the_answer_is_measured_and_meets_the_budget(speedup: float, factor: float) -> None:
@@ -145,7 +114,7 @@ def test_the_answer_is_measured_and_meets_the_budget(speedup: float, factor: flo
 
 def test_the_answer_is_the_best_of_all_shapes() -> None:
     table, space, quality = toy_table(DENSE, launch=0.5, arithmetic=1.0), toy_space(), ToyQuality()
-    result = search(space, table, quality, LatencyBudget(speedup=1.5), Machine(table), effort=SearchEffort(margin=0))
+    result = search(space, table, quality, LatencyBudget(speedup=1.5), Machine(table), effort=Effort(margin=0))
     loss = quality.predict(space).ravel()
     every = [space.shape(index) for index in range(len(space))]
     fits = [index for index, shape in enumerate(every) if table.estimate(shape) <= table.dense_ms / 1.5]
@@ -238,12 +207,7 @@ def test_a_machine_that_never_meets_the_budget_is_reported() -> None:
         return {shape: timing(10.0) for shape in (*shapes, DENSE)}
 
     with pytest.raises(InfeasibleBudgetError, match=r"10\.|fastest took"):
-        search(toy_space(), table, ToyQuality(), LatencyBudget(speedup=4), stuck, effort=SearchEffort(rounds=3))
-
-
-def test_search_effort_refuses_impossible_numbers() -> None:
-    with pytest.raises(InvalidBudgetError, match="margin"):
-        SearchEffort(margin=0.7)
+        search(toy_space(), table, ToyQuality(), LatencyBudget(speedup=4), stuck, effort=Effort(search_rounds=3))
 
 
 def test_the_frontier_holds_what_nothing_beats() -> None:
@@ -389,21 +353,15 @@ def test_padding_does_not_count() -> None:
 
 
 @pytest.mark.parametrize("allow_rehome", [False, True])
-def test_a_plan_is_found_for_a_budget(monkeypatch: pytest.MonkeyPatch, allow_rehome: bool) -> None:
+def test_a_plan_is_found_for_a_budget(allow_rehome: bool) -> None:
     model = get_peft_model(build(LM_ROW), HawAdaConfig())
     layout = locate(model.get_base_model())
     table = toy_table(layout.dense, launch=0.2, arithmetic=1.0, model=layout.fingerprint())
     budget = LatencyBudget(speedup=1.5, mode="prefill", seq_len=8)
-
-    def timed(build_shape: object, shapes: Sequence[Shape], regime: Regime, **options: object) -> dict[Shape, Timing]:
-        for shape in shapes:
-            assert locate(build_shape(shape)).dense == shape  # every candidate can be built
-        return {shape: timing(table.estimate(shape)) for shape in (*shapes, layout.dense)}
-
-    monkeypatch.setattr(find_plan_module, "measure_built", timed)
-    batches = [inputs_of(model)]
+    batches, effort = [inputs_of(model)], once(by_table(table))
+    importance = gate_importance(model, batches)
     result = find_plan(
-        model, budget, batches, importance=gate_importance(model, batches), table=table, allow_rehome=allow_rehome
+        model, budget, batches, importance=importance, table=table, allow_rehome=allow_rehome, effort=effort
     )
     assert result.speedup >= 1.5
     assert result.plan is not None
@@ -413,21 +371,17 @@ def test_a_plan_is_found_for_a_budget(monkeypatch: pytest.MonkeyPatch, allow_reh
         assert locate(slim(model.unload(), result.plan)).dense == result.best.shape
 
 
-def test_a_table_is_measured_for_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+def test_a_table_is_measured_for_a_model_and_kept(tmp_path: Path) -> None:
     model = build(LM_ROW)
     law = toy_table(locate(model).dense, launch=0.2, arithmetic=1.0)
-
-    def timed(build_shape: object, shapes: Sequence[Shape], regime: Regime, **options: object) -> dict[Shape, Timing]:
-        wanted = (*shapes, options["reference"])
-        return {shape: timing(law.estimate(shape)) for shape in wanted}
-
-    monkeypatch.setattr("hawada_peft.latency.build.measure_built", timed)
-    table = measure_table(model, REGIME, cache=tmp_path, allow_rehome=True)
+    effort = Effort(clock=by_table(law), cache=tmp_path)
+    table = measure_table(model, REGIME, effort=effort, allow_rehome=True)
     shape = Shape(4, 2, 40, 2)
     assert table.estimate(shape) == pytest.approx(law.estimate(shape), rel=0.02)
-    monkeypatch.setattr("hawada_peft.latency.build.measure_built", None)
-    assert measure_table(model, REGIME, cache=tmp_path, allow_rehome=True) == table
-    assert replace(table, seconds=0.0) != replace(table, seconds=1.0)
+    kept = measure_table(model, REGIME, effort=replace(effort, clock=StoppedClock()), allow_rehome=True)
+    assert kept == table
+    assert str(kept.path) in str(kept)
+    assert measure_table(model, REGIME, effort=replace(effort, fresh=True), allow_rehome=True).path is None
 
 
 def test_the_regime_comes_from_the_model() -> None:
@@ -455,7 +409,7 @@ def narrowed(size: int) -> tuple[SearchSpace, LatencyTable]:
     return replace(toy_space(), hidden_size=size), slower
 
 
-SMALL_TABLE = TablePlan(attention=4, ffn=4, realised=2)
+SMALL: dict[str, Any] = {"attention_sizes": 4, "ffn_sizes": 4, "whole_shapes": 2}
 
 
 class WideQuality(ToyQuality):
@@ -487,7 +441,7 @@ def test_hidden_sizes_are_searched_together_with_the_rest() -> None:
         LatencyBudget(speedup=2),
         machine,
         narrower=narrower,
-        effort=SearchEffort(margin=0, rounds=40),
+        effort=Effort(margin=0, search_rounds=40),
     )
     assert result.best.shape.hidden_size in (48, 32)
     assert result.best.measured_ms == pytest.approx(ms(result.best.shape))
@@ -534,28 +488,21 @@ def test_the_loss_of_a_hidden_size_is_measured() -> None:
     assert list(kept) == sorted(importance.argsort(descending=True, stable=True)[:48].tolist())
 
 
-def test_a_plan_with_a_hidden_size_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+def test_a_plan_with_a_hidden_size_is_found() -> None:
     """On a machine where nothing but the hidden size saves time."""
     model = get_peft_model(build(LM_ROW), HawAdaConfig(gates=("heads", "ffn", "layers", "hidden")))
-    layout = locate(model.get_base_model())
     seen: set[int | None] = set()
 
     def ms(shape: Shape) -> float:
+        seen.add(shape.hidden_size)
         return 1.0 + (shape.hidden_size or 64) / 8
 
-    def timed(build_shape: object, shapes: Sequence[Shape], regime: Regime, **options: object) -> dict[Shape, Timing]:
-        seen.update(shape.hidden_size for shape in shapes)
-        return {shape: timing(ms(shape)) for shape in (*shapes, options.get("reference", layout.dense))}
-
-    monkeypatch.setattr("hawada_peft.latency.build.measure_built", timed)
-    monkeypatch.setattr(find_plan_module, "measure_built", timed)
     batches = [inputs_of(model)]
     budget = LatencyBudget(speedup=1.2, mode="prefill", seq_len=8)
     importance = gate_importance(model, batches)
-    result = find_plan(
-        model, budget, batches, importance=importance, hidden_sizes=[48, 32], table_plan=SMALL_TABLE, cache=tmp_path
-    )
-    assert seen == {None, 48, 32}
+    effort = once(by_shape(ms), **SMALL)
+    result = find_plan(model, budget, batches, importance=importance, hidden_sizes=[48, 32], effort=effort)
+    assert seen == {64, 48, 32}
     assert result.best.shape.hidden_size == 48
     assert result.speedup == pytest.approx(9 / 7)
     assert result.plan.shape == result.best.shape
@@ -564,21 +511,19 @@ def test_a_plan_with_a_hidden_size_is_found(monkeypatch: pytest.MonkeyPatch, tmp
     assert difference(logits_of(model.merge_and_unload()), masked) <= 1e-5
 
 
-def test_without_gates_on_it_no_hidden_size_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_gates_on_it_no_hidden_size_is_timed() -> None:
     model = get_peft_model(build(LM_ROW), HawAdaConfig())
     layout = locate(model.get_base_model())
     table = toy_table(layout.dense, launch=0.2, arithmetic=1.0, model=layout.fingerprint())
-    seen: list[Shape] = []
+    seen: set[int | None] = set()
 
-    def timed(build_shape: object, shapes: Sequence[Shape], regime: Regime, **options: object) -> dict[Shape, Timing]:
-        seen.extend(shapes)
-        return {shape: timing(table.estimate(shape)) for shape in (*shapes, layout.dense)}
+    def ms(shape: Shape) -> float:
+        seen.add(shape.hidden_size)
+        return table.estimate(replace(shape, hidden_size=None))
 
-    monkeypatch.setattr("hawada_peft.latency.build.measure_built", None)  # would fail if it were called
-    monkeypatch.setattr(find_plan_module, "measure_built", timed)
     budget = LatencyBudget(speedup=1.5, mode="prefill", seq_len=8)
-    find_plan(model, budget, [inputs_of(model)], table=table, hidden_sizes=[48])
-    assert {shape.hidden_size for shape in seen} == {None}
+    find_plan(model, budget, [inputs_of(model)], table=table, hidden_sizes=[48], effort=once(by_shape(ms)))
+    assert seen == {64}
 
 
 def test_a_hidden_size_that_does_not_exist_is_refused() -> None:

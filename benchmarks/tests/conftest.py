@@ -1,7 +1,7 @@
 """
-The tiny models, the settings and the toy machine of the package's own tests.
+The tiny models and the settings of the package's own tests.
 
-The benchmarks are no package: they are on the path. No budget here is met or missed by how fast this machine is.
+The benchmarks are no package: they are on the path.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from pathlib import Path
 
 BENCHMARKS = Path(__file__).parents[1]
 sys.path[:0] = [str(BENCHMARKS.parent), str(BENCHMARKS.parent / "tests"), str(BENCHMARKS)]
-
-import toys  # noqa: E402
 
 from tests.conftest import (  # noqa: E402
     LM_ROW,
@@ -45,5 +43,3 @@ __all__ = [
     "pytest_configure",
     "state_of",
 ]
-
-toys.install()

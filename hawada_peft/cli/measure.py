@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..progress import Progress
-from .options import Model, Said
+from .options import Effort, Fresh, Level, Model, Said
 
 if TYPE_CHECKING:
     from ..latency.table import LatencyTable
@@ -18,16 +18,19 @@ EXAMPLES = (
 )
 
 
-def run(model: Model, progress: Progress | None, **regime: Any) -> Said:
+def run(
+    model: Model, progress: Progress | None, effort: Level = Effort.normal, fresh: Fresh = False, **regime: Any
+) -> Said:
     """Measure a latency table of a model's shapes on this machine. No weights are loaded."""
     from ..latency.budget import LatencyBudget
     from ..search.timed import measure_table, regime_of
     from ..vanilla.loading import checked_device, load_skeleton
+    from .shared import effort_of
 
     checked_device(regime["device"])
     skeleton = load_skeleton(model)
     conditions = regime_of(skeleton, LatencyBudget(speedup=1.0, **regime))
-    table = measure_table(skeleton, conditions, progress=progress)
+    table = measure_table(skeleton, conditions, effort=effort_of(effort, fresh=fresh), progress=progress)
     return Said("\n".join(_lines(table)), table.to_dict())
 
 

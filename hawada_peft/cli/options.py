@@ -44,6 +44,13 @@ class Backend(str, Enum):
     cuda_graph = "cuda_graph"
 
 
+class Effort(str, Enum):
+    """How hard is measured and searched."""
+
+    quick = "quick"
+    normal = "normal"
+
+
 @dataclass(frozen=True)
 class Said:
     """
@@ -84,6 +91,10 @@ def regime(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
 ) -> None:
     """Under which conditions is timed: fields of `LatencyBudget`."""
+
+
+Level = Annotated[Effort, typer.Option(help="How hard is measured and searched: quick takes seconds for tiny models.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Measure the latency table anew, even if there is one here.")]
 
 
 def printing(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..progress import Progress
-from .options import Model, Said, size
+from .options import Effort, Fresh, Level, Model, Said, size
 
 if TYPE_CHECKING:
     from ..planning.plan import Plan
@@ -40,6 +40,8 @@ def run(
     refit: Annotated[
         bool | None, typer.Option(help="Judge shapes by refitted models, or by closed gates; refitted where possible.")
     ] = None,
+    effort: Level = Effort.normal,
+    fresh: Fresh = False,
     **regime: Any,
 ) -> Said:
     """
@@ -50,11 +52,12 @@ def run(
     Give one of --speedup, --latency-ms and --fraction, or --max-parameters or --max-memory, or both.
     """
     from ..latency.budget import LatencyBudget
+    from ..latency.runner import check_call
     from ..search.budgeted import find_plan
     from ..search.result import FORMAT
     from ..search.timed import regime_of
     from ..vanilla.loading import checked_device, load_model, load_skeleton
-    from .examples import gates_of, read_batches
+    from .shared import effort_of, gates_of, read_batches
 
     device = checked_device(regime["device"])
     budget = LatencyBudget(
@@ -65,11 +68,13 @@ def run(
         max_memory=max_memory,
         **regime,
     )
-    regime_of(load_skeleton(model), budget)  # before the work
+    skeleton = load_skeleton(model)
+    check_call(skeleton, regime_of(skeleton, budget))  # before the work
     output.parent.mkdir(parents=True, exist_ok=True)
     batches = read_batches(calibration, model, seq_len=budget.seq_len, examples=examples)
     gated, importance = gates_of(load_model(model, device), adapter, batches, hidden=hidden, progress=progress)
-    found = find_plan(gated, budget, batches, importance=importance, refit=refit, progress=progress)
+    hard = effort_of(effort, fresh=fresh)
+    found = find_plan(gated, budget, batches, importance=importance, refit=refit, effort=hard, progress=progress)
     beside = output.with_suffix(".search.json")
     if found.plan is not None:
         output.write_text(found.plan.to_json(), encoding="utf-8")

@@ -70,8 +70,8 @@ def run(
     from ..shipping.calibrated import slim_calibrated
     from ..shipping.checkpoint import slim_checkpoint
     from ..vanilla.loading import checked_device
-    from .examples import read_batches
     from .plan import read_plan
+    from .shared import read_batches
 
     *adapters, output = places
     adapter = adapters[0] if adapters else None

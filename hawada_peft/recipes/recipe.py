@@ -16,10 +16,10 @@ from ..config import HawAdaConfig
 from ..distil.objective import Distillation
 from ..errors import HawAdaError
 from ..latency.budget import LatencyBudget
-from ..latency.build import TablePlan
-from ..latency.clock import Effort
+from ..latency.clock import Clock
+from ..latency.effort import Effort
 from ..latency.regime import DTYPES
-from ..search.effort import SearchEffort
+from ..latency.toy import ToyClock
 from ..training.phases import Phases
 from ..training.trainer import HawAdaTrainer
 from ..vanilla.shape import Shape
@@ -28,6 +28,9 @@ from .schema import checked, sections, unknown_names
 from .settings import DataSource, ReconstructionStep
 
 GOALS = ("budget", "shape", "keep_ratio")
+CLOCKS: dict[str, Callable[[], Clock]] = {"real": Clock, "toy": ToyClock}
+"""What a recipe may name as the clock."""
+
 DEFAULTS: dict[str, Any] = {"save_total_limit": 2, "logging_steps": 10}
 """Of both trainings, where the recipe and `TrainingArguments` differ."""
 
@@ -48,8 +51,9 @@ class Recipe:
         budget (`dict`, *optional*): fields of `LatencyBudget`. One of `budget`, `shape` and `keep_ratio` is given.
         shape (`dict`, *optional*): fields of `Shape`.
         keep_ratio (`float` or `dict`, *optional*): as in `HawAdaModel.plan`.
-        search (`dict`, *optional*): how a budget becomes a shape: `effort` (fields of `SearchEffort`), `timing`,
-            `table_plan`, `hidden_sizes`, `refit`, `cache`, as in `find_plan`.
+        search (`dict`, *optional*): how a budget becomes a shape: `effort` (fields of `Effort`), `quick` (what it
+            leaves out is as in `Effort.quick`), `clock` (`"real"`, or `"toy"`, by which nothing depends on the
+            machine), `hidden_sizes` and `refit` of `find_plan`.
         gates (`dict`, *optional*): fields of `HawAdaConfig`; `lora` holds those of PEFT's `LoraConfig`.
         training (`dict`, *optional*): options of `HawAdaTrainer` and fields of `TrainingArguments`.
         reconstruction (`dict`, *optional*): `examples` and `batch_size` of the least squares; none if left out.
@@ -185,13 +189,24 @@ class Recipe:
         except (TypeError, ValueError, ImportError) as error:
             raise HawAdaError(f"{section}: {error}") from None
 
-    def search_options(self) -> dict[str, Any]:
-        """Further arguments of `find_plan`."""
-        options = dict(self.search or {})
-        for name, make in (("effort", SearchEffort), ("timing", Effort), ("table_plan", _table_plan)):
-            if options.get(name) is not None:
-                options[name] = make(**options[name])
-        return options
+    def effort(self) -> Effort:
+        """
+        How hard latency is measured and the shape for a budget searched.
+
+        Raises:
+            HawAdaError: with every impossible number.
+        """
+        search = self.search or {}
+        name = search.get("clock") or "real"
+        if name not in CLOCKS:
+            raise HawAdaError(f"search.clock must be one of {list(CLOCKS)}, got {name!r}")
+        make = Effort.quick if search.get("quick") else Effort
+        return make(clock=CLOCKS[name](), **(search.get("effort") or {}))
+
+    def searching(self) -> dict[str, Any]:
+        """The arguments of `HawAdaTrainer` that say how a budget becomes a shape."""
+        search = self.search or {}
+        return {"effort": self.effort()} | {name: search[name] for name in ("hidden_sizes", "refit") if name in search}
 
     def steps(self) -> list[str]:
         """What will be done, in words."""
@@ -251,7 +266,7 @@ class Recipe:
         return {
             "data": self.source,
             "budget" if self.budget is not None else "shape": self.goal,
-            "search": self.search_options,
+            "search": self.effort,
             "gates": self.config,
             "reconstruction": lambda: ReconstructionStep(**(self.reconstruction or {})),
             "recovery.lora": self.lora,
@@ -276,10 +291,6 @@ def _loggers_missing(recipe: Recipe, section: str) -> Iterator[str]:
 
 def _arguments() -> Mapping[str, Any]:
     return TrainingArguments.__dataclass_fields__
-
-
-def _table_plan(effort: Mapping[str, Any] | None = None, **options: Any) -> TablePlan:
-    return TablePlan(**options) if effort is None else TablePlan(effort=Effort(**effort), **options)
 
 
 def _objective(options: Mapping[str, Any]) -> Distillation:

@@ -29,8 +29,9 @@ from transformers import (
 from ..distil.recovery import recover
 from ..errors import HawAdaError
 from ..latency.budget import LatencyBudget
-from ..latency.clock import measure_many
+from ..latency.measuring import measure_many
 from ..latency.regime import DTYPES, Regime
+from ..latency.runner import check_call
 from ..latency.timing import Timing
 from ..planning.plan import Plan
 from ..progress import Progress
@@ -131,17 +132,13 @@ def _check_device(recipe: Recipe, device: torch.device) -> None:
         if device.type == "cpu" and (getattr(recipe, section) or {}).get("fp16")
     ]
     skeleton = load_skeleton(recipe.model)
-    if recipe.budget is not None:
-        budget = LatencyBudget(**recipe.budget)
-        wrong = "image_size" if skeleton.main_input_name == "input_ids" else "seq_len"
-        if getattr(budget, wrong) is not None:
-            problems.append(
-                f"budget.{wrong} is not for {type(skeleton).__name__}, which takes {skeleton.main_input_name}"
-            )
+    budget = None if recipe.budget is None else LatencyBudget(**recipe.budget)
+    if budget is not None and budget.image_size is not None and skeleton.main_input_name == "input_ids":
+        problems.append(f"budget.image_size is not for {type(skeleton).__name__}, which takes input_ids")
     if problems:
         raise HawAdaError("\n".join(problems))
-    if recipe.budget is not None:
-        regime_of(skeleton, budget)
+    if budget is not None:
+        check_call(skeleton, regime_of(skeleton, budget))
 
 
 class _Facts:
@@ -186,7 +183,7 @@ def _train_gates(
         args,
         train_dataset=train,
         eval_dataset=held_out,
-        search_options=recipe.search_options(),
+        **recipe.searching(),
         **recipe.goal(),
         **recipe.options("training"),
     )
@@ -313,7 +310,7 @@ def _time(recipe: Recipe, dense: PreTrainedModel, slim: PreTrainedModel) -> dict
         name: cast(PreTrainedModel, nn.Module.to(model, regime.device, regime.torch_dtype))
         for name, model in (("dense", dense), ("slim", small))
     }
-    return measure_many(timed, regime, effort=recipe.search_options().get("timing"))
+    return measure_many(timed, regime, effort=recipe.effort())
 
 
 def _latency(timings: Mapping[str, Timing]) -> dict[str, Any]:

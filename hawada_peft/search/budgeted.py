@@ -4,25 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from peft import PeftModel
 
 from ..latency.budget import LatencyBudget
-from ..latency.build import TablePlan
-from ..latency.clock import Effort
+from ..latency.effort import Effort
+from ..latency.runner import check_call
+from ..latency.settling import warn_unsettled
 from ..latency.table import LatencyTable
 from ..progress import Progress
 from ..vanilla.family import HIDDEN, locate
 from ..vanilla.outputs import Batch
-from .effort import SearchEffort
 from .masked import MaskedQuality
 from .refitted import RefittedQuality, obstacle
 from .result import SearchResult
 from .rounds import search
 from .space import narrower_sizes, search_space
-from .timed import NARROWER, dense_model, measure_table, realise_with, regime_of
+from .timed import Timer, dense_model, regime_of, table_of
 
 
 def find_plan(
@@ -32,13 +31,10 @@ def find_plan(
     *,
     importance: Mapping[str, torch.Tensor] | None = None,
     table: LatencyTable | None = None,
-    table_plan: TablePlan | None = None,
     allow_rehome: bool = False,
     hidden_sizes: Sequence[int] | None = None,
     refit: bool | None = None,
-    effort: SearchEffort | None = None,
-    timing: Effort | None = None,
-    cache: str | Path | bool = True,
+    effort: Effort | None = None,
     progress: Progress | None = None,
 ) -> SearchResult:
     """
@@ -50,7 +46,6 @@ def find_plan(
         calibration: batches, keyword arguments of the forward pass; labels are not used.
         importance: how much the loss depends on each gate (`gate_importance`); the gates' values if left out.
         table: measured here before; measured or taken from the disk cache if left out.
-        table_plan: what is measured for it then.
         allow_rehome: also offer shapes that only the family's twin takes (a Llama as a Mistral): `result.best.rehomed`
             says so, and such a plan is exported by `slim(rehome(dense), plan)`.
         hidden_sizes: to search besides the dense one, each by a table of its own; a few even steps down to half of it
@@ -59,9 +54,7 @@ def find_plan(
             `merge_and_unload(calibration=...)` gives them; this foretells best which shape recovers best. `False`
             judges them by closed gates alone, which is quicker and right for a merge without `calibration`. If left
             out: by refitted models, unless gates on `"hidden"`, trained LoRA or quantized weights forbid it.
-        effort: how hard to look.
-        timing: how long candidates are timed.
-        cache: of the table, as in `measure_table`.
+        effort: how hard to measure and to look, and by which clock.
         progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
 
     Returns:
@@ -72,14 +65,20 @@ def find_plan(
         IllegalShapeError: if no model of one of the hidden sizes exists.
         IncompatibleTableError: if the table is for another device, regime or model.
         HawAdaError: if models are to be refitted and cannot be, or there are no two rows to do so.
+
+    Warns:
+        UnsettledTimingWarning: once, if timers did not settle.
+        UncachedTableWarning: if a table cannot be kept for later.
     """
+    effort = effort or Effort()
     base = dense_model(model)
     layout = locate(base)
     regime = regime_of(model, budget)
-    measure = partial(measure_table, model, regime, allow_rehome=allow_rehome, cache=cache, progress=progress)
+    check_call(base, regime)
+    measure = partial(table_of, model, regime, allow_rehome=allow_rehome, progress=progress)
     if table is None:
-        table = measure(plan=table_plan)
-    table.check(regime=regime, model=layout.fingerprint())
+        table = measure(effort)
+    table.check(regime=regime, model=layout.fingerprint(), device_name=effort.clock.device_name(regime))
     refit = not obstacle(model, calibration) if refit is None else refit
     quality = (RefittedQuality if refit else MaskedQuality)(model, calibration, importance, progress)
     sizes: Sequence[int] = ()
@@ -87,7 +86,7 @@ def find_plan(
         group = quality.scores.hidden_group
         found = narrower_sizes(layout, multiple=table.multiple, group_size=group)
         sizes = found if hidden_sizes is None else hidden_sizes
-    tables = [table, *(measure(plan=table_plan or NARROWER, hidden_size=size) for size in sizes)]
+    tables = [table, *(measure(effort.narrower(), hidden_size=size) for size in sizes)]
     spaces = [
         search_space(
             layout,
@@ -100,6 +99,8 @@ def find_plan(
         )
         for size, each in zip((None, *sizes), tables, strict=True)
     ]
-    realise = realise_with(base, regime, allow_rehome=allow_rehome, timing=timing, progress=progress)
+    timer = Timer(base, regime, effort.confirming(), allow_rehome=allow_rehome, progress=progress)
     narrower = list(zip(spaces[1:], tables[1:], strict=True))
-    return search(spaces[0], table, quality, budget, realise, effort=effort, narrower=narrower)
+    result = search(spaces[0], table, quality, budget, timer, effort=effort, narrower=narrower)
+    warn_unsettled(*(each.unsettled for each in tables), timer.unsettled)
+    return result

@@ -69,7 +69,7 @@ class SearchResult:
         measured (`tuple[Candidate, ...]`): every shape that was timed.
         table (`LatencyTable`): of the dense hidden size, corrected by all of it that was timed.
         rounds (`int`): rounds it took.
-        margin (`float`): how far below the budget it stayed: `SearchEffort.margin`.
+        margin (`float`): how far below the budget it stayed: `Effort.margin`.
         shapes (`int`): how many there were to choose from.
         steps (`dict[str, str]`): by size, which values were there to choose from, and why.
         loss (`str`): what the losses are: `Quality.meaning`.

@@ -11,11 +11,11 @@ import torch
 
 from ..errors import InfeasibleBudgetError
 from ..latency.budget import LatencyBudget
+from ..latency.effort import Effort
 from ..latency.interpolate import smooth
 from ..latency.table import LatencyTable, Realised
 from ..latency.timing import Timing
 from ..vanilla.shape import Shape
-from .effort import SearchEffort
 from .quality import Quality
 from .result import Candidate, SearchResult
 from .space import SearchSpace
@@ -39,7 +39,7 @@ class SearchState:
         space: SearchSpace,
         table: LatencyTable,
         budget: LatencyBudget,
-        effort: SearchEffort,
+        effort: Effort,
         narrower: Sequence[tuple[SearchSpace, LatencyTable]] = (),
     ) -> None:
         self.budget, self.effort = budget, effort

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache as remember
 from functools import partial
-from pathlib import Path
 
 from peft import PeftModel
 from torch import nn
@@ -14,10 +12,13 @@ from transformers import PreTrainedModel
 
 from ..errors import InvalidRegimeError
 from ..latency.budget import LatencyBudget
-from ..latency.build import TablePlan, build_table
+from ..latency.build import build_table
 from ..latency.cache import cached_table, table_key
-from ..latency.clock import Clock, Effort, measure_built
+from ..latency.effort import Effort
+from ..latency.measuring import measure_built
 from ..latency.regime import Regime
+from ..latency.runner import check_call
+from ..latency.settling import unsettled, warn_unsettled
 from ..latency.table import LatencyTable
 from ..latency.timing import Timing
 from ..progress import Progress
@@ -27,23 +28,14 @@ from ..vanilla.rehoming import has_twin, twin_skeleton
 from ..vanilla.shape import Shape
 from .timed_models import realiser
 
-CONFIRM = Effort(min_rounds=15, max_rounds=100, max_seconds=30.0, tolerance=0.004)
-"""How long the shapes of a search are timed."""
-
-
-NARROWER = TablePlan(attention=16, ffn=9, realised=6)
-"""What is measured for the table of a further hidden size."""
-
 
 def measure_table(
     model: PreTrainedModel | PeftModel,
     regime: Regime,
     *,
-    plan: TablePlan | None = None,
+    effort: Effort | None = None,
     allow_rehome: bool = False,
     hidden_size: int | None = None,
-    cache: str | Path | bool = True,
-    clock: Clock = time.perf_counter,
     progress: Progress | None = None,
 ) -> LatencyTable:
     """
@@ -52,19 +44,39 @@ def measure_table(
     Args:
         model: a dense or gated model; only its class and config are used.
         regime: the conditions.
-        plan: what is measured.
+        effort: what is measured, how long and by which clock, and where tables are kept.
         allow_rehome: also time heads that only the family's twin takes.
         hidden_size: of all that is timed, for a table of a narrower residual stream; the dense one if left out.
-        cache: a folder; `True` for the user's cache folder, `False` for none.
-        clock: seconds.
         progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
 
     Raises:
         UnsupportedModelError: if the model has no family row.
         IllegalShapeError: if no model of the hidden size exists.
         InvalidRegimeError: if the model cannot run that way.
+
+    Warns:
+        UnsettledTimingWarning: if timers did not settle; such a table is not kept.
+        UncachedTableWarning: if it cannot be kept.
     """
-    base, plan = dense_model(model), plan or TablePlan()
+    table = table_of(
+        model, regime, effort or Effort(), allow_rehome=allow_rehome, hidden_size=hidden_size, progress=progress
+    )
+    warn_unsettled(table.unsettled)
+    return table
+
+
+def table_of(
+    model: PreTrainedModel | PeftModel,
+    regime: Regime,
+    effort: Effort,
+    *,
+    allow_rehome: bool = False,
+    hidden_size: int | None = None,
+    progress: Progress | None = None,
+) -> LatencyTable:
+    """As `measure_table`, without a warning: the table says what did not settle."""
+    base = dense_model(model)
+    check_call(base, regime)
     layout = locate(base)
     widest, model_key = layout.narrowed(hidden_size), layout.fingerprint()
     if widest.hidden_size is not None:
@@ -79,43 +91,56 @@ def measure_table(
         model=model_key,
         regime=regime,
         ffn_unit=widest.hidden_size or layout.hidden_size if layout.family.ffn_unit else 1,
-        plan=plan,
+        effort=effort,
         widest=widest,
-        clock=clock,
         progress=progress,
     )
-    if cache is False:
-        return make()
-    key = table_key(regime, model_key, heads, plan)
-    return cached_table(make, key, None if cache is True else cache)
+    return cached_table(make, table_key(regime, model_key, heads, effort), effort)
 
 
-def realise_with(
-    base: PreTrainedModel,
-    regime: Regime,
-    *,
-    allow_rehome: bool = False,
-    timing: Effort | None = None,
-    clock: Clock = time.perf_counter,
-    progress: Progress | None = None,
-) -> Callable[[Sequence[Shape]], Mapping[Shape, Timing]]:
-    """A function that builds shapes with random weights and times them side by side, the dense shape among them."""
-    build = builder(base, regime, allow_rehome=allow_rehome)[1]
-    dense = locate(base).dense
+class Timer:
+    """
+    Builds shapes with random weights and times them side by side, the dense shape among them.
 
-    def realise(shapes: Sequence[Shape]) -> Mapping[Shape, Timing]:
-        return measure_built(
-            build,
+    Args:
+        base: the dense model; only its class and config are used.
+        regime: the conditions.
+        effort: how long, and by which clock.
+        allow_rehome: whether the family's twin builds what the model's class does not.
+        progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        regime: Regime,
+        effort: Effort,
+        *,
+        allow_rehome: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        self.regime, self.effort, self.progress = regime, effort, progress
+        self.dense, self.build = locate(base).dense, builder(base, regime, allow_rehome=allow_rehome)[1]
+        self.timings: list[Timing] = []
+
+    def __call__(self, shapes: Sequence[Shape]) -> Mapping[Shape, Timing]:
+        """The timings of shapes and of the dense one."""
+        found = measure_built(
+            self.build,
             shapes,
-            regime,
-            reference=dense,
-            effort=timing or CONFIRM,
-            clock=clock,
+            self.regime,
+            reference=self.dense,
+            effort=self.effort,
             label="realising shapes",
-            progress=progress,
+            progress=self.progress,
         )
+        self.timings += found.values()
+        return found
 
-    return realise
+    @property
+    def unsettled(self) -> str:
+        """What has not settled of all that was timed so far."""
+        return unsettled(self.timings, self.effort)
 
 
 def regime_of(model: PreTrainedModel | PeftModel, budget: LatencyBudget) -> Regime:

@@ -29,6 +29,7 @@ from ..gates.attach import collect_gates
 from ..gates.reading import axes_of
 from ..gates.relaxation import RELAXATIONS
 from ..latency.budget import LatencyBudget
+from ..latency.effort import Effort
 from ..latency.table import LatencyTable
 from ..planning.importance import gate_importance
 from ..planning.plan import Plan
@@ -49,9 +50,6 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "hawada_state.json"
 """Beside the adapter in a checkpoint: the goal (shape; or multiplier, moving average, table), the approached plan, the
 history."""
-
-LAGRANGE_OPTIONS = ("cache", "effort", "table", "table_plan", "timing")
-"""What a training under a multiplier takes of the arguments of `find_plan`."""
 
 
 class HawAdaTrainer(UnlabelledTrainer):
@@ -89,8 +87,9 @@ class HawAdaTrainer(UnlabelledTrainer):
             `args.learning_rate`.
         calibration_examples (`int`): how many examples start the gates and judge shapes; 0 leaves gates as they are.
         anchor_steps (`int`): after how many steps the current shape is timed, with `constraint="lagrange"`.
-        search_options (`dict`, *optional*): further arguments of `find_plan`; with `constraint="lagrange"` of
-            `table`, `table_plan`, `cache`, `timing` and `effort`.
+        effort (`Effort`, *optional*): how hard latency is measured and the shape for a budget searched.
+        table (`LatencyTable`, *optional*): measured here before; measured or taken from the disk cache if left out.
+        hidden_sizes, refit (*optional*): as in `find_plan`; not with `constraint="lagrange"`.
         kwargs: as in `Trainer`.
 
     Attributes:
@@ -125,7 +124,10 @@ class HawAdaTrainer(UnlabelledTrainer):
         gate_learning_rate: float | None = None,
         calibration_examples: int = 64,
         anchor_steps: int = 50,
-        search_options: Mapping[str, Any] | None = None,
+        effort: Effort | None = None,
+        table: LatencyTable | None = None,
+        hidden_sizes: Sequence[int] | None = None,
+        refit: bool | None = None,
         **kwargs: Any,
     ) -> None:
         problems = []
@@ -145,10 +147,8 @@ class HawAdaTrainer(UnlabelledTrainer):
             problems.append(f"constraint must be 'search', or 'lagrange' with a budget, got {constraint!r}")
         if constraint == "lagrange" and budget is not None and math.isinf(budget.limit_ms(1.0)):
             problems.append(f"constraint='lagrange' needs a budget with a limit on latency, got {budget}")
-        options = LAGRANGE_OPTIONS if constraint == "lagrange" else sorted(find_plan.__kwdefaults__ or {})
-        unknown = sorted(set(search_options or {}) - set(options))
-        if unknown:
-            problems.append(f"search_options are {list(options)} with constraint={constraint!r}, got {unknown}")
+        if constraint == "lagrange" and (hidden_sizes is not None or refit is not None):
+            problems.append("constraint='lagrange' takes neither hidden_sizes nor refit: no shapes are judged")
         weights = {
             "size_weight": size_weight,
             "bimodality_weight": bimodality_weight,
@@ -184,7 +184,8 @@ class HawAdaTrainer(UnlabelledTrainer):
         self.size_weight, self.bimodality_weight = size_weight, bimodality_weight
         self.floor_weight, self.keep_floor = floor_weight, keep_floor
         self.gate_learning_rate, self.calibration_examples = gate_learning_rate, calibration_examples
-        self.anchor_steps, self.search_options = anchor_steps, dict(search_options or {})
+        self.anchor_steps, self.effort, self.table = anchor_steps, effort or Effort(), table
+        self.hidden_sizes, self.refit = hidden_sizes, refit
         self._terms: dict[str, list[torch.Tensor]] = {}
         self.gated: Any = model  # `self.model`, typed for what PEFT passes on to the tuner
         self.history = GateHistory(model)
@@ -327,26 +328,34 @@ class HawAdaTrainer(UnlabelledTrainer):
             init_gates(self.gated, batches, shape=self.goal.final_shape() if fixed else None)
 
     def _goal_of_budget(self, budget: LatencyBudget, batches: Sequence[Batch], fresh: bool) -> Goal:
-        options, progress = self.search_options, None if self.args.disable_tqdm else partial(tqdm, disable=None)
+        progress = None if self.args.disable_tqdm else partial(tqdm, disable=None)
 
         def find_shape() -> tuple[Shape, dict[str, Any]]:
-            # Fresh gates are all the same: shapes would be judged by cutting whatever comes last.
-            importance = gate_importance(self.gated, batches) if fresh else None
-            defaults = {"importance": importance, "progress": progress}
-            found = find_plan(self.gated, budget, batches, **(defaults | options))
+            found = find_plan(
+                self.gated,
+                budget,
+                batches,
+                # Fresh gates are all the same: shapes would be judged by cutting whatever comes last.
+                importance=gate_importance(self.gated, batches) if fresh else None,
+                table=self.table,
+                hidden_sizes=self.hidden_sizes,
+                refit=self.refit,
+                effort=self.effort,
+                progress=progress,
+            )
             return found.best.shape, found.to_dict()
 
         if self.constraint == "search":
             shape, self.search = self._in_main_process(find_shape)
             return ShapeGoal(self.gated, shape)
-        named = {name: options[key] for key, name in (("cache", "cache"), ("table_plan", "plan")) if key in options}
-        named["progress"], regime = progress, regime_of(self.gated, budget)
-        table = options.get("table") or self._in_main_process(lambda: measure_table(self.gated, regime, **named))
+        regime, effort = regime_of(self.gated, budget), self.effort
+        table = self.table or self._in_main_process(
+            lambda: measure_table(self.gated, regime, effort=effort, progress=progress)
+        )
         return self._latency_goal(table)
 
     def _latency_goal(self, table: LatencyTable) -> LatencyGoal:
-        budget, options = cast(LatencyBudget, self.budget), self.search_options
-        return LatencyGoal(self.gated, budget, table, timing=options.get("timing"), effort=options.get("effort"))
+        return LatencyGoal(self.gated, cast(LatencyBudget, self.budget), table, effort=self.effort)
 
     def _calibration(self) -> list[Batch]:
         """

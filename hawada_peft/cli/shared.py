@@ -1,4 +1,4 @@
-"""Calibration examples from a file, and the gates that are judged by them: what `plan` and `slim` share."""
+"""What commands share: calibration examples from a file, the gates that are judged by them, and how hard."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from ..config import HawAdaConfig
+from ..latency.effort import Effort
 from ..planning.importance import gate_importance
 from ..progress import Progress, progress_bar
 from ..recipes.readers import batches_of, load_examples
@@ -65,3 +66,8 @@ def gates_of(
     gated = get_peft_model(base, HawAdaConfig(gates=kinds))
     watched = progress_bar(progress, iterable=batches, desc="importance", unit="batch", leave=False)
     return gated, gate_importance(gated, watched)
+
+
+def effort_of(level: str, *, fresh: bool) -> Effort:
+    """How hard is measured and searched, at `"quick"` or `"normal"`."""
+    return Effort.quick(fresh=fresh) if level == "quick" else Effort(fresh=fresh)
