@@ -223,7 +223,7 @@ def test_a_cut_file_is_one_message(made: Path, tmp_path: Path, ending: str, left
 
 def test_a_file_that_is_not_there_or_of_another_kind_is_said(made: Path, tmp_path: Path) -> None:
     budget: dict[str, Any] = {"speedup": 1.2, "seq_len": 16, "output": tmp_path / "plan.json"}
-    assert "there is no file nosuch.txt" in refused("plan", made / "vit", "nosuch.txt", **budget)
+    assert "there is no file nosuch.txt" in refused("plan", made / "base", "nosuch.txt", **budget)
     assert "must be a file of" in refused("plan", made / "base", "data.md", **budget)
 
 
