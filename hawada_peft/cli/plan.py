@@ -51,6 +51,7 @@ def run(
 
     Give one of --speedup, --latency-ms and --fraction, or --max-parameters or --max-memory, or both.
     """
+    from ..files.atomic import write_text
     from ..latency.budget import LatencyBudget
     from ..latency.runner import check_call
     from ..search.budgeted import find_plan
@@ -77,8 +78,8 @@ def run(
     found = find_plan(gated, budget, batches, importance=importance, refit=refit, effort=hard, progress=progress)
     beside = output.with_suffix(".search.json")
     if found.plan is not None:
-        output.write_text(found.plan.to_json(), encoding="utf-8")
-    beside.write_text(json.dumps({"format": FORMAT} | found.to_dict()) + "\n", encoding="utf-8")
+        write_text(output, found.plan.to_json())
+    write_text(beside, json.dumps({"format": FORMAT} | found.to_dict()) + "\n")
     best = found.best
     data = {
         "shape": best.shape.to_dict(),

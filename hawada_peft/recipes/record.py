@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from filelock import FileLock, Timeout
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..errors import HawAdaError
+from ..files.atomic import write_text
 from ..training.history import HISTORY_FILE
 from ..training.trainer import STATE_FILE
 from .digests import digests_of
@@ -111,9 +111,7 @@ class Record:
         return str(max(complete, key=lambda path: int(path.name.partition("-")[2]))) if complete else None
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
-        temporary = self.folder / f".{name}"
-        temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
-        os.replace(temporary, self.folder / name)
+        write_text(self.folder / name, json.dumps(content, indent=2))
 
 
 def _read(path: Path) -> dict[str, Any] | None:

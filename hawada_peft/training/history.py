@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from ..files.atomic import write_text
 from ..gates.adapter import BLOCK, LAYER, UNITS, GateAdapter
 from ..gates.kinds import SigmoidGate
 from ..gates.reading import expected_sizes
@@ -68,9 +68,7 @@ class GateHistory:
             facts: what is written beside the entries.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{HISTORY_FILE}"
-        temporary.write_text(json.dumps({"format": FORMAT, **facts, "entries": self.entries}), encoding="utf-8")
-        os.replace(temporary, folder / HISTORY_FILE)
+        write_text(folder / HISTORY_FILE, json.dumps({"format": FORMAT, **facts, "entries": self.entries}))
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from ..distil.divergence import get_teacher_logits
 from ..distil.objective import Distillation
 from ..distil.unlabelled import UnlabelledTrainer
 from ..errors import HawAdaError
+from ..files.atomic import write_text
 from ..gates.adapter import GateAdapter
 from ..gates.attach import collect_gates
 from ..gates.reading import axes_of
@@ -435,7 +436,7 @@ class HawAdaTrainer(UnlabelledTrainer):
             "history": self.history.entries,
             "search": self.search,
         }
-        (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+        write_text(folder / STATE_FILE, json.dumps(state))
 
     def _load_state(self, folder: Path) -> None:
         path = folder / STATE_FILE

@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS
 
 from ..errors import UnsupportedModelError
 
 Batch = Mapping[str, Any]
+
+MAIN = ("logits", "last_hidden_state")
+"""Names of what a model is about, in transformers' outputs."""
 
 
 def get_student_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -29,7 +33,7 @@ def get_student_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
         UnsupportedModelError: if the model gives neither.
     """
     output = model(**{name: value for name, value in batch.items() if name != "labels"})
-    for name in ("logits", "last_hidden_state"):
+    for name in MAIN:
         if name in output:
             return output[name]
     raise UnsupportedModelError(
@@ -50,7 +54,8 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     Inputs of the kind that a model takes, drawn at random but always the same.
 
     Returns:
-        `pixel_values` of (2, channels, height, width) or `input_ids` of (2, 16).
+        `pixel_values` of (2, channels, height, width) or `input_ids` of (2, 16); one row where a head classifies
+        sequences and no token is padding, by which it would find the end of each row.
     """
     generator = torch.Generator().manual_seed(0)
     device, config = model.device, model.config
@@ -59,14 +64,22 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         height, width = (size, size) if isinstance(size, int) else size
         pixels = torch.randn(2, config.num_channels, height, width, generator=generator)
         return {"pixel_values": pixels.to(device=device, dtype=model.dtype)}
-    tokens = torch.randint(config.get_text_config().vocab_size, (2, 16), generator=generator)
-    return {"input_ids": tokens.to(device)}
+    text = config.get_text_config()
+    alone = text.pad_token_id is None and type(model).__name__ in CLASSIFIERS.values()
+    tokens = torch.randint(text.vocab_size, (2, 16), generator=generator)
+    return {"input_ids": tokens[: 1 if alone else 2].to(device)}
 
 
-def output_of(model: nn.Module, inputs: Batch) -> torch.Tensor:
+def outputs_of(model: nn.Module, inputs: Batch) -> dict[str, torch.Tensor]:
     """
-    The model's logits (else last hidden states, else last feature map) in evaluation mode; the mode is put back.
-    Inputs are taken to the model's device.
+    All that a model computes, in evaluation mode; the mode is put back. Inputs are taken to the model's device.
+
+    Returns:
+        The floating tensors of its output by their names there, those of a tuple as `"feature_maps.0"`. Caches are no
+        tensors, and left out.
+
+    Raises:
+        UnsupportedModelError: if there are none.
     """
     training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -75,10 +88,27 @@ def output_of(model: nn.Module, inputs: Batch) -> torch.Tensor:
             output = model(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()})
     finally:
         model.train(training)
-    for name in ("logits", "last_hidden_state"):
-        if name in output:
-            return output[name]
-    return output["feature_maps"][-1]
+    found: dict[str, torch.Tensor] = {}
+    for name, value in output.items():
+        parts = enumerate(value) if isinstance(value, tuple | list) else [("", value)]
+        found |= {f"{name}.{index}".rstrip("."): part for index, part in parts if _floating(part)}
+    if not found:
+        raise UnsupportedModelError(f"{type(model).__name__} gives {sorted(output)}, none of it floating tensors")
+    return found
+
+
+def output_of(model: nn.Module, inputs: Batch) -> torch.Tensor:
+    """The model's logits, else last hidden states, else the last of its other outputs; as `outputs_of` gives them."""
+    return main_output(outputs_of(model, inputs))
+
+
+def main_output(outputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Of what `outputs_of` gives: logits, else last hidden states, else the last."""
+    return next((outputs[name] for name in MAIN if name in outputs), list(outputs.values())[-1])
+
+
+def _floating(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def position_mask(batch: Batch, positions: torch.Size) -> torch.Tensor | None:
