@@ -38,7 +38,6 @@ FOLDERS = (
     "surgery",
     "refit",
     "shipping",
-    "files",
     "page",
     "recipes",
     "vanilla",

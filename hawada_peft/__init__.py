@@ -11,7 +11,6 @@ from ._register import register
 from .config import HawAdaConfig
 from .distil.recovery import recover
 from .distil.trainer import DistillTrainer
-from .files.verify import verify_slim
 from .gates.attach import attach_adapters, collect_gates
 from .latency.budget import LatencyBudget
 from .latency.effort import Effort
@@ -23,7 +22,8 @@ from .search.budgeted import find_plan
 from .search.result import SearchResult
 from .shipping.checkpoint import slim_checkpoint
 from .shipping.facts import ExportFacts, QualityChange
-from .shipping.save import save_slim
+from .shipping.save import Slimmed, save_slim
+from .shipping.verify import verify_slim
 from .surgery.slimming import slim
 from .training.start import init_gates
 from .training.trainer import HawAdaTrainer
@@ -47,6 +47,7 @@ __all__ = [
     "QualityChange",
     "SearchResult",
     "Shape",
+    "Slimmed",
     "attach_adapters",
     "collect_gates",
     "find_plan",

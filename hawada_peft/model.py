@@ -28,6 +28,7 @@ from .gates.lora import inject_lora, lora_layers, merge_lora
 from .gates.placement import Masks, family_gates, masks_of
 from .gates.reading import gate_scores, hidden_gate
 from .gates.rows import adapter_per_row
+from .gates.saved import check_adapter_tensors
 from .planning.plan import Plan
 from .planning.ranking import rank
 from .planning.reasons import explained
@@ -61,6 +62,17 @@ class HawAdaModel(BaseTuner):
 
     peft_config: dict[str, HawAdaConfig]  # type: ignore[assignment]
     _place: Layout  # of the model into which gates are injected
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """As in PEFT; what is no tensor of this adapter is refused before any of it is loaded."""
+        found: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        check_adapter_tensors(model, adapter_name, found)
+        return found
 
     def _prepare_adapter_config(  # type: ignore[override]  # only this tuner's config arrives here
         self, peft_config: HawAdaConfig, model_config: dict[str, Any]

@@ -15,11 +15,9 @@ from conftest import LM_ROW, VISION_ROW, build, gate, scattered_plan, shuffle_ga
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from hawada_peft import slim_checkpoint
+from hawada_peft import slim_checkpoint, verify_slim
 from hawada_peft.errors import HawAdaError, InvalidPlanError
 from hawada_peft.files.names import REPORT_NAME
-from hawada_peft.shipping.calibrated import slim_calibrated
-from hawada_peft.shipping.checks import check_slim
 
 WEIGHTS = "model.safetensors"
 
@@ -38,7 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def failed(folder: Path, **options: Any) -> list[str]:
     """The names of the checks that a folder fails."""
-    found = check_slim(folder, **options)
+    found = verify_slim(folder, **options)
     assert len(json.loads(json.dumps(found.to_dict()))["checks"]) == len(found.checks)
     assert ("do not use this folder" in str(found)) != found.ok
     names = [check.name for check in found.checks if check.ok is False]
@@ -47,10 +45,10 @@ def failed(folder: Path, **options: Any) -> list[str]:
 
 
 def test_a_sound_folder_passes(made: Path) -> None:
-    result = check_slim(made / "slim", base=made / "base", adapter=made / "adapter")
+    result = verify_slim(made / "slim", base=made / "base", adapter=made / "adapter")
     assert result.ok
     assert [check.name for check in result.checks] == [
-        *("files", "config", "tensors", "loads", "sizes", "forward", "smaller", "logits")
+        *("files", "config", "tensors", "loads", "finite", "report", "sizes", "forward", "smaller", "logits")
     ]
     assert all(check.ok for check in result.checks)
 
@@ -79,8 +77,8 @@ DEFECTS: dict[str, tuple[Callable[[Path], Any], set[str]]] = {
     "code": (lambda folder: (folder / "modeling_slim.py").touch(), {"files"}),
     "adapter": (lambda folder: (folder / "adapter_model.safetensors").touch(), {"files"}),
     "pickle": (lambda folder: (folder / "pytorch_model.bin").touch(), {"files"}),
-    "field": (lambda folder: change_json(folder / "config.json", extra={"hawada_gates": 1}), {"config"}),
-    "custom class": (lambda folder: change_json(folder / "generation_config.json", auto_map={}), {"config"}),
+    "field": (lambda folder: change_json(folder / "config.json", extra={"hawada_gates": 1}), {"config", "report"}),
+    "custom class": (lambda folder: change_json(folder / "generation_config.json", auto_map={}), {"config", "report"}),
     "no config": (lambda folder: (folder / "config.json").unlink(), {"config", "loads"}),
     "broken config": (lambda folder: (folder / "config.json").write_text("{"), {"config", "loads"}),
     "illegal config": (lambda folder: change_json(folder / "config.json", num_attention_heads=3), {"loads"}),
@@ -91,14 +89,14 @@ DEFECTS: dict[str, tuple[Callable[[Path], Any], set[str]]] = {
         {"tensors", "loads"},
     ),
     "missing tensor": (lambda folder: change_weights(folder, lambda state: state.pop("model.norm.weight")), {"loads"}),
-    "NaN": (lambda folder: change_weights(folder, poison), {"forward", "logits"}),
+    "NaN": (lambda folder: change_weights(folder, poison), {"finite", "report", "forward", "logits"}),
     "other weights": (
         lambda folder: change_weights(folder, lambda state: state["model.embed_tokens.weight"].mul_(2.0)),
-        {"logits"},
+        {"report", "logits"},
     ),
-    "dense": (the_dense_model, {"sizes", "smaller", "logits"}),
-    "broken report": (lambda folder: (folder / REPORT_NAME).write_text("{"), {"sizes"}),
-    "no plan in it": (lambda folder: change_json(folder / REPORT_NAME, plan={"format": 0}), {"sizes"}),
+    "dense": (the_dense_model, {"report", "sizes", "smaller", "logits"}),
+    "broken report": (lambda folder: (folder / REPORT_NAME).write_text("{"), {"report"}),
+    "no plan in it": (lambda folder: change_json(folder / REPORT_NAME, plan={"format": 0}), {"report"}),
 }
 
 
@@ -131,8 +129,8 @@ def test_an_export_without_folding_is_compared_without(made: Path, tmp_path: Pat
 def test_what_was_refitted_is_not_compared_and_that_is_said(made: Path, tmp_path: Path) -> None:
     tokens = torch.randint(3, 128, (24, 16), generator=torch.Generator().manual_seed(3))
     batches = [{"input_ids": part} for part in tokens.split(8)]
-    slim_calibrated(made / "base", made / "adapter", tmp_path / "slim", batches)
-    result = check_slim(tmp_path / "slim", base=made / "base", adapter=made / "adapter")
+    slim_checkpoint(made / "base", made / "adapter", tmp_path / "slim", calibration=batches)
+    result = verify_slim(tmp_path / "slim", base=made / "base", adapter=made / "adapter")
     last = result.checks[-1]
     assert (last.name, last.ok, result.ok) == ("logits", None, True)
     assert "refitted" in last.detail
@@ -141,32 +139,32 @@ def test_what_was_refitted_is_not_compared_and_that_is_said(made: Path, tmp_path
 def test_a_folder_without_a_report_is_checked_as_far_as_that_goes(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "slim", tmp_path / "slim")
     (tmp_path / "slim" / REPORT_NAME).unlink()
-    (check,) = [check for check in check_slim(tmp_path / "slim").checks if check.ok is None]
-    assert check.name == "sizes"
+    (check,) = [check for check in verify_slim(tmp_path / "slim").checks if check.ok is None]
+    assert check.name == "report"
     assert failed(tmp_path / "slim", base=made / "base", adapter=made / "adapter") == []
     bare = gate(build(LM_ROW))
     bare.save_pretrained(tmp_path / "bare")
     with pytest.raises(InvalidPlanError, match="there is no plan"):
-        check_slim(tmp_path / "slim", base=made / "base", adapter=tmp_path / "bare")
+        verify_slim(tmp_path / "slim", base=made / "base", adapter=tmp_path / "bare")
 
 
 def test_what_cannot_be_used_is_refused(made: Path, tmp_path: Path) -> None:
     plan = scattered_plan(build(LM_ROW), LM_ROW.slim)
     build(VISION_ROW).save_pretrained(tmp_path / "vit")
     with pytest.raises(HawAdaError, match="adapter needs base"):
-        check_slim(made / "slim", adapter=made / "adapter")
+        verify_slim(made / "slim", adapter=made / "adapter")
     with pytest.raises(HawAdaError, match="plan needs adapter"):
-        check_slim(made / "slim", base=made / "base", plan=plan)
-    with pytest.raises(HawAdaError, match="was not cut from this base"):
-        check_slim(made / "slim", base=tmp_path / "vit")
-    with pytest.raises(HawAdaError, match="must be among"):
-        check_slim(made / "slim", runtimes=["tensorrt"])
+        verify_slim(made / "slim", base=made / "base", plan=plan)
+    with pytest.raises(HawAdaError, match="pass the base that it was cut from"):
+        verify_slim(made / "slim", base=tmp_path / "vit")
+    with pytest.raises(HawAdaError, match="runtimes"):
+        verify_slim(made / "slim", runtimes=["tensorrt"])
     with pytest.raises(FileNotFoundError, match="there is no folder nowhere"):
-        check_slim("nowhere")
+        verify_slim("nowhere")
 
 
 def test_a_runtime_is_run_when_it_is_asked_for(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda model, backend: model)  # a compiler that changes nothing
-    result = check_slim(made / "slim", runtimes=["compile"])
+    result = verify_slim(made / "slim", runtimes=["compile"])
     assert result.checks[-1].name == "compile"
     assert result.ok

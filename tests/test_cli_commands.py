@@ -13,11 +13,10 @@ from conftest import LM_ROW, VISION_ROW, build, gate, scattered_plan
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from hawada_peft import Plan
+from hawada_peft import Plan, verify_slim
 from hawada_peft.cli import errors
 from hawada_peft.cli.program import app
 from hawada_peft.latency.table import LatencyTable
-from hawada_peft.shipping.checks import check_slim
 
 pytestmark = pytest.mark.usefixtures("toy_machine")
 
@@ -105,7 +104,7 @@ def test_slim_tells_what_it_wrote(made: Path, tmp_path: Path) -> None:
     assert found["shape"] == LM_ROW.slim.to_dict()
     assert found["verification"]
     assert len(list((tmp_path / "slim").glob("*.safetensors"))) > 1
-    assert check_slim(tmp_path / "slim", base=made / "base", adapter=made / "adapter").ok
+    assert verify_slim(tmp_path / "slim", base=made / "base", adapter=made / "adapter").ok
 
 
 @pytest.mark.parametrize("gates", ["trained", "none"])

@@ -95,7 +95,7 @@ def test_a_folder_arrives_whole_in_one_commit(hub: Hub, folder: Path, tmp_path: 
     for name, content in contents.items():
         (arrived / name).write_bytes(content)
     model = build(LM_ROW)
-    assert verify_slim(arrived, slim(model, scattered_plan(model, LM_ROW.slim))).max_difference == 0
+    assert verify_slim(arrived, reference=slim(model, scattered_plan(model, LM_ROW.slim))).max_difference == 0
     assert 'from_pretrained("me/slim")' in ModelCard.load(arrived / "README.md").text
 
 

@@ -113,7 +113,7 @@ def test_another_unit_would_be_noticed(row: Row) -> None:
 
 def test_gated_model_verifies_the_folder(exported: Export) -> None:
     model = PeftModel.from_pretrained(build(exported.row), exported.adapter).eval()
-    found = verify_slim(exported.folder, model)
+    found = verify_slim(exported.folder, reference=model).require()
     assert found.max_difference <= 1e-5 * found.scale
     assert found.parameters == exported.slim.num_parameters() < build(exported.row).num_parameters()
 

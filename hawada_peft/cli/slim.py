@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -67,7 +67,6 @@ def run(
     Tensor by tensor: the dense model is never in memory. With --calibration it is, and the slim model's output
     projections are refitted to it.
     """
-    from ..shipping.calibrated import slim_calibrated
     from ..shipping.checkpoint import slim_checkpoint
     from ..vanilla.loading import checked_device
     from .plan import read_plan
@@ -77,18 +76,26 @@ def run(
     adapter = adapters[0] if adapters else None
     if adapter is None and plan is None:
         raise typer.BadParameter("without an ADAPTER a --plan is needed: it says what is kept")
-    chosen = None if plan is None else read_plan(plan)
-    common: dict[str, Any] = {"plan": chosen, "fold": fold, "progress": progress}
+    batches = None
     if calibration is None:
         refuse({"--examples": examples, "--seq-len": seq_len, "--device": device}, "needs --calibration")
-        common |= {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-        made = slim_checkpoint(base, adapter, output, verify=verify or "files", **common)
     else:
         refuse(
             {"--max-shard-size": max_shard_size, "--verify": verify},
-            "does not go with --calibration, which slims in memory, where logits are always compared",
+            "does not go with --calibration, which slims in memory, where outputs are always compared",
         )
-        where = checked_device(device or "cpu")
+        device = checked_device(device or "cpu")
         batches = read_batches(calibration, base, seq_len=seq_len, examples=examples)
-        made = slim_calibrated(base, adapter, output, batches, device=where, **common)
+    made = slim_checkpoint(
+        base,
+        adapter,
+        output,
+        plan=None if plan is None else read_plan(plan),
+        fold=fold,
+        calibration=batches,
+        device=device,
+        max_shard_size=max_shard_size,
+        verify=verify,
+        progress=progress,
+    )
     return Said(str(made), made.to_dict())

@@ -31,10 +31,10 @@ def run(
     It must be vanilla (loaded strictly through its Auto class, from safetensors files, without a field, tensor or line
     of code from here), of the sizes that its report says, and finite. Exit code 1 if it is not.
     """
-    from ..shipping.checks import check_slim
+    from ..shipping.verify import verify_slim
     from .plan import read_plan
 
     runtimes = [name for name, asked in (("compile", compile), ("onnx", onnx)) if asked]
     chosen = None if plan is None else read_plan(plan)
-    found = check_slim(slim, base=base, adapter=adapter, plan=chosen, fold=fold, runtimes=runtimes)
+    found = verify_slim(slim, base=base, adapter=adapter, plan=chosen, fold=fold, runtimes=runtimes)
     return Said(str(found), found.to_dict(), ok=found.ok)

@@ -35,6 +35,12 @@ asked for again every time.
 WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".gguf")
 """Ends the names of files with weights, in this or other formats."""
 
+PICKLED = "load it with `from_pretrained`, and save it again with `save_pretrained`, which writes safetensors"
+GGUF = (
+    "load it with `from_pretrained(folder, gguf_file=...)`, which makes plain weights of it, and slim it in memory: "
+    "`merge_and_unload` and `save_slim`"
+)
+
 OF_THE_DENSE_MODEL = {
     "config.json",
     "generation_config.json",
@@ -145,10 +151,10 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / SAFE_WEIGHTS_NAME]
     if not (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
         other = sorted(path.name for path in folder.iterdir() if path.name.endswith(WEIGHTS))
+        gguf = any(name.endswith(".gguf") for name in other)
         raise UnsupportedModelError(
             f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}"
-            f"{f', only {other}' if other else ''}: load it with `from_pretrained`, and save it again with "
-            "`save_pretrained`, which writes safetensors"
+            f"{f', only {other}' if other else ''}: {GGUF if gguf else PICKLED}"
         )
     index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
     return [folder / name for name in sorted(set(index["weight_map"].values()))]

@@ -1,32 +1,12 @@
-"""Whether a slim folder is vanilla, and the model that it should be: one check after the other."""
+"""What was found out about a slim folder."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
-from ..errors import HawAdaError, InvalidPlanError, VerificationError
-from ..files.checkpoint import Checkpoint
-from ..files.foreign import config_problems, file_problems, tensor_problems
-from ..files.names import REPORT_NAME
-from ..files.verify import reload, verify_slim
-from ..planning.plan import Plan
-from ..surgery.fold import gates_config
-from ..vanilla.family import locate
-from ..vanilla.outputs import example_inputs, output_of
-from ..vanilla.rehoming import has_twin, twin_skeleton
-from .passport import PassportLine
-from .reference import reference_logits
-from .runtimes import check_compile, check_onnx
-from .stream import NO_PLAN
-
-RUNTIMES: dict[str, Callable[[PreTrainedModel], PassportLine]] = {"compile": check_compile, "onnx": check_onnx}
+from ..errors import VerificationError
 
 
 @dataclass(frozen=True)
@@ -49,200 +29,57 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Checks:
+class Verification:
     """
-    What was found out about a slim folder.
+    What `verify_slim` found out about a folder.
 
     Args:
         folder (`Path`): the folder.
         checks (`tuple[Check, ...]`): one after the other.
+        auto_class (`str`, *optional*): the class that loaded it.
+        parameters (`int`, *optional*): in the reloaded model.
+        max_difference (`float`, *optional*): largest difference to the reference, of the output that differs most.
+        scale (`float`, *optional*): largest magnitude of that output's reference.
     """
 
     folder: Path
     checks: tuple[Check, ...]
+    auto_class: str | None = None
+    parameters: int | None = None
+    max_difference: float | None = None
+    scale: float | None = None
 
     @property
     def ok(self) -> bool:
         """Whether nothing is wrong."""
         return all(check.ok is not False for check in self.checks)
 
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong."""
+        return tuple(f"{check.name}: {check.detail}" for check in self.checks if check.ok is False)
+
+    def require(self) -> Verification:
+        """
+        This one, if nothing is wrong.
+
+        Raises:
+            VerificationError: naming what is.
+        """
+        if not self.ok:
+            raise VerificationError(f"do not use {self.folder}: {'; '.join(self.problems)}")
+        return self
+
+    def figures(self) -> dict[str, Any]:
+        """What was measured, for the report."""
+        names = ("auto_class", "max_difference", "scale", "parameters")
+        return {name: getattr(self, name) for name in names}
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"folder": str(self.folder), "ok": self.ok, "checks": [asdict(check) for check in self.checks]}
+        checks = [asdict(check) for check in self.checks]
+        return {"folder": str(self.folder), "ok": self.ok, "checks": checks, **self.figures()}
 
     def __str__(self) -> str:
         verdict = "vanilla, and what it should be" if self.ok else "do not use this folder"
         return "\n".join([*map(str, self.checks), f"{self.folder}: {verdict}"])
-
-
-def check_slim(
-    slim: str | os.PathLike[str],
-    *,
-    base: str | os.PathLike[str] | None = None,
-    adapter: str | os.PathLike[str] | None = None,
-    plan: Plan | None = None,
-    fold: bool = True,
-    runtimes: Collection[str] = (),
-) -> Checks:
-    """
-    Check that a slim folder is vanilla and computes what it should. Nothing in it is changed.
-
-    It must load through its Auto class with exactly the weights of its class, from safetensors files, without fields,
-    tensors or code of this package; have the sizes that its `hawada_report.json` says, if there is one; and give
-    finite outputs.
-
-    Args:
-        slim: the folder.
-        base: folder or id of the dense model: the slim one must be smaller.
-        adapter: folder or id of the gates, with `base`: logits of the gated model are compared, too.
-        plan: that the export was made with; the report's, or that of the adapter, if left out.
-        fold: whether the export folded the gates' soft values.
-        runtimes: also run it there: `"compile"` for `torch.compile`, `"onnx"` for an export to ONNX, which needs
-            `pip install hawada_peft[onnx]`.
-
-    Returns:
-        `Checks`: what was found; `ok` tells whether all is well. A folder that is wrong raises nothing.
-
-    Raises:
-        FileNotFoundError: if there is no such folder, base or adapter.
-        HawAdaError: on options that do not fit together, a missing plan, or a base or adapter that does not fit.
-    """
-    folder = Path(slim)
-    if adapter is not None and base is None:
-        raise HawAdaError("adapter needs base: the dense model that the gates are for; give it as well")
-    if plan is not None and adapter is None:
-        raise HawAdaError("plan needs adapter and base, whose logits are then compared; give them as well")
-    if unknown := sorted(set(runtimes) - RUNTIMES.keys()):
-        raise HawAdaError(f"runtimes must be among {list(RUNTIMES)}, got {unknown}")
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
-    checks = [
-        _listed("files", file_problems(folder), "safetensors only, no code, no adapter"),
-        _listed("config", config_problems(folder), "no field of this package, no custom code"),
-        _listed("tensors", tensor_problems(folder), "none of gates or adapters"),
-    ]
-    try:
-        auto, model = reload(folder)
-    except VerificationError as error:
-        return Checks(folder, (*checks, Check("loads", False, str(error))))
-    model.eval()
-    checks.append(Check("loads", True, f"{auto.__name__}, strictly: {model.num_parameters():,} parameters"))
-    checks.append(_sizes(folder, model))
-    checks.append(_forward(model))
-    if base is not None:
-        checks.append(_smaller(model, base))
-        if adapter is not None:
-            checks.append(_logits(folder, base, adapter, plan, fold))
-    checks += [_run(name, RUNTIMES[name](model)) for name in runtimes]
-    return Checks(folder, tuple(checks))
-
-
-def read_report(folder: Path) -> dict[str, Any] | None:
-    """
-    The report beside a slim model, if there is one.
-
-    Raises:
-        HawAdaError: if it is no JSON object.
-    """
-    file = folder / REPORT_NAME
-    if not file.is_file():
-        return None
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise HawAdaError(f"{file} is no JSON: {error}") from None
-    if not isinstance(report, dict):
-        raise HawAdaError(f"{file} must hold an object, got a {type(report).__name__}")
-    return report
-
-
-def size_problems(model: PreTrainedModel, report: Mapping[str, Any]) -> list[str]:
-    """
-    Where a model is not of the sizes that its report says.
-
-    Args:
-        model: the slim model; may be on the meta device.
-        report: as `hawada_report.json` has it.
-
-    Raises:
-        HawAdaError: if the model has no family row, or the report's plan is none.
-    """
-    layout, problems = locate(model), []
-    said = report.get("model", {}).get("parameters")
-    if said is not None and said != model.num_parameters():
-        problems.append(f"{REPORT_NAME} says {said:,} parameters, the model has {model.num_parameters():,}")
-    if "plan" in report:
-        plan = Plan.from_dict(report["plan"])
-        wanted, found = plan.shape.to_dict(), layout.full.to_dict()
-        off = [f"{name} {found[name]} instead of {size}" for name, size in wanted.items() if found[name] != size]
-        if off:
-            untouched = all(found[name] == size for name, size in plan.dense.to_dict().items())
-            dense = " (these are the dense sizes)" if untouched else ""
-            problems.append(f"the model does not have the sizes of the plan in {REPORT_NAME}: {', '.join(off)}{dense}")
-    return problems
-
-
-def _listed(name: str, problems: list[str], well: str) -> Check:
-    return Check(name, not problems, "; ".join(problems[:5]) or well)
-
-
-def _sizes(folder: Path, model: PreTrainedModel) -> Check:
-    try:
-        report = read_report(folder)
-        if report is None:
-            return Check("sizes", None, f"there is no {REPORT_NAME} to compare with")
-        if "plan" not in report:
-            return Check("sizes", None, f"{REPORT_NAME} names no plan to compare with")
-        problems = size_problems(model, report)
-    except HawAdaError as error:
-        return Check("sizes", False, str(error))
-    return _listed("sizes", problems, f"those of the plan in {REPORT_NAME}: {Plan.from_dict(report['plan'])}")
-
-
-def _forward(model: PreTrainedModel) -> Check:
-    found = output_of(model, example_inputs(model))
-    finite = bool(found.isfinite().all())
-    return Check("forward", finite, f"outputs of {tuple(found.shape)} are {'' if finite else 'not '}all finite")
-
-
-def _smaller(model: PreTrainedModel, base: str | os.PathLike[str]) -> Check:
-    skeleton = Checkpoint(base).skeleton
-    layout = locate(skeleton)
-    classes = {type(skeleton), *([type(twin_skeleton(layout))] if has_twin(layout) else [])}
-    if type(model) not in classes:
-        raise HawAdaError(
-            f"{os.fspath(base)} is a {type(skeleton).__name__}, and the slim model a {type(model).__name__}: it was "
-            "not cut from this base; name the one that its report does"
-        )
-    dense, slim = skeleton.num_parameters(), model.num_parameters()
-    return Check("smaller", slim < dense, f"{slim:,} parameters, the dense model has {dense:,}")
-
-
-def _logits(
-    folder: Path, base: str | os.PathLike[str], adapter: str | os.PathLike[str], plan: Plan | None, fold: bool
-) -> Check:
-    report = read_report(folder) or {}
-    if _refitted(report):
-        why = "its projections were refitted on calibration data, so it does not compute what the gated model does"
-        return Check("logits", None, f"{REPORT_NAME} says that {why}")
-    applied = report.get("plan") or gates_config(adapter).to_dict()["plan"]
-    if plan is None and applied is None:
-        raise InvalidPlanError(NO_PLAN)
-    chosen = Plan.from_dict(applied) if plan is None else plan
-    expected, inputs = reference_logits(Checkpoint(base).folder, adapter, chosen, fold=fold)
-    try:
-        found = verify_slim(folder, expected, inputs)
-    except VerificationError as error:
-        return Check("logits", False, f"{error} (A model that was trained or refitted after the merge differs, too.)")
-    return Check(
-        "logits", True, f"differ from the gated model's by at most {found.max_difference:.2g} of {found.scale:.3g}"
-    )
-
-
-def _refitted(report: Mapping[str, Any]) -> bool:
-    reconstruction = report.get("reconstruction")
-    return isinstance(reconstruction, Mapping) and bool(reconstruction.get("applied"))
-
-
-def _run(name: str, line: PassportLine) -> Check:
-    return Check(name, line.answer == "yes", line.detail)

@@ -11,15 +11,15 @@ from peft import PeftModel
 from ..files.checkpoint import Checkpoint
 from ..planning.plan import Plan
 from ..surgery.slimming import slim
-from ..vanilla.outputs import example_inputs, output_of
+from ..vanilla.outputs import example_inputs, outputs_of
 from ..vanilla.skeleton import auto_class_of
 
 
-def reference_logits(
+def reference_outputs(
     base: Path, adapter: str | os.PathLike[str] | None, plan: Plan, *, fold: bool
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """
-    The logits that a slim model must compute, from the dense model in memory, and their inputs.
+    The outputs that a slim model must compute, from the dense model in memory, and their inputs.
 
     Args:
         base: the dense model's folder.
@@ -29,9 +29,9 @@ def reference_logits(
     dense = auto_class_of(skeleton).from_pretrained(base, dtype="auto")
     inputs = example_inputs(dense)
     if adapter is None:
-        return output_of(slim(dense, plan), inputs), inputs
+        return outputs_of(slim(dense, plan), inputs), inputs
     gated = PeftModel.from_pretrained(dense, os.fspath(adapter))
     if not fold:
-        return output_of(gated.merge_and_unload(plan=plan, fold=False), inputs), inputs
+        return outputs_of(gated.merge_and_unload(plan=plan, fold=False), inputs), inputs
     gated.apply_plan(plan)
-    return output_of(gated, inputs), inputs
+    return outputs_of(gated, inputs), inputs

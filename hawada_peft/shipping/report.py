@@ -6,7 +6,7 @@ import dataclasses
 import os
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -17,12 +17,10 @@ from ..vanilla.family import Layout, locate
 from ..vanilla.resize import edit_config
 from ..vanilla.shape import Shape
 from ..vanilla.skeleton import auto_class_of, skeleton_of
+from .checks import Verification
 from .facts import ExportFacts, base_facts, plain_facts, search_facts
 from .figures import latency_facts
 from .passport import alignment, passport_of
-
-if TYPE_CHECKING:
-    from ..files.verify import Verification
 
 FORMAT = 1
 
@@ -70,7 +68,7 @@ def report_of(model: PreTrainedModel, facts: ExportFacts, verification: Verifica
         "model": _model_facts(model, layout),
         "dense": None if dense is None else dense.to_dict() | {"parameters": dense_parameters(layout, dense)},
         "plan": None if facts.plan is None else facts.plan.to_dict(),
-        "verification": None if verification is None else dataclasses.asdict(verification),
+        "verification": None if verification is None else verification.figures(),
         "latency": timing,
         "search": search_facts(facts),
         "quality": [dataclasses.asdict(change) for change in facts.quality] or None,

@@ -17,6 +17,7 @@ from ..planning.plan import Plan
 from ..vanilla.family import Layout, locate
 from ..vanilla.legality import check_legal
 from ..vanilla.modules import check_unquantized
+from ..vanilla.plain import origin_of, rename
 from ..vanilla.resize import add_v4_rope_keys, edit_config
 from .axes import SliceRule, find_axes
 from .slicing import slice_tensor
@@ -62,6 +63,7 @@ def slim(model: Model, plan: Plan) -> Model:
     result.load_state_dict(dict(_sliced(model, result, layout, plan, rules)), strict=True, assign=True)
     materialise(model, result, layout, plan)
     result.tie_weights()
+    rename(result, "", origin_of(model))
     if model.can_generate():
         result.generation_config = copy.deepcopy(model.generation_config)
     for parameter in result.parameters():

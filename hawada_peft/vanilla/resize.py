@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneConfigMixin
 
 from .family import Layout
+from .plain import plain_fields
 from .shape import Shape
 
 
@@ -28,6 +29,24 @@ def add_v4_rope_keys(config: PreTrainedConfig) -> None:
         fields["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
 
 
+def untie(model: PreTrainedModel) -> None:
+    """
+    Say in a model's config that its embeddings are not tied, if they were and are no longer the same tensors.
+
+    Training one of them makes them differ; saved as tied ones, one would be lost.
+    """
+    if any(model.get_parameter(one) is not model.get_parameter(other) for one, other in _tied(model)):
+        for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
+            if config.tie_word_embeddings:
+                config.tie_word_embeddings = False
+        model.all_tied_weights_keys = {}
+
+
+def _tied(model: PreTrainedModel) -> list[tuple[str, str]]:
+    names = dict(model.named_parameters(remove_duplicate=False))
+    return [pair for pair in model.all_tied_weights_keys.items() if set(pair) <= names.keys()]
+
+
 def edit_config(layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None = None) -> PreTrainedConfig:
     """
     A new config of the same class with the sizes of `shape`.
@@ -43,7 +62,7 @@ def edit_config(layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None 
     config, family = layout.config, layout.family
     sizes, dense = shape.sizes(), layout.dense.sizes()
     layers = layers or tuple(range(sizes["num_hidden_layers"]))
-    fields: dict[str, Any] = copy.deepcopy(config.to_dict())
+    fields: dict[str, Any] = plain_fields(copy.deepcopy(config.to_dict()))
 
     def put(name: str, value: Any) -> None:
         fields[config.attribute_map.get(name, name)] = value
