@@ -25,9 +25,8 @@ from ..vanilla.rehoming import has_twin, twin_skeleton
 from .checks import Check, Verification
 from .passport import PassportLine
 from .reference import reference_outputs
-from .report import FORMAT
+from .report import FORMAT, read_report, size_problems
 from .runtimes import check_compile, check_onnx
-from .sizes import read_report, size_problems
 from .stream import NO_PLAN
 
 Reference = nn.Module | torch.Tensor | Mapping[str, torch.Tensor]
