@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HawAdaError
+from ..planning.cut import sentence
 from . import sections
 from .figures import Picture
 from .known import AGREEMENT, SlimFacts
@@ -90,19 +91,7 @@ def _cut(facts: SlimFacts) -> str:
     model, dense = facts.report["model"], facts.report.get("dense")
     if dense is None:
         return f"A {model['class']} with {model['parameters']:,} parameters; the dense model's sizes are not known."
-    gone = [
-        f"{dense[name] - model[name]:,} of {dense[name]:,} {word}{each}"
-        for name, word, each in (
-            ("num_hidden_layers", "layers", ""),
-            ("num_attention_heads", "query heads", " in every kept layer"),
-            ("intermediate_size", "FFN channels", " in every kept layer"),
-            ("hidden_size", "channels of the residual stream", ""),
-        )
-        if name in dense and dense[name] > model[name]
-    ]
-    part = model["parameters"] / dense["parameters"]
-    what = f"{', '.join(gone[:-1])} and {gone[-1]}" if len(gone) > 1 else "".join(gone) or "nothing"
-    return f"Cut: {what}. {model['parameters']:,} of {dense['parameters']:,} parameters stay ({part:.0%})."
+    return sentence(dense, model)
 
 
 def _where(facts: SlimFacts) -> Iterator[str]:
