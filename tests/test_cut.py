@@ -34,7 +34,7 @@ def test_rows_are_in_one_order_and_say_what_is_left() -> None:
         ({"num_hidden_layers": 4}, "Cut: 2 of 6 layers. "),
         (
             {"num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48},
-            "Cut: 2 of 6 layers, 2 of 8 query heads in every kept layer and 16 of 64 channels of the residual stream. ",
+            "Cut: 2 of 6 layers, 2 of 8 query heads in every kept layer and 16 of 64 channels of the residual stream.",
         ),
     ],
 )
