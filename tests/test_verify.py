@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from hawada_peft import ExportFacts, Shape, save_slim, slim, verify_slim
-from hawada_peft.errors import HawAdaError, VerificationError
+from hawada_peft import ExportFacts, Plan, Shape, save_slim, slim, slim_checkpoint, verify_slim
+from hawada_peft.errors import HawAdaError, UnsupportedModelError, VerificationError
 from hawada_peft.files.names import REPORT_NAME
 from hawada_peft.files.verify import verify_files
 from hawada_peft.shipping import Verification
@@ -399,3 +399,32 @@ def test_a_slim_model_has_no_name_until_it_is_saved(tmp_path: Path) -> None:
     lora.save_pretrained(tmp_path / "lora")
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora")
     assert loaded.config.num_hidden_layers == LM_ROW.slim.num_hidden_layers
+
+
+class Unserializable:
+    """What transformers leaves on a model out of a GGUF file: a quantizer that refuses to save plain weights."""
+
+    def is_serializable(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("fold_only", [False, True])
+def test_a_model_out_of_a_gguf_file_is_slimmed_and_saved_as_any(tmp_path: Path, fold_only: bool) -> None:
+    base: Any = build(LM_ROW)
+    base.config.quantization_config = {"quant_method": "gguf"}
+    base.hf_quantizer, base.is_quantized, base.quantization_method = Unserializable(), True, "gguf"
+    model: Any = gate(base)
+    plan = Plan.keep_all(scattered_plan(model, LM_ROW.slim).dense) if fold_only else scattered_plan(model, LM_ROW.slim)
+    model.apply_plan(plan)
+    expected, inputs = logits_of(model), inputs_of(model)
+    save_slim(model.merge_and_unload(), tmp_path / "slim", reference=expected, inputs=inputs)
+    assert verify_slim(tmp_path / "slim").ok
+    assert "quantization_config" not in json.loads((tmp_path / "slim" / "config.json").read_text())
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "slim").save_pretrained(tmp_path / "again")
+
+
+def test_a_folder_with_a_gguf_file_is_told_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UnsupportedModelError, match=r"gguf_file=.*merge_and_unload.*save_slim"):
+        slim_checkpoint(tmp_path / "base", None, tmp_path / "slim")
