@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from .atomic import write_text
 from .markdown import code, place_of, prose, quoted
@@ -60,7 +60,7 @@ def _hide_places(card: ModelCard, config: Mapping[str, Any]) -> None:
     if not base or _base_id(config) is not None:
         return
     if card.data.get("base_model") == base:
-        card.data.base_model = None
+        card.data["base_model"] = None
     card.data["tags"] = [tag for tag in card.data["tags"] if base not in tag]
     card.text = card.text.replace(base, code(place_of(base)))
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from ..errors import HawAdaError
 from ..files.names import CARD_NAME

@@ -35,7 +35,7 @@ def make_plain(model: PreTrainedModel) -> None:
     for name in ("hf_quantizer", "quantization_method"):
         vars(model).pop(name, None)
     if getattr(model, "is_quantized", False):
-        model.is_quantized = False
+        setattr(model, "is_quantized", False)  # noqa: B010  # a field that only quantized models have
 
 
 def origin_of(model: PreTrainedModel) -> str:
