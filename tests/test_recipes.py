@@ -22,7 +22,7 @@ from hawada_peft import train_recipe
 from hawada_peft.cli.program import app
 from hawada_peft.errors import HawAdaError
 from hawada_peft.recipes import Recipe, RecipeResult
-from hawada_peft.recipes.digests import digests_of
+from hawada_peft.recipes.digests import recipe_digests
 from hawada_peft.recipes.examples import batches_from, load_data
 from hawada_peft.recipes.record import RESULT, Record
 from hawada_peft.recipes.settings import DataSource
@@ -194,7 +194,7 @@ def test_a_run_is_resumed_on_the_same_model_and_data_only(tmp_path: Path, whole:
     recipe["data"]["files"] = str(tmp_path / "tokens.npy")
     record = tmp_path / "out" / "recipe.json"
     (tmp_path / "out" / RESULT).unlink()
-    content = {"recipe": Recipe.from_dict(recipe).to_dict(), "digests": digests_of(Recipe.from_dict(recipe))}
+    content = {"recipe": Recipe.from_dict(recipe).to_dict(), "digests": recipe_digests(Recipe.from_dict(recipe))}
     record.write_text(json.dumps(content))
     with (tmp_path / changed).open("r+b") as file:
         file.seek(-1, 2)

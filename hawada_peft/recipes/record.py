@@ -14,7 +14,7 @@ from ..errors import HawAdaError
 from ..files.atomic import write_text
 from ..training.history import HISTORY_FILE
 from ..training.trainer import STATE_FILE
-from .digests import digests_of
+from .digests import recipe_digests
 from .recipe import Recipe
 
 RECORD, RESULT = "recipe.json", "result.json"
@@ -48,7 +48,7 @@ class Record:
         differing = sorted(name for name in old | now if old.get(name) != now.get(name) and name != "output")
         if differing:  # but for where the folder is: it may have been moved
             raise HawAdaError(f"{self.folder} is of a recipe that differs in {differing}; name another output")
-        seen = digests_of(recipe)
+        seen = recipe_digests(recipe)
         known = {} if before is None else before.get("digests", {})
         if changed := sorted(name for name in seen.keys() & known.keys() if seen[name] != known[name]):
             raise HawAdaError(
