@@ -60,7 +60,7 @@ def _hide_places(card: ModelCard, config: Mapping[str, Any]) -> None:
     if not base or _base_id(config) is not None:
         return
     if card.data.get("base_model") == base:
-        card.data["base_model"] = None
+        card.data.pop("base_model")
     card.data["tags"] = [tag for tag in card.data["tags"] if base not in tag]
     card.text = card.text.replace(base, code(place_of(base)))
 

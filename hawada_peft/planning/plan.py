@@ -157,7 +157,9 @@ class Plan:
         if not isinstance(data, Mapping):
             raise InvalidPlanError(f"a plan is an object with names, got a {type(data).__name__}")
         if data.get("format") != FORMAT:
-            raise InvalidPlanError(f"cannot read a plan of format {data.get('format')!r}; this version reads {FORMAT}")
+            raise InvalidPlanError(
+                f"cannot read a plan of format {_short(data.get('format'))}; this version reads {FORMAT}"
+            )
         missing = sorted({"dense", "layers", "heads", "channels"} - set(data))
         if missing:
             raise InvalidPlanError(f"the plan lacks {missing}")

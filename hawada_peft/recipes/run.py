@@ -39,7 +39,6 @@ from ..refit.reconstruction import Reconstruction
 from ..search.timed import regime_of
 from ..shipping.facts import ExportFacts, calibration_facts
 from ..shipping.save import save_slim
-from ..surgery.dense import dense_afterwards
 from ..training.trainer import HawAdaTrainer
 from ..vanilla.family import locate
 from ..vanilla.loading import load_model, load_skeleton, processor_of
@@ -216,27 +215,24 @@ def _cut(
     base = cast(PreTrainedModel, model.get_base_model())
     calibration = _calibration(recipe, train, facts)
 
-    def note(reconstruction: Reconstruction) -> None:
-        facts.reconstruction = reconstruction
-
     if recipe.recovery is None:
-        with dense_afterwards(base):
-            slim = cast(Any, model).merge_and_unload(safe_merge=True, calibration=calibration, on_reconstruction=note)
-        return slim, base
+        slimmed = cast(Any, model).slim(safe_merge=True, calibration=calibration)
+        facts.reconstruction = slimmed.reconstruction
+        return slimmed.model, base
     args.eval_on_start = True
-    slim = recover(
+    slimmed = recover(
         model,
         args,
         train_dataset=train,
         eval_dataset=held_out,
         lora=recipe.lora(),
         calibration=calibration,
-        on_reconstruction=note,
         callbacks=[_Evaluations(facts)],
         resume_from_checkpoint=record.checkpoint("recovery"),
         **recipe.options("recovery"),
     )
-    return slim, base
+    facts.reconstruction = slimmed.reconstruction
+    return slimmed.model, base
 
 
 def _calibration(recipe: Recipe, train: Dataset[Example], facts: _Facts) -> list[Example] | None:

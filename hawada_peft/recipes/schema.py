@@ -78,9 +78,7 @@ def sections() -> dict[str, Hints]:
         "gates.lora": fields_of(LoraConfig),
         "training": keywords(HawAdaTrainer.__init__, leave_out=_TRAINING) | arguments,
         "reconstruction": fields_of(ReconstructionStep),
-        "recovery": keywords(recover, leave_out=_TRAINING | _PLACES | {"on_reconstruction"})
-        | {"lora": mapping}
-        | arguments,
+        "recovery": keywords(recover, leave_out=_TRAINING | _PLACES | {"inputs"}) | {"lora": mapping} | arguments,
         "recovery.lora": fields_of(LoraConfig),
     }
 

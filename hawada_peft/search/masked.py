@@ -180,7 +180,7 @@ class MaskedQuality:
         last: dict[int, float] = {}
         steps = range(len(self._order), total - least)
         for _ in progress_bar(self._progress, iterable=steps, desc="dropping layers", leave=False):
-            remaining = [layer for layer in range(total) if layer not in self._order]
+            remaining = self._droppable([layer for layer in range(total) if layer not in self._order])
             asked = sorted(remaining, key=lambda layer: last.get(layer, 0.0))
             asked = asked[:RESCORED] if last else asked
             scores = {layer: self.loss(self._without([*self._order, layer])) for layer in asked}
@@ -189,6 +189,14 @@ class MaskedQuality:
             self._order.append(cheapest)
             self._depth_loss.append(max([scores[cheapest], *self._depth_loss[-1:]]))
         logger.info("layers in the order of dropping: %s", self._order)
+
+    def _droppable(self, remaining: Sequence[int]) -> list[int]:
+        """Those that may go next: the last layer before a backbone's stage stays."""
+        needed = set[int]()
+        for stage in self.layout.stages:
+            inside = [layer for layer in remaining if layer in range(*stage)]
+            needed |= set(inside) if len(inside) == 1 else set()
+        return [layer for layer in remaining if layer not in needed]
 
     def _without(self, dropped: Sequence[int]) -> Plan:
         full = Plan.keep_all(self.layout.dense)

@@ -138,7 +138,7 @@ def search_space(
         ffn = tuple(f for f in ffn if build_sizes(layout, Shape(intermediate_size=f).complete(dense)) is None)
     ffn = (*ffn, size)
     total = dense.sizes()["num_hidden_layers"]
-    layers = tuple(range(1, total + 1)) if "layers" in free else (total,)
+    layers = tuple(range(max(1, len(layout.stages)), total + 1)) if "layers" in free else (total,)
     pairs = (*heads, *more)
     tokens = regime.batch_size * ((regime.seq_len or 0) + (regime.mode == "decode")) if regime.mode != "forward" else 0
     bytes_each = regime.torch_dtype.itemsize

@@ -24,15 +24,13 @@ from ..files.folder import check_free, new_folder
 from ..files.verify import verify_files
 from ..planning.plan import Plan
 from ..progress import Progress
-from ..refit.reconstruction import Reconstruction
 from ..surgery.fold import gates_config
 from ..vanilla.loading import load_model, processor_of
 from ..vanilla.outputs import example_inputs
 from .facts import ExportFacts, calibration_facts
-from .reference import reference_outputs
 from .save import Slimmed, save_slim
 from .stream import NO_PLAN, _Export
-from .verify import verify_slim
+from .verify import reference_outputs, verify_slim
 from .write import checked_report, write_card
 
 logger = logging.getLogger(__name__)
@@ -151,29 +149,24 @@ def _in_memory(
     chosen = Plan.from_dict(applied) if plan is None and applied is not None else plan
     if chosen is None:
         raise InvalidPlanError(NO_PLAN)
-    batches, reports = list(calibration), list[Reconstruction]()
+    batches = list(calibration)
     dense = load_model(os.fspath(base), device or "cpu")
     gated: Any
     if adapter is None:  # gates that are not trained say nothing
         gated, fold = get_peft_model(dense, HawAdaConfig(gates=("heads", "ffn", "layers"))), False
     else:
         gated = PeftModel.from_pretrained(dense, os.fspath(adapter))
-    options = {"calibration": batches, "on_reconstruction": reports.append}
-    small = gated.merge_and_unload(bars is not None, plan=plan, fold=fold, **options)
-    slimmed = Slimmed(
-        model=small,
-        plan=chosen,
-        dense=Checkpoint(base).skeleton,
-        reconstruction=reports[0] if reports else None,
-        calibration=calibration_facts(batches),
-    )
+    slimmed: Slimmed = gated.slim(progressbar=bars is not None, plan=plan, fold=fold, calibration=batches)
+    if slimmed.dense is None:
+        slimmed = replace(slimmed, dense=Checkpoint(base).skeleton)
+    small = slimmed.model
     if card is not None:
         card = replace(
             card,
             base=card.base or base,
             plan=card.plan or chosen,
             reconstruction=card.reconstruction or slimmed.reconstruction,
-            calibration=card.calibration or slimmed.calibration,
+            calibration=card.calibration or slimmed.calibration or calibration_facts(batches),
         )
     verification = save_slim(small, output, inputs=example_inputs(small), processor=processor_of(base), card=card)
     return replace(slimmed, folder=Path(output), verification=verification)

@@ -113,7 +113,7 @@ class ExportFacts:
             raise HawAdaError("\n".join(problems))
 
 
-def calibration_facts(batches: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, Any]:
+def calibration_facts(batches: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """
     What calibration data was, without the data: so that it can be told from evaluation data later.
 
@@ -127,10 +127,13 @@ def calibration_facts(batches: Iterable[Mapping[str, torch.Tensor]]) -> dict[str
     for batch in batches:
         rows = 0
         for name, tensor in sorted(batch.items()):
+            if not isinstance(tensor, torch.Tensor):
+                digest.update(f"{name} {tensor!r};".encode())
+                continue
             plain = tensor.detach().cpu().contiguous()
             digest.update(f"{name} {plain.dtype} {tuple(plain.shape)};".encode())
             digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
-            rows = len(plain)
+            rows = len(plain) if plain.ndim else rows
         examples, count = examples + rows, count + 1
     return {"examples": examples, "batches": count, "sha256": digest.hexdigest()}
 

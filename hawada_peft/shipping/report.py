@@ -1,4 +1,4 @@
-"""The report of an export, `hawada_report.json`: made, read, and compared with the model beside it."""
+"""The report of an export, `hawada_report.json`: made, read, and compared with a model."""
 
 from __future__ import annotations
 

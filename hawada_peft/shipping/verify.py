@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -19,12 +20,13 @@ from ..files.names import REPORT_NAME
 from ..files.verify import compare, reload
 from ..planning.plan import Plan
 from ..surgery.fold import gates_config
+from ..surgery.slimming import slim
 from ..vanilla.family import locate
 from ..vanilla.outputs import Batch, example_inputs, main_output, outputs_of
 from ..vanilla.rehoming import has_twin, twin_skeleton
+from ..vanilla.skeleton import auto_class_of
 from .checks import Check, Verification
 from .passport import PassportLine
-from .reference import reference_outputs
 from .report import FORMAT, read_report, size_problems
 from .runtimes import check_compile, check_onnx
 from .stream import NO_PLAN
@@ -107,6 +109,28 @@ def verify_slim(
         line = RUNTIMES[name](model)
         checks.append(Check(name, line.answer == "yes", line.detail))
     return Verification(folder, tuple(checks), auto.__name__, model.num_parameters(), *measured)
+
+
+def reference_outputs(
+    base: Path, adapter: str | os.PathLike[str] | None, plan: Plan, *, fold: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """
+    The outputs that a slim model must compute, from the dense model in memory, and their inputs.
+
+    Args:
+        base: the dense model's folder.
+        adapter, plan, fold: as in `slim_checkpoint`.
+    """
+    skeleton = Checkpoint(base).skeleton
+    dense = auto_class_of(skeleton).from_pretrained(base, dtype="auto")
+    inputs = example_inputs(dense)
+    if adapter is None:
+        return outputs_of(slim(dense, plan), inputs), inputs
+    gated = PeftModel.from_pretrained(dense, os.fspath(adapter))
+    if not fold:
+        return outputs_of(gated.merge_and_unload(plan=plan, fold=False), inputs), inputs
+    gated.apply_plan(plan)
+    return outputs_of(gated, inputs), inputs
 
 
 def _check_options(

@@ -88,12 +88,20 @@ def outputs_of(model: nn.Module, inputs: Batch) -> dict[str, torch.Tensor]:
             output = model(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()})
     finally:
         model.train(training)
-    found: dict[str, torch.Tensor] = {}
-    for name, value in output.items():
-        parts = enumerate(value) if isinstance(value, tuple | list) else [("", value)]
-        found |= {f"{name}.{index}".rstrip("."): part for index, part in parts if _floating(part)}
+    found = floats_of(output)
     if not found:
         raise UnsupportedModelError(f"{type(model).__name__} gives {sorted(output)}, none of it floating tensors")
+    return found
+
+
+def floats_of(output: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The floating tensors of a model's output; see `outputs_of`."""
+    found: dict[str, torch.Tensor] = {}
+    for name, value in output.items():
+        if isinstance(value, tuple | list):
+            found |= {f"{name}.{index}": part for index, part in enumerate(value) if _floating(part)}
+        elif _floating(value):
+            found[name] = value
     return found
 
 

@@ -32,10 +32,8 @@ def make_plain(model: PreTrainedModel) -> None:
     for config in _configs(model.config):
         for name in LEFT_OVER:
             vars(config).pop(name, None)
-    for name in ("hf_quantizer", "quantization_method"):
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         vars(model).pop(name, None)
-    if getattr(model, "is_quantized", False):
-        setattr(model, "is_quantized", False)  # noqa: B010  # a field that only quantized models have
 
 
 def origin_of(model: PreTrainedModel) -> str:
