@@ -21,14 +21,9 @@ import torch
 from peft import get_peft_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
-from hawada_peft import (
-    DistillTrainer,
-    HawAdaConfig,
-    HawAdaTrainer,
-    QualityChange,
-    measure_many,
-    push_to_hub,
-)
+from hawada_peft import DistillTrainer, HawAdaConfig, HawAdaTrainer, QualityChange
+from hawada_peft.latency import measure_many
+from hawada_peft.shipping import push_to_hub
 
 
 @dataclass

@@ -12,7 +12,6 @@ PACKAGE = Path(__file__).parent.parent / "hawada_peft"
 
 FLOORS = (
     "cli",
-    "commands",
     "demo",
     "recipes",
     "page",

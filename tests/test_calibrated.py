@@ -16,11 +16,12 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from hawada_peft import Plan, calibration_facts, slim_checkpoint
+from hawada_peft import Plan, slim_checkpoint
 from hawada_peft.cli.program import app
 from hawada_peft.errors import HawAdaError, InvalidPlanError
 from hawada_peft.files.names import CARD_NAME, REPORT_NAME
 from hawada_peft.recipes.readers import batches_of, load_examples
+from hawada_peft.shipping import calibration_facts
 from hawada_peft.vanilla.family import locate
 from hawada_peft.vanilla.loading import load_model
 

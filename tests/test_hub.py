@@ -16,7 +16,8 @@ from conftest import LM_ROW, build, scattered_plan
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
-from hawada_peft import ExportFacts, push_to_hub, save_slim, slim, verify_slim
+from hawada_peft import ExportFacts, save_slim, slim, verify_slim
+from hawada_peft.shipping import push_to_hub
 
 
 @dataclass

@@ -23,7 +23,8 @@ from conftest import (
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from hawada_peft import HeadGate, Plan, collect_gates, verify_slim
+from hawada_peft import Plan, collect_gates, verify_slim
+from hawada_peft.gates import HeadGate
 from hawada_peft.gates.adapter import BLOCK, LAYER, UNITS
 from hawada_peft.surgery.axes import find_axes
 from hawada_peft.vanilla.family import locate

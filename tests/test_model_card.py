@@ -32,24 +32,19 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from hawada_peft import (
     ExportFacts,
     LatencyBudget,
-    LatencyTable,
-    PassportLine,
     Plan,
     QualityChange,
-    Regime,
     SearchResult,
     Shape,
-    Timing,
-    calibration_facts,
-    measure_many,
     save_slim,
     slim,
     verify_slim,
-    write_card,
 )
 from hawada_peft.errors import HawAdaError, IncompatibleTableError, InvalidPlanError, VerificationError
+from hawada_peft.latency import LatencyTable, Regime, Timing, measure_many
 from hawada_peft.latency.effort import Effort
 from hawada_peft.search.result import Candidate
+from hawada_peft.shipping import PassportLine, calibration_facts, write_card
 from hawada_peft.vanilla.family import locate
 
 SECTIONS = ["What was cut", "Latency", "Quality", "Reconstruction", "Calibration data"]

@@ -29,9 +29,11 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
-from hawada_peft import Plan, Shape, reconstruct, register_family, rehome, save_slim, slim
+from hawada_peft import Plan, Shape, register_family, save_slim, slim
 from hawada_peft.errors import HawAdaError, IncompatibleBaseError, UnsupportedModelError
+from hawada_peft.refit import reconstruct
 from hawada_peft.refit.layerwise import Stream, residual_gains
+from hawada_peft.vanilla import rehome
 from hawada_peft.vanilla.family import FAMILIES, locate
 
 NARROW = Shape(intermediate_size=40)
@@ -300,7 +302,8 @@ import sys, torch
 from torch import distributed
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
-from hawada_peft import Plan, reconstruct, slim
+from hawada_peft import Plan, slim
+from hawada_peft.refit import reconstruct
 torch.set_num_threads(1)
 rank, folder = int(sys.argv[1]), sys.argv[2]
 distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)

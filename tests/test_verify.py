@@ -28,10 +28,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from hawada_peft import ExportFacts, Plan, Shape, Verification, save_slim, slim, slim_checkpoint, verify_slim
+from hawada_peft import ExportFacts, Plan, Shape, save_slim, slim, slim_checkpoint, verify_slim
 from hawada_peft.errors import HawAdaError, UnsupportedModelError, VerificationError
 from hawada_peft.files.names import REPORT_NAME
 from hawada_peft.files.verify import verify_files
+from hawada_peft.shipping import Verification
 from hawada_peft.vanilla.outputs import outputs_of
 from hawada_peft.vanilla.resize import LEFT_OVER
 from hawada_peft.vanilla.skeleton import auto_class_of

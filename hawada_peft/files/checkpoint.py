@@ -21,6 +21,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..errors import UnsupportedModelError
+from ..vanilla.loading import check_source
 from ..vanilla.skeleton import skeleton_of
 from .names import CARD_NAME, REPORT_NAME
 from .shards import FLOATS, Stored, read_header, read_rows
@@ -67,8 +68,8 @@ class Checkpoint:
 
     Raises:
         OSError: if there is no such folder or model.
-        UnsupportedModelError: if the weights are not in safetensors files, are quantised, or are not exactly those of
-            the model's class under the names that transformers gives them.
+        UnsupportedModelError: if the folder holds no model, or its weights are not in safetensors files, are
+            quantised, or are not exactly those of the model's class under the names that transformers gives them.
     """
 
     def __init__(self, base: str | os.PathLike[str]) -> None:
@@ -194,6 +195,7 @@ def stored_names(model: PreTrainedModel, *, tied: bool = False) -> dict[str, str
 
 
 def _folder_of(base: str | os.PathLike[str]) -> Path:
+    check_source(base)
     if Path(base).is_dir():
         return Path(base)
     other = [f"*{ending}" for ending in WEIGHTS if ending not in (".safetensors", ".index.json")]

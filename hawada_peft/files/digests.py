@@ -19,7 +19,7 @@ def digests_of(folder: Path) -> dict[str, str]:
     """
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     left_out = (CARD_NAME, REPORT_NAME)
-    return {name: _digest(folder / name) for name in names if name not in left_out and not name.startswith(".")}
+    return {name: digest_of(folder / name) for name in names if name not in left_out and not name.startswith(".")}
 
 
 def digest_problems(folder: Path, stated: Mapping[str, str]) -> list[str]:
@@ -33,7 +33,8 @@ def digest_problems(folder: Path, stated: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _digest(file: Path) -> str:
+def digest_of(file: Path) -> str:
+    """The SHA-256 of a file."""
     digest = hashlib.sha256()
     with file.open("rb", buffering=0) as opened:
         while piece := opened.read(PIECE):

@@ -12,6 +12,7 @@ from transformers.modelcard import TASK_MAPPING
 
 from ..files.adapter_card import HERE, TAG
 from ..files.markdown import code, prose, quoted
+from ..planning.cut import cuts
 
 PROCESSORS = {"tokenizer": ("tokenizer", "AutoTokenizer"), "image_processor": ("processor", "AutoImageProcessor")}
 """Variable and class in the example, by what the folder holds."""
@@ -49,6 +50,7 @@ def slim_card(report: Mapping[str, Any], processors: Sequence[str] = ()) -> Mode
         **(dict.fromkeys(SECTIONS) | dict(report)),
         loads=[("model", model["auto_class"]), *(PROCESSORS[name] for name in processors)],
         place=report.get("repo_id", HERE),
+        cuts=[cut for cut in cuts(report.get("dense", {}), model) if cut.dense is not None],
         dropped=[] if plan is None else sorted(set(layers) - set(plan["layers"])),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")

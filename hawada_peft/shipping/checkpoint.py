@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 
+from ..config import HawAdaConfig
 from ..errors import HawAdaError, InvalidPlanError
 from ..files.checkpoint import Checkpoint
 from ..files.folder import check_free, new_folder
@@ -109,8 +110,6 @@ def slim_checkpoint(
             "is for slimming from files, and calibration slims in memory, where outputs are always compared and "
             "transformers cuts the files: leave one of them out",
         )
-        if adapter is None:
-            raise HawAdaError("calibration needs an adapter: the gates whose plan is applied; give it as well")
         return _in_memory(base, adapter, output, plan, calibration, fold=fold, device=device, card=card, bars=progress)
     _refuse({"device": device}, "needs calibration: give it as well")
     checkpoint = Checkpoint(base)
@@ -136,7 +135,7 @@ def slim_checkpoint(
 
 def _in_memory(
     base: str | os.PathLike[str],
-    adapter: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | None,
     output: str | os.PathLike[str],
     plan: Plan | None,
     calibration: Iterable[Mapping[str, torch.Tensor]],
@@ -146,12 +145,17 @@ def _in_memory(
     card: ExportFacts | None,
     bars: Progress | None,
 ) -> Slimmed:
-    applied = gates_config(adapter).to_dict()["plan"]
-    if plan is None and applied is None:
+    applied = None if adapter is None else gates_config(adapter).to_dict()["plan"]
+    chosen = Plan.from_dict(applied) if plan is None and applied is not None else plan
+    if chosen is None:
         raise InvalidPlanError(NO_PLAN)
-    chosen = Plan.from_dict(applied) if plan is None else plan
     batches = list(calibration)
-    gated: Any = PeftModel.from_pretrained(load_model(os.fspath(base), device or "cpu"), os.fspath(adapter))
+    dense = load_model(os.fspath(base), device or "cpu")
+    gated: Any
+    if adapter is None:  # gates that are not trained say nothing
+        gated, fold = get_peft_model(dense, HawAdaConfig(gates=("heads", "ffn", "layers"))), False
+    else:
+        gated = PeftModel.from_pretrained(dense, os.fspath(adapter))
     slimmed: Slimmed = gated.slim(progressbar=bars is not None, plan=plan, fold=fold, calibration=batches)
     if slimmed.dense is None:
         slimmed = replace(slimmed, dense=Checkpoint(base).skeleton)

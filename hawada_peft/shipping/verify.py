@@ -22,7 +22,9 @@ from ..planning.plan import Plan
 from ..surgery.fold import gates_config
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch
+from ..vanilla.family import locate
 from ..vanilla.outputs import example_inputs, output_of, outputs_of
+from ..vanilla.rehoming import has_twin, twin_skeleton
 from ..vanilla.skeleton import auto_class_of
 from .checks import Check, Verification
 from .passport import PassportLine
@@ -228,7 +230,9 @@ def _outputs(
 
 def _smaller(model: PreTrainedModel, base: str | os.PathLike[str]) -> Check:
     dense = Checkpoint(base).skeleton
-    if dense.main_input_name != model.main_input_name:
+    layout = locate(dense)
+    classes = {type(dense), *([type(twin_skeleton(layout))] if has_twin(layout) else [])}
+    if type(model) not in classes:
         raise IncompatibleBaseError(
             f"base is a {type(dense).__name__}, the slim model a {type(model).__name__}: pass the base that it was "
             "cut from"

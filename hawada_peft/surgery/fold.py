@@ -17,6 +17,7 @@ from ..errors import BrokenGatesError, HawAdaError, UnsupportedModelError
 from ..gates.adapter import GateAdapter
 from ..gates.lora import sound_lora_layers
 from ..gates.saved import check_adapter_file
+from ..vanilla.loading import ADAPTER_FILE, check_source
 from ..vanilla.modules import Base, fold_factors, parameters_of
 
 DEFAULT = "default"
@@ -34,9 +35,11 @@ def gates_config(adapter: str | os.PathLike[str]) -> PeftConfig:
         adapter: folder or Hub id.
 
     Raises:
+        FileNotFoundError: if there is no such adapter.
         HawAdaError: if it is no adapter, or one of another type.
     """
     name = os.fspath(adapter)
+    check_source(name, ADAPTER_FILE)
     try:
         config = PeftConfig.from_pretrained(name)
     except HawAdaError:
