@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +91,13 @@ class Slimmed:
         verification (`Verification`, *optional*): what reloading that folder gave.
     """
 
-    model: PreTrainedModel
+    model: PreTrainedModel = field(repr=False)
     plan: Plan
-    dense: PreTrainedModel | None = None
+    dense: PreTrainedModel | None = field(default=None, repr=False)
     search: SearchResult | Mapping[str, Any] | None = None
     reconstruction: Reconstruction | None = None
     calibration: Mapping[str, Any] | None = None
-    reference: Reference | None = None
+    reference: Reference | None = field(default=None, repr=False)
     folder: Path | None = None
     verification: Verification | None = None
 
