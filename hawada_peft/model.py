@@ -39,6 +39,7 @@ from .surgery.conformity import check_conforms, vanilla_tensors
 from .surgery.dense import dense_view, put_back, take_off, unshare
 from .surgery.merge import Reference, check_computes, check_finite, check_gates, reference_of
 from .surgery.slimming import slim
+from .vanilla.batches import Batch
 from .vanilla.family import FAMILIES, FFN, HEADS, HIDDEN, TARGET_MODULES, Layout, find_module, hidden_home, locate
 from .vanilla.legality import check_layers, check_legal, fit_hidden, legal_head_shapes
 from .vanilla.modules import (
@@ -49,7 +50,6 @@ from .vanilla.modules import (
     feature_sizes,
     quantized_weight,
 )
-from .vanilla.outputs import Batch
 from .vanilla.shape import Shape
 from .vanilla.skeleton import check_constructor
 

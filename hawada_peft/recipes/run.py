@@ -156,7 +156,6 @@ def _train_gates(
         eval_dataset=held_out,
         search_options=recipe.search_options(),
         **recipe.goal(),
-        **recipe.options("training"),
     )
     trainer.train(resume_from_checkpoint=record.checkpoint("gates"))
     record.keep_history()
@@ -201,7 +200,7 @@ def _cut(
         calibration=calibration,
         callbacks=[_Evaluations(facts)],
         resume_from_checkpoint=record.checkpoint("recovery"),
-        **recipe.options("recovery"),
+        **recipe.options(),
     )
     facts.reconstruction = slimmed.reconstruction
     return slimmed.model, base

@@ -19,7 +19,7 @@ from ..planning.plan import Plan
 from ..refit.reconstruction import Reconstruction
 from ..search.result import SearchResult
 from ..surgery.merge import Reference
-from ..vanilla.outputs import Batch
+from ..vanilla.batches import Batch
 from .facts import ExportFacts, QualityChange, known_base
 from .figures import Latency
 from .passport import PassportLine

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from ..errors import BrokenGatesError, HawAdaError, VerificationError
 from ..files.verify import TOLERANCE
 from ..gates.kinds import SigmoidGate
-from ..vanilla.outputs import Batch, example_inputs, output_of
+from ..vanilla.batches import Batch
+from ..vanilla.outputs import example_inputs, output_of
 from .dense import put_back
 from .source import below_at
 
