@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +103,13 @@ class Slimmed:
         verification (`Verification`, *optional*): what reloading that folder gave.
     """
 
-    model: PreTrainedModel
+    model: PreTrainedModel = field(repr=False)
     plan: Plan
-    dense: PreTrainedModel | None = None
+    dense: PreTrainedModel | None = field(default=None, repr=False)
     search: SearchResult | Mapping[str, Any] | None = None
     reconstruction: Reconstruction | None = None
     calibration: Mapping[str, Any] | None = None
-    reference: Reference | None = None
+    reference: Reference | None = field(default=None, repr=False)
     folder: Path | None = None
     verification: Verification | None = None
 
