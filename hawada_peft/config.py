@@ -11,11 +11,12 @@ from typing import Any, cast
 from peft import LoraConfig, PeftConfig, PeftType
 
 from ._register import NAME
-from .errors import HawAdaError
+from .errors import HawAdaError, IncompatibleBaseError
 from .files.adapter_card import write_adapter_card
 from .gates.kinds import GateStart
 from .gates.lora import lora_fields, lora_problems
 from .gates.saved import check_adapter_file
+from .vanilla.family import Layout
 
 GATES = ("heads", "ffn", "blocks", "layers", "hidden")
 """What can be gated: attention heads, FFN channels, attention and FFN as a whole, layers, the residual stream."""
@@ -198,6 +199,25 @@ class HawAdaConfig(PeftConfig):
     def start(self) -> GateStart:
         """How this configuration's gates start."""
         return GateStart(temperature=self.temperature, value=self.init_value, random=not self.init_weights)
+
+    def check_base(self, layout: Layout) -> None:
+        """
+        Check that the adapter was made for a model of this layout.
+
+        Raises:
+            IncompatibleBaseError: naming the sizes that differ.
+        """
+        found = layout.fingerprint()
+        differing = [
+            f"{name}: adapter {size}, model {found.get(name)}"
+            for name, size in (self.base_sizes or {}).items()
+            if found.get(name) != size
+        ]
+        if differing:
+            raise IncompatibleBaseError(
+                f"the adapter was made for another base model ({'; '.join(differing)}); load that one, or make a new "
+                "adapter with a new HawAdaConfig"
+            )
 
 
 def _is_int(value: Any) -> bool:

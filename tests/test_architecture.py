@@ -20,6 +20,7 @@ FLOORS = (
     "distil",
     "shipping",
     "search",
+    "tuner",
     "surgery",
     "refit",
     "planning",

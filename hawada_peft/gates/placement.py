@@ -3,15 +3,99 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
 
 import torch
+from torch import nn
 
 from ..errors import InvalidPlanError
-from ..vanilla.family import HEADS, Layout
-from .adapter import BLOCK, LAYER, UNITS
-from .kinds import BlockGate, ChannelGate, GateStart, HeadGate, SigmoidGate
+from ..vanilla.family import FFN, HEADS, HIDDEN, Layout, find_module, hidden_home
+from ..vanilla.modules import feature_dim, feature_sizes
+from .adapter import BLOCK, HIDDEN_UNITS, LAYER, UNITS, GateAdapter
+from .concrete import AttentionHeadAdapter, ChannelAdapter
+from .hidden import HiddenAdapter, norm_sizes
+from .kinds import BlockGate, ChannelGate, GateStart, HeadGate, HiddenGate, SigmoidGate
+from .reading import hidden_gate
 
 Masks = list[tuple[SigmoidGate, torch.Tensor | None]]
+
+
+class Kept(Protocol):
+    """What masks need of a plan."""
+
+    @property
+    def hidden(self) -> tuple[int, ...] | None:
+        """The kept channels of the residual stream; None if all are."""
+
+    def kept(self, axis: str, layer: int) -> tuple[int, ...] | None:
+        """The kept units of a layer on `"heads"` or `"ffn"`; None if the layer goes."""
+
+
+def gates_at(
+    layout: Layout | None,
+    name: str,
+    module: nn.Module,
+    *,
+    kinds: Collection[str],
+    group_size: int,
+    start: GateStart,
+) -> tuple[type[GateAdapter], dict[str, SigmoidGate]]:
+    """
+    What a module is gated by.
+
+    Args:
+        layout: the model's row and sizes; None if modules were named instead: their input features are gated then.
+        name: the module's dotted name.
+        module: it, or the adapter that it is in.
+        kinds, group_size, start: as in `family_gates`; `"hidden"` too.
+
+    Returns:
+        The adapter's class, and slot to new gate.
+    """
+    position = None if layout is None else layout.position(name)
+    if layout is None or position is None:
+        inner = module.get_base_layer() if isinstance(module, GateAdapter) else module
+        size, dim = feature_sizes(module)[0], feature_dim(inner)
+        return ChannelAdapter, {UNITS: ChannelGate(size, group_size, dim=dim, start=start, relative=True)}
+    if position[1] == HIDDEN:
+        if name != hidden_home(layout):
+            return HiddenAdapter, {}
+        return HiddenAdapter, {HIDDEN_UNITS: HiddenGate(layout.hidden_size, group_size, start=start, relative=True)}
+    features = feature_sizes(module)[0]
+    gates = family_gates(layout, position[1], features, kinds=kinds, group_size=group_size, start=start)
+    return AttentionHeadAdapter if position[1] == HEADS else ChannelAdapter, gates
+
+
+def other_end(model: nn.Module, layout: Layout | None, name: str) -> GateAdapter | None:
+    """The adapter at the other end of a module's layer, where the gate that both share may live; None without one."""
+    position = None if layout is None else layout.position(name)
+    if layout is None or position is None or position[1] == HIDDEN:
+        return None
+    layer, axis = position
+    other = model.get_submodule(layout.ffn_out(layer) if axis == HEADS else layout.attention_out(layer))
+    return other if isinstance(other, GateAdapter) else None
+
+
+def share_hidden(model: nn.Module, layout: Layout) -> None:
+    """Have all norms that read the residual stream use the gate in the first of them."""
+    norms = [model.get_submodule(name) for name in layout.norms]
+    wrapped = [norm for norm in norms if isinstance(norm, HiddenAdapter)]
+    for adapter in wrapped[1:]:
+        adapter.share_hidden_gate(wrapped[0])
+
+
+def check_norms(model: nn.Module, layout: Layout) -> None:
+    """
+    Check that the family's row names norms of this model that can carry the gate on the residual stream.
+
+    Raises:
+        UnsupportedModelError: if not.
+    """
+    hidden_home(layout)
+    for name in layout.norms:
+        module = find_module(model, name, layout.model_type)
+        if not isinstance(module, GateAdapter):
+            norm_sizes(module)
 
 
 def family_gates(
@@ -84,3 +168,42 @@ def masks_of(gates: Mapping[str, SigmoidGate], kept: Sequence[int] | None, total
             "or use gates of group_size=1"
         )
     return [*masks, (gate, None if units.all() else grouped.all(1))]
+
+
+def set_masks(
+    model: nn.Module, layout: Layout, plan: Kept | None, adapter_name: str, *, in_training: bool = False
+) -> None:
+    """
+    Close what a plan removes, whatever its legality.
+
+    Args:
+        model: the base model with adapters in it.
+        layout: its family row and sizes.
+        plan: what stays; None opens everything.
+        adapter_name: whose gates.
+        in_training: in training as well.
+
+    Raises:
+        InvalidPlanError: if it closes something without gates; no mask has been changed then.
+    """
+    sizes = layout.dense.sizes()
+    masks: Masks = []
+    for layer in range(sizes["num_hidden_layers"]):
+        for axis, end, total in (
+            (HEADS, layout.attention_out(layer), sizes["num_attention_heads"]),
+            (FFN, layout.ffn_out(layer), sizes["intermediate_size"]),
+        ):
+            adapter = model.get_submodule(end)
+            gates = adapter.gates(adapter_name) if isinstance(adapter, GateAdapter) else {}
+            if plan is None:
+                masks += [(gate, None) for gate in gates.values()]
+            else:
+                masks += masks_of(gates, plan.kept(axis, layer), total, f"{axis} in layer {layer}")
+    stream = hidden_gate(model, layout, adapter_name)
+    if stream is not None or (plan is not None and plan.hidden is not None):
+        gates = {} if stream is None else {UNITS: stream}
+        everything = tuple(range(layout.hidden_size))
+        kept = everything if plan is None or plan.hidden is None else plan.hidden
+        masks += masks_of(gates, kept, len(everything), "channels of the residual stream (gates on 'hidden')")
+    for gate, mask in masks:
+        gate.set_plan(mask, in_training=in_training and plan is not None)

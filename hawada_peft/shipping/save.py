@@ -17,7 +17,7 @@ from ..files.folder import check_free, new_folder
 from ..planning.plan import Plan
 from ..refit.reconstruction import Reconstruction
 from ..search.result import SearchResult
-from ..surgery.merge import Reference
+from ..surgery.comparison import Reference
 from ..vanilla.batches import Batch
 from ..vanilla.modules import check_unquantized
 from ..vanilla.resize import make_plain, origin_of, rename

@@ -65,6 +65,13 @@ class _State:
             parameter.requires_grad_(requires_grad)
 
 
+def unmerge(base: nn.Module) -> None:
+    """Take gates that were merged into the weights out of them again, bit for bit."""
+    for module in base.modules():
+        if isinstance(module, GateAdapter) and module.merged:
+            module.unmerge()
+
+
 def unshare(base: nn.Module) -> None:
     """Give every gated module weights of its own, where layers share them: each layer's gates are folded in apart."""
     owners = Counter(id(parameter) for _, parameter in base.named_parameters(remove_duplicate=False))

@@ -14,9 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
+from ..planning.legal import check_plan
 from ..planning.plan import Plan
 from ..vanilla.family import Layout, locate
-from ..vanilla.legality import check_layers, check_legal
 from ..vanilla.modules import check_loaded, check_unquantized
 from ..vanilla.resize import add_v4_rope_keys, edit_config, origin_of, rename
 from .axes import SliceRule, find_axes
@@ -55,9 +55,7 @@ def slim(model: Model, plan: Plan) -> Model:
     layout = locate(model)
     check_loaded(model)
     check_unquantized(model)
-    plan.check_base(layout.full)
-    check_legal(layout, plan.shape)
-    check_layers(layout, plan.layers)
+    check_plan(layout, plan)
     dense = vanilla_tensors(model)
     check_conforms(layout, dense)
     rules = find_axes(layout, hidden=plan.hidden is not None)

@@ -1,4 +1,4 @@
-"""From a gated model to a slim one: what it must compute, and whether it does."""
+"""What a slim model must compute, and whether it does."""
 
 from __future__ import annotations
 

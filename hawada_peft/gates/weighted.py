@@ -1,0 +1,36 @@
+"""The gates of several adapters added up into those of another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .adapter import GateAdapter
+
+
+def add_gates(model: nn.Module, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+    """
+    Set an adapter's raw gates to the weighted sum of those of others.
+
+    Args:
+        model: with all of the adapters in it.
+        adapters: whose gates are added.
+        weights: one each.
+        adapter_name: whose gates are set.
+
+    Raises:
+        ValueError: if they gate different things.
+    """
+    for module in model.modules():
+        if not isinstance(module, GateAdapter):
+            continue
+        sources = [module.gates(name) for name in adapters]
+        for slot, gate in module.gates(adapter_name).items():
+            if any(slot not in source or source[slot].units != gate.units for source in sources):
+                raise ValueError(f"the adapters {list(adapters)} gate different things; their gates cannot be added")
+            with torch.no_grad():
+                gate.theta.zero_()
+                for weight, source in zip(weights, sources, strict=True):
+                    gate.theta.add_(source[slot].theta, alpha=weight)

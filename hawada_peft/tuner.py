@@ -1,0 +1,274 @@
+"""What PEFT asks of a tuner: gates put into a model, several adapters of them, saved and loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, ModulesToSaveWrapper
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ._register import PREFIX
+from .config import HawAdaConfig
+from .errors import InvalidPlanError, UnsupportedModelError
+from .gates.adapter import LAYER, GateAdapter
+from .gates.lora import inject_lora, lora_layers
+from .gates.placement import check_norms, gates_at, other_end, set_masks, share_hidden
+from .gates.rows import adapter_per_row
+from .gates.saved import check_adapter_tensors
+from .gates.weighted import add_gates
+from .planning.plan import Plan
+from .surgery.conformity import check_conforms, vanilla_tensors
+from .surgery.dense import put_back, unmerge
+from .vanilla.family import FAMILIES, FFN, HEADS, HIDDEN, TARGET_MODULES, Layout, locate
+from .vanilla.modules import check_loaded, check_own_weights, check_unquantized, quantized_weight
+from .vanilla.skeleton import check_constructor
+
+
+class GateTuner(BaseTuner):
+    """Gates on a frozen model, as PEFT's methods expect them. It is made from the base model, wrapped in place."""
+
+    prefix = PREFIX
+    tuner_layer_cls = GateAdapter
+    target_module_mapping = TARGET_MODULES
+
+    peft_config: dict[str, HawAdaConfig]  # type: ignore[assignment]
+    _place: Layout  # of the model into which gates are injected
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """As in PEFT; what is no tensor of this adapter is refused before any of it is loaded."""
+        found: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        check_adapter_tensors(model, adapter_name, found)
+        return found
+
+    def _prepare_adapter_config(  # type: ignore[override]  # only this tuner's config arrives here
+        self, peft_config: HawAdaConfig, model_config: dict[str, Any]
+    ) -> HawAdaConfig:
+        if peft_config.base_sizes is not None:
+            self._place = self._located()
+            peft_config.check_base(self._place)
+        if peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            # PEFT tells tuner layers on linear modules by the name of their class; ours wrap convolutions too.
+            wrapped = {
+                name
+                for name, module in self.model.named_modules()
+                if isinstance(module, GateAdapter) and isinstance(module.get_base_layer(), (nn.Linear, Conv1D))
+            }
+            _maybe_include_all_linear_layers(peft_config, self.model)  # writes the names into the config
+            peft_config.target_modules = set(peft_config.target_modules) | wrapped  # type: ignore[assignment]  # PEFT's own convention
+        model_type = model_config.get("model_type")
+        if peft_config.target_modules is not None or (
+            model_type in self.target_module_mapping and model_type not in FAMILIES
+        ):
+            return cast(HawAdaConfig, super()._prepare_adapter_config(peft_config, model_config))
+        layout = self._place = self._located()
+        ends = {HEADS: layout.family.attention_out, FFN: layout.family.ffn_out}
+        whole = {"blocks", "layers"} & set(peft_config.gates)
+        names = {end for axis, end in ends.items() if whole or axis in peft_config.gates}
+        if HIDDEN in peft_config.gates:
+            check_norms(self.model, layout)
+            names |= {*layout.family.hidden_norms, layout.norms[-1]}
+        peft_config.target_modules = names  # type: ignore[assignment]
+        peft_config.base_sizes = layout.fingerprint()
+        return peft_config
+
+    def _located(self) -> Layout:
+        """The base model's layout. What no slim model of its class could hold is refused before any training."""
+        layout = locate(self.model)
+        check_loaded(self.model)
+        check_constructor(layout.model_class)
+        if quantized_weight(self.model) is None:
+            check_conforms(layout, vanilla_tensors(self.model))
+        return layout
+
+    def _prepare_model(self, peft_config: HawAdaConfig, model: nn.Module) -> None:  # type: ignore[override]
+        if peft_config.lora is not None:
+            name = next(name for name, config in self.peft_config.items() if config is peft_config)
+            fields = cast(dict[str, Any], peft_config.lora)
+            inject_lora(model, fields, name, inference_mode=peft_config.inference_mode)
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        peft_config: HawAdaConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layout = None if peft_config.base_sizes is None else self._place
+        cls, gates = gates_at(
+            layout,
+            current_key,
+            target,
+            kinds=peft_config.gates,
+            group_size=peft_config.group_size,
+            start=peft_config.start(),
+        )
+        twin = other_end(self.model, layout, current_key)
+        if twin is not None and adapter_name in getattr(twin, LAYER):
+            gates.pop(LAYER, None)
+        if isinstance(target, GateAdapter):
+            adapter: GateAdapter = target
+            adapter.update_layer(adapter_name, gates, peft_config.inference_mode)
+        else:
+            adapter = cls(target, adapter_name, gates=gates, inference_mode=peft_config.inference_mode)
+            if adapter_name not in self.active_adapters:
+                # adding an additional adapter: it is not automatically trainable
+                adapter.requires_grad_(False)
+            self._replace_module(parent, target_name, adapter, target)
+        if twin is not None:
+            adapter.share_layer_gate(twin)
+            twin.share_layer_gate(adapter)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        super()._replace_module(parent, child_name, new_module, child)
+        if isinstance(child, GateAdapter):
+            child.release()
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Wrap the target modules, and apply the plan that a saved config carries. Arguments as in PEFT."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        if config.base_sizes is not None and HIDDEN in config.gates:
+            share_hidden(self.model, self._place)
+        if config.plan is not None:
+            plan, layout = Plan.from_dict(config.plan), self.layout_of([adapter_name])
+            set_masks(self.model, layout, plan, adapter_name, in_training=config.plan_in_training)
+
+    def layout_of(self, adapter_names: Sequence[str]) -> Layout:
+        """
+        The layout of the model that adapters' plans speak of.
+
+        Raises:
+            InvalidPlanError: if gates of an adapter were not placed by a family row.
+        """
+        by_name = [name for name in adapter_names if self.peft_config[name].base_sizes is None]
+        if by_name or not adapter_names:
+            raise InvalidPlanError(
+                f"adapter {by_name or 'none'} gates modules that were named by `target_modules`; only gates placed by "
+                "a family row can be planned. Leave `target_modules` out of the config."
+            )
+        return locate(self.model)
+
+    def _check_gated(self) -> None:
+        if not any(isinstance(module, GateAdapter) for module in self.model.modules()):
+            raise InvalidPlanError(
+                "there are no gates in this model any more: they were taken off by `slim`, `merge_and_unload` or "
+                "`unload`. Use the model that these returned, or load the adapter on the base model again"
+            )
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in torch; refused once the gates are taken off, so that no adapter without gates is saved."""
+        self._check_gated()
+        return super().state_dict(*args, **kwargs)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        check_loaded(self.model)
+        for module in self.model.modules():
+            if isinstance(module, GateAdapter):  # before the first module is folded
+                check_unquantized(module.get_base_layer())
+                check_own_weights(module.get_base_layer())
+
+    def unload(self) -> nn.Module:
+        """The dense model's own weights, bit for bit, also after `merge_adapter`."""
+        with put_back(self.model, always=False):
+            unmerge(self.model)
+            return super().unload()
+
+    # ------------------------------------------------------- several adapters
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As in PEFT, with the LoRA of the same names."""
+        super().set_adapter(adapter_name, inference_mode)
+        for _, layer in lora_layers(self.model):
+            layer.set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT, with the LoRA of the same name."""
+        super().delete_adapter(adapter_name)
+        for _, layer in lora_layers(self.model):
+            layer.delete_adapter(adapter_name)
+            layer.set_adapter(self.active_adapters)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """
+        As in PEFT.
+
+        Raises:
+            UnsupportedModelError: with LoRA below the gates: PEFT would not give the weights back bit for bit.
+        """
+        if lora_layers(self.model):
+            raise UnsupportedModelError(
+                "gates with LoRA below them cannot be merged and unmerged: use `merge_and_unload()`"
+            )
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """
+        Add an adapter whose raw gates are the weighted sum of other adapters' raw gates (log-odds).
+
+        Args:
+            adapters (`list[str]`): names, all with the same gates.
+            weights (`list[float]`): one per adapter.
+            adapter_name (`str`): the new name; nothing happens if it exists.
+
+        Raises:
+            ValueError: on unknown names, other counts, or adapters with different gates.
+        """
+        if adapter_name in self.peft_config:
+            return
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or not adapters or len(adapters) != len(weights):
+            raise ValueError(
+                f"add_weighted_adapter needs one weight per existing adapter, got adapters {adapters} and weights "
+                f"{weights}; existing are {list(self.peft_config)}"
+            )
+        shared = sum(
+            sum(name in module.modules_to_save for name in adapters) > 1
+            for module in self.model.modules()
+            if isinstance(module, ModulesToSaveWrapper)
+        )
+        if shared:
+            raise ValueError(
+                "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+                f"{shared} such instance(s)."
+            )
+        config = dataclasses.replace(self.peft_config[adapters[0]], plan=None, plan_in_training=False)
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        try:
+            add_gates(self.model, adapters, weights, adapter_name)
+        except ValueError:
+            self.delete_adapter(adapter_name)
+            raise
+        self.set_requires_grad(adapter_name, False)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        if lora_layers(self.model):
+            raise ValueError("Cannot pass `adapter_names` to gates with LoRA below them: it is not told row by row.")
+        unknown = sorted(set(adapter_names) - {"__base__"} - set(self.peft_config))
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        num_beams = kwargs.get("num_beams")
+        with adapter_per_row(self.model, adapter_names, beams=num_beams if isinstance(num_beams, int) else 1):
+            yield
