@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,27 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import EVERYTHING, LM_ROW, ROWS, VISION_ROW, Row, build, gate, scattered_plan, state_of
-from peft import PeftModel
+from conftest import (
+    EVERYTHING,
+    GROUPED,
+    LM,
+    LM_ROW,
+    PLAIN,
+    ROWS,
+    VISION,
+    VISION_ROW,
+    Row,
+    assert_same_state,
+    build,
+    gate,
+    scattered_plan,
+    state_of,
+)
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from hawada_peft import slim_checkpoint
+from hawada_peft import HawAdaConfig, slim_checkpoint
 from hawada_peft.errors import BrokenGatesError, HawAdaError, IncompatibleBaseError
 
 Weights = dict[str, torch.Tensor]
@@ -138,6 +154,47 @@ def test_an_empty_file_is_refused(made: dict[str, Path], tmp_path: Path, way: st
     adapter = edited(made["llama"], tmp_path, lambda weights: weights.clear())
     with pytest.raises(HawAdaError, match="lacks the weights"):
         WAYS[way](made["llama"] / "base", adapter, LM_ROW)
+
+
+CLASSIFIERS = {
+    "score": Row("LlamaForSequenceClassification", "LlamaConfig", LM | {"pad_token_id": 0, "num_labels": 3}, GROUPED),
+    "classifier": Row("ViTForImageClassification", "ViTConfig", VISION, PLAIN),
+}
+
+
+@pytest.mark.parametrize("head", CLASSIFIERS)
+def test_a_classifier_has_one_of_the_heads_that_peft_names(tmp_path: Path, head: str) -> None:
+    row = CLASSIFIERS[head]
+    base = build(row)
+    base.save_pretrained(tmp_path / "base")
+    model = gate(base, task_type="SEQ_CLS")
+    assert model.peft_config["default"].modules_to_save == ["classifier", "score"]
+    with torch.no_grad():
+        getattr(base, head).modules_to_save["default"].weight.mul_(2)
+    model.apply_plan(scattered_plan(model, row.slim))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = by_peft(tmp_path / "base", tmp_path / "adapter", row)
+    assert_same_state(state_of(loaded), state_of(model))
+    slim_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "slim", verify="full")
+    weights = load_file(tmp_path / "adapter" / FILE)
+    save_file({name: weights[name] for name in weights if head not in name}, tmp_path / "adapter" / FILE)
+    with pytest.raises(HawAdaError, match=r"lacks the weights of the modules_to_save \['classifier', 'score'\]"):
+        by_peft(tmp_path / "base", tmp_path / "adapter", row)
+
+
+def test_whole_numbers_in_a_module_to_save_are_loaded(tmp_path: Path) -> None:
+    def fresh() -> PeftModel:
+        torch.manual_seed(0)
+        layers = OrderedDict(fc=torch.nn.Linear(4, 4), norm=torch.nn.BatchNorm1d(4))
+        config = HawAdaConfig(target_modules=["fc"], modules_to_save=["norm"])
+        return get_peft_model(torch.nn.Sequential(layers), config)  # type: ignore[arg-type]
+
+    model = fresh()
+    model(torch.randn(3, 4))
+    model.save_pretrained(tmp_path)
+    loaded = fresh()
+    loaded.load_adapter(tmp_path, "default")
+    assert_same_state(state_of(loaded), state_of(model))
 
 
 def test_a_head_that_is_missing_is_refused_by_name(made: dict[str, Path], tmp_path: Path) -> None:

@@ -18,7 +18,10 @@ from .._register import PREFIX
 from ..errors import BrokenGatesError, HawAdaError, IncompatibleBaseError
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""What an adapter's tensors may be stored as."""
+"""What an adapter's tensors may be stored as; buffers of a module to save also as what the model has them."""
+
+HEADS = frozenset({"classifier", "score"})
+"""Of these PEFT names all in `modules_to_save` for classification, and a model has one."""
 
 
 def check_adapter_file(folder: str | os.PathLike[str], modules_to_save: Iterable[str] = ()) -> None:
@@ -43,7 +46,10 @@ def check_adapter_file(folder: str | os.PathLike[str], modules_to_save: Iterable
                 names = opened.keys()
         except SafetensorError as error:
             raise HawAdaError(f"{file} is damaged: {error}; save the adapter again") from None
-        missing = [module for module in modules_to_save if not any(f".{module}." in name for name in names)]
+        asked = dict.fromkeys(modules_to_save)
+        missing = [module for module in asked if not any(f".{module}." in name for name in names)]
+        if not HEADS.intersection(asked).issubset(missing):
+            missing = [module for module in missing if module not in HEADS]
         if missing:
             raise HawAdaError(f"{file} lacks the weights of the modules_to_save {missing}: save the adapter again")
 
@@ -75,10 +81,10 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[
             "Leave them out, or save the adapter again"
         )
     for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
+        expected = state.get(name)
+        if tensor.dtype not in DTYPES and (expected is None or expected.dtype != tensor.dtype):
             allowed = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
             raise HawAdaError(f"the adapter's file holds {name} as {tensor.dtype}; allowed are {allowed}")
-        expected = state.get(name)
         if expected is not None and expected.shape != tensor.shape:
             _refuse_shape(name, tensor, expected, embeddings=name not in own)
     gates = {str(tensors[name].dtype): name for name in sorted(own) if f".{PREFIX}" in name}
