@@ -22,6 +22,10 @@ $(VENV)/.bench: $(VENV)/.made setup.cfg pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	touch $@
 
+$(VENV)/.peft-suite: $(VENV)/.made setup.cfg pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[peft_suite]'
+	touch $@
+
 $(VENV)/.docs: $(VENV)/.made setup.cfg pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
@@ -47,7 +51,7 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # PEFT's own tests, pointed at this tuner; fetches PEFT's source distribution.
-peft-suite: $(VENV)/.dev
+peft-suite: $(VENV)/.peft-suite
 	$(BIN)/python tests/peft_suite/run.py
 
 clean:
