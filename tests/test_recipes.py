@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from hawada_peft.recipes.digests import recipe_digests
 from hawada_peft.recipes.examples import batches_from, load_data
 from hawada_peft.recipes.record import RESULT, Record
 from hawada_peft.recipes.settings import DataSource
+from hawada_peft.refit.projections import Refit
+from hawada_peft.refit.reconstruction import Reconstruction
 from hawada_peft.training.history import HISTORY_FILE
 
 FILES = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.yaml"))
@@ -101,7 +104,11 @@ def test_a_language_model_from_recipe_to_verified_folder(whole: Path) -> None:
     assert len(json.loads((out / HISTORY_FILE).read_text())["entries"]) > 1
     assert {"README.md", "hawada_report.json"} <= {path.name for path in (out / "slim").iterdir()}
     assert result.losses.keys() == {"gates", "recovery_start", "recovery_end"}
-    assert result.reconstruction["applied"]
+    report = json.loads((out / "slim" / "hawada_report.json").read_text())
+    for found in (result.reconstruction, report["reconstruction"]):  # the same by every route
+        assert found.keys() == {field.name for field in fields(Reconstruction)}
+        assert found["applied"]
+        assert {name for refit in found["refits"] for name in refit} == {field.name for field in fields(Refit)}
     assert result.losses["recovery_start"] < result.losses["gates"]  # refitted in between
     assert result.losses["recovery_end"] < result.losses["recovery_start"]
     assert {each["name"] for each in result.quality} == {"predictions that are the dense model's, in %", "perplexity"}

@@ -22,8 +22,7 @@ class RecipeResult:
         slim_parameters (`int`): after.
         losses (`dict`): held-out distillation losses: `gates` (under the plan, before the merge), `recovery_start`
             (after merge and refitting) and `recovery_end`.
-        reconstruction (`dict`, *optional*): `metric`, `before`, `after`, `applied`: on calibration batches that
-            nothing was fitted to.
+        reconstruction (`dict`, *optional*): the fields of `Reconstruction`.
         quality (`list[dict]`): fields of `QualityChange`, on the held-out examples.
         latency (`dict`, *optional*): milliseconds of both, measured side by side; `regime` and `device`.
     """

@@ -264,7 +264,7 @@ def _save(
         batches = batches_from(held_out, count, HELD_OUT_BATCH)
         quality = qualities(dense, slim, batches, f"{count} held-out examples")
         timings = _time(recipe, dense, slim)
-        refit = None if facts.reconstruction is None else _summary(facts.reconstruction)
+        refit = None if facts.reconstruction is None else asdict(facts.reconstruction)
         save_slim(
             slim,
             record.slim,
@@ -316,13 +316,4 @@ def _latency(timings: Mapping[str, Timing]) -> dict[str, Any]:
         "speedup": dense.median_ms / slim.median_ms,
         "regime": str(slim.regime),
         "device": slim.device_name,
-    }
-
-
-def _summary(reconstruction: Reconstruction) -> dict[str, Any]:
-    return {
-        "metric": reconstruction.metric,
-        "before": reconstruction.before,
-        "after": reconstruction.after,
-        "applied": reconstruction.applied,
     }

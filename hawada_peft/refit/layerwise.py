@@ -90,13 +90,13 @@ class Stream:
         """The FFN's output projection of a layer."""
         return self.model.get_submodule(self.layout.ffn_out(layer))
 
-    def call(self, layer: int, batch: int, hidden: torch.Tensor | None = None) -> torch.Tensor:
+    def call(self, layer: int, number: int, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """A layer's output on a batch's stream, or on other hidden states of its shape."""
-        call = self.calls[batch][layer]
-        output = self.layers[layer](self.hidden[batch] if hidden is None else hidden, *call.args, **call.kwargs)
+        call = self.calls[number][layer]
+        output = self.layers[layer](self.hidden[number] if hidden is None else hidden, *call.args, **call.kwargs)
         return output if isinstance(output, torch.Tensor) else output[0]
 
-    def outputs(self, layer: int, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def outputs(self, layer: int, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The outputs of a layer, of its attention's projection and of its FFN's, on a batch's stream."""
         attention, ffn = self.attention_out(layer), self.ffn_out(layer)
         found: dict[nn.Module, torch.Tensor] = {}
@@ -107,16 +107,17 @@ class Stream:
         with ExitStack() as hooks:
             for module in (attention, ffn):
                 hooks.callback(module.register_forward_hook(keep).remove)
-            output = self.call(layer, batch)
+            output = self.call(layer, number)
         return output, found[attention], found[ffn]
 
-    def inputs_at(self, module: nn.Module, layer: int, batch: int, gains: Gains) -> tuple[torch.Tensor, torch.Tensor]:
+    def inputs_at(self, module: nn.Module, layer: int, number: int, gains: Gains) -> tuple[torch.Tensor, torch.Tensor]:
         """
         What one of a layer's two projections gets on a batch's stream.
 
         Args:
             module: the projection.
-            layer, batch: which.
+            layer: which.
+            number: of the batch, from 0.
             gains: of the layer, as `residual_gains` gives them.
 
         Returns:
@@ -134,21 +135,22 @@ class Stream:
             first = self.attention_out(layer)
             hooks.callback(first.register_forward_hook(lambda _module, _args, out: attention.append(out)).remove)
             with suppress(_EnoughError):
-                self.call(layer, batch)
-        stream = self.hidden[batch]
+                self.call(layer, number)
+        stream = self.hidden[number]
         if attention and gains is not None:
             stream = stream + gains[0] * attention[0]
         return found[0], stream
 
     def output_on(
-        self, module: nn.Module, layer: int, batch: int, hidden: torch.Tensor, silent: nn.Module | None = None
+        self, module: nn.Module, layer: int, number: int, hidden: torch.Tensor, silent: nn.Module | None = None
     ) -> torch.Tensor:
         """
         What one of a layer's two projections gives on other hidden states.
 
         Args:
             module: the projection.
-            layer, batch: which.
+            layer: which.
+            number: of the batch, from 0.
             hidden: instead of the batch's stream.
             silent: the other projection, if its output is to be replaced by zeros.
         """
@@ -163,13 +165,13 @@ class Stream:
             if silent is not None:
                 hooks.callback(silent.register_forward_hook(lambda _module, _args, out: torch.zeros_like(out)).remove)
             with suppress(_EnoughError):
-                self.call(layer, batch, hidden)
+                self.call(layer, number, hidden)
         return found[0]
 
     def advance(self, layer: int) -> None:
         """Take the stream through a layer."""
-        for batch in range(len(self.hidden)):
-            self.hidden[batch] = self.call(layer, batch)
+        for number in range(len(self.hidden)):
+            self.hidden[number] = self.call(layer, number)
 
 
 def residual_gains(stream: Stream, layer: int) -> Gains:

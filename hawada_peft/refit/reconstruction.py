@@ -205,12 +205,12 @@ def _refit_layers(
     student: Stream,
     plan: Plan,
     masks: Sequence[torch.Tensor | None],
-    fitted: int,
+    fit_count: int,
     dampings: Sequence[float],
     correction: float,
     reduce: Reduce,
 ) -> Iterator[Refit]:
-    """Refit layer after layer; the first `fitted` batches are fitted to, the others choose the damping."""
+    """Refit layer after layer; the first `fit_count` batches are fitted to, the others choose the damping."""
     ends = [*plan.layers[1:], plan.dense.sizes()["num_hidden_layers"]]
     for layer in range(plan.layers[0]):
         teacher.advance(layer)
@@ -222,19 +222,20 @@ def _refit_layers(
         names = student.layout.attention_out(index), student.layout.ffn_out(index)
         for which, (name, wanted) in enumerate(zip(names, targets, strict=True)):
             module = as_projection(student.model.get_submodule(name), name)
-            moments = new_moments(module), new_moments(module)
-            for batch, mask in enumerate(masks):
-                inputs, stream = student.inputs_at(module, index, batch, gains)
-                added = wanted[batch].output.float()
+            fit, held = new_moments(module), new_moments(module)
+            for number, mask in enumerate(masks):
+                inputs, stream = student.inputs_at(module, index, number, gains)
+                added = wanted[number].output.float()
                 if dense_gains is not None:
-                    added = _local(teacher, layer, batch, which, stream, dense_gains)
-                    added = added + wanted[batch].dropped
-                    added = added + correction * (wanted[batch].output.float() - stream.float() - added)
+                    added = _local(teacher, layer, number, which, stream, dense_gains)
+                    added = added + wanted[number].dropped
+                    added = added + correction * (wanted[number].output.float() - stream.float() - added)
                 rows = slice(None) if mask is None else mask.flatten()
-                moments[batch >= fitted].add(inputs.flatten(0, -2)[rows], added.flatten(0, -2)[rows])
+                moments = fit if number < fit_count else held
+                moments.add(inputs.flatten(0, -2)[rows], added.flatten(0, -2)[rows])
             wanted.clear()
             gain = None if gains is None else gains[which]
-            yield choose(name, module, moments[0].reduced(reduce), moments[1].reduced(reduce), gain, dampings)
+            yield choose(name, module, fit.reduced(reduce), held.reduced(reduce), gain, dampings)
         student.advance(index)
         logger.debug("layer %d of %d is refitted", index + 1, len(plan.layers))
 
@@ -263,11 +264,11 @@ def _targets(teacher: Stream, layer: int, end: int, gains: Gains) -> tuple[list[
         Per batch the target of the attention, and that of the FFN.
     """
     attention, ffn = [], []
-    for batch, stream in enumerate(teacher.hidden):
-        output, from_attention, from_ffn = teacher.outputs(layer, batch)
+    for number, stream in enumerate(teacher.hidden):
+        output, from_attention, from_ffn = teacher.outputs(layer, number)
         attention.append(_Target(from_attention if gains is None else stream + gains[0] * from_attention))
         ffn.append(_Target(from_ffn if gains is None else output))
-        teacher.hidden[batch] = output
+        teacher.hidden[number] = output
     for dropped in range(layer + 1, end):
         teacher.advance(dropped)
     if gains is not None and end > layer + 1:
@@ -277,14 +278,19 @@ def _targets(teacher: Stream, layer: int, end: int, gains: Gains) -> tuple[list[
 
 
 def _local(
-    teacher: Stream, layer: int, batch: int, which: int, stream: torch.Tensor, gains: tuple[torch.Tensor, torch.Tensor]
+    teacher: Stream,
+    layer: int,
+    number: int,
+    which: int,
+    stream: torch.Tensor,
+    gains: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
     """What the teacher's attention (0) or FFN (1) would add to the student's stream, in float32."""
     attention, ffn = teacher.attention_out(layer), teacher.ffn_out(layer)
     if which == 0:
-        output = teacher.output_on(attention, layer, batch, stream)
+        output = teacher.output_on(attention, layer, number, stream)
     else:  # the stream already holds what the student's attention added
-        output = teacher.output_on(ffn, layer, batch, stream, silent=attention)
+        output = teacher.output_on(ffn, layer, number, stream, silent=attention)
     return gains[which].float() * output.float()
 
 
