@@ -166,7 +166,7 @@ def searcher(bench: Bench, regime: Regime, options: argparse.Namespace) -> Calla
             min_rounds=7, max_rounds=40, max_seconds=options.timing_seconds, cache=False, clock=clock_of(options)
         )
         table = measure_table(base, regime, effort=effort)
-    table.check(regime=regime, model=layout.fingerprint(), device_name=clock_of(options).device_name(regime))
+    table.check(regime=regime, base_sizes=layout.base_sizes(), device_name=clock_of(options).device_name(regime))
     space = search_space(layout, regime, multiple=table.multiple)
     batches = bench.examples(options.calibration, options.seeds[0])
     model = get_peft_model(bench.load(), HawAdaConfig())

@@ -70,8 +70,8 @@ class HawAdaConfig(PeftConfig):
         default=("heads", "ffn", "layers"), metadata={"help": f"What is gated: any of {', '.join(GATES)}."}
     )
     group_size: int = field(default=1, metadata={"help": "FFN channels (or input features) that share a gate."})
-    temperature: float = field(default=1.0, metadata={"help": "T in g = sigmoid(theta / T)."})
-    init_value: float = field(default=0.9, metadata={"help": "The gates' value at the start, in (0, 1)."})
+    temperature: float = field(default=GateStart.temperature, metadata={"help": "T in g = sigmoid(theta / T)."})
+    init_value: float = field(default=GateStart.value, metadata={"help": "The gates' value at the start, in (0, 1)."})
     init_weights: bool = field(default=True, metadata={"help": "False: random gates, far from 1. For tests."})
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Modules whose input features are gated; the family's places if left out."}
@@ -207,7 +207,7 @@ class HawAdaConfig(PeftConfig):
         Raises:
             IncompatibleBaseError: naming the sizes that differ.
         """
-        found = layout.fingerprint()
+        found = layout.base_sizes()
         differing = [
             f"{name}: adapter {size}, model {found.get(name)}"
             for name, size in (self.base_sizes or {}).items()

@@ -79,7 +79,7 @@ class GateTuner(BaseTuner):
             check_norms(self.model, layout)
             names |= {*layout.family.hidden_norms, layout.norms[-1]}
         peft_config.target_modules = names  # type: ignore[assignment]
-        peft_config.base_sizes = layout.fingerprint()
+        peft_config.base_sizes = layout.base_sizes()
         return peft_config
 
     def _located(self) -> Layout:

@@ -11,6 +11,7 @@ from peft import PeftConfig, PeftType
 
 from hawada_peft import HawAdaConfig
 from hawada_peft.errors import HawAdaError
+from hawada_peft.gates.kinds import GateStart
 
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -38,6 +39,10 @@ def test_type_and_defaults() -> None:
     assert config.peft_type is PeftType.HAWADA
     assert list(config.gates) == ["heads", "ffn", "layers"]
     assert config.target_modules is None
+
+
+def test_gates_start_alike_with_and_without_a_config() -> None:
+    assert HawAdaConfig().start() == GateStart()
 
 
 def test_one_gate_may_be_given_bare() -> None:

@@ -57,9 +57,9 @@ def test_positions_are_the_ends_of_layers(row: Row) -> None:
     assert layout.position(f"other.{layout.ffn_out(0)}") is None
 
 
-def test_fingerprint_holds_the_sizes(row: Row) -> None:
+def test_base_sizes_hold_the_sizes(row: Row) -> None:
     layout = locate(build(row))
-    assert layout.fingerprint().items() >= {"hidden_size": 64, "head_dim": 8, **layout.dense.sizes()}.items()
+    assert layout.base_sizes().items() >= {"hidden_size": 64, "head_dim": 8, **layout.dense.sizes()}.items()
 
 
 @pytest.mark.usefixtures("rows_of_families")

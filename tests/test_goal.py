@@ -41,7 +41,7 @@ class Machine(ToyClock):
 
 def table_of(model: PeftModel) -> LatencyTable:
     layout = locate(model.get_base_model())
-    return toy_table(layout.dense, launch=0.2, arithmetic=1.0, model=layout.fingerprint())
+    return toy_table(layout.dense, launch=0.2, arithmetic=1.0, base_sizes=layout.base_sizes())
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ from hawada_peft.planning.importance import gate_importance
 from hawada_peft.planning.plan import Plan
 from hawada_peft.search.budgeted import find_plan
 from hawada_peft.search.masked import MaskedQuality
-from hawada_peft.search.result import MOST_POINTS
+from hawada_peft.search.result import MOST_POINTS, SearchResult
 from hawada_peft.search.rounds import search
 from hawada_peft.search.space import SearchSpace, narrower_sizes, search_space
 from hawada_peft.search.state import SearchState, frontier
@@ -106,7 +106,7 @@ def test_the_answer_is_measured_and_meets_the_budget(speedup: float, factor: flo
     result = search(toy_space(), table, ToyQuality(), LatencyBudget(speedup=speedup), machine)
     true = machine.ms(result.best.shape) / machine.ms(DENSE) * speedup
     assert 0.9 < true <= 1
-    assert result.to_dict()["loss"] == ToyQuality.meaning
+    assert result.figures()["loss"] == ToyQuality.meaning
     assert result.ms <= result.limit_ms
     assert result.speedup == pytest.approx(machine.ms(DENSE) / machine.ms(result.best.shape))
     assert result.best.measured_ms is not None
@@ -123,11 +123,22 @@ def test_the_answer_is_the_best_of_all_shapes() -> None:
     assert result.best.predicted_loss == pytest.approx(min(loss[index] for index in fits))
 
 
+@pytest.mark.parametrize("limits", [{"speedup": 1.5}, {"max_parameters": 20_000}])
+def test_a_search_goes_to_json_and_back(limits: dict[str, float]) -> None:
+    table = toy_table(DENSE, launch=0.5, arithmetic=1.0)
+    result = search(toy_space(), table, ToyQuality(), LatencyBudget(**limits), Machine(table, 1.3))
+    data = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert SearchResult.from_dict(data) == result
+    for damaged in ([], {}, data | {"more": 1}, data | {"best": {}}, data | {"budget": {"speed": 2}}):
+        with pytest.raises(HawAdaError, match="search again"):
+            SearchResult.from_dict(damaged)
+
+
 @pytest.mark.parametrize("limits", [{"speedup": 1.5}, {"speedup": 1.2, "max_parameters": 20_000}])
 def test_a_search_says_why_it_rejected_the_rest(limits: dict[str, float]) -> None:
     table = toy_table(DENSE, launch=0.5, arithmetic=1.0)
     result = search(toy_space(), table, ToyQuality(), LatencyBudget(**limits), Machine(table, 1.3))
-    found = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    found = json.loads(json.dumps(result.figures(), allow_nan=False))
     assert len(result.measured) < len(found["points"]) <= MOST_POINTS
     (chosen,) = [point for point in found["points"] if point["rejected"] is None]
     assert chosen["shape"] == result.best.shape.to_dict()
@@ -354,7 +365,7 @@ def test_padding_does_not_count() -> None:
 def test_a_plan_is_found_for_a_budget_and_carried_all_the_way(twin: bool) -> None:
     model = get_peft_model(rehome(build(LM_ROW)) if twin else build(LM_ROW), HawAdaConfig())
     layout = locate(model.get_base_model())
-    table = toy_table(layout.dense, launch=0.2, arithmetic=1.0, model=layout.fingerprint())
+    table = toy_table(layout.dense, launch=0.2, arithmetic=1.0, base_sizes=layout.base_sizes())
     budget = LatencyBudget(speedup=1.5, mode="prefill", seq_len=8)
     result = find_plan(model, budget, [inputs_of(model)], table=table, effort=once(by_table(table)))
     assert result.speedup >= 1.5
@@ -375,7 +386,7 @@ def test_fresh_gates_are_ranked_by_their_importance(refit: bool) -> None:
         for end, part in ((layout.attention_out(layer), 32), (layout.ffn_out(layer), 48)):
             base.get_submodule(end).weight.data[:, :part] *= 1e-3
     model = get_peft_model(base, HawAdaConfig(gates=("heads", "ffn")))
-    table = toy_table(layout.dense, launch=0.0, arithmetic=1.0, model=layout.fingerprint())
+    table = toy_table(layout.dense, launch=0.0, arithmetic=1.0, base_sizes=layout.base_sizes())
     budget = LatencyBudget(speedup=1.9, mode="prefill", seq_len=8)
     options = {"table": table, "effort": once(by_table(table)), "refit": refit}
     plan = find_plan(model, budget, [inputs_of(model)], **options).plan
@@ -388,7 +399,7 @@ def test_fresh_gates_are_ranked_by_their_importance(refit: bool) -> None:
 def test_trained_gates_are_ranked_by_their_values() -> None:
     model = gate(build(LM_ROW), gates=("heads", "ffn", "layers"))
     table = toy_table(Shape(8, 4, 96, 4), launch=0.2, arithmetic=1.0)
-    table = replace(table, model=locate(model.get_base_model()).fingerprint())
+    table = replace(table, base_sizes=locate(model.get_base_model()).base_sizes())
     budget = LatencyBudget(speedup=1.5, mode="prefill", seq_len=8)
     seen: list[str] = []
 
@@ -474,8 +485,8 @@ def test_the_regime_comes_from_the_model() -> None:
 def narrowed(size: int) -> tuple[SearchSpace, LatencyTable]:
     """The toy space of a narrower residual stream, in which arithmetic takes so much less."""
     part = size / 64
-    model = {"model_type": "toy", "head_dim": 4, **DENSE.sizes(), "hidden_size": size, "dense_hidden_size": 64}
-    table = toy_table(DENSE, launch=0.05, arithmetic=1.0 * part, model=model)
+    sizes = {"model_type": "toy", "head_dim": 4, **DENSE.sizes(), "hidden_size": size, "dense_hidden_size": 64}
+    table = toy_table(DENSE, launch=0.05, arithmetic=1.0 * part, base_sizes=sizes)
     # Its dense_ms is that of the dense model, measured when the machine was half as fast.
     whole = toy_table(DENSE, launch=0.05, arithmetic=1.0)
     slow = {name: 2 * getattr(table, name) for name in ("fixed_ms", "layer_ms")}
@@ -589,7 +600,7 @@ def test_a_plan_with_a_hidden_size_is_found() -> None:
 def test_without_gates_on_it_no_hidden_size_is_timed() -> None:
     model = get_peft_model(build(LM_ROW), HawAdaConfig())
     layout = locate(model.get_base_model())
-    table = toy_table(layout.dense, launch=0.2, arithmetic=1.0, model=layout.fingerprint())
+    table = toy_table(layout.dense, launch=0.2, arithmetic=1.0, base_sizes=layout.base_sizes())
     seen: set[int | None] = set()
 
     def ms(shape: Shape) -> float:

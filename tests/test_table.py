@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from hawada_peft.latency.toy import ToyClock
 from hawada_peft.vanilla.legality import head_shapes
 
 DENSE = Shape(16, 4, 1024, 8)
-MODEL = {"model_type": "toy", "hidden_size": 64, "head_dim": 4, **DENSE.sizes()}
+BASE_SIZES = {"model_type": "toy", "hidden_size": 64, "head_dim": 4, **DENSE.sizes()}
 REGIME = Regime(mode="prefill", seq_len=8)
 
 
@@ -48,9 +49,11 @@ class Built(nn.Module):
 EFFORT = Effort(warmup=0, min_rounds=2, clock=ToyClock(lambda model, regime: law(model.shape)))
 
 
-def make(dense: Shape = DENSE, model: Mapping[str, int | str] = MODEL, **options: Any) -> LatencyTable:
+def make(dense: Shape = DENSE, base_sizes: Mapping[str, int | str] = BASE_SIZES, **options: Any) -> LatencyTable:
     heads = head_shapes(dense)
-    return build_table(Built, dense=dense, heads=heads, model=model, regime=REGIME, **({"effort": EFFORT} | options))
+    return build_table(
+        Built, dense=dense, heads=heads, base_sizes=base_sizes, regime=REGIME, **({"effort": EFFORT} | options)
+    )
 
 
 @pytest.fixture
@@ -94,7 +97,7 @@ def test_a_table_reproduces_the_law_of_its_machine(table: LatencyTable) -> None:
 
 def test_a_table_of_a_narrower_stream_is_on_the_scale_of_the_dense_model() -> None:
     widest = replace(DENSE, hidden_size=32)
-    table = make(model=MODEL | {"hidden_size": 32, "dense_hidden_size": 64}, widest=widest)
+    table = make(base_sizes=BASE_SIZES | {"hidden_size": 32, "dense_hidden_size": 64}, widest=widest)
     shapes = random_shapes(widest, head_shapes(DENSE), table.multiple, 40, seed=7)
     assert {shape.hidden_size for shape in shapes} == {32}
     assert max(abs(table.estimate(shape) / law(shape) - 1) for shape in shapes) < 0.01
@@ -171,7 +174,7 @@ def test_a_table_survives_json(table: LatencyTable, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "no latency table"), ("[1]", "holds a list"), ('{"format": 9}', "format 9"), ('{"format": 2}', "lacks")],
+    [("{", "no latency table"), ("[1]", "holds a list"), ('{"format": 9}', "format 9"), ('{"format": 3}', "lacks")],
 )
 def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "table.json"
@@ -181,24 +184,27 @@ def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> Non
 
 
 def test_a_table_for_something_else_is_refused(table: LatencyTable) -> None:
-    table.check(regime=REGIME, model=MODEL, device_name=table.device_name)
-    for regime, model, message in (
-        (replace(REGIME, dtype="bfloat16"), MODEL, "dtype: table float32, asked bfloat16"),
-        (replace(REGIME, batch_size=4), MODEL, "batch_size: table 1, asked 4"),
-        (REGIME, MODEL | {"hidden_size": 128}, "hidden_size: table 64, asked 128"),
+    table.check(regime=REGIME, base_sizes=BASE_SIZES, device_name=table.device_name)
+    for regime, sizes, message in (
+        (replace(REGIME, dtype="bfloat16"), BASE_SIZES, "dtype: table float32, asked bfloat16"),
+        (replace(REGIME, batch_size=4), BASE_SIZES, "batch_size: table 1, asked 4"),
+        (REGIME, BASE_SIZES | {"hidden_size": 128}, "hidden_size: table 64, asked 128"),
     ):
         with pytest.raises(IncompatibleTableError, match=message):
-            table.check(regime=regime, model=model, device_name=table.device_name)
+            table.check(regime=regime, base_sizes=sizes, device_name=table.device_name)
     elsewhere = replace(table, device_name="another device")
     with pytest.raises(IncompatibleTableError, match="device name: table another device"):
-        elsewhere.check(regime=REGIME, model=MODEL)
+        elsewhere.check(regime=REGIME, base_sizes=BASE_SIZES)
 
 
 # -------------------------------------------------------------------------------------------------------------- cache
 
 
 def kept(
-    table: LatencyTable | None, effort: Effort, regime: Regime = REGIME, model: Mapping[str, int | str] = MODEL
+    table: LatencyTable | None,
+    effort: Effort,
+    regime: Regime = REGIME,
+    base_sizes: Mapping[str, int | str] = BASE_SIZES,
 ) -> LatencyTable:
     """The table of a key: `table` if one is measured, which must not be if that is None."""
 
@@ -206,7 +212,7 @@ def kept(
         assert table is not None, "measured again"
         return table
 
-    return cached_table(make, table_key(regime, model, head_shapes(DENSE), effort), effort)
+    return cached_table(make, table_key(regime, base_sizes, head_shapes(DENSE), effort), effort)
 
 
 def test_tables_are_kept_by_what_they_depend_on(
@@ -216,7 +222,7 @@ def test_tables_are_kept_by_what_they_depend_on(
     first = kept(table, effort)
     assert kept(None, effort) == first
     assert kept(None, replace(effort, candidates=7)) == first  # no part of a table
-    for other in ({"regime": replace(REGIME, dtype="bfloat16")}, {"model": MODEL | {"hidden_size": 32}}):
+    for other in ({"regime": replace(REGIME, dtype="bfloat16")}, {"base_sizes": BASE_SIZES | {"hidden_size": 32}}):
         with pytest.raises(AssertionError, match="measured again"):
             kept(None, effort, **other)
     for further in (replace(effort, min_rounds=3), replace(effort, fresh=True), replace(effort, clock=Clock())):
@@ -271,11 +277,10 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_a_warning(
     folder = tmp_path / "cache"
     if obstacle == "no room":
 
-        def full(self: LatencyTable, path: str) -> None:
-            Path(path).write_text("{")
+        def full(_file: int) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(LatencyTable, "save", full)
+        monkeypatch.setattr(os, "fsync", full)
     else:
         folder.write_text("")
     with pytest.warns(UncachedTableWarning, match=r"cannot be kept for later.*Effort\(cache=") as caught:
@@ -296,7 +301,7 @@ BROKEN: dict[str, Any] = {
     "multiple": [0, 1.5],
     "realised": [[{"shape": {}, "ms": 0.0}], [{"ms": 1.0}], [None]],
     "errors": [{"median": float("nan")}, []],
-    "model": [{}, None],
+    "base_sizes": [{}, None],
     "regime": [{"mode": "sideways"}, None],
 }
 
@@ -324,5 +329,5 @@ def test_random_shapes_differ_and_are_never_dense() -> None:
 
 def test_one_layer_is_enough_for_a_table() -> None:
     single = Shape(2, 2, 64, 1)
-    table = make(single, MODEL | single.sizes(), effort=replace(EFFORT, whole_shapes=4))
+    table = make(single, BASE_SIZES | single.sizes(), effort=replace(EFFORT, whole_shapes=4))
     assert table.estimate(Shape(1, 1, 32, 1)) == pytest.approx(law(Shape(1, 1, 32, 1)), rel=0.05)

@@ -48,7 +48,7 @@ class StoppedClock(ToyClock):
 
 
 def toy_table(
-    dense: Shape, *, launch: float, arithmetic: float, model: Mapping[str, int | str] | None = None
+    dense: Shape, *, launch: float, arithmetic: float, base_sizes: Mapping[str, int | str] | None = None
 ) -> LatencyTable:
     """Milliseconds per layer: `launch`, and `arithmetic` in equal parts for attention and FFN."""
     heads, groups, ffn, layers = dense.sizes().values()
@@ -58,7 +58,7 @@ def toy_table(
     return LatencyTable(
         regime=REGIME,
         device_name=CLOCK.device_name(REGIME),
-        model=model or {"model_type": "toy", "hidden_size": 64, "head_dim": 4, **dense.sizes()},
+        base_sizes=base_sizes or {"model_type": "toy", "hidden_size": 64, "head_dim": 4, **dense.sizes()},
         versions={},
         fixed_ms=0.1,
         layer_ms=launch + low,

@@ -6,42 +6,18 @@ import functools
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from enum import Enum
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from ..latency.regime import Conditions
 from .errors import FAILED, one_message
 from .streams import working
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
-class Mode(str, Enum):
-    """What is timed."""
-
-    forward = "forward"
-    prefill = "prefill"
-    decode = "decode"
-
-
-class Dtype(str, Enum):
-    """Of weights and activations."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float64 = "float64"
-
-
-class Backend(str, Enum):
-    """How a model is run."""
-
-    eager = "eager"
-    compile = "compile"
-    cuda_graph = "cuda_graph"
 
 
 class Effort(str, Enum):
@@ -79,18 +55,22 @@ Model = Annotated[str, typer.Argument(help="Folder or id of the dense model.", s
 Fold = Annotated[bool, typer.Option(help="Fold the gates' soft values into the weights.")]
 
 
-def regime(
-    mode: Annotated[Mode | None, typer.Option(help="By the kind of model if left out.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per call.")] = 1,
-    seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens per row; models of text need it.")] = None,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Pixels along each side; the config's if left out.")
-    ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="The model's if left out.")] = None,
-    backend: Annotated[Backend, typer.Option(help="How it is run.")] = Backend.eager,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-) -> None:
-    """Under which conditions is timed: fields of `LatencyBudget`."""
+DEVICE = "cpu"
+"""Where a model is loaded and timed if nothing is said."""
+
+
+def conditions() -> Iterator[inspect.Parameter]:
+    """Under which conditions is timed: an option for every field of `Conditions`."""
+    hints = get_type_hints(Conditions)
+    for each in fields(Conditions):
+        kind, default = hints[each.name], DEVICE if each.name == "device" else each.default
+        least = 1 if kind in (int, int | None) else None
+        if choices := each.metadata.get("choices"):
+            named: Any = Enum(each.name, {choice: choice for choice in choices}, type=str)  # type: ignore[misc]
+            kind = named | None if default is None else named
+            default = None if default is None else named(default)
+        option = Annotated[kind, typer.Option(min=least, help=each.metadata["help"])]  # type: ignore[valid-type]
+        yield inspect.Parameter(each.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=option)
 
 
 Level = Annotated[Effort, typer.Option(help="How hard is measured and searched: quick takes seconds for tiny models.")]
@@ -109,7 +89,7 @@ def add(app: typer.Typer, function: Callable[..., Said | None], examples: Sequen
     """
     Make a function a command, named after its module.
 
-    It gets the options of `printing`. `**regime` in its signature stands for those of `regime`, and `progress` for
+    It gets the options of `printing`. `**regime` in its signature stands for those of `conditions`, and `progress` for
     what makes progress bars. What it returns is printed; None is what another process prints.
 
     Args:
@@ -120,7 +100,7 @@ def add(app: typer.Typer, function: Callable[..., Said | None], examples: Sequen
     own = inspect.signature(function, eval_str=True).parameters
     kept = [each for each in own.values() if each.kind is not each.VAR_KEYWORD and each.name != "progress"]
     if any(each.kind is each.VAR_KEYWORD for each in own.values()):
-        kept += inspect.signature(regime, eval_str=True).parameters.values()
+        kept += conditions()
     kept += inspect.signature(printing, eval_str=True).parameters.values()
 
     @functools.wraps(function)

@@ -78,7 +78,7 @@ def run(
     found = find_plan(gated, budget, batches, refit=refit, effort=hard, progress=progress)
     beside = output.with_suffix(".search.json")
     write_text(output, found.plan.to_json())
-    write_text(beside, json.dumps({"format": FORMAT} | found.to_dict()) + "\n")
+    write_text(beside, json.dumps({"format": FORMAT} | found.figures()) + "\n")
     best = found.best
     data = {
         "shape": best.shape.to_dict(),

@@ -108,7 +108,7 @@ def train_task(task: Task, work: Work, folder: Path, progress: Progress | None =
             progress=progress,
         )
     logger.info("%s: %s", task.title, found)
-    write_text(folder / SEARCH_FILE, json.dumps(found.to_dict()))
+    write_text(folder / SEARCH_FILE, json.dumps(found.figures()))
     trainer = HawAdaTrainer(
         model=model,
         args=training_arguments(work.gates, folder, soft_fraction=SOFT_FRACTION),

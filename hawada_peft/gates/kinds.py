@@ -31,7 +31,7 @@ class GateStart:
     """
 
     temperature: float = 1.0
-    value: float = 0.98
+    value: float = 0.9
     random: bool = False
 
     def __post_init__(self) -> None:

@@ -50,7 +50,7 @@ def build_table(
     *,
     dense: Shape,
     heads: Sequence[Shape],
-    model: Mapping[str, int | str],
+    base_sizes: Mapping[str, int | str],
     regime: Regime,
     ffn_unit: int = 1,
     effort: Effort,
@@ -67,7 +67,7 @@ def build_table(
         build: makes a model of a complete shape with random weights, in the regime's dtype on its device.
         dense: the dense sizes, complete.
         heads: the (query heads, KV groups) that `build` can make.
-        model: what the table is for: model type, hidden size, head size and dense sizes.
+        base_sizes: what the table is for: model type, hidden size, head size and dense sizes.
         regime: the conditions.
         ffn_unit: FFN sizes are multiples of it.
         effort: what is measured, how long, and by which clock.
@@ -121,7 +121,7 @@ def build_table(
     table = LatencyTable(
         regime=regime,
         device_name=device_name,
-        model=dict(model),
+        base_sizes=dict(base_sizes),
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
         kv_groups=groups,
         heads_per_group=per_group,

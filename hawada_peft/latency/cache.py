@@ -56,13 +56,13 @@ def cached_table(make: Callable[[], LatencyTable], key: Mapping[str, Any], effor
 
 
 def table_key(
-    regime: Regime, model: Mapping[str, int | str], heads: Sequence[Shape], effort: Effort
+    regime: Regime, base_sizes: Mapping[str, int | str], heads: Sequence[Shape], effort: Effort
 ) -> dict[str, Any]:
     """What a cached table depends on."""
     return {
         "device_name": effort.clock.device_name(regime),
         "regime": regime.to_dict(),
-        "model": dict(model),
+        "base_sizes": dict(base_sizes),
         "heads": [shape.to_dict() for shape in heads],
         "effort": effort.of_a_table(),
         "torch": torch.__version__,
@@ -83,7 +83,7 @@ def _read(path: Path, key: Mapping[str, Any]) -> LatencyTable | None:
     try:
         table = LatencyTable.load(path)
         regime = Regime.from_dict(key["regime"])
-        table.check(regime=regime, model=key["model"], device_name=key["device_name"])
+        table.check(regime=regime, base_sizes=key["base_sizes"], device_name=key["device_name"])
     except (IncompatibleTableError, OSError) as error:
         logger.warning("%s is measured again: %s", path, error)
         return None

@@ -75,7 +75,8 @@ def problems_of(table: LatencyTable) -> Iterator[str]:
 
 def disagreements(table: LatencyTable) -> Iterator[str]:
     """Shapes that the table has seen and estimates to be something else."""
-    narrower = table.model.get("dense_hidden_size", table.model["hidden_size"]) != table.model["hidden_size"]
+    sizes = table.base_sizes
+    narrower = sizes.get("dense_hidden_size", sizes["hidden_size"]) != sizes["hidden_size"]
     seen = [(point.shape, point.ms) for point in table.realised]
     for shape, ms in seen or ([] if narrower else [(table.dense, table.dense_ms)]):
         estimate = table.estimate(shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,15 @@ class Conditions:
         InvalidRegimeError: with every problem.
     """
 
-    mode: str | None = None
-    batch_size: int = 1
-    seq_len: int | None = None
-    image_size: int | None = None
-    dtype: str | None = None
-    backend: str = "eager"
-    device: str | None = None
+    mode: str | None = field(default=None, metadata={"choices": MODES, "help": "By the kind of model if left out."})
+    batch_size: int = field(default=1, metadata={"help": "Rows per call."})
+    seq_len: int | None = field(default=None, metadata={"help": "Tokens per row; models of text need it."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Pixels along each side; the config's if left out."}
+    )
+    dtype: str | None = field(default=None, metadata={"choices": tuple(DTYPES), "help": "The model's if left out."})
+    backend: str = field(default="eager", metadata={"choices": BACKENDS, "help": "How it is run."})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1, ..."})
 
     def __post_init__(self) -> None:
         problems = list(self._problems())
@@ -54,11 +56,10 @@ class Conditions:
             raise InvalidRegimeError("\n".join(problems))
 
     def _problems(self) -> Iterator[str]:
-        choices: dict[str, tuple[str, ...]] = {"mode": MODES, "dtype": tuple(DTYPES), "backend": BACKENDS}
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            if value not in (allowed if name == "backend" else (*allowed, None)):
-                yield f"{name} must be one of {list(allowed)}, got {value!r}"
+        for each in fields(Conditions):
+            value, allowed = getattr(self, each.name), each.metadata.get("choices")
+            if allowed and value not in allowed and (value is not None or each.default is not None):
+                yield f"{each.name} must be one of {list(allowed)}, got {value!r}"
         for name in ("batch_size", "seq_len", "image_size"):
             value = getattr(self, name)
             if (value is not None or name == "batch_size") and not is_whole(value, 1):

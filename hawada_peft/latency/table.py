@@ -19,7 +19,7 @@ from .checks import disagreements, problems_of
 from .interpolate import bilinear, linear, smooth
 from .regime import Regime
 
-FORMAT = 2
+FORMAT = 3
 KERNEL_WIDTH, KERNEL_PRIOR = 0.15, 0.5
 """How far a realised shape's residual reaches, in parts of the dense sizes, and how much it is trusted."""
 
@@ -52,7 +52,7 @@ class LatencyTable:
     Args:
         regime (`Regime`): the conditions.
         device_name (`str`): what the device is.
-        model (`dict`): model type, hidden size, head size and dense sizes.
+        base_sizes (`dict`): model type, hidden size, head size and dense sizes.
         versions (`dict[str, str]`): of torch and transformers.
         fixed_ms (`float`): what does not depend on the layers.
         layer_ms (`float`): per layer, with the smallest attention and FFN that were timed.
@@ -78,7 +78,7 @@ class LatencyTable:
 
     regime: Regime
     device_name: str
-    model: Mapping[str, int | str]
+    base_sizes: Mapping[str, int | str]
     versions: Mapping[str, str]
     fixed_ms: float
     layer_ms: float
@@ -102,7 +102,7 @@ class LatencyTable:
     @cached_property
     def dense(self) -> Shape:
         """The dense sizes."""
-        return Shape.from_dict({name: int(self.model[name]) for name in AXES})
+        return Shape.from_dict({name: int(self.base_sizes[name]) for name in AXES})
 
     def estimate(self, shape: Shape) -> float:
         """
@@ -114,9 +114,10 @@ class LatencyTable:
         Raises:
             IncompatibleTableError: if it has another hidden size than the table.
         """
-        if shape.hidden_size not in (None, self.model["hidden_size"]):
+        if shape.hidden_size not in (None, self.base_sizes["hidden_size"]):
             raise IncompatibleTableError(
-                f"the latency table is for a hidden size of {self.model['hidden_size']}, asked {shape.hidden_size}; "
+                f"the latency table is for a hidden size of {self.base_sizes['hidden_size']}, asked "
+                f"{shape.hidden_size}; "
                 f"measure one with `measure_table(..., hidden_size={shape.hidden_size})`"
             )
         sizes = shape.complete(self.dense)
@@ -237,20 +238,20 @@ class LatencyTable:
         parts = [value / size for value, size in zip((heads, groups, ffn, layers), sizes, strict=True)]
         return torch.stack(torch.broadcast_tensors(*parts), dim=-1)
 
-    def check(self, *, regime: Regime, model: Mapping[str, int | str], device_name: str | None = None) -> None:
+    def check(self, *, regime: Regime, base_sizes: Mapping[str, int | str], device_name: str | None = None) -> None:
         """
         Check that the table was measured for this device, dtype, regime and model.
 
         Args:
             regime: what is asked for, on this machine.
-            model: model type, hidden size, head size and dense sizes.
+            base_sizes: model type, hidden size, head size and dense sizes.
             device_name: what is timed on (`Clock.device_name`); the regime's device if left out.
 
         Raises:
             IncompatibleTableError: naming what differs.
         """
-        mine = {"device name": self.device_name, **_plain_device(self.regime), **self.model}
-        asked = {"device name": device_name or regime.device_name, **_plain_device(regime), **model}
+        mine = {"device name": self.device_name, **_plain_device(self.regime), **self.base_sizes}
+        asked = {"device name": device_name or regime.device_name, **_plain_device(regime), **base_sizes}
         differing = [
             f"{name}: table {mine.get(name)}, asked {asked[name]}" for name in asked if mine.get(name) != asked[name]
         ]

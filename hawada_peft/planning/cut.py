@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-SIZES = {
-    "num_hidden_layers": "layers",
-    "num_attention_heads": "query heads",
-    "num_key_value_heads": "KV groups",
-    "intermediate_size": "FFN channels",
-    "hidden_size": "hidden size",
-}
-"""The sizes of a `Shape` in words."""
+from ..vanilla.shape import BY_NAME, FFN, HEADS, HIDDEN, KV_GROUPS, LAYERS
 
-SHORT = {name: word.split()[0] for name, word in SIZES.items()} | {"num_attention_heads": "heads"}
+PLURALS = {BY_NAME[name].field: BY_NAME[name].plural for name in (LAYERS, HEADS, KV_GROUPS, FFN, HIDDEN)}
+"""The units of a `Shape` in words, in the order in which they are told."""
+
+SIZES = PLURALS | {BY_NAME[HIDDEN].field: "hidden size"}
+"""Its sizes."""
+
+SHORT = {name: word.split()[0] for name, word in SIZES.items()} | {BY_NAME[HEADS].field: HEADS}
 """The same at the head of a column."""
 
-EACH = ("num_attention_heads", "intermediate_size")
+EACH = (BY_NAME[HEADS].field, BY_NAME[FFN].field)
 """Sizes that every kept layer has."""
 
 
@@ -60,11 +59,10 @@ def sentence(dense: Mapping[str, int], slim: Mapping[str, int]) -> str:
     Args:
         dense, slim: as in `cuts`, with `parameters`.
     """
-    names = SIZES | {"hidden_size": "channels of the residual stream"}
     gone = [
         f"{dense[name] - slim[name]:,} of {dense[name]:,} {word}" + (" in every kept layer" if name in EACH else "")
-        for name, word in names.items()
-        if name != "num_key_value_heads" and name in dense and dense[name] > slim[name]
+        for name, word in PLURALS.items()
+        if name != BY_NAME[KV_GROUPS].field and name in dense and dense[name] > slim[name]
     ]
     what = f"{', '.join(gone[:-1])} and {gone[-1]}" if len(gone) > 1 else "".join(gone) or "nothing"
     left = f"{slim['parameters']:,} of {dense['parameters']:,} parameters stay"

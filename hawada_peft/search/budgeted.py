@@ -112,7 +112,7 @@ def search_plan(
     steps = [TABLE] * (table is None) + [IMPORTANCE] * fresh + [DEPTH] + [REFITS] * refit + [WIDTHS_OF, TIMING]
     progress = in_steps(progress, steps)
     tables = [table_of(model, regime, effort, progress=progress) if table is None else table]
-    tables[0].check(regime=regime, model=layout.fingerprint(), device_name=effort.clock.device_name(regime))
+    tables[0].check(regime=regime, base_sizes=layout.base_sizes(), device_name=effort.clock.device_name(regime))
     importance = None
     if fresh:
         watched = progress_bar(progress, iterable=calibration, desc=IMPORTANCE, unit="batch", leave=False)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from ..errors import HawAdaError
 from ..latency.budget import LatencyBudget
 from ..latency.table import LatencyTable
 from ..planning.plan import Plan
@@ -16,7 +17,7 @@ FORMAT = 1
 """Of a file that holds a search."""
 
 MOST_POINTS = 80
-"""Candidates in the JSON of a search at most: all that were timed, and the frontier thinned evenly."""
+"""Candidates in the figures of a search at most: all that were timed, and the frontier thinned evenly."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,17 @@ class Candidate:
     rejected: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; numbers to six digits."""
-        return {name: _short(value) for name, value in (asdict(self) | {"shape": self.shape.to_dict()}).items()}
+        """For JSON."""
+        return asdict(self) | {"shape": self.shape.to_dict()}
+
+    def figures(self) -> dict[str, Any]:
+        """For a report: as `to_dict`, numbers to six digits."""
+        return {name: _short(value) for name, value in self.to_dict().items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Candidate:
+        """The inverse of `to_dict`."""
+        return cls(**{**data, "shape": Shape.from_dict(data["shape"])})
 
 
 @dataclass(frozen=True)
@@ -99,8 +109,50 @@ class SearchResult:
         return self.dense_ms / self.ms
 
     def to_dict(self) -> dict[str, Any]:
+        """All of it, for JSON; without the file of the table."""
+        limit_ms = self.limit_ms if math.isfinite(self.limit_ms) else None
+        return {each.name: getattr(self, each.name) for each in fields(self)} | {
+            "budget": asdict(self.budget),
+            "best": self.best.to_dict(),
+            "plan": self.plan.to_dict(),
+            "limit_ms": limit_ms,
+            "frontier": [candidate.to_dict() for candidate in self.frontier],
+            "measured": [candidate.to_dict() for candidate in self.measured],
+            "table": self.table.to_dict(),
+            "steps": dict(self.steps),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SearchResult:
         """
-        For JSON, without the plan and the table: at most `MOST_POINTS` candidates under `points`, `frontier` says
+        The inverse of `to_dict`.
+
+        Raises:
+            HawAdaError: if this is not a search, or its budget, plan or table is damaged.
+        """
+        known = {each.name for each in fields(cls)}
+        if not isinstance(data, Mapping) or set(data) != known:
+            found = sorted(data) if isinstance(data, Mapping) else type(data).__name__
+            raise HawAdaError(f"a search is an object of {sorted(known)}, got {found}; search again")
+        try:
+            return cls(
+                **{
+                    **data,
+                    "budget": LatencyBudget(**data["budget"]),
+                    "best": Candidate.from_dict(data["best"]),
+                    "plan": Plan.from_dict(data["plan"]),
+                    "limit_ms": math.inf if data["limit_ms"] is None else data["limit_ms"],
+                    "frontier": tuple(Candidate.from_dict(each) for each in data["frontier"]),
+                    "measured": tuple(Candidate.from_dict(each) for each in data["measured"]),
+                    "table": LatencyTable.from_dict(data["table"]),
+                }
+            )
+        except (TypeError, KeyError) as error:
+            raise HawAdaError(f"the search is damaged: {error}; search again") from None
+
+    def figures(self) -> dict[str, Any]:
+        """
+        For a report, without the plan and the table: at most `MOST_POINTS` candidates under `points`, `frontier` says
         which of them no other beats.
         """
         on_frontier = {candidate.shape for candidate in self.frontier}
@@ -125,7 +177,7 @@ class SearchResult:
             "shapes": self.shapes,
             "steps": dict(self.steps),
             "loss": self.loss,
-            "points": [point.to_dict() | {"frontier": point.shape in on_frontier} for point in points],
+            "points": [point.figures() | {"frontier": point.shape in on_frontier} for point in points],
         }
 
     def __str__(self) -> str:

@@ -304,9 +304,8 @@ class SearchState:
             sizes = self.dense.sizes().values()
             parts = [v / s for v, s in zip((groups * per_group, groups, ffn, layers), sizes, strict=True)]
             if len(self.spaces) > 1:
-                parts.append(
-                    np.full((1, 1, 1), int(table.model["hidden_size"]) / int(self.table.model["hidden_size"]))
-                )
+                widths = [int(each.base_sizes["hidden_size"]) for each in (table, self.table)]
+                parts.append(np.full((1, 1, 1), widths[0] / widths[1]))
             rows.append(np.stack(np.broadcast_arrays(*parts), axis=-1).reshape(-1, len(parts)))
         return torch.from_numpy(np.concatenate(rows))
 

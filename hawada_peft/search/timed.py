@@ -74,24 +74,24 @@ def table_of(
     base = dense_model(model)
     check_regime(base, regime)
     layout = locate(base)
-    widest, model_key = layout.narrowed(hidden_size), layout.fingerprint()
+    widest, base_sizes = layout.narrowed(hidden_size), layout.base_sizes()
     if widest.hidden_size is not None:
         check_legal(layout, widest)
-        model_key |= widest.to_dict() | {"dense_hidden_size": layout.hidden_size}
+        base_sizes |= widest.to_dict() | {"dense_hidden_size": layout.hidden_size}
     heads = legal_head_shapes(layout, widest.hidden_size)
     make = partial(
         build_table,
         realiser(layout, regime),
         dense=layout.dense,
         heads=heads,
-        model=model_key,
+        base_sizes=base_sizes,
         regime=regime,
         ffn_unit=widest.hidden_size or layout.hidden_size if layout.family.ffn_unit else 1,
         effort=effort,
         widest=widest,
         progress=progress,
     )
-    return cached_table(make, table_key(regime, model_key, heads, effort), effort)
+    return cached_table(make, table_key(regime, base_sizes, heads, effort), effort)
 
 
 class Timer:

@@ -69,8 +69,8 @@ class ExportFacts:
         plan (`Plan`, *optional*): what was kept.
         latency (*optional*): a `SearchResult`; or timings by `measure_many` under the names `"dense"` and `"slim"`; or
             a `LatencyTable`, whose estimate is then called an estimate.
-        search (*optional*): the search that chose the shape: a `SearchResult`, what its `to_dict` gave, or
-            `HawAdaTrainer.search`. The `SearchResult` in `latency` if left out.
+        search (*optional*): the search that chose the shape: a `SearchResult`, as `HawAdaTrainer.search`, or its
+            `figures()`. The `SearchResult` in `latency` if left out.
         quality (`tuple[QualityChange, ...]`): before and after.
         reconstruction (*optional*): a dataclass or a mapping with what reconstruction reported.
         calibration (`dict`, *optional*): what the data for importance or reconstruction was: `calibration_facts`.
@@ -95,7 +95,7 @@ class ExportFacts:
             "base": (str | os.PathLike, "an id or a path"),
             "plan": (Plan, "a Plan"),
             "latency": (SearchResult | LatencyTable | Mapping, "a SearchResult, a LatencyTable or timings"),
-            "search": (SearchResult | Mapping, "a SearchResult, or what its `to_dict` gave"),
+            "search": (SearchResult | Mapping, "a SearchResult, or its `figures()`"),
             "calibration": (Mapping, "a mapping, as `calibration_facts` gives it"),
             "license": (str, "a string"),
             "repo_id": (str, "a string"),
@@ -198,7 +198,7 @@ def search_facts(facts: ExportFacts) -> dict[str, Any] | None:
     if search is None and isinstance(facts.latency, SearchResult):
         search = facts.latency
     if isinstance(search, SearchResult):
-        return search.to_dict()
+        return search.figures()
     return None if search is None else dict(search)
 
 

@@ -95,7 +95,7 @@ class Slimmed:
         model (`PreTrainedModel`): the slim model. On the meta device if it was written tensor by tensor.
         plan (`Plan`): what was kept.
         dense (`PreTrainedModel`, *optional*): the dense model, without gates, as it was before there were any.
-        search (*optional*): the search that chose the shape; a `SearchResult`, or what its `to_dict` gave.
+        search (*optional*): the search that chose the shape; a `SearchResult`, or its `figures()`.
         reconstruction (`Reconstruction`, *optional*): what refitting on calibration batches did.
         calibration (`dict`, *optional*): what these batches were: `calibration_facts`.
         reference (`Reference`, *optional*): what the gated model computes, if that was compared.

@@ -9,7 +9,7 @@ from ..errors import UnsupportedModelError
 from ..vanilla.family import Layout
 from ..vanilla.legality import build_sizes
 from ..vanilla.resize import edit_config
-from ..vanilla.shape import FFN, HEADS, HIDDEN, KV_GROUPS, Shape
+from ..vanilla.shape import FFN, HEADS, HIDDEN, KV_GROUPS, SIZES, Shape
 from ..vanilla.skeleton import build_empty
 
 
@@ -99,12 +99,8 @@ def _multiples(hidden: int, ffn: int) -> list[int]:
 
 
 def _rule(layout: Layout, name: str, dim: int, axes: list[str], size: int) -> SliceRule:
-    units = {
-        HEADS: layout.dense.sizes()["num_attention_heads"],
-        KV_GROUPS: layout.dense.sizes()["num_key_value_heads"],
-        FFN: layout.dense.sizes()["intermediate_size"],
-        HIDDEN: layout.hidden_size,
-    }
+    full = layout.full.to_dict()
+    units = {axis.name: full[axis.field] for axis in SIZES}
     declared = dict(layout.family.fused).get(name.rpartition(".")[0])
     if (dim != 0 and axes != [HIDDEN]) or (axes == [HIDDEN] and set(declared or ()) != {HIDDEN}):
         declared = None  # it is about another dimension

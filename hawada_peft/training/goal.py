@@ -10,6 +10,7 @@ from peft import PeftModel
 
 from ..gates.reading import open_probabilities
 from ..planning.rounding import Rounding
+from ..search.result import SearchResult
 from ..search.timed import dense_model
 from ..vanilla.family import locate
 from ..vanilla.shape import Shape
@@ -21,14 +22,14 @@ class Goal(Protocol):
     Where the gates are to end, and what draws them there.
 
     `term` is the name of its penalty in the log. `shape` is known where the gates only choose which units stay.
-    `roundings` says what became of the sizes that were asked for, and `search` how the final shape was searched, for
-    JSON, once that is known.
+    `roundings` says what became of the sizes that were asked for, and `search` how the final shape was searched,
+    once that is known.
     """
 
     term: str
     shape: Shape | None
     roundings: Sequence[Rounding]
-    search: Mapping[str, Any] | None
+    search: SearchResult | None
 
     def current_shape(self) -> Shape:
         """The legal shape that the gates would get now."""
@@ -69,7 +70,7 @@ class ShapeGoal:
     """
 
     term = "size"
-    search: Mapping[str, Any] | None = None
+    search: SearchResult | None = None
 
     def __init__(self, model: PeftModel, shape: Shape, roundings: Sequence[Rounding] = ()) -> None:
         self.model, self.layout = model, locate(dense_model(model))

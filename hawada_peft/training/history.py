@@ -17,7 +17,7 @@ from ..gates.reading import expected_sizes, layers_of
 from ..planning.plan import Plan
 from ..search.timed import dense_model
 from ..vanilla.family import FFN, HEADS, locate
-from ..vanilla.shape import LAYERS
+from ..vanilla.shape import BY_NAME, LAYERS
 
 HISTORY_FILE = "gate_history.json"
 FORMAT = 1
@@ -95,7 +95,7 @@ def layer_means(model: PeftModel, plan: Plan | None) -> dict[str, dict[str, list
         }
     else:
         dense, count = plan.dense.sizes(), range(len(layers))
-        totals = {HEADS: dense["num_attention_heads"], FFN: dense["intermediate_size"]}
+        totals = {axis: dense[BY_NAME[axis].field] for axis in (HEADS, FFN)}
         keep = {axis: [len(plan.kept(axis, i) or ()) / total for i in count] for axis, total in totals.items()}
         keep[LAYERS] = [float(layer in plan.layers) for layer in count]
     gates = {

@@ -18,6 +18,7 @@ from ..latency.table import LatencyTable
 from ..planning.reasons import roundings
 from ..planning.rounding import Rounding
 from ..processes import in_main_process
+from ..search.result import SearchResult
 from ..search.rounds import search
 from ..search.space import search_space
 from ..search.state import SearchState
@@ -65,7 +66,7 @@ class LatencyGoal:
     ) -> None:
         self.model, self.budget, self.anchor_steps = model, budget, anchor_steps
         self.roundings: Sequence[Rounding] = ()
-        self.search: Mapping[str, Any] | None = None
+        self.search: SearchResult | None = None
         self.base = dense_model(model)
         self.layout: Layout = locate(self.base)
         self.name: str = model.active_adapters[0]
@@ -80,7 +81,7 @@ class LatencyGoal:
         check_regime(self.base, self.regime)
         self.effort = effort = effort or Effort()
         device_name = effort.clock.device_name(self.regime)
-        table.check(regime=self.regime, model=self.layout.fingerprint(), device_name=device_name)
+        table.check(regime=self.regime, base_sizes=self.layout.base_sizes(), device_name=device_name)
         self.space = search_space(
             self.layout,
             self.regime,
@@ -107,7 +108,7 @@ class LatencyGoal:
         result = search(self.space, self.constraint.table, self._quality(), self.budget, timer, effort=self.effort)
         warn_unsettled(timer.unsettled)
         self.constraint.measured_ms = self.constraint.table.dense_ms / result.speedup  # as in `measure`
-        self.search = result.to_dict()
+        self.search = result
         self.roundings = self._roundings(result.best.shape)
         return result.best.shape
 

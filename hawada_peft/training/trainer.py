@@ -34,12 +34,13 @@ from ..planning.plan import Plan
 from ..planning.rounding import Rounding
 from ..processes import in_main_process
 from ..search.budgeted import search_plan
+from ..search.result import SearchResult
 from ..search.timed import dense_model, measure_table, regime_of
 from ..vanilla.batches import Batch, main_input, position_mask
 from ..vanilla.family import locate
 from ..vanilla.heads import head_of
 from ..vanilla.outputs import get_student_logits
-from ..vanilla.shape import Shape
+from ..vanilla.shape import SIZES, Shape
 from .arguments import GateTrainingArguments
 from .goal import Goal, ShapeGoal
 from .history import GateHistory
@@ -80,8 +81,7 @@ class HawAdaTrainer(UnlabelledTrainer):
         kwargs: as in `Trainer`.
 
     Attributes:
-        search (`dict`, *optional*): how a budget became a shape: `SearchResult.to_dict`, once that is known. For
-            `ExportFacts`.
+        search (`SearchResult`, *optional*): how a budget became a shape, once that is known. For `ExportFacts`.
         history (`GateHistory`): the gates of each layer at every logging step; `gate_history.json` in the output
             folder holds them.
 
@@ -130,7 +130,7 @@ class HawAdaTrainer(UnlabelledTrainer):
         self.gated: Any = model  # `self.model`, typed for what PEFT passes on to the tuner
         self.history = GateHistory(model)
         self.layout = locate(dense_model(model))
-        self.search: Mapping[str, Any] | None = None
+        self.search: SearchResult | None = None
         super().__init__(model, options, **kwargs)
         applied = self.gated.applied_plan()
         if applied is not None and (self._goal is None or applied.shape != self._goal.final_shape()):
@@ -225,7 +225,7 @@ class HawAdaTrainer(UnlabelledTrainer):
         self.gated.apply_plan(plan, in_training=True)
         logger.info("step %d: %s", self.state.global_step, plan)
 
-    def _settle(self) -> tuple[Shape, Sequence[Rounding], Mapping[str, Any] | None]:
+    def _settle(self) -> tuple[Shape, Sequence[Rounding], SearchResult | None]:
         return self.goal.final_shape(), self.goal.roundings, self.goal.search
 
     def _progress(self) -> float:
@@ -261,7 +261,7 @@ class HawAdaTrainer(UnlabelledTrainer):
         """The goal, and what a search for it has learnt: the importance of fresh gates, and its plan."""
         progress = None if self.args.disable_tqdm else partial(tqdm, disable=None)
 
-        def find_shape() -> tuple[Mapping[str, torch.Tensor] | None, Plan, Shape, dict[str, Any]]:
+        def find_shape() -> tuple[Mapping[str, torch.Tensor] | None, SearchResult]:
             found, importance = search_plan(
                 self.gated,
                 budget,
@@ -272,11 +272,12 @@ class HawAdaTrainer(UnlabelledTrainer):
                 effort=self.effort,
                 progress=progress,
             )
-            return importance, found.plan, found.best.shape, found.to_dict()
+            return importance, found
 
         if self.args.constraint == "search":
-            importance, plan, shape, self.search = in_main_process(find_shape)
-            return ShapeGoal(self.gated, shape), importance, plan
+            importance, found = in_main_process(find_shape)
+            self.search = found
+            return ShapeGoal(self.gated, found.best.shape), importance, found.plan
         regime, effort = regime_of(self.gated, budget), self.effort
         table = self.table or in_main_process(
             lambda: measure_table(self.gated, regime, effort=effort, progress=progress)
@@ -334,12 +335,14 @@ class HawAdaTrainer(UnlabelledTrainer):
         self.history.record(step, phase, plan, figures or {})
 
     def _write_history(self) -> None:
-        self.history.write(Path(str(self.args.output_dir)), {"search": self.search})
+        self.history.write(
+            Path(str(self.args.output_dir)), {"search": None if self.search is None else self.search.figures()}
+        )
 
     @torch.no_grad()
     def _keep_ratios(self) -> dict[str, float]:
         """Per axis what stays of it: by the plan that is applied or approached; without one what is expected."""
-        names = {"num_attention_heads": "heads", "intermediate_size": "ffn", "num_hidden_layers": "layers"}
+        names = {axis.field: axis.name for axis in SIZES}
         ratios = {}
         plan = self.gated.applied_plan() or self.phases.approached
         for axis, probabilities in open_probabilities(self.gated, self.layout).items():
@@ -348,7 +351,7 @@ class HawAdaTrainer(UnlabelledTrainer):
             else:
                 kept, dense = plan.shape.to_dict(), plan.dense.to_dict()
                 ratio = kept[axis] / dense[axis] if axis in kept else 1.0
-            ratios[f"keep_{names.get(axis, 'hidden')}"] = ratio
+            ratios[f"keep_{names[axis]}"] = ratio
         return ratios
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -363,7 +366,7 @@ class HawAdaTrainer(UnlabelledTrainer):
             "goal": self.goal.state_dict(),
             "phases": self.phases.state_dict(),
             "history": self.history.entries,
-            "search": self.search,
+            "search": None if self.search is None else self.search.to_dict(),
         }
         write_text(folder / STATE_FILE, json.dumps(state))
 
@@ -374,7 +377,8 @@ class HawAdaTrainer(UnlabelledTrainer):
         self._goal = self._goal or self._goal_of_state(state["goal"])
         self.goal.load_state_dict(state["goal"])
         self.phases.load_state_dict(state["phases"])
-        self.history.entries, self.search = state.get("history", []), state.get("search")
+        self.history.entries = state.get("history", [])
+        self.search = None if state.get("search") is None else SearchResult.from_dict(state["search"])
 
     def _read_state(self, folder: Path) -> dict[str, Any]:
         path = folder / STATE_FILE

@@ -172,7 +172,7 @@ class Layout:
             return None
         return int(match[1]), axes[match[2]]
 
-    def fingerprint(self) -> dict[str, int | str]:
+    def base_sizes(self) -> dict[str, int | str]:
         """What a plan or an adapter for this model depends on, for JSON."""
         return {
             "model_type": self.model_type,
