@@ -1,0 +1,218 @@
+"""A race of plans and preparations by successive halving: what recovers best goes on."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ..errors import HawAdaError
+from ..export.search_result import SearchResult
+from ..latency.budget import LatencyBudget
+from ..latency.measure import Effort
+from .candidates import Candidate
+from .preparations import PLAIN, PREPARATIONS
+from .record import Entrant, RaceRecord, Run
+
+logger = logging.getLogger(__name__)
+
+ONWARD = ("continued", "anew")
+Trial = Callable[[Entrant, int, int], float]
+"""Trains an entrant's model for a rung and a number of steps, and returns its held-out loss; NaN if it cannot."""
+
+
+@dataclass(frozen=True)
+class Race:
+    """
+    How plans race. What looks best when it is cut is often not what recovers best; a short recovery tells.
+
+    Args:
+        budget (`LatencyBudget`, *optional*): what the plans may cost. Without one they may not have more parameters
+            than the plan that is given.
+        plans (`int`): that enter, at most; what is given and the best plan by depth alone always do.
+        few (`int`): plans of one source, at most.
+        preparations (`tuple[str, ...]`): that the best plan of the first rung is tried with; names in
+            `PREPARATIONS`. Without `"none"` in front, the first of them is that of all plans.
+        share (`float`): of the recovery's steps that the race may cost.
+        steps (`int`, *optional*): of a run in the first rung; as many as the share allows if left out. Each further
+            rung runs twice as long.
+        batch_size (`int`, *optional*): per device, in the race; a quarter of the recovery's if left out. A step counts
+            as the part of the recovery's step that it is.
+        learning_rate (`float`, *optional*): of the race; the recovery's if left out.
+        onward (`str`): `"continued"`: each rung, and the recovery after the last one, starts from the weights that an
+            entrant has; `"anew"`: from the cut and prepared ones.
+        neighbours (`bool`): also run the nearest numbers of whole layers on both sides of the budget once, to be told.
+        tolerance (`float`): how far above the latency budget a plan may be timed, in parts.
+        held_out (`float`): part of the calibration batches (rows, of a single one) that the race is decided on.
+        search (`SearchResult`, *optional*): whose best shapes enter as well.
+        timing (`Effort`, *optional*): how long shapes are timed.
+
+    Raises:
+        HawAdaError: listing everything that is wrong.
+
+    References:
+        Jamieson, Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization" (2016), for
+        successive halving; Tang et al., "DarwinLM: Evolutionary Structured Pruning of Large Language Models" (2025),
+        for choosing by a short training.
+    """
+
+    budget: LatencyBudget | None = None
+    plans: int = 5
+    few: int = 2
+    preparations: tuple[str, ...] = (PLAIN, "least squares", "least squares, close", "magnitude")
+    share: float = 0.25
+    steps: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    onward: str = ONWARD[0]
+    neighbours: bool = True
+    tolerance: float = 0.0
+    held_out: float = 0.25
+    search: SearchResult | None = None
+    timing: Effort | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.budget is not None and not isinstance(self.budget, LatencyBudget):
+            problems.append(f"budget must be a LatencyBudget, got a {type(self.budget).__name__}")
+        for name in ("plans", "few", "steps", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                problems.append(f"{name} must be a whole number of at least 1, got {value!r}")
+        unknown = [each for each in self.preparations if each not in PREPARATIONS]
+        if unknown or not self.preparations:
+            problems.append(f"preparations must be some of {list(PREPARATIONS)}, got {list(self.preparations)}")
+        if self.onward not in ONWARD:
+            problems.append(f"onward must be one of {list(ONWARD)}, got {self.onward!r}")
+        for name, most in (("share", 0.9), ("held_out", 0.9), ("tolerance", 0.5)):
+            value = getattr(self, name)
+            if not 0 <= value <= most or (value == 0 and name != "tolerance"):
+                problems.append(f"{name} must be above 0 and at most {most}, got {value!r}")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            problems.append(f"learning_rate must be above 0, got {self.learning_rate!r}")
+        if problems:
+            raise HawAdaError("\n".join(problems))
+
+    def settings(self) -> dict[str, Any]:
+        """What decides how a race runs, for JSON."""
+        plain = asdict(replace(self, budget=None, search=None, timing=None))
+        for name in ("search", "timing"):
+            del plain[name]
+        return plain | {
+            "budget": None if self.budget is None else str(self.budget),
+            "preparations": list(self.preparations),
+            "searched": None if self.search is None else self.search.best.shape.to_dict(),
+        }
+
+    def lengths(self, plans: int, preparations: int, neighbours: int, steps: float) -> list[int]:
+        """
+        The steps of a run in each rung: until one entrant is left, each rung half as many, twice as long.
+
+        Args:
+            plans: that enter.
+            preparations: that the leader is tried with besides.
+            neighbours: that run once.
+            steps: of the race, in all.
+        """
+        sizes = [plans + preparations]
+        while sizes[-1] > 2:
+            sizes.append(math.ceil(sizes[-1] / 2))
+        first = self.steps
+        if first is None:
+            each = sum(size * 2**rung for rung, size in enumerate(sizes)) + neighbours
+            first = max(1, int(steps / each))
+        return [first * 2**rung for rung in range(len(sizes))]
+
+
+def entrants_of(field: Iterable[Candidate], race: Race, neighbours: Iterable[Candidate] = ()) -> list[Entrant]:
+    """The entrants of the first rung: each plan with the first preparation."""
+    first = race.preparations[0]
+    found = [Entrant(each.plan, each.source, first, each.ms, each.loss) for each in field]
+    known = {each.plan for each in found}
+    beside = [Entrant(e.plan, e.source, first, e.ms, e.loss, neighbour=True) for e in neighbours if e.plan not in known]
+    return [*found, *beside]
+
+
+def run_race(
+    record: RaceRecord,
+    preparations: Sequence[str],
+    trial: Trial,
+    *,
+    retire: Callable[[Sequence[str]], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Entrant:
+    """
+    Run what has not run yet, writing the record after every run, and name the winner.
+
+    In the first rung all plans run, then the best of them with each further preparation. Of all that the better half
+    goes on, rung after rung.
+
+    Args:
+        record: with the entrants of the first rung; it is added to.
+        preparations: those of the race.
+        trial: trains an entrant and returns its held-out loss.
+        retire: is told the keys of those that go on, after every rung.
+        clock: seconds.
+
+    Raises:
+        HawAdaError: if no entrant could be trained.
+    """
+
+    def run(entrants: Sequence[Entrant], rung: int) -> None:
+        for entrant in entrants:
+            if record.find(entrant, rung) is not None:
+                continue
+            started = clock()
+            loss = trial(entrant, rung, record.lengths[rung])
+            seconds = clock() - started
+            record.runs.append(Run(entrant.key, rung, record.lengths[rung], loss, round(seconds, 3)))
+            record.write()
+            logger.info("%s: %.4f after %d steps, %.1f s", entrant.name, loss, record.lengths[rung], seconds)
+            if len(record.runs) == 1:
+                logger.info("the race will take about %.0f s", seconds * _runs_to_come(record) + record.seconds)
+
+    if record.best is not None:
+        return record.best
+    first = preparations[0]
+    run([each for each in record.entrants if each.preparation == first], 0)
+    leader = record.entrant(record.standing(0)[0].entrant)
+    known = {each.key for each in record.entrants}
+    for name in preparations[1:] if _can_be_prepared(leader) else ():
+        again = replace(leader, preparation=name)
+        if again.key not in known:
+            record.entrants.append(again)
+    run([each for each in record.entrants if each.preparation != first], 0)
+    for rung in range(len(record.lengths)):
+        standing = [each for each in record.standing(rung) if not math.isnan(each.loss)]
+        if not standing:
+            raise HawAdaError("no plan of the race could be trained to a finite loss; lower the learning rate")
+        last = rung == len(record.lengths) - 1
+        count = 1 if last else math.ceil(len(standing) / 2)
+        if count == 1:
+            record.winner = standing[0].entrant
+            break
+        on = [each.entrant for each in standing[:count]]
+        if retire is not None:
+            retire(on)
+        run([record.entrant(key) for key in on], rung + 1)
+    record.write()
+    winner = record.best
+    assert winner is not None
+    if retire is not None:
+        retire([winner.key])
+    for line in record.lines():
+        logger.info("%s", line)
+    return winner
+
+
+def _can_be_prepared(entrant: Entrant) -> bool:
+    """Preparations compare residual streams of one width."""
+    return entrant.plan.hidden is None
+
+
+def _runs_to_come(record: RaceRecord) -> float:
+    """All runs of a race, in runs of the first rung, roughly."""
+    return len(record.entrants) * len(record.lengths)
