@@ -30,19 +30,20 @@ from latency_cases import Case, add_arguments, parse_case
 from peft import get_peft_model
 
 from hawada_peft import HawAdaConfig, Shape
-from hawada_peft.adapters.huggingface import locate
 from hawada_peft.errors import InfeasibleBudgetError
-from hawada_peft.export.find_plan import measure_table, realise_with
-from hawada_peft.export.quality import MaskedQuality, Quality
-from hawada_peft.export.search_export import search
-from hawada_peft.export.search_result import SearchResult
-from hawada_peft.export.search_state import Realise, frontier
-from hawada_peft.export.space import SearchSpace, search_space
 from hawada_peft.latency.budget import LatencyBudget
 from hawada_peft.latency.build import TablePlan
-from hawada_peft.latency.measure import Effort
+from hawada_peft.latency.clock import Effort
 from hawada_peft.latency.table import LatencyTable
-from hawada_peft.training import gate_importance
+from hawada_peft.planning.importance import gate_importance
+from hawada_peft.search.masked import MaskedQuality
+from hawada_peft.search.quality import Quality
+from hawada_peft.search.result import SearchResult
+from hawada_peft.search.rounds import search
+from hawada_peft.search.space import SearchSpace, search_space
+from hawada_peft.search.state import Realise, frontier
+from hawada_peft.search.timed import measure_table, realise_with
+from hawada_peft.vanilla.family import locate
 
 FRACTIONS = tuple(part / 16 for part in range(1, 17))
 
@@ -177,7 +178,7 @@ def main() -> None:
         table = measure_table(
             base, case.regime, plan=plan, allow_rehome=options.allow_rehome, cache=False, clock=clock
         )
-        space = search_space(base, layout, case.regime, multiple=table.multiple, allow_rehome=options.allow_rehome)
+        space = search_space(layout, case.regime, multiple=table.multiple, allow_rehome=options.allow_rehome)
         if options.calibration:
             batches = calibration_batches(options.calibration, case, options.batches)
             model = get_peft_model(base, HawAdaConfig())

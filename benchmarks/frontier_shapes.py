@@ -19,18 +19,18 @@ from transformers import PreTrainedModel
 from work import Bench, kind_of
 
 from hawada_peft import HawAdaConfig, Plan, slim
-from hawada_peft.adapters.huggingface import locate
 from hawada_peft.errors import InfeasibleBudgetError
-from hawada_peft.export.find_plan import measure_table, realise_with
-from hawada_peft.export.refitted import RefittedQuality
-from hawada_peft.export.search_export import search
-from hawada_peft.export.space import search_space
 from hawada_peft.latency.budget import LatencyBudget
 from hawada_peft.latency.build import TablePlan
-from hawada_peft.latency.measure import Clock, Effort
+from hawada_peft.latency.clock import Clock, Effort
 from hawada_peft.latency.regime import Regime
 from hawada_peft.latency.table import LatencyTable
-from hawada_peft.training import gate_importance
+from hawada_peft.planning.importance import gate_importance
+from hawada_peft.search.refitted import RefittedQuality
+from hawada_peft.search.rounds import search
+from hawada_peft.search.space import search_space
+from hawada_peft.search.timed import measure_table, realise_with
+from hawada_peft.vanilla.family import locate
 
 STRICTER = (1.0, 1.01, 1.02, 1.03)
 """What the search is asked for, times the budget, where its answer missed the budget in the contestants' timing."""
@@ -153,7 +153,7 @@ def searcher(bench: Bench, regime: Regime, options: argparse.Namespace, clock: C
         effort = Effort(min_rounds=7, max_rounds=40, max_seconds=options.timing_seconds)
         table = measure_table(base, regime, plan=TablePlan(effort=effort), cache=False, clock=clock)
     table.check(regime=regime, model=layout.fingerprint())
-    space = search_space(base, layout, regime, multiple=table.multiple)
+    space = search_space(layout, regime, multiple=table.multiple)
     batches = bench.examples(options.calibration, options.seeds[0])
     model = get_peft_model(bench.load(), HawAdaConfig())
     quality = RefittedQuality(model, batches, gate_importance(model, batches))

@@ -22,10 +22,10 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hawada_peft import HawAdaConfig, Plan
-from hawada_peft.adapters.huggingface import locate
-from hawada_peft.export.quality import MaskedQuality
-from hawada_peft.export.space import narrower_sizes
-from hawada_peft.training import gate_importance
+from hawada_peft.planning.importance import gate_importance
+from hawada_peft.search.masked import MaskedQuality
+from hawada_peft.search.space import narrower_sizes
+from hawada_peft.vanilla.family import locate
 
 
 def windows(path: str, count: int, length: int) -> list[dict[str, torch.Tensor]]:
@@ -51,7 +51,7 @@ def main() -> None:
     base = AutoModelForCausalLM.from_pretrained(options.teacher).float().eval()
     calibration = windows(options.calibration, options.windows, options.length)
     evaluation = windows(options.evaluation, options.windows, options.length)
-    layout, sizes = locate(base), narrower_sizes(base, locate(base))
+    layout, sizes = locate(base), narrower_sizes(locate(base))
     model = get_peft_model(base, HawAdaConfig(gates=("hidden",))).eval()
     print(f"dense, {layout.hidden_size}: perplexity {perplexity(model, evaluation):.2f}")
     quality = MaskedQuality(model, calibration[:1], gate_importance(model, calibration))

@@ -41,8 +41,8 @@ from transformers import (
 from transformers.utils import logging
 
 from hawada_peft import HawAdaConfig, Shape, check_compile, check_onnx, save_slim
-from hawada_peft.adapters.huggingface import FAMILIES
-from hawada_peft.export.verify import example_inputs, output_of
+from hawada_peft.vanilla.family import FAMILIES
+from hawada_peft.vanilla.outputs import example_inputs, output_of
 
 PACKAGES = ("onnxruntime", "gguf", "xllamacpp", "bitsandbytes", "torchao")
 SIZES = {"hidden_size": 256, "num_attention_heads": 8, "num_hidden_layers": 4}

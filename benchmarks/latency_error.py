@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from latency_cases import add_arguments, parse_case, rank_correlation
 
-from hawada_peft.adapters.huggingface import locate
-from hawada_peft.export.find_plan import builder, measure_table
 from hawada_peft.latency.build import TablePlan, random_shapes
-from hawada_peft.latency.measure import Effort, measure_built
+from hawada_peft.latency.clock import Effort, measure_built
+from hawada_peft.search.timed import builder, measure_table
+from hawada_peft.vanilla.family import locate
 
 
 def main() -> None:

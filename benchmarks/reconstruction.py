@@ -37,9 +37,9 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
 
 from hawada_peft import HawAdaConfig, Plan, Shape, init_gates, reconstruct, slim
-from hawada_peft.adapters.huggingface import locate
-from hawada_peft.export.projections import as_projection, choose, new_moments
-from hawada_peft.export.reconstruct import DAMPINGS, HELD_OUT
+from hawada_peft.refit.projections import as_projection, choose, new_moments
+from hawada_peft.refit.reconstruction import DAMPINGS, HELD_OUT
+from hawada_peft.vanilla.family import locate
 
 Batches = list[dict[str, torch.Tensor]]
 

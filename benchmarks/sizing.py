@@ -10,10 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hawada_peft.adapters.huggingface import locate
 from hawada_peft.errors import UnsettledTimingWarning
-from hawada_peft.latency.measure import Clock, Effort, measure_many
+from hawada_peft.latency.clock import Clock, Effort, measure_many
 from hawada_peft.latency.regime import Regime
+from hawada_peft.vanilla.family import locate
 
 SHORT, LONG = 0.99, 1.02
 """A cut meets a budget if it is faster than SHORT times it; from LONG times it on a smaller cut is looked for."""

@@ -35,8 +35,8 @@ from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hawada_peft import HawAdaConfig, get_student_logits, get_teacher_logits
-from hawada_peft.adapters.huggingface import locate
-from hawada_peft.training import kl_divergence
+from hawada_peft.distil.divergence import kl_divergence
+from hawada_peft.vanilla.family import locate
 
 GATES, QV, ALL = "gates", "LoRA r=8 on q, v", "LoRA r=8 on all linears"
 

@@ -37,8 +37,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hawada_peft import HawAdaConfig, Shape, collect_gates, slim_checkpoint
-from hawada_peft.export.checkpoint import Checkpoint, stored_names
-from hawada_peft.export.shards import write_shard
+from hawada_peft.files.checkpoint import Checkpoint, stored_names
+from hawada_peft.files.shards import write_shard
 
 BLOCK = 2**25
 

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from hawada_peft import DistillTrainer
 from hawada_peft.errors import HawAdaError
-from hawada_peft.loading import load_examples, load_model, windows_of
+from hawada_peft.recipes.readers import load_examples, windows_of
+from hawada_peft.vanilla.loading import load_model
 
 Batch = dict[str, torch.Tensor]
 

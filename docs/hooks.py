@@ -16,8 +16,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import hawada_peft
-from hawada_peft.adapters.huggingface import FAMILIES, Family, Layout, locate
-from hawada_peft.export.legality import build_sizes, head_shapes, legal_head_shapes
+from hawada_peft.vanilla.family import FAMILIES, Family, Layout, locate
+from hawada_peft.vanilla.legality import build_sizes, head_shapes, legal_head_shapes
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -29,11 +29,17 @@ FAMILIES_MARK = "<!-- families -->"
 STAGES = {
     "config": "PEFT tuner",
     "model": "PEFT tuner",
-    "adapters": "Gates, adapters, families",
+    "gates": "Gates, adapters, families",
+    "vanilla": "Gates, adapters, families",
+    "planning": "Plans",
     "latency": "Latency",
+    "search": "Search",
+    "surgery": "Export",
+    "refit": "Export",
+    "files": "Export",
+    "shipping": "Export",
+    "distil": "Training",
     "training": "Training",
-    "export": "Export",
-    "calibrated": "Export",
     "recipes": "Recipes",
 }
 """The page of the reference by the part of the package that a name is defined in; other parts get one of their own."""
@@ -41,7 +47,7 @@ STAGES = {
 ROOT_PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
 """Pages of the site that stand for files of the repository's root."""
 
-BEYOND = {"Errors": ["hawada_peft.errors"], "Extension points": ["hawada_peft.adapters.relaxation"]}
+BEYOND = {"Errors": ["hawada_peft.errors"], "Extension points": ["hawada_peft.gates.relaxation"]}
 """Pages of modules that are read as a whole."""
 
 
@@ -78,11 +84,11 @@ def families_table() -> str:
         lines.append(
             [
                 f"`{model_type}`",
-                _heads(model, layout),
+                _heads(layout),
                 f"stays, in `{family.head_dim_field}`" if family.head_dim_field else "derived, so heads stay",
                 "own number" if family.kv_heads_field else "as query heads",
-                _ffn(model, layout),
-                _hidden(model, layout),
+                _ffn(layout),
+                _hidden(layout),
                 f"`{family.twin}`, heads free" if family.twin else "-",
                 _tied(model),
             ]
@@ -104,8 +110,8 @@ def _skeleton(model_type: str, family: Family) -> PreTrainedModel:
     return model
 
 
-def _heads(model: PreTrainedModel, layout: Layout) -> str:
-    asked, legal = head_shapes(layout.dense), legal_head_shapes(model, layout)
+def _heads(layout: Layout) -> str:
+    asked, legal = head_shapes(layout.dense), legal_head_shapes(layout)
     if legal == asked:
         return "any number"
     if legal == [shape for shape in asked if layout.hidden_size % (shape.num_attention_heads or 1) == 0]:
@@ -113,18 +119,18 @@ def _heads(model: PreTrainedModel, layout: Layout) -> str:
     return "of 8: " + ", ".join(str(size) for size in sorted({shape.num_attention_heads or 0 for shape in legal}))
 
 
-def _ffn(model: PreTrainedModel, layout: Layout) -> str:
+def _ffn(layout: Layout) -> str:
     odd = replace(layout.dense, intermediate_size=41)
-    if build_sizes(model, layout, odd) is None:
+    if build_sizes(layout, odd) is None:
         return "any size"
     return f"multiples of the {layout.family.ffn_unit.replace('_', ' ')}" if layout.family.ffn_unit else "some sizes"
 
 
-def _hidden(model: PreTrainedModel, layout: Layout) -> str:
+def _hidden(layout: Layout) -> str:
     if not layout.norms:
         return "no"
     sizes = range(33, layout.hidden_size)
-    legal = [size for size in sizes if build_sizes(model, layout, layout.narrowed(size)) is None]
+    legal = [size for size in sizes if build_sizes(layout, layout.narrowed(size)) is None]
     heads = layout.dense.num_attention_heads or 1
     if legal == list(sizes):
         return "any size"

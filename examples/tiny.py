@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from hawada_peft import SearchEffort
-from hawada_peft.latency import Effort, TablePlan
+from hawada_peft.latency.build import TablePlan
+from hawada_peft.latency.clock import Effort
 
 Rows = list[dict[str, Any]]
 TIMING = Effort(warmup=1, min_rounds=5, max_rounds=5, tolerance=10.0)

@@ -9,10 +9,10 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, PeftType
 
 from ._register import NAME
-from .adapters.gates import GateStart
-from .adapters.lora import lora_fields, lora_problems
 from .errors import HawAdaError
-from .export.model_card import write_adapter_card
+from .files.adapter_card import write_adapter_card
+from .gates.kinds import GateStart
+from .gates.lora import lora_fields, lora_problems
 
 GATES = ("heads", "ffn", "blocks", "layers", "hidden")
 """What can be gated: attention heads, FFN channels, attention and FFN as a whole, layers, the residual stream."""

@@ -18,24 +18,27 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ._register import PREFIX
-from .adapters.base import HIDDEN_UNITS, LAYER, UNITS, GateAdapter
-from .adapters.concrete import AttentionHeadAdapter, ChannelAdapter
-from .adapters.gates import ChannelGate, HiddenGate, SigmoidGate
-from .adapters.hidden import HiddenAdapter, norm_sizes
-from .adapters.huggingface import FAMILIES, FFN, HEADS, HIDDEN, TARGET_MODULES, Layout, Shape, find_module, locate
-from .adapters.huggingface.placement import Masks, family_gates, hidden_gate, hidden_home, masks_of
-from .adapters.layers import check_unquantized, feature_dim, feature_sizes
-from .adapters.lora import inject_lora, lora_layers, merge_lora
-from .adapters.rows import adapter_per_row
 from .config import HawAdaConfig
 from .errors import IncompatibleBaseError, InvalidPlanError, UnsupportedModelError
-from .export.beside import dense_afterwards
-from .export.legality import check_legal, fit_hidden, legal_head_shapes
-from .export.plan import Plan
-from .export.rank import gate_scores, hidden_multiple, open_shape, rank, ratio_shape
-from .export.reasons import explained
-from .export.reconstruct import Reconstruction, reconstruct
-from .export.slim import slim
+from .gates.adapter import HIDDEN_UNITS, LAYER, UNITS, GateAdapter
+from .gates.concrete import AttentionHeadAdapter, ChannelAdapter
+from .gates.hidden import HiddenAdapter, norm_sizes
+from .gates.kinds import ChannelGate, HiddenGate, SigmoidGate
+from .gates.lora import inject_lora, lora_layers, merge_lora
+from .gates.placement import Masks, family_gates, masks_of
+from .gates.reading import gate_scores, hidden_gate
+from .gates.rows import adapter_per_row
+from .planning.plan import Plan
+from .planning.ranking import rank
+from .planning.reasons import explained
+from .planning.sizes import hidden_multiple, open_shape, ratio_shape
+from .refit.reconstruction import Reconstruction, reconstruct
+from .surgery.dense import dense_afterwards
+from .surgery.slimming import slim
+from .vanilla.family import FAMILIES, FFN, HEADS, HIDDEN, TARGET_MODULES, Layout, find_module, hidden_home, locate
+from .vanilla.legality import check_legal, fit_hidden, legal_head_shapes
+from .vanilla.modules import check_unquantized, feature_dim, feature_sizes
+from .vanilla.shape import Shape
 
 
 class HawAdaModel(BaseTuner):
@@ -57,12 +60,14 @@ class HawAdaModel(BaseTuner):
     target_module_mapping = TARGET_MODULES
 
     peft_config: dict[str, HawAdaConfig]  # type: ignore[assignment]
+    _place: Layout  # of the model into which gates are injected
 
     def _prepare_adapter_config(  # type: ignore[override]  # only this tuner's config arrives here
         self, peft_config: HawAdaConfig, model_config: dict[str, Any]
     ) -> HawAdaConfig:
         if peft_config.base_sizes is not None:
-            _check_base(peft_config, locate(self.model))
+            self._place = locate(self.model)
+            _check_base(peft_config, self._place)
         if peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             # PEFT tells tuner layers on linear modules by the name of their class; ours wrap convolutions too.
             wrapped = {
@@ -77,7 +82,7 @@ class HawAdaModel(BaseTuner):
             model_type in self.target_module_mapping and model_type not in FAMILIES
         ):
             return cast(HawAdaConfig, super()._prepare_adapter_config(peft_config, model_config))
-        layout = locate(self.model)
+        layout = self._place = locate(self.model)
         ends = {HEADS: layout.family.attention_out, FFN: layout.family.ffn_out}
         whole = {"blocks", "layers"} & set(peft_config.gates)
         names = {end for axis, end in ends.items() if whole or axis in peft_config.gates}
@@ -104,7 +109,7 @@ class HawAdaModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layout = None if peft_config.base_sizes is None else locate(self.model)
+        layout = None if peft_config.base_sizes is None else self._place
         position = None if layout is None else layout.position(current_key)
         twin = self._twin(layout, position)
         gates: dict[str, SigmoidGate]
@@ -161,7 +166,7 @@ class HawAdaModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
         if config.base_sizes is not None and HIDDEN in config.gates:
-            norms = [self.model.get_submodule(name) for name in locate(self.model).norms]
+            norms = [self.model.get_submodule(name) for name in self._place.norms]
             wrapped = [norm for norm in norms if isinstance(norm, HiddenAdapter)]
             for adapter in wrapped[1:]:
                 adapter.share_hidden_gate(wrapped[0])
@@ -204,20 +209,20 @@ class HawAdaModel(BaseTuner):
         layout = self._layout(names)
         scores, given = gate_scores(self.model, layout, names), shape is not None
         if shape is None:
-            legal = legal_head_shapes(self.model, layout)
+            legal = legal_head_shapes(layout)
             if keep_ratio is None:
                 shape = open_shape(layout, scores, legal)
             else:
                 shape = ratio_shape(layout, keep_ratio, legal, scores.group_size)
             if shape.hidden_size is not None:
                 step = hidden_multiple(layout, scores.hidden_group)
-                shape = fit_hidden(self.model, layout, shape, step=step, at_least=keep_ratio is None)
+                shape = fit_hidden(layout, shape, step=step, at_least=keep_ratio is None)
         shape = layout.complete(shape)
-        check_legal(self.model, layout, shape)
+        check_legal(layout, shape)
         plan = rank(layout, scores, shape)
         if given:
             return plan
-        return dataclasses.replace(plan, roundings=explained(self.model, layout, scores, shape, keep_ratio))
+        return dataclasses.replace(plan, roundings=explained(layout, scores, shape, keep_ratio))
 
     def apply_plan(self, plan: Plan | None, *, in_training: bool = False, adapter_name: str | None = None) -> None:
         """
@@ -244,7 +249,7 @@ class HawAdaModel(BaseTuner):
         if plan is not None:
             layout = self._layout([name])
             plan.check_base(layout.full)
-            check_legal(self.model, layout, plan.shape)
+            check_legal(layout, plan.shape)
         self.set_masks(plan, name, in_training=in_training)
         config.plan = None if plan is None else plan.to_dict()
         config.plan_in_training = in_training and plan is not None
@@ -374,7 +379,7 @@ class HawAdaModel(BaseTuner):
         check_unquantized(self.model)
         layout = self._layout(names)
         chosen.check_base(layout.full)
-        check_legal(self.model, layout, chosen.shape)
+        check_legal(layout, chosen.shape)
         if calibration is not None and chosen.hidden is not None:
             raise InvalidPlanError(
                 "reconstruction compares residual streams of one width, and this plan narrows it: leave `calibration` "

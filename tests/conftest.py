@@ -21,8 +21,8 @@ from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from hawada_peft import HawAdaConfig, Plan, Shape, Verification, collect_gates, save_slim
-from hawada_peft.adapters.huggingface import FAMILIES, TARGET_MODULES, locate
-from hawada_peft.export.verify import example_inputs, output_of
+from hawada_peft.vanilla.family import FAMILIES, TARGET_MODULES, locate
+from hawada_peft.vanilla.outputs import example_inputs, output_of
 
 
 @dataclass(frozen=True)

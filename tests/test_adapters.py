@@ -11,8 +11,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hawada_peft import AttentionHeadAdapter, BlockAdapter, ChannelAdapter, GateAdapter
-from hawada_peft.adapters.base import BLOCK, UNITS, feature_dim, feature_sizes
 from hawada_peft.errors import UnsupportedModelError
+from hawada_peft.gates.adapter import BLOCK, UNITS
+from hawada_peft.vanilla.modules import feature_dim, feature_sizes
 
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(8, 4),

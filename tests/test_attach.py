@@ -19,8 +19,8 @@ from hawada_peft import (
     is_attention_layer,
     is_ffn_layer,
 )
-from hawada_peft.adapters.huggingface import locate
 from hawada_peft.errors import UnsupportedModelError
+from hawada_peft.vanilla.family import locate
 
 
 def shuffled(model: nn.Module) -> nn.Module:

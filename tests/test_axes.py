@@ -6,13 +6,13 @@ import pytest
 import torch
 from conftest import LM_ROW, VISION_ROW, Row, build
 
-from hawada_peft.adapters.huggingface import locate
-from hawada_peft.export.axes import SliceRule, find_axes
+from hawada_peft.surgery.axes import SliceRule, find_axes
+from hawada_peft.vanilla.family import locate
 
 
 def rules_of(row: Row, **fields: object) -> dict[str, tuple[SliceRule, ...]]:
     model = build(row, **fields)
-    return find_axes(model, locate(model))
+    return find_axes(locate(model))
 
 
 def test_consumers_are_cut_on_their_input_and_producers_on_their_output(row: Row) -> None:
@@ -32,7 +32,7 @@ def test_sizes_are_whole_units(row: Row) -> None:
         "kv_groups": layout.dense.num_key_value_heads,
         "ffn": layout.dense.intermediate_size,
     }
-    for name, rules in find_axes(model, layout).items():
+    for name, rules in find_axes(layout).items():
         shape = model.get_parameter(f"{layout.stack}.0.{name}").shape
         for rule in rules:
             assert shape[rule.dim] == sum(units[axis] for axis in rule.segments) * rule.width
@@ -54,7 +54,7 @@ def test_the_model_is_not_touched(row: Row) -> None:
     model = build(row)
     before, config = [id(p) for p in model.parameters()], model.config.to_dict()
     state = torch.get_rng_state()
-    find_axes(model, locate(model))
+    find_axes(locate(model))
     assert [id(p) for p in model.parameters()] == before
     assert model.config.to_dict() == config
     assert torch.equal(torch.get_rng_state(), state)

@@ -17,11 +17,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from hawada_peft import Plan, calibration_facts, slim_calibrated, slim_checkpoint
-from hawada_peft.adapters.huggingface import locate
 from hawada_peft.cli.program import app
 from hawada_peft.errors import HawAdaError, InvalidPlanError
-from hawada_peft.export.facts import CARD_NAME, REPORT_NAME
-from hawada_peft.loading import batches_of, load_examples, load_model
+from hawada_peft.files.names import CARD_NAME, REPORT_NAME
+from hawada_peft.recipes.readers import batches_of, load_examples
+from hawada_peft.vanilla.family import locate
+from hawada_peft.vanilla.loading import load_model
 
 
 def examples_of(row: Row) -> dict[str, torch.Tensor]:

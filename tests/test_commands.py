@@ -26,8 +26,8 @@ from hawada_peft.errors import (
     InvalidRegimeError,
     UnsupportedModelError,
 )
-from hawada_peft.export import find_plan as find_plan_module
-from hawada_peft.export.facts import REPORT_NAME
+from hawada_peft.files.names import REPORT_NAME
+from hawada_peft.search import budgeted as find_plan_module
 
 WEIGHTS = "model.safetensors"
 

@@ -12,10 +12,11 @@ from peft import PeftModel
 from test_search_export import toy_table
 
 from hawada_peft import Shape, collect_gates
-from hawada_peft.adapters.huggingface import locate
-from hawada_peft.adapters.relaxation import RELAXATIONS
+from hawada_peft.gates.reading import ExpectedSizes, expected_sizes
+from hawada_peft.gates.relaxation import RELAXATIONS
 from hawada_peft.latency.table import LatencyTable
-from hawada_peft.training.constraint import ExpectedSizes, LatencyConstraint, expected_sizes
+from hawada_peft.training.constraint import LatencyConstraint
+from hawada_peft.vanilla.family import locate
 
 
 def sizes_of(model: PeftModel) -> ExpectedSizes:

@@ -12,13 +12,16 @@ import torch
 from transformers import AutoTokenizer
 
 from hawada_peft import Plan
-from hawada_peft.demo import Row, pipeline, render, run_demo
+from hawada_peft.demo import pipeline
 from hawada_peft.demo.data import VOCABULARY, WINDOW, held_out_topics, load_digits, load_topics, stack
 from hawada_peft.demo.measure import accuracy, agreement, one_thread, perplexity
+from hawada_peft.demo.pipeline import run_demo
+from hawada_peft.demo.table import Row, render
 from hawada_peft.demo.tasks import TASKS, Effort, Schedule
-from hawada_peft.export.search_state import SearchEffort
-from hawada_peft.latency import Effort as TimingEffort
-from hawada_peft.latency import LatencyBudget, TablePlan
+from hawada_peft.latency.budget import LatencyBudget
+from hawada_peft.latency.build import TablePlan
+from hawada_peft.latency.clock import Effort as TimingEffort
+from hawada_peft.search.effort import SearchEffort
 
 ONCE = TimingEffort(warmup=0, lead_in=0, min_rounds=1, max_rounds=1)
 TINY = Effort(

@@ -21,9 +21,9 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hawada_peft import get_student_logits, get_teacher_logits
+from hawada_peft.distil.divergence import kl_divergence, mean_squared_error
 from hawada_peft.errors import HawAdaError, UnsupportedModelError
-from hawada_peft.training import kl_divergence, mean_squared_error
-from hawada_peft.training.distill import position_mask
+from hawada_peft.vanilla.outputs import position_mask
 
 
 def pair(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,5 +201,5 @@ def test_losses_refuse_other_shapes(loss) -> None:
 
 @pytest.mark.parametrize(("mask", "used"), [(torch.ones(2, 3), True), (torch.ones(2, 1, 3), False), (None, False)])
 def test_mask_of_a_batch_counts_where_logits_have_positions(mask: torch.Tensor | None, used: bool) -> None:
-    assert (position_mask(torch.zeros(2, 3, 5), {"attention_mask": mask}) is not None) == used
-    assert position_mask(torch.zeros(2, 5), {"attention_mask": mask}) is None
+    assert (position_mask({"attention_mask": mask}, torch.Size([2, 3])) is not None) == used
+    assert position_mask({"attention_mask": mask}, torch.Size([2])) is None

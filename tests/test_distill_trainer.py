@@ -29,8 +29,8 @@ from transformers import (
 )
 
 from hawada_peft import DistillTrainer, slim
+from hawada_peft.distil.objective import Distillation
 from hawada_peft.errors import HawAdaError, IncompatibleBaseError
-from hawada_peft.training import Distillation
 
 LENGTHS = [12, 5, 9, 7, 12, 4, 10, 8]
 

@@ -34,11 +34,12 @@ from torch import nn
 
 import hawada_peft
 from hawada_peft import ExportFacts, Family, Plan, Recipe, Regime, Shape
-from hawada_peft.adapters.huggingface import FAMILIES
-from hawada_peft.adapters.relaxation import RELAXATIONS
 from hawada_peft.cli.program import app
-from hawada_peft.export import SearchEffort
-from hawada_peft.latency import Effort, TablePlan
+from hawada_peft.gates.relaxation import RELAXATIONS
+from hawada_peft.latency.build import TablePlan
+from hawada_peft.latency.clock import Effort
+from hawada_peft.search.effort import SearchEffort
+from hawada_peft.vanilla.family import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hawada_peft.errors import HawAdaError
-from hawada_peft.training.draws import draw_classes
+from hawada_peft.vanilla.draws import draw_classes
 
 DRAWS = 20_000
 

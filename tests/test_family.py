@@ -24,8 +24,8 @@ from peft import get_peft_model
 from torch import nn
 
 from hawada_peft import Family, HawAdaConfig, Shape, register_family, save_slim
-from hawada_peft.adapters.huggingface import FAMILIES, TARGET_MODULES, locate
 from hawada_peft.errors import IllegalShapeError, InvalidPlanError, UnsupportedModelError
+from hawada_peft.vanilla.family import FAMILIES, TARGET_MODULES, locate
 
 PLAIN_ROW = Family("layers", "self_attn.o_proj", "mlp.c_proj", kv_heads_field="num_key_value_heads")
 FUSED = (("self_attn.qkv_proj", ("heads", "kv_groups", "kv_groups")), ("mlp.gate_up_proj", ("ffn", "ffn")))

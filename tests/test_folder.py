@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from hawada_peft.export import folder as new_folder_module
-from hawada_peft.export.folder import new_folder
+from hawada_peft.files import folder as new_folder_module
+from hawada_peft.files.folder import new_folder
 
 DIE = """
 import os, runpy, signal, sys  # the file itself: importing the package takes seconds

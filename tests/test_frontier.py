@@ -15,10 +15,10 @@ from conftest import LM_ROW, VISION_ROW, Row, assert_same_state, build, state_of
 from torch import nn
 
 from hawada_peft import Plan, slim
-from hawada_peft.adapters.huggingface import locate
-from hawada_peft.export.find_plan import measure_table
 from hawada_peft.latency.build import TablePlan
-from hawada_peft.latency.measure import Effort
+from hawada_peft.latency.clock import Effort
+from hawada_peft.search.timed import measure_table
+from hawada_peft.vanilla.family import locate
 
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hawada_peft import BlockGate, ChannelGate, HeadGate, SigmoidGate
-from hawada_peft.adapters import GateStart
 from hawada_peft.errors import HawAdaError
+from hawada_peft.gates.kinds import GateStart
 
 
 def shuffled(gate: SigmoidGate) -> SigmoidGate:

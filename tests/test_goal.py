@@ -14,15 +14,17 @@ from peft import PeftModel
 from test_search_export import timing, toy_table
 
 from hawada_peft import LatencyBudget, Shape, collect_gates
-from hawada_peft.adapters.huggingface import locate
-from hawada_peft.adapters.relaxation import RELAXATIONS
 from hawada_peft.errors import IncompatibleTableError, InfeasibleBudgetError, InvalidPlanError
-from hawada_peft.export import find_plan as find_plan_module
-from hawada_peft.export.search_state import SearchEffort
+from hawada_peft.gates.reading import axes_of
+from hawada_peft.gates.relaxation import RELAXATIONS
 from hawada_peft.latency.regime import Regime
 from hawada_peft.latency.table import LatencyTable
 from hawada_peft.latency.timing import Timing
-from hawada_peft.training.goal import LatencyGoal, ShapeGoal, axes_of
+from hawada_peft.search import budgeted as find_plan_module
+from hawada_peft.search.effort import SearchEffort
+from hawada_peft.training.goal import ShapeGoal
+from hawada_peft.training.latency_goal import LatencyGoal
+from hawada_peft.vanilla.family import locate
 
 DENSE, SLIM = Shape(8, 4, 96, 4), Shape(4, 2, 40, 2)
 BUDGET = LatencyBudget(speedup=1.5, mode="prefill", seq_len=8)

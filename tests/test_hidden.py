@@ -37,9 +37,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hawada_peft import Family, HawAdaConfig, Plan, Shape, collect_gates, init_gates, register_family, save_slim, slim
-from hawada_peft.adapters.base import HIDDEN_UNITS
-from hawada_peft.adapters.hidden import HiddenAdapter, kept_norm
-from hawada_peft.adapters.huggingface import locate
 from hawada_peft.errors import (
     HawAdaError,
     IllegalShapeError,
@@ -47,8 +44,11 @@ from hawada_peft.errors import (
     InvalidPlanError,
     UnsupportedModelError,
 )
-from hawada_peft.export.axes import SliceRule, find_axes
-from hawada_peft.training import gate_importance
+from hawada_peft.gates.adapter import HIDDEN_UNITS
+from hawada_peft.gates.hidden import HiddenAdapter, kept_norm
+from hawada_peft.planning.importance import gate_importance
+from hawada_peft.surgery.axes import SliceRule, find_axes
+from hawada_peft.vanilla.family import locate
 
 ALL = (*EVERYTHING, "hidden")
 HIDDEN = {"llama": 40, "llama-bare": 40, "llama-mha": 40, "qwen3": 45, "dinov2": 32}
@@ -537,7 +537,7 @@ def test_importance_is_the_mean_of_squared_gradients() -> None:
 
 def test_every_place_of_the_residual_stream_is_found() -> None:
     model = build(LM_ROW)
-    plain, rules = find_axes(model, locate(model)), find_axes(model, locate(model), hidden=True)
+    plain, rules = find_axes(locate(model)), find_axes(locate(model), hidden=True)
     outside = {".model.embed_tokens.weight": 1, ".lm_head.weight": 1, ".model.norm.weight": 0}
     for name, dim in outside.items():
         assert rules[name] == (SliceRule(dim, ("hidden",), 1),)

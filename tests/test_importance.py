@@ -11,8 +11,8 @@ from peft import PeftModel
 
 from hawada_peft import Shape, collect_gates, init_gates
 from hawada_peft.errors import HawAdaError
-from hawada_peft.export.quality import MaskedQuality
-from hawada_peft.training import gate_importance
+from hawada_peft.planning.importance import gate_importance
+from hawada_peft.search.masked import MaskedQuality
 
 
 def labelled(model: PeftModel) -> list[dict[str, torch.Tensor]]:

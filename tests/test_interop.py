@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from hawada_peft import check_onnx, save_slim, slim
 from hawada_peft.errors import HawAdaError
-from hawada_peft.export.runtimes import ONNX_PACKAGES
-from hawada_peft.export.verify import output_of
+from hawada_peft.shipping.runtimes import ONNX_PACKAGES
+from hawada_peft.vanilla.outputs import output_of
 
 MISSING = [name for name in ONNX_PACKAGES if find_spec(name) is None]
 ONNX = pytest.mark.skipif(bool(MISSING), reason=f"needs hawada_peft[onnx]; not installed: {MISSING}")

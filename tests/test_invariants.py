@@ -24,9 +24,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from hawada_peft import HeadGate, Plan, collect_gates, verify_slim
-from hawada_peft.adapters.base import BLOCK, LAYER, UNITS
-from hawada_peft.adapters.huggingface import locate
-from hawada_peft.export.axes import find_axes
+from hawada_peft.gates.adapter import BLOCK, LAYER, UNITS
+from hawada_peft.surgery.axes import find_axes
+from hawada_peft.vanilla.family import locate
 
 
 def test_output_is_unchanged_at_the_start(row: Row) -> None:
@@ -209,7 +209,7 @@ def test_unmerging_closed_gates_restores_every_bit(row: Row) -> None:
 def test_every_sliced_parameter_lies_in_a_layer(exported: Export) -> None:
     dense = build(exported.row)
     small = exported.slim.state_dict()
-    rules = find_axes(dense, locate(dense))
+    rules = find_axes(locate(dense))
     stack = locate(dense).stack
     for name, tensor in dense.state_dict().items():
         if name in small and tensor.shape != small[name].shape:

@@ -26,15 +26,7 @@ from conftest import (
 from peft import LoraConfig, PeftModel
 from test_distill_trainer import DATA, arguments, kl_of
 
-from hawada_peft import (
-    HawAdaConfig,
-    HawAdaTrainer,
-    Shape,
-    collect_gates,
-    get_teacher_logits,
-    recover,
-    save_slim,
-)
+from hawada_peft import HawAdaConfig, HawAdaTrainer, Shape, collect_gates, get_teacher_logits, recover, save_slim
 from hawada_peft.errors import BrokenGatesError, HawAdaError, UnsupportedModelError
 
 LORA = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1)

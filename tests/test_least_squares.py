@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hawada_peft.export.least_squares import Moments, refit
+from hawada_peft.refit.least_squares import Moments, refit
 
 CPU = torch.device("cpu")
 

@@ -19,25 +19,26 @@ from conftest import (
 )
 
 from hawada_peft import Shape
-from hawada_peft.adapters.huggingface import locate
 from hawada_peft.errors import IllegalShapeError
-from hawada_peft.export.legality import build_sizes, check_legal, edit_config, head_shapes, legal_head_shapes
+from hawada_peft.vanilla.family import locate
+from hawada_peft.vanilla.legality import build_sizes, check_legal, head_shapes, legal_head_shapes
+from hawada_peft.vanilla.resize import edit_config
 
 BACKBONE = Row("Dinov2Backbone", "Dinov2Config", VISION | {"mlp_ratio": 2, "out_indices": [1, 2, 4]}, PLAIN)
 
 
 def test_the_slim_shape_of_every_row_is_legal(row: Row) -> None:
     model = build(row)
-    check_legal(model, locate(model), row.slim)
+    check_legal(locate(model), row.slim)
 
 
 def test_legal_heads_are_those_that_build(row: Row) -> None:
     model = build(row)
     layout = locate(model)
-    legal = legal_head_shapes(model, layout)
+    legal = legal_head_shapes(layout)
     assert Shape(8, layout.dense.num_key_value_heads) in legal
     for shape in legal:
-        built = type(model)(edit_config(model.config, layout, shape.complete(layout.dense)))
+        built = type(model)(edit_config(layout, shape.complete(layout.dense)))
         assert locate(built).head_dim == 8
         assert locate(built).dense == shape.complete(layout.dense)
 
@@ -50,7 +51,7 @@ def test_head_shapes_keep_groups_equal() -> None:
 def test_refused_heads_come_with_the_possible_ones() -> None:
     model = build(LM_ROW)
     with pytest.raises(IllegalShapeError) as caught:
-        check_legal(model, locate(model), Shape(6, 3, 96, 4))
+        check_legal(locate(model), Shape(6, 3, 96, 4))
     facts = ["'num_attention_heads': 6", "LlamaConfig refuses", "(8, 4), (4, 4), (4, 2), (2, 2), (2, 1), (1, 1)"]
     assert [fact for fact in facts if fact not in str(caught.value)] == []
 
@@ -67,13 +68,13 @@ def test_refused_heads_come_with_the_possible_ones() -> None:
 def test_impossible_shapes_are_refused(shape: Shape, facts: str) -> None:
     model = build(LM_ROW)
     with pytest.raises(IllegalShapeError, match=facts):
-        check_legal(model, locate(model), shape)
+        check_legal(locate(model), shape)
 
 
 def test_edit_leaves_the_dense_config_and_everything_else(row: Row) -> None:
     model = build(row)
     before, layout = model.config.to_dict(), locate(model)
-    edited = edit_config(model.config, layout, row.slim, layers=(1, 3)).to_dict()
+    edited = edit_config(layout, row.slim, layers=(1, 3)).to_dict()
     assert model.config.to_dict() == before
     sizes = {
         "num_attention_heads",
@@ -90,19 +91,19 @@ def test_edit_leaves_the_dense_config_and_everything_else(row: Row) -> None:
 def test_edit_to_the_same_shape_changes_nothing(row: Row) -> None:
     model = build(row)
     layout = locate(model)
-    assert edit_config(model.config, layout, layout.dense).to_dict() == model.config.to_dict()
+    assert edit_config(layout, layout.dense).to_dict() == model.config.to_dict()
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_attention_implementation_is_kept(implementation: str) -> None:
     model = build(LM_ROW, attn_implementation=implementation)
     layout = locate(model)
-    assert edit_config(model.config, layout, layout.dense)._attn_implementation == implementation
+    assert edit_config(layout, layout.dense)._attn_implementation == implementation
 
 
 def test_stages_of_a_backbone_follow_the_kept_layers() -> None:
     model = build(BACKBONE)
-    edited = edit_config(model.config, locate(model), Shape(8, 8, 128, 2), layers=(1, 3))
+    edited = edit_config(locate(model), Shape(8, 8, 128, 2), layers=(1, 3))
     assert edited.out_indices == [0, 1, 2]  # stage i comes out of layer i - 1
     assert edited.out_features == [edited.stage_names[i] for i in edited.out_indices]
 
@@ -122,4 +123,4 @@ def test_a_slim_backbone_gives_the_masked_feature_maps() -> None:
 def test_the_smallest_sizes_exist(fields: dict[str, Any]) -> None:
     model = build(VISION_ROW)
     layout = locate(model)
-    assert build_sizes(model, layout, Shape(**fields).complete(layout.dense)) is None
+    assert build_sizes(layout, Shape(**fields).complete(layout.dense)) is None

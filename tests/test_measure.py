@@ -12,15 +12,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 from hawada_peft.errors import HawAdaError, InvalidRegimeError, UnsettledTimingWarning
-from hawada_peft.latency import measure as module
+from hawada_peft.latency import clock as module
 from hawada_peft.latency import runner as runner_module
-from hawada_peft.latency.measure import (
-    Effort,
-    interleave,
-    measure,
-    measure_built,
-    measure_many,
-)
+from hawada_peft.latency.clock import Effort, interleave, measure, measure_built, measure_many
 from hawada_peft.latency.regime import Regime
 from hawada_peft.latency.runner import Runner, prepare
 from hawada_peft.latency.timing import Timing, median_errors

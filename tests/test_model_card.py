@@ -48,10 +48,10 @@ from hawada_peft import (
     verify_slim,
     write_card,
 )
-from hawada_peft.adapters.huggingface import locate
 from hawada_peft.errors import HawAdaError, IncompatibleTableError, InvalidPlanError, VerificationError
-from hawada_peft.export.search_result import Candidate
-from hawada_peft.latency import Effort
+from hawada_peft.latency.clock import Effort
+from hawada_peft.search.result import Candidate
+from hawada_peft.vanilla.family import locate
 
 SECTIONS = ["What was cut", "Latency", "Quality", "Reconstruction", "Calibration data"]
 BASE_CARD = "---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\nlanguage: en\n---\n# Base\n"

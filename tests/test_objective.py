@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from hawada_peft.distil.objective import Distillation
 from hawada_peft.errors import HawAdaError
-from hawada_peft.training.objective import Distillation
 
 
 @pytest.fixture

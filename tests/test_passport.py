@@ -11,15 +11,15 @@ from conftest import LM_ROW, ROWS, VISION_ROW, Export, Row, build, scattered_pla
 from transformers import PreTrainedModel
 
 from hawada_peft import PassportLine, Shape, check_compile, slim
-from hawada_peft.adapters.huggingface import FAMILIES, locate, register_family
 from hawada_peft.errors import HawAdaError
-from hawada_peft.export.passport import alignment, passport
-from hawada_peft.export.runtime_rules import RULES, VERSIONS_TRIED
-from hawada_peft.export.skeleton import skeleton_of
+from hawada_peft.shipping.passport import alignment, passport_of
+from hawada_peft.shipping.runtime_rules import RULES, VERSIONS_TRIED
+from hawada_peft.vanilla.family import FAMILIES, locate, register_family
+from hawada_peft.vanilla.skeleton import skeleton_of
 
 
 def lines_of(model: PreTrainedModel, **options: object) -> dict[str, PassportLine]:
-    return {line.runtime: line for line in passport(model, locate(model), **options)}
+    return {line.runtime: line for line in passport_of(model, locate(model), **options)}
 
 
 def slimmed(row: Row, shape: Shape) -> PreTrainedModel:
@@ -66,7 +66,7 @@ def test_a_compiled_timing_is_evidence() -> None:
 def test_what_was_run_replaces_what_is_assumed() -> None:
     run = PassportLine("vLLM, tensor parallel 2", "yes", "run", "vLLM 1.2.3, 2 GPUs")
     other = PassportLine("a phone", "no", "run", "too small")
-    found = passport(build(LM_ROW), locate(build(LM_ROW)), checked=(run, other))
+    found = passport_of(build(LM_ROW), locate(build(LM_ROW)), checked=(run, other))
     assert run in found
     assert found[-1] == other
     assert len({line.runtime for line in found}) == len(found)

@@ -14,8 +14,8 @@ import torch
 from conftest import LM_ROW, MIXED_ROW, ROWS, VISION_ROW, Row, build, difference, inputs_of, logits_of
 from transformers import PreTrainedModel
 
-from hawada_peft.adapters.huggingface import locate
 from hawada_peft.errors import InvalidPlanError, UnsupportedModelError
+from hawada_peft.vanilla.family import locate
 
 WIDTH = ("flap", "wanda_sp", "llm_pruner", "minitron_width", "ancestor")
 DEPTH = ("minitron_depth", "shortgpt")

@@ -10,8 +10,8 @@ from conftest import LM_ROW, build, gate, scattered_plan, shuffle_gates
 from peft import PeftModel
 
 from hawada_peft import Plan, Shape, collect_gates
-from hawada_peft.adapters.relaxation import RELAXATIONS
 from hawada_peft.errors import HawAdaError
+from hawada_peft.gates.relaxation import RELAXATIONS
 from hawada_peft.training.goal import ShapeGoal
 from hawada_peft.training.phases import REPLANS, Phases
 

@@ -32,8 +32,8 @@ from hawada_peft import (
     save_slim,
     slim,
 )
+from hawada_peft.distil.divergence import kl_divergence
 from hawada_peft.errors import UnsupportedModelError
-from hawada_peft.training import kl_divergence
 
 SHAPE = Shape(4, 4, 64)
 SCHEMES: dict[str, dict[str, Any]] = {

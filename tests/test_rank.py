@@ -10,9 +10,9 @@ from conftest import LM_ROW, VISION_ROW, Row, build, gate, shuffle_gates
 from peft import PeftModel
 
 from hawada_peft import HawAdaConfig, Shape, collect_gates
-from hawada_peft.adapters.huggingface import locate
 from hawada_peft.errors import BrokenGatesError, IllegalShapeError, InvalidPlanError
-from hawada_peft.export.rank import ffn_multiple
+from hawada_peft.planning.sizes import ffn_multiple
+from hawada_peft.vanilla.family import locate
 
 
 def set_gate(model: PeftModel, name: str, logits: list[float]) -> None:

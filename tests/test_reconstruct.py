@@ -30,9 +30,9 @@ from torch.utils.data import DataLoader
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from hawada_peft import Plan, Shape, reconstruct, register_family, rehome, save_slim, slim
-from hawada_peft.adapters.huggingface import FAMILIES, locate
 from hawada_peft.errors import HawAdaError, IncompatibleBaseError, UnsupportedModelError
-from hawada_peft.export.streams import Stream, residual_gains
+from hawada_peft.refit.layerwise import Stream, residual_gains
+from hawada_peft.vanilla.family import FAMILIES, locate
 
 NARROW = Shape(intermediate_size=40)
 

@@ -12,14 +12,14 @@ from conftest import LM_ROW, VISION_ROW, build, difference, inputs_of, logits_of
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from hawada_peft import HawAdaConfig, Reconstruction, Shape
-from hawada_peft.adapters.huggingface import locate
 from hawada_peft.errors import HawAdaError, IllegalShapeError
-from hawada_peft.export.beside import dense_view
-from hawada_peft.export.legality import check_legal
-from hawada_peft.export.quality import MaskedQuality
-from hawada_peft.export.refitted import RefittedQuality, obstacle
-from hawada_peft.export.space import search_space
 from hawada_peft.latency.regime import Regime
+from hawada_peft.search.masked import MaskedQuality
+from hawada_peft.search.refitted import RefittedQuality, obstacle
+from hawada_peft.search.space import search_space
+from hawada_peft.surgery.dense import dense_view
+from hawada_peft.vanilla.family import locate
+from hawada_peft.vanilla.legality import check_legal
 
 
 def gated(row: Any = LM_ROW, **options: Any) -> PeftModel:
@@ -63,7 +63,7 @@ def test_the_gated_model_is_left_as_it_was() -> None:
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     expected = logits_of(model)
     quality = RefittedQuality(model, batches_of(model))
-    quality.predict(search_space(model.get_base_model(), quality.layout, Regime(), multiple=8))
+    quality.predict(search_space(quality.layout, Regime(), multiple=8))
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert difference(logits_of(model), expected) == 0
 
@@ -81,7 +81,7 @@ def test_head_counts_of_the_twin_alone_are_judged_there() -> None:
     quality = RefittedQuality(model, batches_of(model))
     shape = Shape(5, 1, 48, 3)
     with pytest.raises(IllegalShapeError):
-        check_legal(quality.dense, quality.layout, shape)
+        check_legal(quality.layout, shape)
     assert quality.evaluate(shape) > 0
 
 

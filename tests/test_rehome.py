@@ -10,11 +10,11 @@ from conftest import EVERYTHING, LM_ROW, VISION_ROW, build, gate, inputs_of, log
 from transformers import AutoModelForCausalLM, MistralForCausalLM, MistralModel
 
 from hawada_peft import Shape, save_slim, slim
-from hawada_peft.adapters.huggingface import locate
 from hawada_peft.errors import IllegalShapeError, UnsupportedModelError
-from hawada_peft.export.legality import check_legal, legal_head_shapes
-from hawada_peft.export.quality import MaskedQuality
-from hawada_peft.export.rehome import has_twin, rehome, twin_skeleton
+from hawada_peft.search.masked import MaskedQuality
+from hawada_peft.vanilla.family import locate
+from hawada_peft.vanilla.legality import check_legal, legal_head_shapes
+from hawada_peft.vanilla.rehoming import has_twin, rehome, twin_skeleton
 
 ILLEGAL = Shape(6, 3, 40, 2)
 """Six heads do not divide a hidden size of 64: LlamaConfig refuses them."""
@@ -46,7 +46,7 @@ def test_a_bare_model_has_a_bare_twin() -> None:
 def test_the_twin_takes_heads_that_llama_refuses(tmp_path: Path) -> None:
     llama = build(LM_ROW)
     with pytest.raises(IllegalShapeError, match="LlamaConfig refuses"):
-        check_legal(llama, locate(llama), ILLEGAL)
+        check_legal(locate(llama), ILLEGAL)
     plan = scattered_plan(llama, ILLEGAL)
     small = slim(rehome(llama), plan)
     gated = gate(build(LM_ROW), shuffle=False, gates=EVERYTHING)
@@ -61,32 +61,32 @@ def test_the_twin_takes_heads_that_llama_refuses(tmp_path: Path) -> None:
 
 def test_the_twin_is_known_without_weights() -> None:
     llama = build(LM_ROW)
-    twin = twin_skeleton(llama)
+    twin = twin_skeleton(locate(llama))
     assert next(twin.parameters()).is_meta
-    more = set(legal_head_shapes(twin, locate(twin))) - set(legal_head_shapes(llama, locate(llama)))
+    more = set(legal_head_shapes(locate(twin))) - set(legal_head_shapes(locate(llama)))
     assert Shape(6, 3) in more
 
 
 def test_biases_have_no_place_in_the_twin() -> None:
     llama = build(LM_ROW, attention_bias=True)
-    assert not has_twin(llama)
+    assert not has_twin(locate(llama))
     with pytest.raises(UnsupportedModelError, match=r"parameters differ in .*bias"):
         rehome(llama)
 
 
 def test_other_families_have_no_twin() -> None:
     vit = build(VISION_ROW)
-    assert not has_twin(vit)
+    assert not has_twin(locate(vit))
     with pytest.raises(UnsupportedModelError, match=r"no twin to re-home to; rows with one: \['llama'\]"):
         rehome(vit)
 
 
 def test_a_twin_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     llama = build(LM_ROW)
-    twin = twin_skeleton(llama)
+    twin = twin_skeleton(locate(llama))
     twin.config.rms_norm_eps = 0.5
     other = MistralForCausalLM(twin.config)
     other.load_state_dict(llama.state_dict())
-    monkeypatch.setattr("hawada_peft.export.rehome.twin_skeleton", lambda model: other)
+    monkeypatch.setattr("hawada_peft.vanilla.rehoming.twin_skeleton", lambda layout: other)
     with pytest.raises(UnsupportedModelError, match="does not compute what LlamaForCausalLM does"):
         rehome(llama)

@@ -8,9 +8,9 @@ from conftest import LM_ROW, build, gate, logits_of, scattered_plan
 from peft import PeftModel
 
 from hawada_peft import collect_gates
-from hawada_peft.adapters.gates import GateStart, SigmoidGate
-from hawada_peft.adapters.relaxation import RELAXATIONS, Annealed, Closing, HardConcrete, Relaxation
 from hawada_peft.errors import HawAdaError
+from hawada_peft.gates.kinds import GateStart, SigmoidGate
+from hawada_peft.gates.relaxation import RELAXATIONS, Annealed, Closing, HardConcrete, Relaxation
 
 START = 3.75
 LOGITS = torch.linspace(-6, 6, 13)

@@ -17,9 +17,9 @@ from test_trainer import trainer_of
 
 from hawada_peft import ExportFacts, LatencyBudget, Plan, QualityChange, save_slim, write_report
 from hawada_peft.errors import HawAdaError
-from hawada_peft.export.search_export import search
-from hawada_peft.report.facts import read_peers
-from hawada_peft.report.palette import DARK, LIGHT, NAMED
+from hawada_peft.page.known import read_peers
+from hawada_peft.page.palette import DARK, LIGHT, NAMED
+from hawada_peft.search.rounds import search
 from hawada_peft.training.history import HISTORY_FILE
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}

@@ -8,7 +8,7 @@ import pytest
 from conftest import LM_ROW, VISION_ROW, Row, build, gate
 
 from hawada_peft import Plan, Shape
-from hawada_peft.export.reasons import AS_ASKED
+from hawada_peft.planning.reasons import AS_ASKED
 
 
 @pytest.mark.parametrize("row", [LM_ROW, VISION_ROW], ids=["groups", "no groups"])

@@ -9,9 +9,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hawada_peft import BlockGate, ChannelGate, HeadGate, SigmoidGate, collect_gates
-from hawada_peft.adapters import BlockAdapter, ChannelAdapter, GateStart
-from hawada_peft.adapters.base import BLOCK, LAYER
-from hawada_peft.adapters.scale import scale, scale_rows
+from hawada_peft.gates.adapter import BLOCK, LAYER
+from hawada_peft.gates.concrete import BlockAdapter, ChannelAdapter
+from hawada_peft.gates.kinds import GateStart
+from hawada_peft.gates.scaling import scale, scale_rows
 
 HALVES = [torch.bfloat16, torch.float16]
 LAYOUTS = [

@@ -15,7 +15,6 @@ from conftest import EVERYTHING, LM_ROW, ROWS, VISION_ROW, build, difference, ga
 from peft import get_peft_model
 
 from hawada_peft import HawAdaConfig, Shape, collect_gates, slim
-from hawada_peft.adapters.huggingface import locate
 from hawada_peft.errors import (
     HawAdaError,
     IllegalShapeError,
@@ -24,22 +23,25 @@ from hawada_peft.errors import (
     InvalidPlanError,
     InvalidRegimeError,
 )
-from hawada_peft.export import find_plan as find_plan_module
-from hawada_peft.export.find_plan import dense_model, find_plan, measure_table, regime_of
-from hawada_peft.export.legality import head_shapes
-from hawada_peft.export.plan import Plan
-from hawada_peft.export.quality import MaskedQuality
-from hawada_peft.export.realise import realiser
-from hawada_peft.export.search_export import search
-from hawada_peft.export.search_result import MOST_POINTS
-from hawada_peft.export.search_state import SearchEffort, frontier
-from hawada_peft.export.space import SearchSpace, narrower_sizes, search_space
 from hawada_peft.latency.budget import LatencyBudget
 from hawada_peft.latency.build import TablePlan
 from hawada_peft.latency.regime import Regime
 from hawada_peft.latency.table import LatencyTable
 from hawada_peft.latency.timing import Timing
-from hawada_peft.training import gate_importance
+from hawada_peft.planning.importance import gate_importance
+from hawada_peft.planning.plan import Plan
+from hawada_peft.search import budgeted as find_plan_module
+from hawada_peft.search.budgeted import find_plan
+from hawada_peft.search.effort import SearchEffort
+from hawada_peft.search.masked import MaskedQuality
+from hawada_peft.search.result import MOST_POINTS
+from hawada_peft.search.rounds import search
+from hawada_peft.search.space import SearchSpace, narrower_sizes, search_space
+from hawada_peft.search.state import frontier
+from hawada_peft.search.timed import dense_model, measure_table, regime_of
+from hawada_peft.search.timed_models import realiser
+from hawada_peft.vanilla.family import locate
+from hawada_peft.vanilla.legality import head_shapes
 
 DENSE = Shape(16, 4, 1024, 8)
 REGIME = Regime(mode="prefill", seq_len=8)
@@ -259,8 +261,8 @@ def test_shapes_and_places_of_a_space_agree() -> None:
 def test_parameters_are_those_of_the_built_model(row: object) -> None:
     model = build(row)
     layout = locate(model)
-    space = search_space(model, layout, REGIME, multiple=8, allow_rehome=True)
-    build_shape = realiser(model, layout, Regime())
+    space = search_space(layout, REGIME, multiple=8, allow_rehome=True)
+    build_shape = realiser(layout, Regime())
     for index in np.linspace(0, len(space) - 1, 7).astype(int):
         shape = space.shape(int(index))
         if not space.rehomed[space.heads.index(Shape(shape.num_attention_heads, shape.num_key_value_heads))]:
@@ -271,12 +273,12 @@ def test_parameters_are_those_of_the_built_model(row: object) -> None:
 
 def test_only_the_twin_takes_more_heads() -> None:
     model = build(LM_ROW)
-    alone = search_space(model, locate(model), REGIME)
-    both = search_space(model, locate(model), REGIME, allow_rehome=True)
+    alone = search_space(locate(model), REGIME)
+    both = search_space(locate(model), REGIME, allow_rehome=True)
     assert not any(alone.rehomed)
     assert len(both.heads) > len(alone.heads)
     assert both.rehomed[both.heads.index(Shape(6, 3))]
-    frozen = search_space(model, locate(model), REGIME, free=("ffn",))
+    frozen = search_space(locate(model), REGIME, free=("ffn",))
     assert frozen.layers == (4,)
     assert len(frozen.heads) == 1
     assert (both.memory > both.parameters * 4).all()  # a KV cache comes with prefill
@@ -285,7 +287,7 @@ def test_only_the_twin_takes_more_heads() -> None:
 def test_random_models_leave_the_random_state_alone() -> None:
     model = build(LM_ROW)
     before = torch.get_rng_state()
-    built = realiser(model, locate(model), Regime(dtype="bfloat16"))(Shape(4, 2, 40, 2))
+    built = realiser(locate(model), Regime(dtype="bfloat16"))(Shape(4, 2, 40, 2))
     assert torch.equal(torch.get_rng_state(), before)
     assert built.dtype is torch.bfloat16
     assert locate(built).dense == Shape(4, 2, 40, 2)
@@ -307,7 +309,7 @@ def test_masked_quality_is_nothing_for_the_dense_model_and_grows(row: object) ->
     dense = quality.layout.dense
     assert quality.loss(Plan.keep_all(dense)) == pytest.approx(0.0, abs=1e-6)
     assert quality.evaluate(Shape(num_hidden_layers=2)) > 0
-    space = search_space(quality.model.get_base_model(), quality.layout, Regime(), multiple=8)
+    space = search_space(quality.layout, Regime(), multiple=8)
     loss = quality.predict(space)
     assert loss.shape == (4, len(space.heads), len(space.ffn))
     assert loss.ravel()[space.index(dense)] == 0
@@ -318,7 +320,7 @@ def test_masked_quality_is_nothing_for_the_dense_model_and_grows(row: object) ->
 
 def test_measured_widths_are_met_by_the_prediction() -> None:
     quality = quality_of(LM_ROW)
-    space = search_space(quality.model.get_base_model(), quality.layout, Regime(), multiple=8)
+    space = search_space(quality.layout, Regime(), multiple=8)
     loss = quality.predict(space)
     shape = Shape(intermediate_size=72).complete(quality.layout.dense)  # three quarters: one of the measured widths
     assert loss.ravel()[space.index(shape)] == pytest.approx(quality.evaluate(shape), rel=1e-6)
@@ -326,7 +328,7 @@ def test_measured_widths_are_met_by_the_prediction() -> None:
 
 def test_layers_are_dropped_greedily_and_scored_anew() -> None:
     quality = quality_of(LM_ROW)
-    space = search_space(quality.model.get_base_model(), quality.layout, Regime(), multiple=8)
+    space = search_space(quality.layout, Regime(), multiple=8)
     quality.predict(space)
     first = {layer: quality.loss(quality._without([layer])) for layer in range(4)}
     assert quality._order[0] == min(first, key=first.__getitem__)
@@ -501,9 +503,9 @@ def test_hidden_sizes_are_searched_together_with_the_rest() -> None:
 def test_parameters_of_a_narrower_model_are_those_of_the_built_one(name: str) -> None:
     model = build(ROWS[name])
     layout = locate(model)
-    build_shape = realiser(model, layout, Regime())
-    for size in narrower_sizes(model, layout, multiple=16)[:2]:
-        space = search_space(model, layout, REGIME, multiple=16, hidden_size=size)
+    build_shape = realiser(layout, Regime())
+    for size in narrower_sizes(layout, multiple=16)[:2]:
+        space = search_space(layout, REGIME, multiple=16, hidden_size=size)
         for index in np.linspace(0, len(space) - 1, 5).astype(int):
             shape = space.shape(int(index))
             built = build_shape(shape)
@@ -513,16 +515,16 @@ def test_parameters_of_a_narrower_model_are_those_of_the_built_one(name: str) ->
 
 
 def test_narrower_sizes_are_legal_steps() -> None:
-    sizes = {name: narrower_sizes(build(ROWS[name]), locate(build(ROWS[name]))) for name in ("llama", "qwen3")}
+    sizes = {name: narrower_sizes(locate(build(ROWS[name]))) for name in ("llama", "qwen3")}
     assert sizes == {"llama": [56, 48, 40, 32], "qwen3": [56, 48, 40, 32]}
     model = build(LM_ROW)
-    assert narrower_sizes(model, locate(model), multiple=16) == [48, 32]
+    assert narrower_sizes(locate(model), multiple=16) == [48, 32]
 
 
 def test_the_loss_of_a_hidden_size_is_measured() -> None:
     quality = quality_of(LM_ROW, gates=("heads", "ffn", "layers", "hidden"))
     assert quality.free == ("heads", "ffn", "layers", "hidden")
-    space = search_space(quality.model.get_base_model(), quality.layout, Regime(), multiple=8, hidden_size=48)
+    space = search_space(quality.layout, Regime(), multiple=8, hidden_size=48)
     top = replace(quality.layout.dense, hidden_size=48)
     loss = quality.predict(space).ravel()
     assert loss[space.index(top)] == pytest.approx(quality.evaluate(top), rel=1e-9)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hawada_peft.export.shards import DTYPES, write_shard
+from hawada_peft.files.shards import DTYPES, write_shard
 
 
 def of_every_kind() -> dict[str, torch.Tensor]:

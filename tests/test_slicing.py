@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hawada_peft import slice_conv, slice_embedding, slice_linear
 from hawada_peft.errors import InvalidPlanError
-from hawada_peft.export.slicing import slice_tensor
+from hawada_peft.surgery.slicing import slice_tensor
 
 IN, OUT = [5, 0, 2], [1, 3]
 CONVS = [nn.Conv1d, nn.Conv2d, nn.Conv3d]

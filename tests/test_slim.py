@@ -25,8 +25,8 @@ from conftest import (
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, GenerationConfig
 
 from hawada_peft import Plan, Shape, save_slim, slim
-from hawada_peft.adapters.huggingface import locate
 from hawada_peft.errors import IncompatibleBaseError, UnsupportedModelError
+from hawada_peft.vanilla.family import locate
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

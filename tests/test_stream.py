@@ -21,7 +21,6 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from typer.testing import CliRunner
 
 from hawada_peft import ExportFacts, Plan, slim, slim_checkpoint
-from hawada_peft.adapters.huggingface import locate
 from hawada_peft.cli.program import app
 from hawada_peft.errors import (
     BrokenGatesError,
@@ -30,9 +29,10 @@ from hawada_peft.errors import (
     InvalidPlanError,
     UnsupportedModelError,
 )
-from hawada_peft.export.checkpoint import Checkpoint
-from hawada_peft.export.facts import CARD_NAME, REPORT_NAME
-from hawada_peft.export.fold import lora_of
+from hawada_peft.files.checkpoint import Checkpoint
+from hawada_peft.files.names import CARD_NAME, REPORT_NAME
+from hawada_peft.surgery.fold import lora_of
+from hawada_peft.vanilla.family import locate
 
 SMALL = "20KB"
 LORA = {"r": 3, "target_modules": "all-linear", "lora_dropout": 0.1}

@@ -14,16 +14,16 @@ from torch import nn
 
 from hawada_peft import Shape
 from hawada_peft.errors import HawAdaError, IncompatibleTableError
-from hawada_peft.export.legality import head_shapes
 from hawada_peft.latency import build as build_module
-from hawada_peft.latency import measure as measure_module
+from hawada_peft.latency import clock as measure_module
 from hawada_peft.latency.build import TablePlan, build_table, choose_pairs, random_shapes
 from hawada_peft.latency.cache import cached_table
+from hawada_peft.latency.clock import Effort
 from hawada_peft.latency.interpolate import bilinear, linear, smooth
-from hawada_peft.latency.measure import Effort
 from hawada_peft.latency.regime import Regime
 from hawada_peft.latency.runner import Runner
 from hawada_peft.latency.table import LatencyTable, Realised
+from hawada_peft.vanilla.legality import head_shapes
 
 DENSE = Shape(16, 4, 1024, 8)
 MODEL = {"model_type": "toy", "hidden_size": 64, "head_dim": 4, **DENSE.sizes()}

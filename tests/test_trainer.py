@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from hawada_peft import HawAdaTrainer, Shape, collect_gates
-from hawada_peft.training import kl_divergence
+from hawada_peft.distil.divergence import kl_divergence
 
 TARGET = Shape(4, 2, 40, 2)
 DATA = [{"input_ids": torch.randint(3, 128, (12,), generator=torch.Generator().manual_seed(i))} for i in range(8)]

@@ -17,18 +17,18 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from hawada_peft import HawAdaTrainer, LatencyBudget, Shape, collect_gates, init_gates
-from hawada_peft.adapters.huggingface import locate
-from hawada_peft.adapters.relaxation import RELAXATIONS
+from hawada_peft.distil.divergence import kl_divergence
 from hawada_peft.errors import HawAdaError, InfeasibleBudgetError
-from hawada_peft.export import find_plan as find_plan_module
-from hawada_peft.export.quality import MaskedQuality
-from hawada_peft.export.search_state import SearchEffort
-from hawada_peft.latency.measure import Effort
+from hawada_peft.gates.relaxation import RELAXATIONS
+from hawada_peft.latency.clock import Effort
 from hawada_peft.latency.regime import Regime
 from hawada_peft.latency.table import LatencyTable
 from hawada_peft.latency.timing import Timing
-from hawada_peft.training import kl_divergence
+from hawada_peft.search import budgeted as find_plan_module
+from hawada_peft.search.effort import SearchEffort
+from hawada_peft.search.masked import MaskedQuality
 from hawada_peft.training.trainer import STATE_FILE
+from hawada_peft.vanilla.family import locate
 
 ONCE = Effort(warmup=0, lead_in=0, min_rounds=1, max_rounds=1)
 BUDGET = LatencyBudget(speedup=1.5, mode="prefill", seq_len=8)

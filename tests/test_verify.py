@@ -26,8 +26,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from hawada_peft import Shape, save_slim, slim, verify_slim
 from hawada_peft.errors import VerificationError
-from hawada_peft.export.skeleton import auto_class_of
-from hawada_peft.export.verify import verify_files
+from hawada_peft.files.verify import verify_files
+from hawada_peft.vanilla.skeleton import auto_class_of
 
 
 @pytest.fixture(scope="module")

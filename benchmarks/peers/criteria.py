@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hawada_peft.adapters.huggingface import Layout
+from hawada_peft.vanilla.family import Layout
 
 from .peer import Batch
 from .surgery import ROUNDING, Keep, all_heads

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from hawada_peft.adapters.huggingface import locate
+from hawada_peft.vanilla.family import locate
 
 from .criteria import Moments, best, left, observe
 from .peer import Peer, Prepared, Work

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from hawada_peft.adapters.huggingface import locate
+from hawada_peft.vanilla.family import locate
 
 from .criteria import uniform
 from .peer import Peer, Prepared, Work

@@ -7,7 +7,7 @@ import copy
 import torch
 from transformers import PreTrainedModel
 
-from hawada_peft.adapters.huggingface import locate
+from hawada_peft.vanilla.family import locate
 
 from .criteria import heads_and_channels, left, observe
 from .peer import Batch, Peer, Prepared, Work

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from hawada_peft.adapters.huggingface import locate
+from hawada_peft.vanilla.family import locate
 
 from .criteria import best, left, observe
 from .peer import Peer, Prepared, Work

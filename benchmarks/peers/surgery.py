@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hawada_peft.adapters.huggingface import FFN, HEADS, KV_GROUPS, Layout, locate
 from hawada_peft.errors import InvalidPlanError, UnsupportedModelError
-from hawada_peft.export.slicing import slice_linear
+from hawada_peft.surgery.slicing import slice_linear
+from hawada_peft.vanilla.family import FFN, HEADS, KV_GROUPS, Layout, locate
 
 ROUNDING = 8
 """FFN channels stay in multiples of it, as kernels want (an odd size can be slower than the dense one)."""

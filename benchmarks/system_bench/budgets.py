@@ -12,15 +12,15 @@ from budget_search import FRACTIONS, StretchedQuality, answer, pass_seconds
 from latency_cases import parse_case
 from transformers import PreTrainedModel
 
-from hawada_peft.adapters.huggingface import locate
 from hawada_peft.errors import InfeasibleBudgetError
-from hawada_peft.export.find_plan import measure_table, realise_with
-from hawada_peft.export.space import SearchSpace, search_space
 from hawada_peft.latency.budget import LatencyBudget
 from hawada_peft.latency.build import TablePlan
-from hawada_peft.latency.measure import Effort
+from hawada_peft.latency.clock import Effort
 from hawada_peft.latency.regime import Regime
 from hawada_peft.latency.table import LatencyTable
+from hawada_peft.search.space import SearchSpace, search_space
+from hawada_peft.search.timed import measure_table, realise_with
+from hawada_peft.vanilla.family import locate
 
 from .presets import Preset
 from .rows import Row, Rows
@@ -64,7 +64,7 @@ class Searched:
         return measure_table(self.base, self.regime, plan=self.plan, cache=False)
 
     def space(self, table: LatencyTable) -> SearchSpace:
-        return search_space(self.base, locate(self.base), self.regime, multiple=table.multiple)
+        return search_space(locate(self.base), self.regime, multiple=table.multiple)
 
     def answer(self, table: LatencyTable, budget: LatencyBudget, curves: Curves, again: int) -> Row:
         """

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from transformers import LlamaConfig
 
 from hawada_peft.latency.build import TablePlan
-from hawada_peft.latency.measure import Effort
+from hawada_peft.latency.clock import Effort
 
 DECODE, PREFILL = "llama-3.2-1b:decode:1x1024:bfloat16:cuda_graph", "llama-3.2-1b:prefill:8x1024:bfloat16:eager"
 VIT, VIT_GRAPH = "vit-b16:forward:64:float32:eager", "vit-b16:forward:64:bfloat16:cuda_graph"

@@ -9,8 +9,8 @@ import typer
 
 from .. import __version__, commands
 from ..progress import Progress
-from .command import command, listed
 from .errors import EXIT_CODES
+from .options import command, listed
 
 WHOLE_WAY = (
     "hawada measure ./teacher --batch-size 8 --seq-len 256      what sizes cost here",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..progress import Progress
 
 if TYPE_CHECKING:
-    from ..demo import Row
+    from ..demo.table import Row
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class DemoResult:
         return {"rows": [asdict(row) for row in self.rows]}
 
     def __str__(self) -> str:
-        from ..demo import render
+        from ..demo.table import render
 
         return render(self.rows)
 
@@ -50,6 +50,6 @@ def demo(
         FileExistsError: if the folder holds something else under the demo's names.
         subprocess.CalledProcessError: if the exporting process fails.
     """
-    from ..demo import run_demo  # here, so that the other commands do not need scikit-learn
+    from ..demo.pipeline import run_demo
 
     return DemoResult(tuple(run_demo(os.fspath(output), quick=quick, progress=progress)))

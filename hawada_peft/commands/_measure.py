@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..adapters.huggingface import Shape
-from ..export.find_plan import measure_table, regime_of
-from ..latency import LatencyBudget, LatencyTable
-from ..loading import load_skeleton
+from ..latency.budget import LatencyBudget
+from ..latency.table import LatencyTable
 from ..progress import Progress
+from ..search.timed import measure_table, regime_of
+from ..vanilla.loading import load_skeleton
+from ..vanilla.shape import Shape
 from ._regime import RegimeOptions, checked_device
 
 if TYPE_CHECKING:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftModel, get_peft_model
 
 from ..config import HawAdaConfig
-from ..export.find_plan import find_plan
-from ..export.search_result import FORMAT, SearchResult
-from ..latency import LatencyBudget
-from ..loading import batches_of, load_examples, load_model
+from ..latency.budget import LatencyBudget
+from ..planning.importance import gate_importance
 from ..progress import Progress, progress_bar
-from ..training import gate_importance
+from ..recipes.readers import batches_of, load_examples
+from ..search.budgeted import find_plan
+from ..search.result import FORMAT, SearchResult
+from ..vanilla.loading import load_model
 from ._regime import RegimeOptions, checked_device
 
 if TYPE_CHECKING:

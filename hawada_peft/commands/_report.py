@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..report import WrittenReport
+    from ..page.write import WrittenReport
 
 
 def report(
@@ -34,6 +34,6 @@ def report(
     Raises:
         HawAdaError, OSError: as `write_report`.
     """
-    from ..report import write_report  # here, so that the other commands do not need matplotlib
+    from ..page.write import write_report
 
     return write_report(slim, output, training=training, search=search, peers=peers, pictures=pictures)

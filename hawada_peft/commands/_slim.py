@@ -6,12 +6,12 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..calibrated import slim_calibrated
 from ..errors import HawAdaError
-from ..export.plan import Plan
-from ..export.stream import SlimCheckpoint, slim_checkpoint
-from ..loading import batches_of, load_examples
+from ..planning.plan import Plan
 from ..progress import Progress
+from ..recipes.readers import batches_of, load_examples
+from ..shipping.calibrated import slim_calibrated
+from ..shipping.checkpoint import SlimCheckpoint, slim_checkpoint
 from ._plan import BATCH, SEQ_LEN
 from ._regime import checked_device
 

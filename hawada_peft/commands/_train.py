@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 from ..progress import Progress
-from ..recipes import Recipe, RecipeResult, train_recipe
+from ..recipes.recipe import Recipe
+from ..recipes.result import RecipeResult
+from ..recipes.run import train_recipe
 
 
 @dataclass(frozen=True)

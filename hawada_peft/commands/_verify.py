@@ -11,15 +11,18 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..errors import HawAdaError, InvalidPlanError, VerificationError
-from ..export.checkpoint import Checkpoint
-from ..export.facts import REPORT_NAME
-from ..export.fold import gates_config
-from ..export.passport import PassportLine
-from ..export.plan import Plan
-from ..export.runtimes import check_compile, check_onnx
-from ..export.stream import NO_PLAN, reference_logits
-from ..export.vanilla import config_problems, file_problems, read_report, size_problems, tensor_problems
-from ..export.verify import example_inputs, output_of, reload, verify_slim
+from ..files.checkpoint import Checkpoint
+from ..files.foreign import config_problems, file_problems, tensor_problems
+from ..files.names import REPORT_NAME
+from ..files.verify import reload, verify_slim
+from ..planning.plan import Plan
+from ..shipping.passport import PassportLine
+from ..shipping.reference import reference_logits
+from ..shipping.runtimes import check_compile, check_onnx
+from ..shipping.sizes import read_report, size_problems
+from ..shipping.stream import NO_PLAN
+from ..surgery.fold import gates_config
+from ..vanilla.outputs import example_inputs, output_of
 from ._slim import read_plan
 
 

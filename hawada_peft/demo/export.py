@@ -13,11 +13,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
-from .. import ExportFacts, QualityChange, Shape, save_slim, write_card
-from ..adapters.huggingface import locate
 from ..errors import UnsettledTimingWarning
-from ..export.find_plan import regime_of
-from ..latency import measure_many
+from ..latency.clock import measure_many
+from ..search.timed import regime_of
+from ..shipping.facts import ExportFacts, QualityChange
+from ..shipping.save import save_slim
+from ..shipping.write import write_card
+from ..vanilla.family import locate
+from ..vanilla.shape import Shape
 from .measure import BATCH, agreement, logits_of, one_thread
 from .table import Row
 from .tasks import SEARCH_FILE, TASKS, Effort, Task

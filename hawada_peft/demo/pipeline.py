@@ -16,10 +16,12 @@ from peft import get_peft_model
 from safetensors.torch import save_file
 from transformers import default_data_collator
 
-from .. import HawAdaConfig, HawAdaTrainer, init_gates
+from ..config import HawAdaConfig
 from ..errors import UnsettledTimingWarning
-from ..export.find_plan import find_plan
 from ..progress import Progress, progress_bar
+from ..search.budgeted import find_plan
+from ..training.start import init_gates
+from ..training.trainer import HawAdaTrainer
 from .data import Data, stack
 from .measure import logits_of, one_thread
 from .table import Row

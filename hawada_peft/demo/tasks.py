@@ -18,9 +18,10 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from ..export.search_state import SearchEffort
-from ..latency import Effort as TimingEffort
-from ..latency import LatencyBudget, TablePlan
+from ..latency.budget import LatencyBudget
+from ..latency.build import TablePlan
+from ..latency.clock import Effort as TimingEffort
+from ..search.effort import SearchEffort
 from .data import VOCABULARY, WINDOW, Data, load_digits, load_topics
 from .measure import accuracy, perplexity
 

@@ -2,7 +2,7 @@
 
 from .budget import LatencyBudget
 from .build import TablePlan, build_table
-from .measure import Effort, measure_built, measure_many
+from .clock import Effort, measure_built, measure_many
 from .regime import Regime
 from .table import LatencyTable, Realised
 from .timing import Timing

@@ -15,11 +15,11 @@ import torch
 import transformers
 from torch import nn
 
-from ..adapters.huggingface.shape import Shape
 from ..errors import HawAdaError
 from ..progress import Progress
+from ..vanilla.shape import Shape
+from .clock import Clock, Effort, Sync, measure_built
 from .fit import Observation, fit_costs
-from .measure import Clock, Effort, Sync, measure_built
 from .regime import Regime
 from .table import LatencyTable, Realised
 from .timing import Timing

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from ..adapters.huggingface.shape import Shape
+from ..vanilla.shape import Shape
 from .build import TablePlan
 from .regime import Regime
 from .table import LatencyTable

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..adapters.huggingface.shape import Shape
+from ..vanilla.shape import Shape
 
 BEND = 0.03
 """How far a cost is off a straight line or a plane, typically, in parts of a dense layer."""

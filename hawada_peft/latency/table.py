@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..adapters.huggingface.shape import AXES, Shape
 from ..errors import IncompatibleTableError
+from ..vanilla.shape import AXES, Shape
 from .interpolate import bilinear, linear, smooth
 from .regime import Regime
 

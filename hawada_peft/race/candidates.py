@@ -10,12 +10,12 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..adapters.huggingface.shape import Shape
 from ..errors import IllegalShapeError, InfeasibleBudgetError
-from ..export.legality import check_legal
-from ..export.plan import Plan
-from ..export.rank import ffn_multiple
-from ..export.search_result import SearchResult
+from ..planning.plan import Plan
+from ..planning.sizes import ffn_multiple
+from ..search.result import SearchResult
+from ..vanilla.legality import check_legal
+from ..vanilla.shape import Shape
 from .fits import Fits, largest
 from .judge import Judge
 
@@ -206,7 +206,11 @@ def field_of(
     seen: set[Plan] = set()
     found: dict[str, list[Candidate]] = {}
     for source, plans in sources.items():
-        new = [plan for plan in dict.fromkeys(plans) if plan not in seen and not plan.keeps_all and _enters(judge, fits, plan)]
+        new = [
+            plan
+            for plan in dict.fromkeys(plans)
+            if plan not in seen and not plan.keeps_all and _enters(judge, fits, plan)
+        ]
         seen.update(new)
         ms = [None if fits.time is None else fits.ms(plan.shape) for plan in new]
         entered = [Candidate(plan, source, each, judge.loss(plan)) for plan, each in zip(new, ms, strict=True)]
@@ -250,7 +254,7 @@ def neighbours(judge: Judge, fits: Fits) -> list[Candidate]:
 
 def _enters(judge: Judge, fits: Fits, plan: Plan) -> bool:
     try:
-        check_legal(judge.dense, judge.layout, plan.shape)
+        check_legal(judge.layout, plan.shape)
     except IllegalShapeError as error:
         logger.info("%s does not enter: %s", plan, error)
         return False

@@ -6,17 +6,18 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
-from ..adapters.huggingface.family import locate
-from ..adapters.huggingface.shape import Shape
-from ..export.find_plan import realise_with, regime_of
-from ..export.legality import edit_config
 from ..latency.budget import LatencyBudget
-from ..latency.measure import Effort
+from ..latency.clock import Effort
 from ..progress import Progress
+from ..search.timed import realise_with, regime_of
+from ..vanilla.family import Layout, locate
+from ..vanilla.resize import edit_config
+from ..vanilla.shape import Shape
 
 logger = logging.getLogger(__name__)
 
@@ -128,11 +129,13 @@ def fits_of(
 
     def memory(shape: Shape) -> float:
         sizes = shape.sizes()
-        return weight * parameters_at(dense, shape) + cache * sizes["num_key_value_heads"] * sizes["num_hidden_layers"]
+        return (
+            weight * parameters_at(layout, shape) + cache * sizes["num_key_value_heads"] * sizes["num_hidden_layers"]
+        )
 
     sizes: list[tuple[Size, float]] = []
     if budget.max_parameters is not None:
-        sizes.append((lambda shape: parameters_at(dense, shape), budget.max_parameters))
+        sizes.append((partial(parameters_at, layout), budget.max_parameters))
     if budget.max_memory is not None:
         sizes.append((memory, budget.max_memory))
     return Fits(layout.dense, time, budget.limit_ms, tolerance, sizes)
@@ -141,12 +144,12 @@ def fits_of(
 def no_larger(dense: PreTrainedModel, shape: Shape) -> Fits:
     """The shapes with no more parameters than one: what a race without a budget is about."""
     layout = locate(dense)
-    most = parameters_at(dense, layout.complete(shape))
-    return Fits(layout.dense, sizes=[(lambda shape: parameters_at(dense, shape), most)])
+    most = parameters_at(layout, layout.complete(shape))
+    return Fits(layout.dense, sizes=[(partial(parameters_at, layout), most)])
 
 
-def parameters_at(dense: PreTrainedModel, shape: Shape) -> int:
+def parameters_at(layout: Layout, shape: Shape) -> int:
     """Parameters of a model of a complete shape, by building it on the meta device."""
     layers = (0,) * shape.sizes()["num_hidden_layers"]  # per-layer lists say nothing of sizes
     with torch.device("meta"):
-        return int(type(dense)(edit_config(dense.config, locate(dense), shape, layers=layers)).num_parameters())
+        return int(layout.model_class(edit_config(layout, shape, layers=layers)).num_parameters())

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,18 +13,16 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..adapters.huggingface.family import locate
-from ..adapters.huggingface.shape import Shape
 from ..errors import HawAdaError
-from ..export.fidelity import position_mask
-from ..export.plan import Plan
-from ..export.rank import UnitScores, rank
-from ..export.slim import slim
-from ..export.streams import Stream
-from ..export.verify import output_of
-from ..training.draws import draw_classes
-
-Batch = Mapping[str, Any]
+from ..gates.reading import UnitScores
+from ..planning.plan import Plan
+from ..planning.ranking import rank
+from ..refit.layerwise import Stream
+from ..surgery.slimming import slim
+from ..vanilla.draws import draw_classes
+from ..vanilla.family import locate
+from ..vanilla.outputs import Batch, output_of, position_mask
+from ..vanilla.shape import Shape
 
 
 @dataclass(frozen=True)
@@ -77,10 +74,9 @@ class Judge:
         if plan not in self._losses:
             small = slim(self.dense, plan).eval()
             sums = torch.zeros(2, dtype=torch.float64)
-            with torch.inference_mode():
-                for each in self._references:
-                    lost = (each.log_dense - _log_odds(output_of(small, each.batch), each.outcomes)) * each.counts
-                    sums += torch.stack([lost.double().sum(), each.counts.double().sum()]).cpu()
+            for each in self._references:
+                lost = (each.log_dense - _log_odds(output_of(small, each.batch), each.outcomes)) * each.counts
+                sums += torch.stack([lost.double().sum(), each.counts.double().sum()]).cpu()
             self._losses[plan] = float(sums[0] / sums[1])
         return self._losses[plan]
 
@@ -132,9 +128,8 @@ class Judge:
     @cached_property
     def _energies(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """Per layer (query heads,) and (channels,), float64, on the CPU."""
-        names = [
-            name for layer in range(self.layers) for name in (self.layout.attention_out(layer), self.layout.ffn_out(layer))
-        ]
+        ends = [(self.layout.attention_out(layer), self.layout.ffn_out(layer)) for layer in range(self.layers)]
+        names = [name for pair in ends for name in pair]
         squares = dict.fromkeys(names, torch.zeros(()))
 
         def see(name: str, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -182,9 +177,8 @@ class Judge:
 
 def _log_odds(logits: torch.Tensor, outcomes: torch.Tensor) -> torch.Tensor:
     """From logits (..., classes) and classes (..., 1) to log-probabilities (...), float32."""
-    return torch.stack(
-        [row.float().gather(-1, drawn).squeeze(-1) - row.float().logsumexp(-1) for row, drawn in zip(logits, outcomes, strict=True)]
-    )
+    rows = zip((row.float() for row in logits), outcomes, strict=True)  # one at a time: they can be large
+    return torch.stack([row.gather(-1, drawn).squeeze(-1) - row.logsumexp(-1) for row, drawn in rows])
 
 
 def _columns(module: nn.Module) -> torch.Tensor:

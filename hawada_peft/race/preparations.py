@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..export.plan import Plan
-from ..export.reconstruct import DAMPINGS, refit_model
-from ..export.fidelity import all_reduced
+from ..planning.plan import Plan
 from ..refit.cosine import refine_cosine
+from ..refit.fidelity import all_reduced
 from ..refit.magnitude import compensate_magnitude, stream_magnitudes
+from ..refit.reconstruction import DAMPINGS, refit_model
+from ..vanilla.outputs import Batch
 
 logger = logging.getLogger(__name__)
-Batch = Mapping[str, Any]
 Preparation = Callable[[PreTrainedModel, PreTrainedModel, Plan, Sequence[Batch]], None]
 """Takes the dense model, the slim one, its plan and calibration batches, and changes the slim model in place."""
 

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..errors import HawAdaError
-from ..export.search_result import SearchResult
 from ..latency.budget import LatencyBudget
-from ..latency.measure import Effort
+from ..latency.clock import Effort
+from ..search.result import SearchResult
 from .candidates import Candidate
 from .preparations import PLAIN, PREPARATIONS
 from .record import Entrant, RaceRecord, Run
@@ -132,7 +132,9 @@ def entrants_of(field: Iterable[Candidate], race: Race, neighbours: Iterable[Can
     first = race.preparations[0]
     found = [Entrant(each.plan, each.source, first, each.ms, each.loss) for each in field]
     known = {each.plan for each in found}
-    beside = [Entrant(e.plan, e.source, first, e.ms, e.loss, neighbour=True) for e in neighbours if e.plan not in known]
+    beside = [
+        Entrant(e.plan, e.source, first, e.ms, e.loss, neighbour=True) for e in neighbours if e.plan not in known
+    ]
     return [*found, *beside]
 
 
@@ -177,30 +179,28 @@ def run_race(
     if record.best is not None:
         return record.best
     first = preparations[0]
+    able = [each for each in record.entrants if not each.neighbour]
+    if len(able) == len(preparations) == 1:  # nobody to run against
+        record.winner = able[0].key
+        record.write()
+        return able[0]
     run([each for each in record.entrants if each.preparation == first], 0)
-    leader = record.entrant(record.standing(0)[0].entrant)
+    leader = record.entrant(_finite(record, 0)[0].entrant)
     known = {each.key for each in record.entrants}
-    for name in preparations[1:] if _can_be_prepared(leader) else ():
-        again = replace(leader, preparation=name)
-        if again.key not in known:
-            record.entrants.append(again)
+    again = [replace(leader, preparation=name) for name in preparations[1:] if leader.plan.hidden is None]
+    record.entrants.extend(each for each in again if each.key not in known)
     run([each for each in record.entrants if each.preparation != first], 0)
-    for rung in range(len(record.lengths)):
-        standing = [each for each in record.standing(rung) if not math.isnan(each.loss)]
-        if not standing:
-            raise HawAdaError("no plan of the race could be trained to a finite loss; lower the learning rate")
-        last = rung == len(record.lengths) - 1
-        count = 1 if last else math.ceil(len(standing) / 2)
-        if count == 1:
-            record.winner = standing[0].entrant
-            break
-        on = [each.entrant for each in standing[:count]]
+    rung, standing = 0, _finite(record, 0)
+    while len(standing) > 1 and rung + 1 < len(record.lengths):
+        on = [each.entrant for each in standing[: math.ceil(len(standing) / 2)]]
         if retire is not None:
             retire(on)
-        run([record.entrant(key) for key in on], rung + 1)
+        rung += 1
+        run([record.entrant(key) for key in on], rung)
+        standing = _finite(record, rung)
+    winner = record.entrant(standing[0].entrant)
+    record.winner = winner.key
     record.write()
-    winner = record.best
-    assert winner is not None
     if retire is not None:
         retire([winner.key])
     for line in record.lines():
@@ -208,9 +208,14 @@ def run_race(
     return winner
 
 
-def _can_be_prepared(entrant: Entrant) -> bool:
-    """Preparations compare residual streams of one width."""
-    return entrant.plan.hidden is None
+def _finite(record: RaceRecord, rung: int) -> list[Run]:
+    """The runs of a rung that came to a loss, the best first."""
+    found = [run for run in record.standing(rung) if math.isfinite(run.loss)]
+    if not found:
+        raise HawAdaError(
+            f"no plan was trained to a finite loss in rung {rung + 1} of the race; lower its learning rate"
+        )
+    return found
 
 
 def _runs_to_come(record: RaceRecord) -> float:

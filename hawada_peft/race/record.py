@@ -1,4 +1,4 @@
-"""The record of a race: who ran, who left when, at what loss. Written after every run, so that a race can be resumed."""
+"""The record of a race: who ran, who left when, at what loss. Written after every run: a race can be resumed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HawAdaError
-from ..export.plan import Plan
+from ..planning.plan import Plan
 
 FORMAT = 1
 NAME = "race.json"
@@ -162,9 +162,7 @@ class RaceRecord:
             "limit_ms": self.limit_ms,
             "share": self.share,
             "seconds": self.seconds,
-            "entrants": [
-                {"key": each.key, "name": each.name} | each.to_dict() for each in self.entrants
-            ],
+            "entrants": [{"key": each.key, "name": each.name} | each.to_dict() for each in self.entrants],
             "runs": [asdict(run) | {"loss": None if math.isnan(run.loss) else run.loss} for run in self.runs],
             "winner": self.winner,
             "cost": self.cost,

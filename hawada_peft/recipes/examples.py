@@ -11,7 +11,8 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from ..errors import HawAdaError
-from ..loading import load_examples, load_skeleton
+from ..vanilla.loading import load_skeleton
+from .readers import load_examples
 from .settings import DataSource
 
 Example = dict[str, torch.Tensor]

@@ -9,9 +9,8 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ..export.facts import QualityChange
-from ..export.fidelity import position_mask
-from ..export.verify import output_of
+from ..shipping.facts import QualityChange
+from ..vanilla.outputs import output_of, position_mask
 
 
 @torch.inference_mode()

@@ -13,15 +13,17 @@ import yaml  # type: ignore[import-untyped]
 from peft import LoraConfig
 from transformers import TrainingArguments
 
-from ..adapters.huggingface import Shape
 from ..config import HawAdaConfig
+from ..distil.objective import Distillation
 from ..errors import HawAdaError
-from ..export.search_state import SearchEffort
-from ..latency import Effort, LatencyBudget, TablePlan
+from ..latency.budget import LatencyBudget
+from ..latency.build import TablePlan
+from ..latency.clock import Effort
 from ..latency.regime import DTYPES
-from ..training.objective import Distillation
+from ..search.effort import SearchEffort
 from ..training.phases import Phases
 from ..training.trainer import HawAdaTrainer
+from ..vanilla.shape import Shape
 from .schema import checked, sections, unknown_names
 from .settings import DataSource, ReconstructionStep
 

@@ -25,20 +25,22 @@ from transformers import (
     set_seed,
 )
 
-from ..adapters.huggingface import locate
+from ..distil.recovery import recover
 from ..errors import HawAdaError
-from ..export.beside import dense_afterwards
-from ..export.facts import ExportFacts, calibration_facts
-from ..export.find_plan import regime_of
-from ..export.plan import Plan
-from ..export.reconstruct import Reconstruction
-from ..export.verify import save_slim
-from ..latency import LatencyBudget, Timing, measure_many
+from ..latency.budget import LatencyBudget
+from ..latency.clock import measure_many
 from ..latency.regime import DTYPES, Regime
-from ..loading import load_model, processor_of
+from ..latency.timing import Timing
+from ..planning.plan import Plan
 from ..progress import Progress
-from ..training.recovery import recover
+from ..refit.reconstruction import Reconstruction
+from ..search.timed import regime_of
+from ..shipping.facts import ExportFacts, calibration_facts
+from ..shipping.save import save_slim
+from ..surgery.dense import dense_afterwards
 from ..training.trainer import HawAdaTrainer
+from ..vanilla.family import locate
+from ..vanilla.loading import load_model, processor_of
 from .examples import Example, batches_from, load_data
 from .measures import qualities
 from .recipe import Recipe

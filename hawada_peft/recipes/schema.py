@@ -13,13 +13,15 @@ from huggingface_hub.dataclasses import type_validator
 from peft import LoraConfig
 from transformers import TrainingArguments
 
-from ..adapters.huggingface import Shape
 from ..config import HawAdaConfig
-from ..export.find_plan import find_plan
-from ..export.search_state import SearchEffort
-from ..latency import Effort, LatencyBudget, TablePlan
-from ..training.recovery import recover
+from ..distil.recovery import recover
+from ..latency.budget import LatencyBudget
+from ..latency.build import TablePlan
+from ..latency.clock import Effort
+from ..search.budgeted import find_plan
+from ..search.effort import SearchEffort
 from ..training.trainer import HawAdaTrainer
+from ..vanilla.shape import Shape
 from .settings import DataSource, ReconstructionStep
 
 Hints = dict[str, Any]

@@ -1,1 +1,1 @@
-"""A slim model's weights fitted to the dense model in closed form, or nearly so."""
+"""From calibration batches to refitted projections."""

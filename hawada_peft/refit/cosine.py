@@ -9,12 +9,12 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..adapters.huggingface.family import locate
 from ..errors import UnsupportedModelError
-from ..export.fidelity import Batch, position_mask
-from ..export.plan import Plan
-from ..export.projections import as_projection
-from ..export.streams import Stream, residual_gains
+from ..planning.plan import Plan
+from ..vanilla.family import locate
+from ..vanilla.outputs import Batch, position_mask
+from .layerwise import Stream, residual_gains
+from .projections import as_projection
 
 ROWS = 1024
 """Positions per step."""

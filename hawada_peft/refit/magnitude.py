@@ -1,4 +1,4 @@
-"""The magnitude that dropped layers gave to the residual stream, made up for in the weights of the layers that stay."""
+"""The magnitude that dropped layers gave to the residual stream, made up for in the layers that stay."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from ..adapters.huggingface.family import locate
 from ..errors import UnsupportedModelError
-from ..export.fidelity import Batch, Reduce, all_reduced, position_mask
-from ..export.plan import Plan
-from ..export.projections import as_projection
-from ..export.streams import Stream, residual_gains
+from ..planning.plan import Plan
+from ..vanilla.family import locate
+from ..vanilla.outputs import Batch, position_mask
+from .fidelity import Reduce, all_reduced
+from .layerwise import Stream, residual_gains
+from .projections import as_projection
 
 
 def stream_magnitudes(dense: PreTrainedModel, batches: Sequence[Batch], reduce: Reduce = all_reduced) -> list[float]:

@@ -1,11 +1,13 @@
 """Training of gates: distillation from the frozen model itself, to a target shape."""
 
-from .distill import get_student_logits, get_teacher_logits, kl_divergence, mean_squared_error
-from .distill_trainer import DistillTrainer
-from .importance import gate_importance, init_gates
-from .objective import Distillation
+from ..distil.divergence import get_teacher_logits, kl_divergence, mean_squared_error
+from ..distil.objective import Distillation
+from ..distil.recovery import recover
+from ..distil.trainer import DistillTrainer
+from ..planning.importance import gate_importance
+from ..vanilla.outputs import get_student_logits
 from .penalties import size_penalty
-from .recovery import recover
+from .start import init_gates
 from .trainer import HawAdaTrainer
 
 __all__ = [

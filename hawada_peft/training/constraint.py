@@ -3,75 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 
-from ..adapters.base import BLOCK, LAYER, UNITS, GateAdapter
-from ..adapters.gates import SigmoidGate
-from ..adapters.huggingface.family import Layout
-from ..adapters.huggingface.shape import Shape
+from ..gates.reading import ExpectedSizes
 from ..latency.table import LatencyTable
-
-
-@dataclass(frozen=True)
-class ExpectedSizes:
-    """
-    The sizes that gates expect, per layer: sums of the probabilities that units stay. Differentiable.
-
-    Args:
-        heads, kv_groups, ffn: (layers,).
-        layers: (layers,) the probability that each layer stays.
-    """
-
-    heads: torch.Tensor
-    kv_groups: torch.Tensor
-    ffn: torch.Tensor
-    layers: torch.Tensor
-
-    def mean(self) -> np.ndarray:
-        """(query heads, KV groups, FFN channels) of the average layer that stays, and the number of layers."""
-        part = (self.layers / self.layers.sum().clamp(min=1e-6)).detach()
-        widths = [float((part * axis.detach()).sum()) for axis in (self.heads, self.kv_groups, self.ffn)]
-        return np.array([*widths, float(self.layers.detach().sum())])
-
-
-def expected_sizes(model: nn.Module, layout: Layout, adapter_name: str) -> ExpectedSizes:
-    """
-    Read the expected sizes off a model's gates. What has no gates is dense. A KV group stays as likely as the
-    likeliest of its heads, a layer as likely as the product of the gates on its blocks.
-
-    Args:
-        model: the base model with adapters in it.
-        layout: its family row and sizes.
-        adapter_name: whose gates.
-    """
-    sizes = layout.dense.sizes()
-    device = next(model.parameters()).device
-    columns: list[list[torch.Tensor]] = [[], [], [], []]
-    for layer in range(sizes["num_hidden_layers"]):
-        attention, ffn = (
-            _open(model.get_submodule(end), adapter_name, device)
-            for end in (layout.attention_out(layer), layout.ffn_out(layer))
-        )
-        heads = attention.get(UNITS, torch.ones(sizes["num_attention_heads"], device=device))
-        channels = ffn.get(UNITS, torch.ones(1, device=device))
-        whole = attention.get(LAYER, ffn.get(LAYER, torch.ones(1, device=device)))
-        if BLOCK in attention and BLOCK in ffn:
-            whole = whole * attention[BLOCK] * ffn[BLOCK]
-        columns[0].append(heads.sum())
-        columns[1].append(heads.reshape(-1, layout.dense.heads_per_group).amax(1).sum())
-        columns[2].append(channels.mean() * sizes["intermediate_size"])
-        columns[3].append(whole.sum())
-    return ExpectedSizes(*(torch.stack(column) for column in columns))
-
-
-def _open(module: nn.Module, adapter_name: str, device: torch.device) -> dict[str, torch.Tensor]:
-    gates: dict[str, SigmoidGate] = module.gates(adapter_name) if isinstance(module, GateAdapter) else {}
-    return {slot: gate.open_probability().to(device) for slot, gate in gates.items()}
+from ..vanilla.shape import Shape
 
 
 class LatencyConstraint:

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..adapters.huggingface.family import Layout
-from ..adapters.huggingface.shape import Shape
-from ..export.plan import Plan
-from ..export.rank import UnitScores, gate_scores, rank
-from ..export.space import SearchSpace
+from ..gates.reading import UnitScores, expected_sizes, gate_scores
 from ..latency.table import LatencyTable
-from .constraint import expected_sizes
+from ..planning.plan import Plan
+from ..planning.ranking import rank
+from ..search.space import SearchSpace
+from ..vanilla.family import Layout
+from ..vanilla.shape import Shape
 
 
 class GateQuality:

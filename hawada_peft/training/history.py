@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from ..adapters.base import BLOCK, LAYER, UNITS, GateAdapter
-from ..adapters.gates import SigmoidGate
-from ..adapters.huggingface.family import FFN, HEADS, Layout, locate
-from ..export.find_plan import dense_model
-from ..export.plan import Plan
-from ..export.rank import LAYERS
-from .constraint import expected_sizes
+from ..gates.adapter import BLOCK, LAYER, UNITS, GateAdapter
+from ..gates.kinds import SigmoidGate
+from ..gates.reading import expected_sizes
+from ..planning.plan import Plan
+from ..planning.ranking import LAYERS
+from ..search.timed import dense_model
+from ..vanilla.family import FFN, HEADS, Layout, locate
 
 HISTORY_FILE = "gate_history.json"
 FORMAT = 1

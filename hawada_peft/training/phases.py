@@ -9,11 +9,11 @@ from typing import Any, cast
 
 from peft import PeftModel
 
-from ..adapters.attach import collect_gates
-from ..adapters.huggingface.shape import Shape
-from ..adapters.relaxation import RELAXATIONS, Relaxation
 from ..errors import HawAdaError
-from ..export.plan import Plan
+from ..gates.attach import collect_gates
+from ..gates.relaxation import RELAXATIONS, Relaxation
+from ..planning.plan import Plan
+from ..vanilla.shape import Shape
 from .goal import Goal
 
 REPLANS = 16

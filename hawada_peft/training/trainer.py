@@ -20,24 +20,29 @@ from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..adapters.attach import collect_gates
-from ..adapters.base import GateAdapter
-from ..adapters.huggingface.shape import Shape
-from ..adapters.relaxation import RELAXATIONS
+from ..distil.divergence import get_teacher_logits
+from ..distil.objective import Distillation
+from ..distil.unlabelled import UnlabelledTrainer
 from ..errors import HawAdaError
-from ..export.find_plan import find_plan, measure_table, regime_of
-from ..export.plan import Plan
-from ..export.rounding import Rounding
+from ..gates.adapter import GateAdapter
+from ..gates.attach import collect_gates
+from ..gates.reading import axes_of
+from ..gates.relaxation import RELAXATIONS
 from ..latency.budget import LatencyBudget
 from ..latency.table import LatencyTable
-from .distill import Batch, get_student_logits, get_teacher_logits, position_mask
-from .goal import Goal, LatencyGoal, ShapeGoal, axes_of
+from ..planning.importance import gate_importance
+from ..planning.plan import Plan
+from ..planning.rounding import Rounding
+from ..search.budgeted import find_plan
+from ..search.timed import measure_table, regime_of
+from ..vanilla.outputs import Batch, get_student_logits, position_mask
+from ..vanilla.shape import Shape
+from .goal import Goal, ShapeGoal
 from .history import GateHistory
-from .importance import gate_importance, init_gates
-from .objective import Distillation
+from .latency_goal import LatencyGoal
 from .penalties import bimodality_penalty, floor_penalty
 from .phases import Phases
-from .unlabelled import UnlabelledTrainer
+from .start import init_gates
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +209,7 @@ class HawAdaTrainer(UnlabelledTrainer):
         """The distillation loss, and while the gates are soft the penalties; arguments as in `Trainer`."""
         teacher = get_teacher_logits(self.accelerator.unwrap_model(model), inputs)
         student = get_student_logits(model, inputs)
-        terms = self.objective.terms(student, teacher, position_mask(student, inputs))
+        terms = self.objective.terms(student, teacher, position_mask(inputs, student.shape[:-1]))
         loss = self.objective.loss(terms)
         if model.training and not self.decided:
             for name, (weight, term) in self._penalties().items():

@@ -1,0 +1,72 @@
+"""Distillation of a gated model from itself: one copy of the weights is both teacher and student.
+
+References:
+    Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (2015).
+"""
+
+from __future__ import annotations
+
+import torch
+from peft import PeftModel
+
+from ..vanilla.outputs import Batch, get_student_logits
+from .sliced_loss import Divergence, SquaredError, mean_over_positions
+
+
+def get_teacher_logits(model: PeftModel, batch: Batch) -> torch.Tensor:
+    """
+    The dense model's logits: the same weights with the adapter disabled, in evaluation mode, without gradients.
+
+    Args:
+        model: the PEFT model itself.
+        batch: keyword arguments of its forward pass; labels are left out.
+
+    Returns:
+        As `get_student_logits`.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), model.disable_adapter():
+            return get_student_logits(model, batch)
+    finally:
+        model.train(training)
+
+
+def kl_divergence(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    `T^2 KL(teacher || student)` of the softened distributions, averaged over positions (Hinton et al., 2015).
+
+    Computed slice by slice, as is the gradient: no float32 copy of all logits is made.
+
+    Args:
+        student_logits, teacher_logits: (..., classes); gradients flow to the student's alone.
+        temperature: T, above 0.
+        mask: (...), nonzero where a position counts; all if left out.
+
+    Returns:
+        () in nats, float32 or wider.
+    """
+    return mean_over_positions(Divergence(temperature), student_logits, teacher_logits, mask)
+
+
+def mean_squared_error(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, *, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    The squared difference of logits, averaged over classes and positions.
+
+    Args:
+        student_logits, teacher_logits: (..., classes); gradients flow to the student's alone.
+        mask: (...), nonzero where a position counts; all if left out.
+
+    Returns:
+        (), float32 or wider.
+    """
+    return mean_over_positions(SquaredError(), student_logits, teacher_logits, mask)

@@ -1,0 +1,74 @@
+"""The objective that every trainer here shares: what the student's logits lose against the teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import inf
+
+import torch
+
+from ..errors import HawAdaError
+from .divergence import kl_divergence, mean_squared_error
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """
+    `kl_weight * KL + mse_weight * MSE` of logits: the divergence of Hinton et al. (2015), the squared difference of
+    Ba and Caruana, "Do Deep Nets Really Need to be Deep?" (2014).
+
+    Args:
+        kd_temperature (`float`): T of the KL divergence, above 0.
+        kl_weight, mse_weight (`float`): weights of the two terms, not negative, and one of them above 0.
+
+    Raises:
+        HawAdaError: listing everything that is wrong with the arguments.
+
+    Example:
+        >>> import torch
+        >>> objective = Distillation(mse_weight=0.5)
+        >>> terms = objective.terms(torch.zeros(2, 3, 8), torch.ones(2, 3, 8))
+        >>> sorted(terms), objective.loss(terms).item()
+        (['kl', 'mse'], 0.5)
+    """
+
+    kd_temperature: float = 1.0
+    kl_weight: float = 1.0
+    mse_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 0 < self.kd_temperature < inf:
+            problems.append(f"kd_temperature must be above 0 and finite, got {self.kd_temperature}")
+        weights = (self.kl_weight, self.mse_weight)
+        if not all(0 <= weight < inf for weight in weights) or sum(weights) == 0:
+            problems.append(
+                "weights must be finite and not negative, and one of kl_weight and mse_weight above 0, got "
+                f"kl_weight={self.kl_weight}, mse_weight={self.mse_weight}"
+            )
+        if problems:
+            raise HawAdaError("\n".join(problems))
+
+    def terms(
+        self, student_logits: torch.Tensor, teacher_logits: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """
+        The terms of the loss before their weights.
+
+        Args:
+            student_logits, teacher_logits: (..., classes), of any float dtypes.
+            mask: (...), nonzero where a position counts; all if left out.
+
+        Returns:
+            "kl", and "mse" if its weight is above 0: () each, averaged over positions, float32 or wider.
+        """
+        terms = {"kl": kl_divergence(student_logits, teacher_logits, temperature=self.kd_temperature, mask=mask)}
+        if self.mse_weight:
+            terms["mse"] = mean_squared_error(student_logits, teacher_logits, mask=mask)
+        return terms
+
+    def loss(self, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The weighted sum, (), of what `terms` returned."""
+        loss = self.kl_weight * terms["kl"]
+        return loss + self.mse_weight * terms["mse"] if self.mse_weight else loss

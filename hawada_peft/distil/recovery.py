@@ -1,0 +1,127 @@
+"""Recovery: prune, then train the slim model to compute what the dense model computes. One call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel, TrainingArguments
+
+from ..errors import HawAdaError
+from ..gates.adapter import GateAdapter
+from ..planning.plan import Plan
+from ..refit.reconstruction import Reconstruction, reconstruct
+from ..surgery.dense import dense_afterwards
+from ..surgery.slimming import slim
+from ..vanilla.outputs import Batch
+from .objective import Distillation
+from .trainer import DistillTrainer
+
+
+def recover(
+    model: PeftModel | PreTrainedModel,
+    args: TrainingArguments | None = None,
+    *,
+    train_dataset: Any,
+    plan: Plan | None = None,
+    lora: LoraConfig | None = None,
+    calibration: Iterable[Batch] | None = None,
+    on_reconstruction: Callable[[Reconstruction], None] | None = None,
+    kd_temperature: float = 1.0,
+    kl_weight: float = 1.0,
+    mse_weight: float = 0.0,
+    resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """
+    Remove what the plan closes, then distil the dense model into what is left.
+
+    The slim model starts as what `merge_and_unload` gives: gates folded, equal to the gated model under its plan. The
+    dense model is the teacher; memory holds both. Afterwards it is as it was before there were gates: `model` is used
+    up, as by `merge_and_unload`, and its base model is the dense model again, bit for bit.
+
+    Args:
+        model (`PeftModel` or `PreTrainedModel`): a gated model under a plan; or a dense one, with `plan`.
+        args (`TrainingArguments`): as in `Trainer`, for the training of the slim model.
+        train_dataset: what the dense model's behaviour is to be kept on. No labels needed.
+        plan (`Plan`, *optional*): what to keep; the applied plan if left out.
+        lora (`LoraConfig`, *optional*): train LoRA on the slim model, merged at the end; all weights if left out.
+        calibration (*optional*): batches to refit the slim model on by least squares first, as `reconstruct` does. It
+            costs no training and gives a better start.
+        on_reconstruction (*optional*): called with the `Reconstruction`, which tells what that did.
+        kd_temperature (`float`): T of the KL divergence.
+        kl_weight (`float`): weight of the divergence.
+        mse_weight (`float`): weight of the squared difference of logits.
+        resume_from_checkpoint (*optional*): as in `Trainer.train`, of a run that started from the same model.
+        kwargs: as in `Trainer`: `eval_dataset`, `data_collator`, `callbacks`, ...
+
+    Returns:
+        `PreTrainedModel`: the slim vanilla model, trained, in the mode and with the config that it would have without
+        the training.
+
+    Raises:
+        HawAdaError: listing everything that is wrong with the arguments; nothing has been changed then. Also as
+            `reconstruct`, if there is too little to calibrate on.
+        IncompatibleBaseError, IllegalShapeError, BrokenGatesError, UnsupportedModelError: as `merge_and_unload`.
+    """
+    problems = []
+    gated = isinstance(model, PeftModel) and any(isinstance(module, GateAdapter) for module in model.modules())
+    chosen = cast(Any, model).applied_plan() if gated and plan is None else plan
+    if not gated and not isinstance(model, PreTrainedModel):
+        problems.append(
+            "model must be made by get_peft_model(base, HawAdaConfig(...)), or a PreTrainedModel, got a "
+            f"{type(model).__name__}"
+        )
+    elif chosen is None:
+        problems.append("no plan: call `model.apply_plan(model.plan(...))` before, or pass `plan`")
+    elif not isinstance(chosen, Plan):
+        problems.append(f"plan must be a Plan, got a {type(chosen).__name__}")
+    elif chosen.keeps_all:
+        problems.append("the plan keeps everything: there is nothing to recover from")
+    elif calibration is not None and chosen.hidden is not None:
+        problems.append("the plan narrows the residual stream, which `calibration` cannot refit: leave it out")
+    if lora is not None and not isinstance(lora, LoraConfig):
+        problems.append(f"lora must be a LoraConfig, got a {type(lora).__name__}")
+    try:
+        Distillation(kd_temperature, kl_weight, mse_weight)
+    except HawAdaError as error:
+        problems.append(str(error))
+    if problems:
+        raise HawAdaError("\n".join(problems))
+    if isinstance(model, PeftModel):
+        dense, small = _split(model, plan)
+    else:
+        dense, small = model, slim(model, cast(Plan, chosen))
+    if calibration is not None:
+        report = reconstruct(dense, small, cast(Plan, chosen), calibration)
+        if on_reconstruction is not None:
+            on_reconstruction(report)
+    training = dense.training
+    trainer = DistillTrainer(
+        small if lora is None else get_peft_model(small, lora),
+        args,
+        teacher=dense,
+        train_dataset=train_dataset,
+        kd_temperature=kd_temperature,
+        kl_weight=kl_weight,
+        mse_weight=mse_weight,
+        **kwargs,
+    )
+    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    student = cast(Any, trainer.student)
+    trained: PreTrainedModel = student if lora is None else student.merge_and_unload()
+    trained.requires_grad_(True)  # as of a model that was just loaded
+    return trained.train(training)
+
+
+def _split(model: PeftModel, plan: Plan | None) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The dense model and the slim one that `merge_and_unload` gives, side by side."""
+    dense: Any = model.get_base_model()
+    for module in dense.modules():
+        if isinstance(module, GateAdapter) and module.merged:
+            module.unmerge()
+    with dense_afterwards(dense):
+        small = cast(Any, model).merge_and_unload(plan=plan, safe_merge=True)
+    return dense, small

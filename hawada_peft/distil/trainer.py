@@ -1,0 +1,195 @@
+"""The trainer of slim models: distillation from the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
+
+from ..errors import HawAdaError, IncompatibleBaseError
+from ..vanilla.outputs import Batch, get_student_logits, position_mask
+from .objective import Distillation
+from .unlabelled import UnlabelledTrainer
+
+Model = PreTrainedModel | PeftModel
+
+
+class DistillTrainer(UnlabelledTrainer):
+    """
+    Trains a slim model, or LoRA on it, to give the logits of a dense one. Labels are not used.
+
+    Whatever of the student requires gradients is trained. The teacher is moved to the device; it is neither wrapped,
+    nor saved, nor changed. The loss is `kl_weight * KL + mse_weight * MSE`, averaged over all positions of a step:
+    those of its accumulated batches and of all processes count the same. Evaluation reports the same loss, and its
+    terms as `eval_kl` and `eval_mse`.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): the student.
+        args (`TrainingArguments`): as in `Trainer`. Checkpoints of a `PreTrainedModel` are vanilla model folders.
+        teacher (`PreTrainedModel` or `PeftModel`): the dense model; of a PEFT model the base, its adapters disabled.
+            Of any dtype, used in evaluation mode.
+        kd_temperature (`float`): T of the KL divergence.
+        kl_weight (`float`): weight of the divergence.
+        mse_weight (`float`): weight of the squared difference of logits.
+        kwargs: as in `Trainer`.
+
+    Raises:
+        HawAdaError: listing everything that is wrong with the arguments.
+        IncompatibleBaseError: if student and teacher have different vocabularies or classes.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        args: TrainingArguments | None = None,
+        *,
+        teacher: Model,
+        kd_temperature: float = 1.0,
+        kl_weight: float = 1.0,
+        mse_weight: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        problems = [
+            f"{name} must be a PreTrainedModel or a PeftModel, got a {type(given).__name__}"
+            for name, given in (("model", model), ("teacher", teacher))
+            if not isinstance(given, Model)
+        ]
+        if model is teacher:
+            problems.append("model and teacher must be two models, got the same one; for gates use HawAdaTrainer")
+        elif isinstance(model, nn.Module) and not any(parameter.requires_grad for parameter in model.parameters()):
+            problems.append("no parameter of the model requires gradients: there is nothing to train")
+        try:
+            self.objective: Distillation = Distillation(kd_temperature, kl_weight, mse_weight)
+        except HawAdaError as error:
+            problems.append(str(error))
+        if problems:
+            raise HawAdaError("\n".join(problems))
+        sizes = _classes(model), _classes(teacher)
+        if sizes[0] != sizes[1]:
+            raise IncompatibleBaseError(
+                f"the student distinguishes {sizes[0]} tokens or classes, the teacher {sizes[1]}: distillation needs "
+                "the same ones. Resize neither, or both."
+            )
+        self.teacher = teacher
+        self.student: Any = model  # `self.model`, typed for what PEFT passes on to the base model
+        self._sums: dict[str, torch.Tensor] = {}  # of terms, weighted, since the last log
+        self._steps = 0  # since then
+        self._eval_sums: dict[str, torch.Tensor] = {}
+        self._per_position: bool | None = None
+        super().__init__(model, args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # the loss is scaled here, by `num_items_in_batch`
+        if self.place_model_on_device and getattr(teacher, "quantization_method", None) is None:
+            self._move_model_to_device(teacher, self.args.device)
+
+    def teacher_logits(self, inputs: Batch) -> torch.Tensor:
+        """The dense model's logits: in evaluation mode, without gradients, under the autocast of the student."""
+        teacher: Any = self.teacher
+        training, use_cache = teacher.training, getattr(teacher.config, "use_cache", None)
+        teacher.eval()
+        if use_cache is not None:
+            teacher.config.use_cache = False  # nobody reads it
+        dense = teacher.disable_adapter() if isinstance(teacher, PeftModel) else nullcontext()
+        try:
+            with torch.no_grad(), self.accelerator.autocast(), dense:
+                return get_student_logits(teacher, inputs)
+        finally:
+            teacher.train(training)
+            if use_cache is not None:
+                teacher.config.use_cache = use_cache
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The distillation loss; in training this batch's share of the step's. Arguments as in `Trainer`."""
+        teacher = self.teacher_logits(inputs)
+        student = get_student_logits(model, inputs)
+        if student.shape != teacher.shape:
+            raise IncompatibleBaseError(
+                f"the student gives logits of {tuple(student.shape)}, the teacher of {tuple(teacher.shape)}"
+            )
+        mask = position_mask(inputs, student.shape[:-1])
+        terms = self.objective.terms(student, teacher, mask)
+        loss = self.objective.loss(terms)
+        if model.training and num_items_in_batch is not None:
+            # Gradients are averaged over processes, so that each counts its share times their number.
+            share = self._items(inputs) / num_items_in_batch * self.accelerator.num_processes
+            loss = loss * share
+            _add(self._sums, terms, share)
+        elif not model.training:
+            _add(self._eval_sums, terms | {"rows": torch.ones_like(loss)}, len(student))
+        return (loss, {"logits": student}) if return_outputs else loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """As in `Trainer`; the count is that of positions that the loss is averaged over, in all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        self._steps += 1
+        if self._per_position is None:
+            row = {name: value[:1] for name, value in batches[0].items() if isinstance(value, torch.Tensor)}
+            self._per_position = self.teacher_logits(self._prepare_inputs(row)).ndim > 2
+        own = torch.stack([self._items(batch).to(device) for batch in batches]).sum()
+        return batches, self.accelerator.reduce(own, reduction="sum").clamp(min=1)
+
+    def _items(self, batch: Batch) -> torch.Tensor:
+        """What the mean over a batch is a mean over, up to a factor that is the same for all batches."""
+        main = batch[self.teacher.main_input_name]
+        if self._per_position:
+            mask = batch.get("attention_mask")
+            return torch.tensor(float(main.numel())) if mask is None else mask.sum().float()
+        return torch.tensor(float(len(main)))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log the terms of the loss, averaged since the last time, with it."""
+        if "loss" in logs and self._sums:
+            means = self._reduced(self._sums, "mean")
+            logs |= {name: value.item() / self._steps for name, value in means.items()}
+            self._sums, self._steps = {}, 0
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """As in `Trainer`, with the terms of the loss."""
+        self._eval_sums = {}
+        output: Any = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        sums = self._reduced(self._eval_sums, "sum")
+        if sums:
+            rows = sums.pop("rows")
+            metrics: dict[str, float] = output.metrics
+            metrics.update({f"{metric_key_prefix}_{name}": (sums[name] / rows).item() for name in sums})
+        return output
+
+    def _reduced(self, sums: dict[str, torch.Tensor], reduction: str) -> dict[str, torch.Tensor]:
+        return {name: self.accelerator.reduce(value, reduction=reduction) for name, value in sums.items()}
+
+
+def _add(sums: dict[str, torch.Tensor], terms: dict[str, torch.Tensor], weight: torch.Tensor | float) -> None:
+    for name, term in terms.items():
+        added = term.detach() * weight
+        sums[name] = sums[name] + added if name in sums else added
+
+
+def _classes(model: Model) -> int:
+    """Size of the vocabulary that is predicted, or number of classes."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    head = base.get_output_embeddings()
+    return base.config.num_labels if head is None else len(head.weight)

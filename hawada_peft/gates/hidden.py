@@ -1,0 +1,118 @@
+"""The residual stream's gate: one for the whole model, on the norms through which everything reads the stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from ..errors import UnsupportedModelError
+from .adapter import HIDDEN_UNITS, GateAdapter
+from .kinds import GateStart, HiddenGate, SigmoidGate
+
+
+def norm_sizes(module: nn.Module) -> tuple[int, int]:
+    """
+    The input and output features of a LayerNorm or RMSNorm.
+
+    Raises:
+        UnsupportedModelError: for other modules, and for norms whose weight is not the factor of their output.
+    """
+    weight = module._parameters.get("weight")
+    if weight is not None and weight.ndim == 1:
+        if isinstance(module, nn.LayerNorm):
+            return len(weight), len(weight)
+        if set(module._parameters) == {"weight"} and not module._modules:
+            zeros = {"weight": torch.zeros(len(weight), device="cpu")}
+            if not functional_call(module, zeros, (torch.ones(1, len(weight), device="cpu"),)).any():
+                return len(weight), len(weight)
+    raise UnsupportedModelError(
+        f"A module of type {type(module).__name__} cannot carry the gate on the residual stream. That takes a "
+        "torch.nn.LayerNorm, or an RMSNorm whose output is proportional to its weight (not to 1 + weight): leave "
+        "'hidden' out of the config's `gates`, or correct `hidden_norms` and `final_norm` of the family row."
+    )
+
+
+def kept_norm(norm: nn.Module, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """
+    What a norm that knows only some of the features makes of them; the other features become 0.
+
+    It is computed as the slim model does, statistics included, so that rounding is the same too.
+
+    Args:
+        norm: as in `norm_sizes`.
+        x: (..., features).
+        index: the features that stay, rising.
+
+    Returns:
+        A tensor like x.
+    """
+    index = index.to(x.device)
+    kept = {name: parameter[index] for name, parameter in norm._parameters.items() if parameter is not None}
+    narrow = x.index_select(-1, index)
+    if isinstance(norm, nn.LayerNorm):
+        y = functional.layer_norm(narrow, index.shape, kept["weight"], kept.get("bias"), norm.eps)
+    else:
+        y = functional_call(norm, kept, (narrow,))
+    return y.new_zeros(x.shape).index_copy(-1, index, y)
+
+
+class HiddenAdapter(GateAdapter):
+    """
+    Gates the channels of the residual stream at a norm that reads it.
+
+    A channel that no norm passes on is in nobody's input, so what is still added to it does not matter. Soft gates
+    scale the norm's output and fold into its weight. Under a plan the norm's statistics are those of the kept channels
+    alone, as in the slim model: nothing has to be corrected there, `eps` neither.
+
+    One adapter of the model holds the gate; the others share it (`share_hidden_gate`).
+
+    Args:
+        base_layer, adapter_name, gates, inference_mode: as in `GateAdapter`.
+        group_size (`int`): neighbouring channels per gate.
+        start (`GateStart`): how the gates start.
+        relative (`bool`): as in `SigmoidGate`.
+    """
+
+    adapter_layer_names = (HIDDEN_UNITS,)
+    output_slots = (HIDDEN_UNITS,)
+    sizes_of = staticmethod(norm_sizes)
+
+    def make_gates(  # type: ignore[override]  # each class names its own options
+        self, group_size: int = 1, start: GateStart | None = None, relative: bool = False
+    ) -> dict[str, SigmoidGate]:
+        """A `HiddenGate`."""
+        return {HIDDEN_UNITS: HiddenGate(self.in_features, group_size, start=start, relative=relative)}
+
+    def share_hidden_gate(self, home: GateAdapter) -> None:
+        """Use the gate that lives in `home` for every name that has none here."""
+        self._gate_homes[HIDDEN_UNITS] = home
+
+    def _kept(self, adapter_names: Iterable[str], hard: bool | None) -> torch.Tensor | None:
+        """The features that the plans leave, or None for all."""
+        kept: torch.Tensor | None = None
+        for name in adapter_names:
+            gate = self.gates(name).get(HIDDEN_UNITS)
+            index = gate.kept_features(hard=hard) if isinstance(gate, HiddenGate) else None
+            if index is not None:
+                kept = index if kept is None else kept[torch.isin(kept, index)]
+        return kept
+
+    def _base_output(
+        self, x: torch.Tensor, adapter_names: Iterable[str], hard: bool | None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        index = self._kept(adapter_names, hard)
+        return self.base_layer(x, *args, **kwargs) if index is None else kept_norm(self.get_base_layer(), x, index)
+
+    def _forward_rows(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(x) == 0:
+            return self.base_layer(x, *args, **kwargs)
+        names = sorted(set(adapter_names))
+        rows = [[row for row, each in enumerate(adapter_names) if each == name] for name in names]
+        parts = [self._gated(x[mine], [name], *args, **kwargs) for name, mine in zip(names, rows, strict=True)]
+        order = torch.tensor([row for mine in rows for row in mine], device=x.device).argsort()
+        return torch.cat(parts)[order]

@@ -1,0 +1,177 @@
+"""The gates of a model, read: scores, expected sizes, the gate on the residual stream."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import nn
+
+from ..errors import BrokenGatesError
+from ..vanilla.family import Layout
+from .adapter import BLOCK, HIDDEN_UNITS, LAYER, UNITS, GateAdapter
+from .attach import collect_gates
+from .kinds import ChannelGate, HeadGate, HiddenGate, SigmoidGate
+
+
+@dataclass(frozen=True)
+class ExpectedSizes:
+    """
+    The sizes that gates expect, per layer: sums of the probabilities that units stay. Differentiable.
+
+    Args:
+        heads, kv_groups, ffn: (layers,).
+        layers: (layers,) the probability that each layer stays.
+    """
+
+    heads: torch.Tensor
+    kv_groups: torch.Tensor
+    ffn: torch.Tensor
+    layers: torch.Tensor
+
+    def mean(self) -> np.ndarray:
+        """(query heads, KV groups, FFN channels) of the average layer that stays, and the number of layers."""
+        part = (self.layers / self.layers.sum().clamp(min=1e-6)).detach()
+        widths = [float((part * axis.detach()).sum()) for axis in (self.heads, self.kv_groups, self.ffn)]
+        return np.array([*widths, float(self.layers.detach().sum())])
+
+
+def expected_sizes(model: nn.Module, layout: Layout, adapter_name: str) -> ExpectedSizes:
+    """
+    Read the expected sizes off a model's gates. What has no gates is dense. A KV group stays as likely as the
+    likeliest of its heads, a layer as likely as the product of the gates on its blocks.
+
+    Args:
+        model: the base model with adapters in it.
+        layout: its family row and sizes.
+        adapter_name: whose gates.
+    """
+    sizes = layout.dense.sizes()
+    device = next(model.parameters()).device
+    columns: list[list[torch.Tensor]] = [[], [], [], []]
+    for layer in range(sizes["num_hidden_layers"]):
+        attention, ffn = (
+            _open(model.get_submodule(end), adapter_name, device)
+            for end in (layout.attention_out(layer), layout.ffn_out(layer))
+        )
+        heads = attention.get(UNITS, torch.ones(sizes["num_attention_heads"], device=device))
+        channels = ffn.get(UNITS, torch.ones(1, device=device))
+        whole = attention.get(LAYER, ffn.get(LAYER, torch.ones(1, device=device)))
+        if BLOCK in attention and BLOCK in ffn:
+            whole = whole * attention[BLOCK] * ffn[BLOCK]
+        columns[0].append(heads.sum())
+        columns[1].append(heads.reshape(-1, layout.dense.heads_per_group).amax(1).sum())
+        columns[2].append(channels.mean() * sizes["intermediate_size"])
+        columns[3].append(whole.sum())
+    return ExpectedSizes(*(torch.stack(column) for column in columns))
+
+
+def _open(module: nn.Module, adapter_name: str, device: torch.device) -> dict[str, torch.Tensor]:
+    gates: dict[str, SigmoidGate] = module.gates(adapter_name) if isinstance(module, GateAdapter) else {}
+    return {slot: gate.open_probability().to(device) for slot, gate in gates.items()}
+
+
+def axes_of(model: PeftModel) -> dict[str, list[SigmoidGate]]:
+    """The active adapter's gates by the size that they gate."""
+    axes: dict[str, list[SigmoidGate]] = {}
+    names = {HIDDEN_UNITS: "hidden_size", BLOCK: "num_hidden_layers", LAYER: "num_hidden_layers"}
+    for name, gate in collect_gates(model).items():
+        slot, adapter = name.split(".")[-2:]
+        if adapter in model.active_adapters:
+            width = "num_attention_heads" if isinstance(gate, HeadGate) else "intermediate_size"
+            axes.setdefault(width if slot == UNITS else names[slot], []).append(gate)
+    return axes
+
+
+Scores = tuple[torch.Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class UnitScores:
+    """
+    How much each unit counts: the product of its gates, in [0, 1], float64, on the CPU. `None` where nothing is gated.
+
+    Args:
+        heads: per layer (query heads,).
+        channels: per layer (FFN channels,).
+        layers: per layer ().
+        group_size: neighbouring channels that stay or go together.
+        hidden: (channels of the residual stream,).
+        hidden_group: neighbouring ones of these that stay or go together.
+    """
+
+    heads: Scores
+    channels: Scores
+    layers: Scores
+    group_size: int = 1
+    hidden: torch.Tensor | None = None
+    hidden_group: int = 1
+
+
+def gate_scores(model: nn.Module, layout: Layout, adapter_names: Sequence[str]) -> UnitScores:
+    """
+    Read the scores off the gates of a model.
+
+    Raises:
+        BrokenGatesError: if a gate is NaN.
+    """
+    heads, channels, layers, sizes = [], [], [], {1}
+    for layer in range(layout.dense.sizes()["num_hidden_layers"]):
+        attention = _gates(model.get_submodule(layout.attention_out(layer)), adapter_names)
+        ffn = _gates(model.get_submodule(layout.ffn_out(layer)), adapter_names)
+        heads.append(_product(attention[UNITS]))
+        channels.append(_product(ffn[UNITS]))
+        sizes |= {gate.group_size for gate in ffn[UNITS] if isinstance(gate, ChannelGate)}
+        whole = attention[LAYER] or ffn[LAYER]
+        if not whole and attention[BLOCK] and ffn[BLOCK]:
+            whole = attention[BLOCK] + ffn[BLOCK]
+        layers.append(_product(whole))
+    stream = [gate for name in adapter_names if (gate := hidden_gate(model, layout, name)) is not None]
+    return UnitScores(
+        heads=tuple(heads),
+        channels=tuple(channels),
+        layers=tuple(layers),
+        group_size=math.lcm(*sizes),
+        hidden=_product(stream),
+        hidden_group=math.lcm(*(gate.group_size for gate in stream)),
+    )
+
+
+def _gates(module: nn.Module, adapter_names: Sequence[str]) -> dict[str, list[SigmoidGate]]:
+    found: dict[str, list[SigmoidGate]] = {UNITS: [], BLOCK: [], LAYER: []}
+    if isinstance(module, GateAdapter):
+        for name in adapter_names:
+            for slot, gate in module.gates(name).items():
+                found[slot].append(gate)
+    return found
+
+
+def _product(gates: Sequence[SigmoidGate]) -> torch.Tensor | None:
+    product: torch.Tensor | None = None
+    for gate in gates:
+        value = torch.sigmoid(gate.theta.detach().double().cpu() / gate.start.temperature)
+        if torch.isnan(value).any():
+            raise BrokenGatesError(
+                "the gates hold NaN: training diverged. Load an earlier checkpoint, or lower the learning rate."
+            )
+        if isinstance(gate, ChannelGate) and not isinstance(gate, HeadGate):
+            value = value.repeat_interleave(gate.group_size)
+        product = value if product is None else product * value
+    return product
+
+
+def hidden_gate(model: nn.Module, layout: Layout, adapter_name: str) -> HiddenGate | None:
+    """The gate on the residual stream; None if there is none, or not all norms that read the stream share it."""
+    found: HiddenGate | None = None
+    for name in layout.norms:
+        parent, _, child = name.rpartition(".")
+        adapter = model.get_submodule(parent)._modules.get(child)
+        gate = adapter.gates(adapter_name).get(HIDDEN_UNITS) if isinstance(adapter, GateAdapter) else None
+        if not isinstance(gate, HiddenGate) or gate is not (found or gate):
+            return None
+        found = gate
+    return found

@@ -1,0 +1,221 @@
+"""The plan: which layers, heads and channels stay."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..errors import IncompatibleBaseError, InvalidPlanError
+from ..vanilla.family import FFN, HEADS, KV_GROUPS
+from ..vanilla.shape import Shape
+from .rounding import Rounding
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    What stays of a dense model. The sizes are the same in every kept layer; the indices may differ.
+
+    Args:
+        dense (`Shape`): the sizes of the model that the plan is for, complete.
+        layers (`tuple[int, ...]`): the kept layers.
+        heads (`tuple[tuple[int, ...], ...]`): the kept query heads, one entry per kept layer. The KV group of head
+            h is `h // dense.heads_per_group`; every kept group keeps the same number of heads.
+        channels (`tuple[tuple[int, ...], ...]`): the kept FFN channels, one entry per kept layer.
+        hidden (`tuple[int, ...]`, *optional*): the kept channels of the residual stream, of which `dense` states the
+            number then; all if left out.
+        roundings (`tuple[Rounding, ...]`): what was asked for where that is not what the plan has, and why. Plans that
+            keep the same are equal, whatever was asked for.
+
+    Raises:
+        InvalidPlanError: if the entries contradict each other or the dense sizes.
+    """
+
+    dense: Shape
+    layers: tuple[int, ...]
+    heads: tuple[tuple[int, ...], ...]
+    channels: tuple[tuple[int, ...], ...]
+    hidden: tuple[int, ...] | None = None
+    roundings: tuple[Rounding, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        problems = list(self._problems())
+        if problems:
+            raise InvalidPlanError("\n".join(problems))
+
+    def _problems(self) -> Any:
+        sizes = self.dense.sizes()
+        yield from _index_problems("layers", self.layers, sizes["num_hidden_layers"])
+        for name, rows, total in (
+            ("heads", self.heads, sizes["num_attention_heads"]),
+            ("channels", self.channels, sizes["intermediate_size"]),
+        ):
+            if len(rows) != len(self.layers):
+                yield f"{name} must have one entry per kept layer ({len(self.layers)}), got {len(rows)}"
+            if len({len(row) for row in rows}) > 1:
+                yield f"every kept layer must keep the same number of {name}, got {[len(row) for row in rows]}"
+            for layer, row in zip(self.layers, rows, strict=False):
+                yield from _index_problems(f"{name} of layer {layer}", row, total)
+        if (self.hidden is None) != (self.dense.hidden_size is None):
+            yield "the kept channels of the residual stream (hidden) and dense.hidden_size must be given together"
+        elif self.hidden is not None:
+            yield from _index_problems("hidden", self.hidden, self.dense.hidden_size or 0)
+        per_group = self.dense.heads_per_group
+        counts = [{g: [h // per_group for h in row].count(g) for g in _groups(row, per_group)} for row in self.heads]
+        if len({(len(groups), count) for groups in counts for count in groups.values()}) > 1:
+            yield (
+                "every kept layer must keep the same number of KV groups, and every kept group the same number of "
+                f"query heads; heads kept per group: {counts}"
+            )
+
+    def kept(self, axis: str, layer: int) -> tuple[int, ...] | None:
+        """The kept units of a dense layer on `"heads"`, `"kv_groups"` or `"ffn"`; None if the layer goes."""
+        if layer not in self.layers:
+            return None
+        return {HEADS: self.heads, KV_GROUPS: self.kv_groups, FFN: self.channels}[axis][self.layers.index(layer)]
+
+    @property
+    def kv_groups(self) -> tuple[tuple[int, ...], ...]:
+        """The kept KV groups, one entry per kept layer."""
+        return tuple(_groups(row, self.dense.heads_per_group) for row in self.heads)
+
+    @property
+    def shape(self) -> Shape:
+        """The sizes of the slim model, complete."""
+        return Shape(
+            num_attention_heads=len(self.heads[0]),
+            num_key_value_heads=len(self.kv_groups[0]),
+            intermediate_size=len(self.channels[0]),
+            num_hidden_layers=len(self.layers),
+            hidden_size=None if self.hidden is None else len(self.hidden),
+        )
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is removed."""
+        return self.shape == self.dense
+
+    @classmethod
+    def keep_all(cls, dense: Shape) -> Plan:
+        """The plan that removes nothing of a model of these (complete) sizes."""
+        dense = replace(dense, hidden_size=None)
+        sizes = dense.sizes()
+        layers = sizes["num_hidden_layers"]
+        return cls(
+            dense=dense,
+            layers=tuple(range(layers)),
+            heads=(tuple(range(sizes["num_attention_heads"])),) * layers,
+            channels=(tuple(range(sizes["intermediate_size"])),) * layers,
+        )
+
+    def check_base(self, dense: Shape) -> None:
+        """
+        Check that the plan was made for a model of these sizes; that of the residual stream counts if both state it.
+
+        Raises:
+            IncompatibleBaseError: naming the sizes that differ.
+        """
+        mine, theirs = self.dense.to_dict(), dense.to_dict()
+        differing = [
+            f"{name}: plan {mine[name]}, model {theirs[name]}"
+            for name in mine
+            if name in theirs and mine[name] != theirs[name]
+        ]
+        if differing:
+            raise IncompatibleBaseError(
+                f"the plan was made for another base model ({'; '.join(differing)}); make one for this model"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON. Channels are a hexadecimal bit mask, channel 0 lowest; what is not given is left out."""
+        data: dict[str, Any] = {
+            "format": FORMAT,
+            "dense": self.dense.to_dict(),
+            "layers": list(self.layers),
+            "heads": [list(row) for row in self.heads],
+            "channels": [_to_mask(row) for row in self.channels],
+        }
+        if self.hidden is not None:
+            data["hidden"] = _to_mask(self.hidden)
+        if self.roundings:
+            data["roundings"] = [rounding.to_dict() for rounding in self.roundings]
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """
+        The inverse of `to_dict`.
+
+        Raises:
+            InvalidPlanError: if this is not a plan, or one of an unknown format.
+        """
+        if not isinstance(data, Mapping):
+            raise InvalidPlanError(f"a plan is an object with names, got a {type(data).__name__}")
+        if data.get("format") != FORMAT:
+            raise InvalidPlanError(f"cannot read a plan of format {data.get('format')!r}; this version reads {FORMAT}")
+        missing = sorted({"dense", "layers", "heads", "channels"} - set(data))
+        if missing:
+            raise InvalidPlanError(f"the plan lacks {missing}")
+        try:
+            fields: dict[str, Any] = {
+                "layers": tuple(data["layers"]),
+                "heads": tuple(tuple(row) for row in data["heads"]),
+                "channels": tuple(_from_mask(mask) for mask in data["channels"]),
+                "hidden": None if data.get("hidden") is None else _from_mask(data["hidden"]),
+                "roundings": tuple(Rounding(**rounding) for rounding in data.get("roundings", ())),
+            }
+        except (TypeError, ValueError) as error:
+            raise InvalidPlanError(f"the plan is damaged: {error}; make it anew with `model.plan`") from None
+        return cls(dense=Shape.from_dict(data["dense"]), **fields)
+
+    def to_json(self) -> str:
+        """The plan as JSON text."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """
+        The inverse of `to_json`.
+
+        Raises:
+            InvalidPlanError: as `from_dict`, and if the text is not JSON.
+        """
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise InvalidPlanError(f"the plan is not JSON: {error}") from None
+
+    def __str__(self) -> str:
+        slim, dense = self.shape.to_dict(), self.dense.to_dict()
+        changes = ", ".join(f"{name} {slim[name]}/{dense[name]}" for name in dense)
+        dropped = sorted(set(range(dense["num_hidden_layers"])) - set(self.layers))
+        return f"Plan({changes}; dropped layers {dropped})"
+
+
+def _groups(heads: tuple[int, ...], per_group: int) -> tuple[int, ...]:
+    return tuple(sorted({head // per_group for head in heads}))
+
+
+def _to_mask(kept: tuple[int, ...]) -> str:
+    return f"{sum(1 << index for index in kept):x}"
+
+
+def _from_mask(mask: str) -> tuple[int, ...]:
+    return tuple(index for index, bit in enumerate(f"{int(mask, 16):b}"[::-1]) if bit == "1")
+
+
+def _index_problems(name: str, kept: tuple[int, ...], total: int) -> Any:
+    if not kept:
+        yield f"{name}: at least one must be kept"
+    elif not all(isinstance(index, int) for index in kept):
+        yield f"{name}: kept indices must be whole numbers, got {_shorten(kept)}"
+    elif list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= total:
+        yield f"{name}: kept indices must rise and lie in 0..{total - 1}, got {_shorten(kept)}"
+
+
+def _shorten(indices: tuple[int, ...]) -> str:
+    return str(list(indices)) if len(indices) <= 16 else f"[{indices[0]}, {indices[1]}, ..., {indices[-1]}]"

@@ -1,0 +1,85 @@
+"""From gates to a plan: which units stay at a given shape, and which shape the gates ask for."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import InvalidPlanError
+from ..gates.reading import UnitScores
+from ..vanilla.family import FFN, HEADS, Layout
+from ..vanilla.shape import Shape
+from .plan import Plan
+
+LAYERS = "layers"
+"""The axis of depth, beside those of width."""
+
+
+def rank(layout: Layout, scores: UnitScores, shape: Shape) -> Plan:
+    """
+    The plan of a given shape that keeps what scores highest.
+
+    Layers by their score; in each kept layer the KV groups by the sum of their heads' scores, then the best heads of
+    each kept group, and the best channels; the best channels of the residual stream. Of equals the first stay.
+
+    Args:
+        layout: the dense model's row and sizes.
+        scores: of its units.
+        shape: the sizes wanted, complete and legal.
+
+    Raises:
+        InvalidPlanError: if something is to be cut that has no gates.
+    """
+    dense, wanted = layout.dense.sizes(), shape.sizes()
+    per_group, keep_per_group = layout.dense.heads_per_group, shape.heads_per_group
+    if wanted["intermediate_size"] % scores.group_size:
+        raise InvalidPlanError(
+            f"intermediate_size must be a multiple of the gates' group_size {scores.group_size}, got "
+            f"{wanted['intermediate_size']}"
+        )
+    dense_shape, hidden = layout.dense, None
+    if shape.hidden_size not in (None, layout.hidden_size):
+        dense_shape, hidden = layout.full, _top_hidden(scores, shape.hidden_size or 0)
+    layers = list(range(dense["num_hidden_layers"]))
+    if len(layers) > wanted["num_hidden_layers"]:
+        depth = torch.cat([_required(score, LAYERS, layer).reshape(1) for layer, score in enumerate(scores.layers)])
+        layers = _top(depth, wanted["num_hidden_layers"])
+    heads, channels = [], []
+    for layer in layers:
+        if wanted["num_attention_heads"] < dense["num_attention_heads"]:
+            table = _required(scores.heads[layer], HEADS, layer).reshape(-1, per_group)
+            groups = _top(table.sum(1), wanted["num_key_value_heads"])
+            heads.append(tuple(g * per_group + h for g in groups for h in _top(table[g], keep_per_group)))
+        else:
+            heads.append(tuple(range(dense["num_attention_heads"])))
+        if wanted["intermediate_size"] < dense["intermediate_size"]:
+            values = _required(scores.channels[layer], FFN, layer)
+            channels.append(tuple(_top(values, wanted["intermediate_size"])))
+        else:
+            channels.append(tuple(range(dense["intermediate_size"])))
+    return Plan(dense=dense_shape, layers=tuple(layers), heads=tuple(heads), channels=tuple(channels), hidden=hidden)
+
+
+def _top_hidden(scores: UnitScores, size: int) -> tuple[int, ...]:
+    if scores.hidden is None:
+        raise InvalidPlanError(
+            "cannot choose what to cut: there are no gates on hidden, or not on every norm that reads the residual "
+            "stream. Add 'hidden' to the config's `gates` (no `exclude_modules`)."
+        )
+    if size % scores.hidden_group:
+        raise InvalidPlanError(
+            f"hidden_size must be a multiple of the gates' group_size {scores.hidden_group}, got {size}"
+        )
+    return tuple(_top(scores.hidden, size))
+
+
+def _required(score: torch.Tensor | None, axis: str, layer: int) -> torch.Tensor:
+    if score is None:
+        raise InvalidPlanError(
+            f"cannot choose what to cut: layer {layer} has no gates on {axis}. Add {axis!r} to the config's `gates`, "
+            "and gate every layer (no `layers_to_transform`, no `exclude_modules`)."
+        )
+    return score
+
+
+def _top(values: torch.Tensor, count: int) -> list[int]:
+    return sorted(torch.argsort(values, descending=True, stable=True)[:count].tolist())

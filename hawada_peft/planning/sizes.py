@@ -1,0 +1,188 @@
+"""From a keep ratio, or gates that are closed, to legal sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ..errors import InvalidPlanError
+from ..gates.reading import UnitScores
+from ..vanilla.family import FFN, HEADS, HIDDEN, Layout
+from ..vanilla.shape import Shape
+from .ranking import LAYERS
+
+PER_GROUP = "heads_per_group"
+"""Query heads per KV group, beside the names of `Shape`."""
+
+
+OPEN = 0.5
+"""A unit whose gate is below this is one that the gates ask to close."""
+
+
+ALIGNMENT = "keeps the dense size's alignment"
+"""Why a size that is chosen for the user keeps a power of two."""
+
+
+def ratio_shape(
+    layout: Layout, keep_ratio: float | Mapping[str, float], legal_heads: Sequence[Shape], group_size: int
+) -> Shape:
+    """
+    The legal shape nearest to a keep ratio; the hidden size is left to `legality.fit_hidden`.
+
+    Heads: the nearest legal count; of equally near ones the larger, of equal counts that with more KV groups. FFN: the
+    nearest multiple of `ffn_multiple`. Layers, hidden: the nearest count. At least one of each.
+
+    Args:
+        layout: the dense model's row and sizes.
+        keep_ratio: kept over total, in (0, 1]: one number for heads and FFN, or one per axis (`"heads"`, `"ffn"`,
+            `"layers"`, `"hidden"`).
+        legal_heads: the (query heads, KV groups) to choose from.
+        group_size: channels per gate.
+
+    Raises:
+        InvalidPlanError: on other axes or ratios.
+    """
+    asked, dense = ratio_sizes(layout, keep_ratio), layout.dense.sizes()
+    target = asked.get("num_attention_heads", dense["num_attention_heads"])
+    heads = min((shape.complete(layout.dense).sizes() for shape in legal_heads), key=lambda s: _distance(s, target))
+    multiple = ffn_multiple(dense["intermediate_size"], layout, group_size)
+    ffn = max(1, _round(asked.get("intermediate_size", dense["intermediate_size"]) / multiple)) * multiple
+    hidden = asked.get("hidden_size", layout.hidden_size)
+    return Shape(
+        num_attention_heads=heads["num_attention_heads"],
+        num_key_value_heads=heads["num_key_value_heads"],
+        intermediate_size=min(ffn, dense["intermediate_size"]),
+        num_hidden_layers=max(1, _round(asked.get("num_hidden_layers", dense["num_hidden_layers"]))),
+        hidden_size=max(1, _round(hidden)) if hidden < layout.hidden_size else None,
+    )
+
+
+def ratio_sizes(layout: Layout, keep_ratio: float | Mapping[str, float]) -> dict[str, float]:
+    """
+    The sizes that a keep ratio asks for, not rounded, by the names of `Shape`; what it does not name is left out.
+
+    Args, Raises: as in `ratio_shape`.
+    """
+    ratios = dict(keep_ratio) if isinstance(keep_ratio, Mapping) else {HEADS: keep_ratio, FFN: keep_ratio}
+    allowed = (HEADS, FFN, LAYERS, HIDDEN)
+    problems = [f"unknown axis {axis!r}; known are {list(allowed)}" for axis in ratios if axis not in allowed]
+    problems += [
+        f"keep_ratio of {axis} must be a number in (0, 1], got {ratio!r}"
+        for axis, ratio in ratios.items()
+        if not isinstance(ratio, (int, float)) or not 0 < ratio <= 1
+    ]
+    if problems:
+        raise InvalidPlanError("\n".join(problems))
+    full = layout.full.to_dict()
+    names = {
+        HEADS: "num_attention_heads",
+        FFN: "intermediate_size",
+        LAYERS: "num_hidden_layers",
+        HIDDEN: "hidden_size",
+    }
+    return {names[axis]: ratio * full[names[axis]] for axis, ratio in ratios.items()}
+
+
+def open_shape(layout: Layout, scores: UnitScores, legal_heads: Sequence[Shape]) -> Shape:
+    """
+    The smallest legal shape with room for every unit whose score is at least `OPEN`, in every layer that stays; the
+    hidden size is left to `legality.fit_hidden`.
+
+    Args:
+        layout: the dense model's row and sizes.
+        scores: of its units; what is not gated counts as open.
+        legal_heads: the (query heads, KV groups) to choose from.
+    """
+    dense, opened = layout.dense.sizes(), open_units(layout, scores)
+    groups, per_kept = opened["num_key_value_heads"], opened[PER_GROUP]
+    complete = [shape.complete(layout.dense) for shape in legal_heads]
+    roomy = [
+        s.sizes() for s in complete if s.heads_per_group >= per_kept and s.sizes()["num_key_value_heads"] >= groups
+    ]
+    heads = min(roomy, key=lambda s: s["num_attention_heads"])
+    multiple = ffn_multiple(dense["intermediate_size"], layout, scores.group_size)
+    hidden = opened["hidden_size"]
+    return Shape(
+        num_attention_heads=heads["num_attention_heads"],
+        num_key_value_heads=heads["num_key_value_heads"],
+        intermediate_size=min(-(-opened["intermediate_size"] // multiple) * multiple, dense["intermediate_size"]),
+        num_hidden_layers=opened["num_hidden_layers"],
+        hidden_size=hidden if hidden < layout.hidden_size else None,
+    )
+
+
+def open_units(layout: Layout, scores: UnitScores) -> dict[str, int]:
+    """
+    What the gates leave open, by the names of `Shape`, in that layer of those that stay where it is most; `PER_GROUP`
+    is the most query heads in one KV group. At least 1 of each.
+    """
+    dense, per_group = layout.dense.sizes(), layout.dense.heads_per_group
+    depth = [1.0 if score is None else float(score) for score in scores.layers]
+    layers = [layer for layer, score in enumerate(depth) if score >= OPEN] or [depth.index(max(depth))]
+    most = dict.fromkeys(("num_attention_heads", "num_key_value_heads", PER_GROUP, "intermediate_size"), 1)
+    for layer in layers:
+        opened = _opened(scores.heads[layer], dense["num_attention_heads"]).reshape(-1, per_group)
+        here = {
+            "num_attention_heads": opened.sum(),
+            "num_key_value_heads": opened.any(1).sum(),
+            PER_GROUP: opened.sum(1).max(),
+            "intermediate_size": _opened(scores.channels[layer], dense["intermediate_size"]).sum(),
+        }
+        most = {name: max(most[name], int(count)) for name, count in here.items()}
+    hidden = max(1, int(_opened(scores.hidden, layout.hidden_size).sum()))
+    return most | {"num_hidden_layers": len(layers), "hidden_size": hidden}
+
+
+def ffn_multiple(dense_size: int, layout: Layout, group_size: int) -> int:
+    """
+    The step of FFN sizes that are chosen for the user.
+
+    Misaligned sizes run slower than larger aligned ones, so a size keeps the power of two that divides the dense one,
+    up to 64 and up to 1/16 of it. Families that state the size as a multiple of another field step by that field.
+    """
+    return math.lcm(*ffn_steps(dense_size, layout, group_size).values())
+
+
+def ffn_steps(dense_size: int, layout: Layout, group_size: int) -> dict[str, int]:
+    """What `ffn_multiple` is made of, by the reason."""
+    unit = layout.family.ffn_unit
+    return {ALIGNMENT: _aligned(dense_size), **size_steps(group_size, unit, layout.hidden_size if unit else 1)}
+
+
+def size_steps(group_size: int, unit: str | None, unit_size: int) -> dict[str, int]:
+    """What every FFN size is a multiple of, by the reason: the channels per gate, and the family's unit."""
+    return {"channels per gate": group_size} | (
+        {f"the config states it in units of {unit}": unit_size} if unit else {}
+    )
+
+
+def hidden_multiple(layout: Layout, group_size: int) -> int:
+    """The step of hidden sizes that are chosen for the user: aligned as FFN sizes are."""
+    return math.lcm(*hidden_steps(layout, group_size).values())
+
+
+def hidden_steps(layout: Layout, group_size: int) -> dict[str, int]:
+    """What `hidden_multiple` is made of, by the reason."""
+    return {ALIGNMENT: _aligned(layout.hidden_size), "channels per gate": group_size}
+
+
+def _aligned(dense_size: int) -> int:
+    aligned = math.gcd(dense_size, 64)
+    while aligned > 1 and aligned * 16 > dense_size:
+        aligned //= 2
+    return aligned
+
+
+def _distance(sizes: Mapping[str, int], target: float) -> tuple[float, int, int]:
+    heads = sizes["num_attention_heads"]
+    return abs(heads - target), -heads, -sizes["num_key_value_heads"]
+
+
+def _opened(score: torch.Tensor | None, units: int) -> torch.Tensor:
+    return torch.ones(units, dtype=torch.bool) if score is None else score >= OPEN
+
+
+def _round(value: float) -> int:
+    return math.floor(value + 0.5)

@@ -1,0 +1,28 @@
+"""What a shape will cost in quality: predicted for all of them, measured for the ones that matter."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from ..planning.plan import Plan
+from ..vanilla.shape import Shape
+from .space import SearchSpace
+
+
+class Quality(Protocol):
+    """What the search asks about quality. Losses are in nats per prediction; 0 is the dense model."""
+
+    @property
+    def meaning(self) -> str:
+        """What the losses are, for people."""
+
+    def predict(self, space: SearchSpace) -> np.ndarray:
+        """The predicted loss over the space: (layers, heads, FFN sizes)."""
+
+    def evaluate(self, shape: Shape) -> float | None:
+        """The measured loss of a shape before any recovery; None if it cannot be measured."""
+
+    def plan(self, shape: Shape) -> Plan | None:
+        """What stays at a shape; None if there is nothing to choose from."""

@@ -1,0 +1,135 @@
+"""What a shape costs once its model is refitted: the loss that recovery starts from, and the one that foretells it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import cast
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from ..errors import HawAdaError, IllegalShapeError
+from ..gates.adapter import HIDDEN_UNITS
+from ..gates.attach import collect_gates
+from ..planning.plan import Plan
+from ..progress import Progress, progress_bar
+from ..refit.fidelity import of_this_rank
+from ..refit.reconstruction import refit_model
+from ..surgery.dense import dense_view
+from ..surgery.slimming import slim
+from ..vanilla.legality import check_legal
+from ..vanilla.outputs import Batch
+from ..vanilla.rehoming import rehome
+from ..vanilla.shape import Shape
+from .masked import MaskedQuality
+
+logger = logging.getLogger(__name__)
+
+LORA_OUT = {"lora_B", "lora_embedding_B"}
+"""PEFT's second factors, zero until they are trained."""
+
+DEPTHS = 6
+"""Numbers of layers at which a refitted model is measured; between them the ratio to the masked loss is followed."""
+
+
+class RefittedQuality(MaskedQuality):
+    """
+    The quality of a gated model's shapes, by building each one and refitting it to the dense model (`reconstruct`).
+
+    Which layers and units stay is decided as in `MaskedQuality`. A shape's loss is KL(dense, slim) of the refitted
+    slim model on calibration batches that it was not fitted to. Closing gates alone makes narrow shapes look worse
+    than shallow ones; least squares, and training after it, win back much more of width than of depth.
+
+    Args:
+        model (`PeftModel`): with gates placed by a family row, none of them on the residual stream, without LoRA, its
+            weights not quantized.
+        batches (`Sequence`): calibration batches, keyword arguments of the forward pass: two rows at least.
+        importance (`Mapping[str, Tensor]`, *optional*): as for `MaskedQuality`.
+        progress (*optional*): makes progress bars, as `tqdm.tqdm`; none are shown if left out.
+
+    Raises:
+        HawAdaError: if there are no batches, or nothing can be refitted in the model (`obstacle`).
+        InvalidPlanError: if the model's gates were not placed by a family row.
+    """
+
+    meaning = "nats per prediction over the dense model's, refitted, before any training"
+
+    def __init__(
+        self,
+        model: PeftModel,
+        batches: Sequence[Batch],
+        importance: Mapping[str, torch.Tensor] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        reason = obstacle(model, batches)
+        if reason:
+            raise HawAdaError(f"shapes cannot be judged by refitted models: {reason}. Pass refit=False")
+        super().__init__(model, batches, importance, progress)
+        self.dense = dense_view(cast(PreTrainedModel, model.get_base_model()))
+        self._refitted: dict[Plan, float] = {}
+
+    @cached_property
+    def _twin(self) -> PreTrainedModel:
+        """The dense model under the class that takes more head counts."""
+        return rehome(self.dense)
+
+    def evaluate(self, shape: Shape) -> float:
+        """The measured loss of a shape after reconstruction and before any training, in nats per prediction."""
+        return self._refitted_loss(self.plan(shape))
+
+    def depth_losses(self, least: int) -> dict[int, float]:
+        """The measured loss of dropping layers and nothing else, by how many remain: a few, and others in between."""
+        masked = super().depth_losses(least)
+        counts = sorted(count for count, loss in masked.items() if loss > 0)
+        if not counts:
+            return masked
+        places = np.unique(np.linspace(0, len(counts) - 1, min(DEPTHS, len(counts))).round().astype(int))
+        known = [counts[place] for place in places]
+        steps = progress_bar(self._progress, iterable=known, desc="refitting depths", leave=False)
+        ratios = [
+            np.log(max(self._refitted_loss(self.without_layers(count)), 1e-9) / masked[count]) for count in steps
+        ]
+        found = {count: masked[count] * float(np.exp(np.interp(count, known, ratios))) for count in counts}
+        highest = np.maximum.accumulate([found[count] for count in reversed(counts)])  # fewer layers lose no less
+        return masked | dict(zip(reversed(counts), highest.tolist(), strict=True))
+
+    def _refitted_loss(self, plan: Plan) -> float:
+        if plan.keeps_all:
+            return 0.0
+        if plan not in self._refitted:
+            small = slim(self._home(plan), plan)
+            batches = [reference.batch for reference in self.references]
+            report = refit_model(self.dense, small, plan, batches, reduce=of_this_rank)
+            logger.debug("%s: %s", plan, report)
+            self._refitted[plan] = min(report.before, report.after)
+        return self._refitted[plan]
+
+    def _home(self, plan: Plan) -> PreTrainedModel:
+        try:
+            check_legal(self.layout, plan.shape)
+        except IllegalShapeError:
+            return self._twin
+        return self.dense
+
+
+def obstacle(model: PeftModel, batches: Sequence[Batch]) -> str:
+    """
+    Why a gated model's shapes cannot be judged by refitted models; empty if they can.
+
+    Args:
+        model: with gates placed by a family row.
+        batches: calibration batches.
+    """
+    if any(HIDDEN_UNITS in name.split(".") for name in collect_gates(model)):
+        return "reconstruction compares residual streams of one width, and gates on 'hidden' narrow it"
+    if any(LORA_OUT & set(name.split(".")) and parameter.any() for name, parameter in model.named_parameters()):
+        return "what LoRA has learned is not in the dense weights"
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+        return "quantized weights cannot be sliced"
+    if len(batches) == 1 and len(next(v for v in batches[0].values() if isinstance(v, torch.Tensor) and v.ndim)) < 2:
+        return "one row of calibration data is too little: none can be held out"
+    return ""

@@ -1,0 +1,142 @@
+"""What a search returns: the shape, and all that it was chosen from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..latency.budget import LatencyBudget
+from ..latency.table import LatencyTable
+from ..planning.plan import Plan
+from ..vanilla.shape import Shape
+
+FORMAT = 1
+"""Of a file that holds a search."""
+
+MOST_POINTS = 80
+"""Candidates in the JSON of a search at most: all that were timed, and the frontier thinned evenly."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """
+    A shape and what is known about it.
+
+    Args:
+        shape (`Shape`): the sizes.
+        estimate_ms (`float`): by the table, corrected by all that was timed.
+        predicted_loss (`float`): nats per prediction over the dense model's, before any recovery, corrected likewise.
+        parameters (`int`): of the slim model.
+        memory (`float`): bytes of its weights and KV cache.
+        rehomed (`bool`): whether only the family's twin takes it.
+        measured_ms (`float`, *optional*): on the scale of `SearchResult.dense_ms`.
+        measured_loss (`float`, *optional*): of the refitted slim model, or by closing the gates of what goes.
+        expected_ms, expected_loss (`float`, *optional*): what was expected before it was timed and evaluated.
+        rejected (`str`, *optional*): why another shape was chosen; None for the chosen one.
+    """
+
+    shape: Shape
+    estimate_ms: float
+    predicted_loss: float
+    parameters: int
+    memory: float
+    rehomed: bool
+    measured_ms: float | None = None
+    measured_loss: float | None = None
+    expected_ms: float | None = None
+    expected_loss: float | None = None
+    rejected: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; numbers to six digits."""
+        return {name: _short(value) for name, value in (asdict(self) | {"shape": self.shape.to_dict()}).items()}
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """
+    What the search found.
+
+    Args:
+        budget (`LatencyBudget`): what was asked for.
+        best (`Candidate`): the shape; its latency is measured, not estimated.
+        plan (`Plan`, *optional*): what of the model stays at that shape.
+        dense_ms (`float`): the dense model, timed side by side with `best`.
+        limit_ms (`float`): what the budget allows on that scale; infinite if it does not limit latency.
+        frontier (`tuple[Candidate, ...]`): for every latency the shape of least predicted loss, slowest first.
+        measured (`tuple[Candidate, ...]`): every shape that was timed.
+        table (`LatencyTable`): of the dense hidden size, corrected by all of it that was timed.
+        rounds (`int`): rounds it took.
+        margin (`float`): how far below the budget it stayed: `SearchEffort.margin`.
+        shapes (`int`): how many there were to choose from.
+        steps (`dict[str, str]`): by size, which values were there to choose from, and why.
+        loss (`str`): what the losses are: `Quality.meaning`.
+    """
+
+    budget: LatencyBudget
+    best: Candidate
+    plan: Plan | None
+    dense_ms: float
+    limit_ms: float
+    frontier: tuple[Candidate, ...]
+    measured: tuple[Candidate, ...]
+    table: LatencyTable
+    rounds: int
+    margin: float = 0.0
+    shapes: int = 0
+    steps: Mapping[str, str] = field(default_factory=dict)
+    loss: str = ""
+
+    @property
+    def ms(self) -> float:
+        """The best shape's measured latency in milliseconds."""
+        return self.best.estimate_ms if self.best.measured_ms is None else self.best.measured_ms
+
+    @property
+    def speedup(self) -> float:
+        """The dense model's latency over the best shape's, both measured."""
+        return self.dense_ms / self.ms
+
+    def to_dict(self) -> dict[str, Any]:
+        """
+        For JSON, without the plan and the table: at most `MOST_POINTS` candidates under `points`, `frontier` says
+        which of them no other beats.
+        """
+        on_frontier = {candidate.shape for candidate in self.frontier}
+        timed = {each.shape: each for each in self.measured if each.shape != self.best.shape}
+        timed[self.best.shape] = self.best  # the last one: what is too many goes from the front
+        further = [candidate for candidate in self.frontier if candidate.shape not in timed]
+        room = max(0, MOST_POINTS - len(timed))
+        if len(further) > room:
+            further = [further[round(place * (len(further) - 1) / max(1, room - 1))] for place in range(room)]
+        points = [*list(timed.values())[-MOST_POINTS:], *further]
+        return {
+            "budget": str(self.budget),
+            "limit_ms": self.limit_ms if math.isfinite(self.limit_ms) else None,
+            "margin": self.margin,
+            "dense_ms": self.dense_ms,
+            "chosen_ms": self.ms,
+            "regime": self.table.regime.to_dict(),
+            "device": self.table.device_name,
+            "estimate_errors": dict(self.table.errors),
+            "multiple": self.table.multiple,
+            "rounds": self.rounds,
+            "shapes": self.shapes,
+            "steps": dict(self.steps),
+            "loss": self.loss,
+            "points": [point.to_dict() | {"frontier": point.shape in on_frontier} for point in points],
+        }
+
+    def __str__(self) -> str:
+        sizes, home = self.best.shape.to_dict(), " (re-homed)" if self.best.rehomed else ""
+        loss = self.best.predicted_loss if self.best.measured_loss is None else self.best.measured_loss
+        return (
+            f"{sizes}{home}: {self.ms:.3f} ms measured, budget {self.limit_ms:.3f} ms, dense {self.dense_ms:.3f} ms "
+            f"({self.speedup:.2f}x); {loss:.4f} nats before recovery; {self.best.parameters:,} parameters"
+        )
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value

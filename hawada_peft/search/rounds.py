@@ -1,0 +1,75 @@
+"""The search for the shape: every legal one under the budget, scored, realised and timed until one meets it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..latency.budget import LatencyBudget
+from ..latency.table import LatencyTable
+from .effort import SearchEffort
+from .quality import Quality
+from .result import SearchResult
+from .space import SearchSpace
+from .state import Realise, SearchState
+
+logger = logging.getLogger(__name__)
+
+
+def search(
+    space: SearchSpace,
+    table: LatencyTable,
+    quality: Quality,
+    budget: LatencyBudget,
+    realise: Realise,
+    *,
+    effort: SearchEffort | None = None,
+    narrower: Sequence[tuple[SearchSpace, LatencyTable]] = (),
+) -> SearchResult:
+    """
+    Find the shape of least loss that meets a budget.
+
+    All shapes are estimated and scored. The best are built with random weights and timed, and evaluated with their
+    gates closed; table and scores are corrected by that and the search is repeated, until the best shape is one that
+    was timed, evaluated, timed once more on its own and found to meet the budget.
+
+    Args:
+        space: the shapes.
+        table: their latencies.
+        quality: their losses.
+        budget: the limits.
+        realise: builds and times shapes.
+        effort: how hard to look.
+        narrower: the shapes of other hidden sizes, and their tables; searched together with the rest.
+
+    Raises:
+        InfeasibleBudgetError: if no shape meets the budget, with the range that can be reached and what binds.
+    """
+    effort = effort or SearchEffort()
+    state = SearchState(space, table, budget, effort, narrower)
+    state.check_feasible()
+    state.predict(quality)
+    confirmed: set[int] = set()
+    for number in range(1, effort.rounds + 1):
+        fits = np.flatnonzero(state.fits())
+        if len(fits) == 0:
+            break
+        loss = state.loss()
+        ranked = fits[np.lexsort((state.ms()[fits], loss[fits]))]
+        best = int(ranked[0])
+        if best in confirmed:
+            return state.result(best, quality, number)
+        if best in state.times or math.isinf(state.limit):
+            logger.info("round %d: timing %s once more", number, state.shape(best).to_dict())
+            state.time([best], realise, final=True)
+            state.evaluate([best], quality)
+            confirmed.add(best)
+            continue
+        chosen = state.choose(ranked, effort.top)
+        logger.info("round %d: realising %s", number, [state.shape(index).to_dict() for index in chosen])
+        state.evaluate(chosen, quality)
+        state.time(chosen, realise)
+    return state.settle(quality, effort.rounds)

@@ -1,0 +1,302 @@
+"""What is known while shapes are searched."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from ..errors import InfeasibleBudgetError
+from ..latency.budget import LatencyBudget
+from ..latency.interpolate import smooth
+from ..latency.table import LatencyTable, Realised
+from ..latency.timing import Timing
+from ..vanilla.shape import Shape
+from .effort import SearchEffort
+from .quality import Quality
+from .result import Candidate, SearchResult
+from .space import SearchSpace
+
+logger = logging.getLogger(__name__)
+Realise = Callable[[Sequence[Shape]], Mapping[Shape, Timing]]
+"""Builds shapes with random weights and times them side by side, the dense shape among them."""
+
+KERNEL_WIDTH, KERNEL_PRIOR = 0.15, 0.3
+"""How far a measured loss reaches, in parts of the dense sizes, and how much it is trusted."""
+
+
+class SearchState:
+    """
+    What is known about the space while it is searched, by the position in it. It is made of the spaces of all hidden
+    sizes, one after the other. Latencies are on the scale of the first table's dense model.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        table: LatencyTable,
+        budget: LatencyBudget,
+        effort: SearchEffort,
+        narrower: Sequence[tuple[SearchSpace, LatencyTable]] = (),
+    ) -> None:
+        self.budget, self.effort = budget, effort
+        self.spaces, self.tables = [space, *(each for each, _ in narrower)], [table, *(each for _, each in narrower)]
+        self.ends = np.cumsum([len(each) for each in self.spaces])
+        self.dense = space.dense
+        self.parameters = np.concatenate([each.parameters.ravel() for each in self.spaces])
+        self.memory = np.concatenate([each.memory.ravel() for each in self.spaces])
+        self.predicted = np.zeros(len(self.parameters))
+        self.times: dict[int, float] = {}
+        self.losses: dict[int, float] = {}
+        self.expected_ms: dict[int, float] = {}  # of what was timed, before that
+        self.expected_loss: dict[int, float] = {}
+        self.dense_ms = table.dense_ms
+        self._estimates: np.ndarray | None = None
+
+    @property
+    def table(self) -> LatencyTable:
+        """The table of the dense hidden size."""
+        return self.tables[0]
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Which of the spaces a position lies in, and where there."""
+        part = int(np.searchsorted(self.ends, index, side="right"))
+        return part, index - int(self.ends[part]) + len(self.spaces[part])
+
+    def shape(self, index: int) -> Shape:
+        """The shape at a position."""
+        part, local = self.place(index)
+        return self.spaces[part].shape(local)
+
+    def predict(self, quality: Quality) -> None:
+        """Ask for the predicted losses."""
+        self.predicted = np.concatenate([quality.predict(space).ravel() for space in self.spaces])
+
+    @property
+    def limit(self) -> float:
+        """The budget on the table's scale: the machine may be faster or slower now than when the table was made."""
+        return self.budget.limit_ms(self.dense_ms) * self.table.dense_ms / self.dense_ms
+
+    def ms(self) -> np.ndarray:
+        """Over the space: measured where it was timed, estimated elsewhere."""
+        if self._estimates is None:
+            parts = [
+                table.estimate_sizes(*space.axes).numpy().ravel() * (self.table.dense_ms / table.dense_ms)
+                for space, table in zip(self.spaces, self.tables, strict=True)
+            ]
+            self._estimates = np.concatenate(parts)
+            self._estimates[list(self.times)] = list(self.times.values())
+        return self._estimates
+
+    def loss(self) -> np.ndarray:
+        """Over the space: measured where it was evaluated, else predicted, corrected by what was measured nearby."""
+        if not self.losses:
+            return self.predicted
+        where = self._places()
+        known = list(self.losses)
+        measured = np.maximum([self.losses[index] for index in known], 1e-9)
+        left = np.log(measured / np.maximum(self.predicted[known], 1e-9))
+        residual = smooth(
+            where, where[known], torch.from_numpy(np.clip(left, -5, 5)), width=KERNEL_WIDTH, prior=KERNEL_PRIOR
+        )
+        corrected = self.predicted * np.exp(residual.numpy())
+        corrected[known] = measured
+        return corrected
+
+    def fits(self) -> np.ndarray:
+        """Over the space: whether all limits hold, with the margin for what is only estimated."""
+        ms = self.ms()
+        latency = ms <= self.limit * self._room() if math.isfinite(self.limit) else np.ones(len(ms), dtype=bool)
+        return latency & self._small()
+
+    def _room(self) -> np.ndarray:
+        """Over the space: what of the limit may be used."""
+        room = np.full(len(self.parameters), 1 - self.effort.margin)
+        room[list(self.times)] = 1 - self.effort.margin / 2
+        return room
+
+    def _small(self) -> np.ndarray:
+        parameters, memory = self.budget.max_parameters, self.budget.max_memory
+        fits = np.ones(len(self.parameters), dtype=bool)
+        if parameters is not None:
+            fits &= self.parameters <= parameters
+        if memory is not None:
+            fits &= self.memory <= memory
+        return fits
+
+    def check_feasible(self) -> None:
+        """
+        Raises:
+            InfeasibleBudgetError: if no shape meets the budget by the table, with the range and what binds.
+        """
+        if self.fits().any():
+            return
+        fast = self.ms() <= self.limit * (1 - self.effort.margin)
+        small = self._small()
+        binding = []
+        if not fast.any():
+            binding.append("latency")
+        if not small.any():
+            binding.append("size")
+        together = "" if binding else " Each limit can be met, but not all of them by one shape."
+        dense, least = self.table.dense_ms, float(self.ms().min())
+        asked = f" (asked: {self.limit:.3f} ms)" if math.isfinite(self.limit) else ""
+        raise InfeasibleBudgetError(
+            f"no legal shape meets the budget ({self.budget}); binding: {' and '.join(binding) or 'both together'}."
+            f"{together} Reachable on {self.table.device_name} ({self.table.regime}): {least:.3f} to {dense:.3f} ms, "
+            f"a speedup of 1 to {dense / least:.2f}{asked}; "
+            f"{int(self.parameters.min()):,} to {int(self.parameters.max()):,} parameters; "
+            f"{self.memory.min() / 2**20:,.1f} to {self.memory.max() / 2**20:,.1f} MiB. Ask for less, or "
+            "give the search more to cut (the config's `gates`)."
+        )
+
+    def choose(self, ranked: np.ndarray, count: int) -> list[int]:
+        """The best shapes that were not timed yet: first the best of each of several depths, then the best at all."""
+        untimed = [int(index) for index in ranked if int(index) not in self.times]
+        if self.times:
+            return untimed[:count]
+        seen: dict[int, int] = {}
+        for index in untimed:
+            seen.setdefault(self.shape(index).num_hidden_layers or 0, index)
+        return list(dict.fromkeys([*list(seen.values())[:count], *untimed]))[:count]
+
+    def evaluate(self, indices: Sequence[int], quality: Quality) -> None:
+        """Measure the loss of shapes, where it can be."""
+        new = [index for index in indices if index not in self.losses]
+        expected = self.loss() if new else self.predicted
+        for index in new:
+            loss = quality.evaluate(self.shape(index))
+            if loss is not None:
+                self.losses[index], self.expected_loss[index] = loss, float(expected[index])
+
+    def time(self, indices: Sequence[int], realise: Realise, *, final: bool = False) -> None:
+        """
+        Realise and time shapes; correct their tables by them. What counts is the ratio to the dense model beside them.
+        A final timing is made of several instances and replaces an earlier one.
+        """
+        shapes = [self.shape(index) for index in indices]
+        before = self.ms()
+        self.expected_ms = {index: float(before[index]) for index in indices} | self.expected_ms
+        runs = [realise(shapes) for _ in range(self.effort.instances if final else 1)]
+        dense = [timings[self.dense].median_ms for timings in runs]
+        self.dense_ms = float(np.median(dense))
+        points: dict[int, list[Realised]] = {}
+        for index, shape in zip(indices, shapes, strict=True):
+            ratios = [timings[shape].median_ms / beside for timings, beside in zip(runs, dense, strict=True)]
+            ratio, part = float(np.median(ratios)), self.place(index)[0]
+            self.times[index] = ratio * self.table.dense_ms
+            mine = [] if shape == self.dense else [Realised(shape, ratio * self.tables[part].dense_ms)]
+            points.setdefault(part, []).extend(mine)
+        for part, realised in points.items():
+            self.tables[part] = self.tables[part].with_realised(realised)
+        self._estimates = None
+
+    def settle(self, quality: Quality, rounds: int) -> SearchResult:
+        """
+        The rounds are used up: the best of the shapes that were timed and met the budget.
+
+        Raises:
+            InfeasibleBudgetError: if none did.
+        """
+        fits, loss = self.fits(), self.loss()
+        met = [index for index in self.times if fits[index]]
+        if met:
+            return self.result(min(met, key=lambda index: loss[index]), quality, rounds)
+        least = min(self.times.values(), default=float(self.ms().min()))
+        raise InfeasibleBudgetError(
+            f"no shape that was built and timed met the budget ({self.budget}): the fastest took {least:.3f} ms, "
+            f"{self.limit:.3f} ms was asked for, dense {self.table.dense_ms:.3f} ms. Ask for less, or measure on a "
+            "quieter machine."
+        )
+
+    def result(self, index: int, quality: Quality, rounds: int) -> SearchResult:
+        """What is returned for a shape."""
+        ms, loss = self.ms(), self.loss()
+        scale = self.dense_ms / self.table.dense_ms
+
+        def candidate(place: int) -> Candidate:
+            timed, (part, local) = self.times.get(place), self.place(place)
+            expected, space = self.expected_ms.get(place), self.spaces[part]
+            return Candidate(
+                shape=space.shape(local),
+                estimate_ms=float(ms[place]) * scale,
+                predicted_loss=float(loss[place]),
+                parameters=int(self.parameters[place]),
+                memory=float(self.memory[place]),
+                rehomed=space.rehomed[np.unravel_index(local, space.parameters.shape)[1]],
+                measured_ms=None if timed is None else timed * scale,
+                measured_loss=self.losses.get(place),
+                expected_ms=None if expected is None else expected * scale,
+                expected_loss=self.expected_loss.get(place),
+                rejected=None if place == index else self._rejected(place, loss, index),
+            )
+
+        result = SearchResult(
+            budget=self.budget,
+            best=candidate(index),
+            plan=quality.plan(self.shape(index)),
+            dense_ms=self.dense_ms,
+            limit_ms=self.limit * scale,
+            frontier=tuple(candidate(int(place)) for place in frontier(ms, loss)),
+            measured=tuple(candidate(place) for place in self.times),
+            table=self.table,
+            rounds=rounds,
+            margin=self.effort.margin,
+            shapes=len(self.parameters),
+            steps=self.spaces[0].steps,
+            loss=quality.meaning,
+        )
+        logger.info("%s", result)
+        return result
+
+    def _rejected(self, index: int, loss: np.ndarray, best: int) -> str:
+        """Why another shape was chosen."""
+        ms, parameters, memory = self.ms()[index], self.budget.max_parameters, self.budget.max_memory
+        room = self._room()[index]
+        reasons = []
+        if ms > self.limit:
+            reasons.append("slower than the budget")
+        elif ms > self.limit * room:
+            reasons.append(f"within the budget, but not by the margin of {1 - room:.1%}")
+        if parameters is not None and self.parameters[index] > parameters:
+            reasons.append("too many parameters")
+        if memory is not None and self.memory[index] > memory:
+            reasons.append("too much memory")
+        if reasons:
+            return ", ".join(reasons)
+        if loss[index] < loss[best]:
+            return "not timed and confirmed before the rounds were used up"
+        return "no less loss than the chosen shape"
+
+    def _places(self) -> torch.Tensor:
+        """(space, 4) in parts of the dense sizes; (space, 5) where there are several hidden sizes."""
+        rows = []
+        for space, table in zip(self.spaces, self.tables, strict=True):
+            groups, per_group, ffn, layers = space.axes
+            sizes = self.dense.sizes().values()
+            parts = [v / s for v, s in zip((groups * per_group, groups, ffn, layers), sizes, strict=True)]
+            if len(self.spaces) > 1:
+                parts.append(
+                    np.full((1, 1, 1), int(table.model["hidden_size"]) / int(self.table.model["hidden_size"]))
+                )
+            rows.append(np.stack(np.broadcast_arrays(*parts), axis=-1).reshape(-1, len(parts)))
+        return torch.from_numpy(np.concatenate(rows))
+
+
+def frontier(ms: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    """
+    The shapes that no other beats in both latency and loss.
+
+    Args:
+        ms, loss: (shapes,).
+
+    Returns:
+        Indices, the slowest and best first.
+    """
+    order = np.lexsort((loss, ms))
+    best = np.minimum.accumulate(loss[order])
+    keep = np.concatenate([[True], loss[order][1:] < best[:-1]])
+    return order[keep][::-1]

@@ -1,0 +1,54 @@
+"""Real models of any shape with random weights: what is timed before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from ..errors import IllegalShapeError
+from ..latency.regime import Regime
+from ..vanilla.family import Layout
+from ..vanilla.resize import edit_config
+from ..vanilla.shape import Shape
+
+SPREAD = 0.02
+"""Random weights are uniform in (-SPREAD, SPREAD)."""
+
+
+def realiser(layout: Layout, regime: Regime) -> Callable[[Shape], PreTrainedModel]:
+    """
+    A function that builds a model of a shape with random weights, in the regime's dtype on its device.
+
+    Args:
+        layout: the dense model's, with its class and config.
+        regime: where to.
+
+    Returns:
+        A function of a complete `Shape`; it raises `IllegalShapeError` on sizes that the config class refuses. Random
+        number generators are left as they were.
+    """
+    device = torch.device(regime.device)
+
+    def build(shape: Shape) -> PreTrainedModel:
+        try:
+            config = edit_config(layout, shape)
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                with device, no_init_weights():
+                    built = layout.model_class._from_config(config, dtype=regime.torch_dtype)
+                for tensor in (*built.parameters(), *_saved_buffers(built)):
+                    tensor.data.uniform_(-SPREAD, SPREAD)
+        except (StrictDataclassError, ValueError, TypeError) as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise IllegalShapeError(f"{type(layout.config).__name__} refuses {shape.to_dict()}: {reason}") from None
+        return built.eval()
+
+    return build
+
+
+def _saved_buffers(model: PreTrainedModel) -> list[torch.Tensor]:
+    state = model.state_dict(keep_vars=True).values()
+    return [tensor for tensor in state if not isinstance(tensor, torch.nn.Parameter) and tensor.is_floating_point()]

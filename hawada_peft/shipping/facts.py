@@ -1,0 +1,166 @@
+"""What is known about an export and cannot be read off the slim folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+from ..errors import HawAdaError
+from ..files.names import CARD_NAME
+from ..planning.plan import Plan
+from ..search.result import SearchResult
+from .figures import Latency
+from .passport import PassportLine
+
+CARD_FIELDS = ("license", "license_name", "license_link", "language")
+"""What a slim model's card takes over from the base model's."""
+
+
+@dataclass(frozen=True)
+class QualityChange:
+    """
+    A measure of quality before and after.
+
+    Args:
+        name (`str`): what was measured: `"perplexity"`, `"accuracy in %"`.
+        dense (`float`): of the dense model.
+        slim (`float`): of the slim model.
+        data (`str`): on what: `"200 held-out windows of 512 tokens"`.
+
+    Raises:
+        HawAdaError: if a value is not a finite number.
+    """
+
+    name: str
+    dense: float
+    slim: float
+    data: str
+
+    def __post_init__(self) -> None:
+        wrong = [value for value in (self.dense, self.slim) if not math.isfinite(value)]
+        if wrong:
+            raise HawAdaError(f"{self.name}: the quality of the dense and the slim model must be finite, got {wrong}")
+
+
+@dataclass(frozen=True)
+class ExportFacts:
+    """
+    What is known about an export and cannot be read off the slim folder. What is left out is left out of the card and
+    the report.
+
+    Args:
+        base (`str` or path, *optional*): the dense model: its id on the Hub, or its folder. A folder's (or a cached
+            repository's) own card gives the licence and the language.
+        plan (`Plan`, *optional*): what was kept.
+        latency (*optional*): a `SearchResult`; or timings by `measure_many` under the names `"dense"` and `"slim"`; or
+            a `LatencyTable`, whose estimate is then called an estimate.
+        search (*optional*): the search that chose the shape: a `SearchResult`, what its `to_dict` gave, or
+            `HawAdaTrainer.search`. The `SearchResult` in `latency` if left out.
+        quality (`tuple[QualityChange, ...]`): before and after.
+        reconstruction (*optional*): a dataclass or a mapping with what reconstruction reported.
+        calibration (`dict`, *optional*): what the data for importance or reconstruction was: `calibration_facts`.
+        checked (`tuple[PassportLine, ...]`): runtimes that the slim model was run in: `check_compile`, `check_onnx`.
+        license (`str`, *optional*): instead of the base model's.
+        repo_id (`str`, *optional*): where the slim model will be; stands in the card's example.
+    """
+
+    base: str | os.PathLike[str] | None = None
+    plan: Plan | None = None
+    latency: Latency | None = None
+    search: SearchResult | Mapping[str, Any] | None = None
+    quality: Sequence[QualityChange] = ()
+    reconstruction: Any = None
+    calibration: Mapping[str, Any] | None = None
+    checked: Sequence[PassportLine] = ()
+    license: str | None = None
+    repo_id: str | None = None
+
+
+def calibration_facts(batches: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, Any]:
+    """
+    What calibration data was, without the data: so that it can be told from evaluation data later.
+
+    Args:
+        batches: keyword arguments of the forward pass, each (examples, ...).
+
+    Returns:
+        `{"examples": ..., "batches": ..., "sha256": ...}`: the hash is of names, dtypes, shapes and bytes, in order.
+    """
+    digest, examples, count = hashlib.sha256(), 0, 0
+    for batch in batches:
+        rows = 0
+        for name, tensor in sorted(batch.items()):
+            plain = tensor.detach().cpu().contiguous()
+            digest.update(f"{name} {plain.dtype} {tuple(plain.shape)};".encode())
+            digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+            rows = len(plain)
+        examples, count = examples + rows, count + 1
+    return {"examples": examples, "batches": count, "sha256": digest.hexdigest()}
+
+
+def base_facts(facts: ExportFacts) -> dict[str, Any]:
+    """
+    The base model's name, its id on the Hub if it has one, and what its card says of licence and language.
+
+    Nothing is downloaded: a card is read from the folder, or from the cache.
+    """
+    found: dict[str, Any] = {}
+    if facts.base is not None:
+        folder = Path(facts.base)
+        if folder.is_dir():
+            found["name"] = folder.resolve().name
+            card: Any = folder / CARD_NAME
+        else:
+            found["name"] = found["id"] = str(facts.base)
+            try:
+                card = try_to_load_from_cache(str(facts.base), CARD_NAME)
+            except HFValidationError as error:
+                raise HawAdaError(
+                    f"base must be a folder that exists or the id of a model on the Hub, got {facts.base!r}: {error}"
+                ) from None
+        if isinstance(card, str | Path) and Path(card).is_file():
+            data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+            found |= {name: data[name] for name in CARD_FIELDS if data.get(name)}
+    if facts.license is not None:
+        found = {name: value for name, value in found.items() if not name.startswith("license")}
+        found["license"] = facts.license
+    return found
+
+
+def known_base(name: str | None) -> str | None:
+    """A model's `name_or_path` if it is a folder that exists or a repository in the cache; it may be anything else."""
+    if not name or Path(name).is_dir():
+        return name or None
+    try:
+        return name if isinstance(try_to_load_from_cache(name, "config.json"), str) else None
+    except HFValidationError:
+        return None
+
+
+def search_facts(facts: ExportFacts) -> dict[str, Any] | None:
+    """The search that chose the shape, for JSON; None if nothing is known of one."""
+    search = facts.search
+    if search is None and isinstance(facts.latency, SearchResult):
+        search = facts.latency
+    if isinstance(search, SearchResult):
+        return search.to_dict()
+    return None if search is None else dict(search)
+
+
+def plain_facts(reported: Any) -> dict[str, Any]:
+    """What reconstruction reported, as a dictionary; `HawAdaError` if it is neither a dataclass nor a mapping."""
+    if dataclasses.is_dataclass(reported) and not isinstance(reported, type):
+        return dataclasses.asdict(reported)
+    if isinstance(reported, Mapping):
+        return dict(reported)
+    raise HawAdaError(f"reconstruction must be a dataclass or a mapping, got a {type(reported).__name__}")

@@ -1,0 +1,116 @@
+"""The report of an export: `hawada_report.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+
+from ..errors import InvalidPlanError
+from ..vanilla.family import Layout, locate
+from ..vanilla.resize import edit_config
+from ..vanilla.shape import Shape
+from ..vanilla.skeleton import auto_class_of, skeleton_of
+from .facts import ExportFacts, base_facts, plain_facts, search_facts
+from .figures import latency_facts
+from .passport import alignment, passport_of
+
+if TYPE_CHECKING:
+    from ..files.verify import Verification
+
+FORMAT = 1
+
+
+def report_of(model: PreTrainedModel, facts: ExportFacts, verification: Verification | None = None) -> dict[str, Any]:
+    """
+    The report, for JSON. Sections that nothing is known about are not in it.
+
+    Args:
+        model: the slim model; only its class, config and dtype are used, so it may be on the meta device.
+        facts: what is known beside that.
+        verification: what reloading the folder gave.
+
+    Raises:
+        InvalidPlanError: if the plan is for other sizes than the slim model's.
+        IncompatibleTableError: if the latency is that of other sizes, or the timings lack `"dense"` or `"slim"`.
+        HawAdaError: if what reconstruction reported is neither a dataclass nor a mapping.
+    """
+    layout = locate(model)
+    if facts.plan is not None and layout.complete(facts.plan.shape) != layout.dense:
+        raise InvalidPlanError(
+            f"the plan leaves {facts.plan.shape.to_dict()}, the slim model has {layout.dense.to_dict()}: pass the "
+            "plan that it was made with"
+        )
+    base = base_facts(facts)
+    dense = facts.plan.dense if facts.plan is not None else _sizes_of(facts.base)
+    timing = None if facts.latency is None else latency_facts(facts.latency, layout.full)
+    compiled = timing is not None and timing["measured"] and timing["regime"]["backend"] == "compile"
+    lines = passport_of(
+        model,
+        layout,
+        verification=verification,
+        compiled_on=f"{timing['device']}, torch {timing['versions']['torch']}" if timing and compiled else "",
+        checked=facts.checked,
+    )
+    sections: dict[str, Any] = {
+        "format": FORMAT,
+        "versions": {
+            "hawada_peft": version("hawada_peft"),
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+        },
+        "repo_id": facts.repo_id,
+        "base": base or None,
+        "model": _model_facts(model, layout),
+        "dense": None if dense is None else dense.to_dict() | {"parameters": dense_parameters(layout, dense)},
+        "plan": None if facts.plan is None else facts.plan.to_dict(),
+        "verification": None if verification is None else dataclasses.asdict(verification),
+        "latency": timing,
+        "search": search_facts(facts),
+        "quality": [dataclasses.asdict(change) for change in facts.quality] or None,
+        "reconstruction": None if facts.reconstruction is None else plain_facts(facts.reconstruction),
+        "calibration": None if facts.calibration is None else dict(facts.calibration),
+        "alignment": alignment(model, layout),
+        "passport": [line.to_dict() for line in lines],
+    }
+    return {name: section for name, section in sections.items() if section is not None}
+
+
+def dense_parameters(layout: Layout, dense: Shape) -> int:
+    """
+    Parameters of the dense model, by building the slim model's class in the dense sizes on the meta device.
+
+    Args:
+        layout: the dense model's, with its class and config.
+        dense: the dense sizes, complete.
+    """
+    first = (0,) * dense.sizes()["num_hidden_layers"]  # per-layer lists say nothing of sizes
+    with torch.device("meta"):
+        return int(layout.model_class(edit_config(layout, dense, layers=first)).num_parameters())
+
+
+def _model_facts(model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
+    dtype = model.config.dtype if model.device.type == "meta" else model.dtype  # a skeleton has the default dtype
+    return {
+        "class": type(model).__name__,
+        "auto_class": auto_class_of(model).__name__,
+        "model_type": layout.model_type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "parameters": model.num_parameters(),
+        "hidden_size": layout.hidden_size,
+        "head_dim": layout.head_dim,
+        **layout.dense.sizes(),
+    }
+
+
+def _sizes_of(base: str | os.PathLike[str] | None) -> Shape | None:
+    """The sizes of a base model whose folder is at hand."""
+    if base is None or not (Path(base) / "config.json").is_file():
+        return None
+    return locate(skeleton_of(AutoConfig.from_pretrained(base))).full

@@ -1,0 +1,138 @@
+"""A slim checkpoint written tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from ..errors import HawAdaError, InvalidPlanError
+from ..files.checkpoint import Checkpoint, stored_names
+from ..files.shards import write_shard
+from ..gates.reading import gate_scores
+from ..planning.plan import Plan
+from ..progress import Progress, progress_bar
+from ..surgery.axes import SliceRule, find_axes
+from ..surgery.fold import DEFAULT, Factors, factors_of, fold_tensor, load_gates, lora_of, merge_tensor
+from ..surgery.slicing import slice_tensor
+from ..surgery.slimming import slim
+from ..surgery.source import rows_of, source_of
+from ..vanilla.family import locate
+
+NO_PLAN = (
+    "there is no plan: apply one to the adapter before it is saved "
+    "(`model.apply_plan(model.plan(keep_ratio=0.5))`), or pass one as `plan`"
+)
+
+
+class _Export:
+    """
+    The dense and the slim model without weights, and how a tensor of one becomes one of the other.
+
+    Args:
+        checkpoint: the dense model.
+        adapter, plan, fold: as in `slim_checkpoint`.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, adapter: str | os.PathLike[str] | None, plan: Plan | None, *, fold: bool
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._factors: dict[str, Factors] = {}
+        self._lora: dict[str, Any] = {}
+        self.dense = checkpoint.skeleton
+        if adapter is not None:
+            gated = load_gates(self.dense, adapter)
+            gate_scores(gated.get_base_model(), locate(gated.get_base_model()), [DEFAULT])  # refuses broken gates
+            if plan is None:
+                plan = gated.applied_plan()
+            else:
+                gated.apply_plan(None)  # another plan's closed units must not be folded away
+            self._factors = factors_of(gated) if fold else {}
+            self._lora = lora_of(gated)
+            self.dense = cast(PreTrainedModel, gated.unload())
+        if plan is None:
+            raise InvalidPlanError(NO_PLAN)
+        self.plan = plan
+        self._layout = locate(self.dense)
+        plan.check_base(self._layout.full)
+        self._rules: dict[str, tuple[SliceRule, ...]] = {}
+        self.slim = self.dense
+        if not plan.keeps_all:
+            self.slim = slim(self.dense, plan)
+            self._rules = find_axes(self._layout, hidden=plan.hidden is not None)
+
+    def write(self, folder: Path, max_shard_size: int | str, progress: Progress | None) -> int:
+        """
+        Write all files that `save_pretrained` writes, the same.
+
+        Returns:
+            The bytes of all tensors.
+        """
+        self.slim.save_pretrained(folder, state_dict={})  # the configs
+        names, state = stored_names(self.slim), self.slim.state_dict()
+        like = {key: state[name] for key, name in names.items()}
+        try:
+            split = split_torch_state_dict_into_shards(like, max_shard_size=max_shard_size)
+        except ValueError as error:
+            raise HawAdaError(f"max_shard_size={max_shard_size!r}: {error}") from error
+        total = sum(tensor.nbytes for tensor in like.values())
+        free = shutil.disk_usage(folder).free
+        if free < total:
+            raise OSError(f"the slim model needs {total / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in {folder}")
+        with progress_bar(progress, total=total, desc="slimming", unit="B", unit_scale=True, leave=False) as bar:
+            for file, keys in split.filename_to_tensors.items():
+                write_shard(folder / file, {key: like[key] for key in keys}, partial(self._watched, names, bar))
+        if split.is_sharded:
+            index = {
+                "metadata": {"total_parameters": self.slim.num_parameters(), **split.metadata},
+                "weight_map": split.tensor_to_filename,
+            }
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
+        return total
+
+    def _watched(self, names: dict[str, str], bar: Any, key: str) -> Iterator[torch.Tensor]:
+        for part in self._parts(names[key]):
+            yield part
+            bar.update(part.nbytes)
+
+    def _parts(self, name: str) -> Iterator[torch.Tensor]:
+        """A slim tensor by its name in the slim model, in parts along its first dimension."""
+        source, layer, short = source_of(name, self._layout, self.plan)
+        owner, _, which = source.rpartition(".")
+        module, factors, lora = self.dense.get_submodule(owner), self._factors.get(owner), self._lora.get(owner)
+        keep = {rule.dim: rows_of(rule, self._layout, self.plan, layer) for rule in self._rules.get(short, ())}
+        own = self.dense.get_parameter_or_buffer(source)
+        if not own.is_meta:  # trained with the gates: modules_to_save
+            parts = iter([own.data])
+        elif lora is not None and (which == "weight" or lora.lora_bias[DEFAULT]):
+            parts = iter([self._merged(owner, which, lora)])
+        elif factors is None or (isinstance(module, nn.Linear) and which == "weight"):
+            parts = self._checkpoint.parts(source, keep.pop(0, None))
+        else:  # other factors may lie along the first dimension
+            parts = self._checkpoint.parts(source, size=None)
+        for part in parts:
+            if factors is not None:
+                part = fold_tensor(module, which, part, factors)
+            for dim, rows in keep.items():
+                part = slice_tensor(part, dim, rows)
+            yield part
+
+    def _merged(self, owner: str, which: str, lora: Any) -> torch.Tensor:
+        """A whole parameter of a dense module with its LoRA."""
+        needed = (
+            [which] if not lora.lora_bias[DEFAULT] else [name for name, _ in lora.get_base_layer().named_parameters()]
+        )
+        tensors = {name: torch.cat(list(self._checkpoint.parts(f"{owner}.{name}"))) for name in needed}
+        return merge_tensor(lora, which, tensors)

@@ -1,0 +1,264 @@
+"""Where a model family keeps its gates: a row of data per family, and the lookup of a row in a model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import UnsupportedModelError
+from .modules import feature_sizes
+from .shape import Shape
+
+HEADS, KV_GROUPS, FFN, HIDDEN = "heads", "kv_groups", "ffn", "hidden"
+"""The axes of width. In a fused layout they name what a stretch of rows belongs to."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """
+    One row of data: what cannot be asked of transformers about the models of one `model_type`.
+
+    Which parameters must be sliced, and along which axes, is found by building the config twice (`export.axes`).
+
+    Args:
+        layers (`str`): the list of layers, relative to `model.base_model`.
+        attention_out (`str`): the attention's output projection, relative to a layer: head gates sit on its input.
+        ffn_out (`str`): the FFN's output projection, relative to a layer: channel gates sit on its input.
+        kv_heads_field (`str`): the config field with the number of KV groups; empty if every head has its own.
+        head_dim_field (`str`): the config field that fixes the size of a head; empty if attention ignores it, and so
+            heads cannot be removed.
+        ffn_field (`str`): the config field with the FFN size.
+        ffn_unit (`str`): the config field that `ffn_field` is a multiple of; empty if it counts channels.
+        layer_lists (`tuple[str, ...]`): config fields that hold one entry per layer.
+        fused (`tuple[tuple[str, tuple[str, ...]], ...]`): modules (relative to a layer; with a dot before it, relative
+            to the model) whose rows, or inputs from the residual stream, hold several things: the axes in their
+            order. One axis alone means that everything of a unit is stored together.
+        twin (`str`): the `model_type` of a class that computes the same from the same weights and allows more head
+            counts; empty if there is none.
+        twin_fields (`tuple[tuple[str, Any], ...]`): config fields that make it compute the same.
+        hidden_norms (`tuple[str, ...]`): the norms of a layer, relative to it, through which everything there reads
+            the residual stream. The gate on the stream sits on them; empty if it has no place, because something else
+            reads the stream or depends on its size.
+        final_norm (`str`): the norm after the layers, relative to `model.base_model`, for the same gate.
+    """
+
+    layers: str
+    attention_out: str
+    ffn_out: str
+    kv_heads_field: str = ""
+    head_dim_field: str = "head_dim"
+    ffn_field: str = "intermediate_size"
+    ffn_unit: str = ""
+    layer_lists: tuple[str, ...] = ()
+    fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    twin: str = ""
+    twin_fields: tuple[tuple[str, Any], ...] = ()
+    hidden_norms: tuple[str, ...] = ()
+    final_norm: str = ""
+
+
+FAMILIES: dict[str, Family] = {}
+"""The rows, by `config.model_type`. `register_family` adds to it."""
+
+TARGET_MODULES: dict[str, list[str]] = {}
+"""PEFT's view of the rows: the names of the modules that are wrapped, by `config.model_type`."""
+
+
+def register_family(model_type: str, family: Family) -> None:
+    """
+    Make one more family known, or replace its row.
+
+    Args:
+        model_type (`str`): as in `config.model_type`.
+        family (`Family`): the row.
+    """
+    FAMILIES[model_type] = family
+    TARGET_MODULES[model_type] = [family.attention_out, family.ffn_out]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """
+    A family's row found in a model, with its class and config: all that decides which sizes it can have.
+
+    Args:
+        model_type (`str`): the row's key.
+        family (`Family`): the row.
+        stack (`str`): the list of layers, by its full dotted name.
+        root (`str`): `model.base_model`, by its full dotted name; empty if it is the model.
+        dense (`Shape`): the model's sizes, complete.
+        head_dim (`int`): features per head.
+        hidden_size (`int`): features of the residual stream.
+        model_class (`type[PreTrainedModel]`): the model's class.
+        config (`PreTrainedConfig`): its config.
+    """
+
+    model_type: str
+    family: Family
+    stack: str
+    root: str
+    dense: Shape
+    head_dim: int
+    hidden_size: int
+    model_class: type[PreTrainedModel] = field(compare=False, repr=False)
+    config: PreTrainedConfig = field(compare=False, repr=False)
+
+    def attention_out(self, layer: int) -> str:
+        """The dotted name of a layer's attention output projection."""
+        return f"{self.stack}.{layer}.{self.family.attention_out}"
+
+    def ffn_out(self, layer: int) -> str:
+        """The dotted name of a layer's FFN output projection."""
+        return f"{self.stack}.{layer}.{self.family.ffn_out}"
+
+    @cached_property
+    def norms(self) -> tuple[str, ...]:
+        """The dotted names of all norms that read the residual stream; the first of them holds the stream's gate."""
+        if not self.family.hidden_norms or not self.family.final_norm:
+            return ()
+        layers = range(self.dense.sizes()["num_hidden_layers"])
+        inside = [f"{self.stack}.{layer}.{norm}" for layer in layers for norm in self.family.hidden_norms]
+        return (*inside, f"{self.root}.{self.family.final_norm}" if self.root else self.family.final_norm)
+
+    @property
+    def full(self) -> Shape:
+        """The dense sizes with that of the residual stream."""
+        return replace(self.dense, hidden_size=self.hidden_size)
+
+    def complete(self, shape: Shape) -> Shape:
+        """Fill what was left out from the dense model; a `hidden_size` that is the dense one is left out."""
+        size = None if shape.hidden_size == self.hidden_size else shape.hidden_size
+        return replace(shape, hidden_size=size).complete(self.dense)
+
+    def narrowed(self, hidden_size: int | None) -> Shape:
+        """
+        The dense sizes with another hidden size (None: the dense one); an FFN size that is a multiple of it is rounded
+        down.
+        """
+        if hidden_size in (None, self.hidden_size):
+            return self.dense
+        narrow = replace(self.dense, hidden_size=hidden_size)
+        if self.family.ffn_unit == "hidden_size":
+            ffn = self.dense.sizes()["intermediate_size"]
+            narrow = replace(narrow, intermediate_size=max(1, ffn // hidden_size) * hidden_size)
+        return narrow
+
+    def position(self, name: str) -> tuple[int, str] | None:
+        """
+        The layer (-1: after the layers) and the axis (`"heads"`, `"ffn"`, `"hidden"`) that are gated at a module; None
+        if the row gates nothing there.
+        """
+        if self.norms and name == self.norms[-1]:
+            return -1, HIDDEN
+        match = re.fullmatch(rf"{re.escape(self.stack)}\.(\d+)\.(.+)", name)
+        axes = {self.family.attention_out: HEADS, self.family.ffn_out: FFN} | dict.fromkeys(
+            self.family.hidden_norms, HIDDEN
+        )
+        if match is None or match[2] not in axes:
+            return None
+        return int(match[1]), axes[match[2]]
+
+    def fingerprint(self) -> dict[str, int | str]:
+        """What a plan or an adapter for this model depends on, for JSON."""
+        return {
+            "model_type": self.model_type,
+            "hidden_size": self.hidden_size,
+            "head_dim": self.head_dim,
+            **self.dense.sizes(),
+        }
+
+
+def locate(model: nn.Module) -> Layout:
+    """
+    Find the row of a model and its sizes.
+
+    Raises:
+        UnsupportedModelError: if there is no row for the model, or the model does not have the row's modules. The
+            message says which names were looked for.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(model, PreTrainedModel) or not isinstance(config, PreTrainedConfig):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a transformers model, so the places of its gates are not known. "
+            "Please specify `target_modules` in `peft_config` to gate the inputs of modules by name."
+        )
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise UnsupportedModelError(
+            f"There is no family row for model_type={config.model_type!r}; rows exist for {sorted(FAMILIES)}. "
+            "Please specify `target_modules` in `peft_config` to gate the inputs of modules by name (such gates fold "
+            "into the weights but remove nothing), or describe the family with `hawada_peft.register_family`."
+        )
+    root = next(name for name, module in model.named_modules() if module is model.base_model)
+    stack_name = f"{root}.{family.layers}" if root else family.layers
+    stack = find_module(model, stack_name, config.model_type)
+    if not isinstance(stack, nn.ModuleList) or len(stack) == 0:
+        raise UnsupportedModelError(
+            f"model_type={config.model_type!r}: {stack_name!r} should be a list of layers, is a {type(stack).__name__}"
+        )
+    sizes = []
+    for index in range(len(stack)):
+        layer = f"{stack_name}.{index}"
+        attention = feature_sizes(find_module(model, f"{layer}.{family.attention_out}", config.model_type))
+        ffn = feature_sizes(find_module(model, f"{layer}.{family.ffn_out}", config.model_type))
+        sizes.append((attention[0], ffn[0]))
+    heads = config.num_attention_heads
+    if len(set(sizes)) > 1 or sizes[0][0] % heads:
+        raise UnsupportedModelError(
+            f"model_type={config.model_type!r}: every layer should have the same sizes, and {heads} heads; the input "
+            f"features of {family.attention_out} and {family.ffn_out} are {sorted(set(sizes))}"
+        )
+    return Layout(
+        model_type=config.model_type,
+        family=family,
+        stack=stack_name,
+        root=root,
+        dense=Shape(
+            num_attention_heads=heads,
+            num_key_value_heads=getattr(config, family.kv_heads_field) if family.kv_heads_field else heads,
+            intermediate_size=sizes[0][1],
+            num_hidden_layers=len(stack),
+        ),
+        head_dim=sizes[0][0] // heads,
+        hidden_size=config.hidden_size,
+        model_class=type(model),
+        config=config,
+    )
+
+
+def find_module(model: nn.Module, name: str, model_type: str) -> nn.Module:
+    """
+    A module by its dotted name.
+
+    Raises:
+        UnsupportedModelError: if the model does not have it.
+    """
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} (model_type={model_type!r}) has no module {name!r}, where its family row looks "
+            "for one. Correct the row with `hawada_peft.register_family`, or specify `target_modules`."
+        ) from None
+
+
+def hidden_home(layout: Layout) -> str:
+    """
+    The dotted name of the norm that holds the gate on the residual stream.
+
+    Raises:
+        UnsupportedModelError: if the family's row has no place for that gate.
+    """
+    if not layout.norms:
+        raise UnsupportedModelError(
+            f"gates on 'hidden' are not known for model_type={layout.model_type!r}: its family row names no "
+            "`hidden_norms` and `final_norm`, through which everything reads the residual stream; rows that do: "
+            f"{sorted(name for name, row in FAMILIES.items() if row.hidden_norms)}. Leave 'hidden' out of the "
+            "config's `gates`."
+        )
+    return layout.norms[0]

@@ -1,0 +1,122 @@
+"""Which sizes exist as vanilla models: asked of the config class and of what the model class builds from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from ..errors import IllegalShapeError
+from .family import Layout, hidden_home, locate
+from .resize import edit_config
+from .shape import Shape
+
+
+def build_sizes(layout: Layout, shape: Shape) -> str | None:
+    """
+    Ask whether a vanilla model of these widths exists, by building one layer of it on the meta device.
+
+    Returns:
+        `None` if it does; otherwise the reason why not.
+    """
+    wanted = Shape(num_hidden_layers=1).complete(shape)
+    hidden = shape.hidden_size or layout.hidden_size
+    try:
+        config = edit_config(layout, wanted, layers=(0,))
+        with torch.device("meta"):
+            built = locate(layout.model_class(config))
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        # The last line holds the cause; those before it name transformers' validator.
+        return f"{type(layout.config).__name__} refuses: {str(error).strip().splitlines()[-1].strip()}"
+    if built.full != replace(wanted, hidden_size=hidden) or built.head_dim != layout.head_dim:
+        found = built.dense if shape.hidden_size is None and built.hidden_size == hidden else built.full
+        return (
+            f"{layout.model_class.__name__} builds {found.to_dict()} with heads of {built.head_dim} features when "
+            f"asked for {wanted.to_dict()} with heads of {layout.head_dim}"
+        )
+    return None
+
+
+def fit_hidden(layout: Layout, shape: Shape, *, step: int, at_least: bool = False) -> Shape:
+    """
+    The legal shape nearest to one whose `hidden_size` need not be legal.
+
+    Where the FFN size is a multiple of the hidden size it is rounded to one, without exceeding the dense one.
+
+    Args:
+        layout: the dense model's, with its class and config.
+        shape: the sizes wished for, complete.
+        step: hidden sizes are multiples of it, or the dense one.
+        at_least: take no smaller hidden size than the one wished for.
+    """
+    wish, ffn = shape.hidden_size or layout.hidden_size, shape.sizes()["intermediate_size"]
+    sizes = {*range(step, layout.hidden_size, step), layout.hidden_size}
+    for size in sorted(sizes, key=lambda size: (abs(size - wish), -size)):
+        if at_least and size < wish:
+            continue
+        candidate = replace(shape, hidden_size=size)
+        if layout.family.ffn_unit == "hidden_size":
+            most = layout.dense.sizes()["intermediate_size"] // size
+            candidate = replace(candidate, intermediate_size=size * max(1, min(most, round(ffn / size))))
+        if build_sizes(layout, candidate) is None:
+            return candidate
+    return replace(shape, hidden_size=None)
+
+
+def head_shapes(dense: Shape) -> list[Shape]:
+    """Every (query heads, KV groups) with the same number of query heads in each kept group, most heads first."""
+    groups, per_group = dense.sizes()["num_key_value_heads"], dense.heads_per_group
+    pairs = {(g * r, g) for g in range(1, groups + 1) for r in range(1, per_group + 1)}
+    return [Shape(num_attention_heads=h, num_key_value_heads=g) for h, g in sorted(pairs, reverse=True)]
+
+
+def legal_head_shapes(layout: Layout, hidden_size: int | None = None) -> list[Shape]:
+    """The (query heads, KV groups) of `head_shapes` that the model's class builds as asked (at a hidden size)."""
+    dense = layout.narrowed(hidden_size)
+    return [shape for shape in head_shapes(layout.dense) if build_sizes(layout, shape.complete(dense)) is None]
+
+
+def check_legal(layout: Layout, shape: Shape) -> None:
+    """
+    Check that a vanilla model of this shape exists.
+
+    Args:
+        layout: the dense model's, with its class and config.
+        shape: the sizes wanted, complete.
+
+    Raises:
+        IllegalShapeError: with every problem, and the sizes that are possible instead.
+        UnsupportedModelError: if the residual stream of this family cannot be cut.
+    """
+    if shape.hidden_size not in (None, layout.hidden_size):
+        hidden_home(layout)
+    dense, sizes = layout.full.to_dict(), {"hidden_size": layout.hidden_size} | shape.to_dict()
+    problems = [f"{name} {sizes[name]} exceeds {dense[name]}" for name in dense if sizes[name] > dense[name]]
+    heads, groups = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+    if not problems and Shape(heads, groups) not in head_shapes(layout.dense):
+        problems.append(
+            f"{heads} query heads in {groups} KV groups: every group must keep the same number of heads, at most "
+            f"{layout.dense.heads_per_group}"
+        )
+    if not problems and shape != layout.dense:
+        reason = build_sizes(layout, shape)
+        problems += [reason] if reason else []
+    if not problems:
+        return
+    widths = asdict(shape) | {"num_attention_heads": None, "num_key_value_heads": None, "num_hidden_layers": None}
+    if build_sizes(layout, Shape(**widths).complete(layout.dense)) is None:
+        possible = ", ".join(_pairs(legal_head_shapes(layout, shape.hidden_size)))
+        problems.append(f"possible (query heads, KV groups) in {layout.model_class.__name__}: {possible}")
+    elif shape.hidden_size is not None and sizes["hidden_size"] <= dense["hidden_size"]:
+        nearest = fit_hidden(layout, shape, step=1)
+        problems.append(f"nearest that {layout.model_class.__name__} builds: {nearest.to_dict()}")
+    elif layout.family.ffn_unit:
+        unit = getattr(layout.config, layout.family.ffn_unit)
+        problems.append(f"possible intermediate_size: multiples of {layout.family.ffn_unit} = {unit}")
+    raise IllegalShapeError(f"no vanilla model of the shape {shape.to_dict()}:\n" + "\n".join(problems))
+
+
+def _pairs(shapes: Iterable[Shape]) -> list[str]:
+    return [f"({shape.num_attention_heads}, {shape.num_key_value_heads})" for shape in shapes]

@@ -1,0 +1,79 @@
+"""The config of a vanilla model of other sizes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
+
+from .family import Layout
+from .shape import Shape
+
+
+def add_v4_rope_keys(config: PreTrainedConfig) -> None:
+    """
+    Write the rotary parameters by their names of transformers 4 as well.
+
+    transformers 4.57 ignores `rope_parameters`, silently, and would compute with the class's default. Later versions
+    read both.
+    """
+    rope = config.to_dict().get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return
+    fields = vars(config)  # `rope_scaling` is a deprecated property there; the file needs the key itself
+    fields["rope_theta"] = rope["rope_theta"]
+    if rope.get("rope_type", "default") != "default":
+        fields["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+
+
+def edit_config(layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None = None) -> PreTrainedConfig:
+    """
+    A new config of the same class with the sizes of `shape`.
+
+    Args:
+        layout: the dense model's; its config is left as it is.
+        shape: the sizes wanted, complete.
+        layers: the kept layers, by which per-layer lists are cut; the first ones if left out.
+
+    Raises:
+        StrictDataclassError, ValueError, TypeError: whatever the config class raises on sizes that it refuses.
+    """
+    config, family = layout.config, layout.family
+    sizes, dense = shape.sizes(), layout.dense.sizes()
+    layers = layers or tuple(range(sizes["num_hidden_layers"]))
+    fields: dict[str, Any] = copy.deepcopy(config.to_dict())
+
+    def put(name: str, value: Any) -> None:
+        fields[config.attribute_map.get(name, name)] = value
+
+    hidden = shape.hidden_size or layout.hidden_size
+    put("hidden_size", hidden)
+    put("num_attention_heads", sizes["num_attention_heads"])
+    put("num_hidden_layers", sizes["num_hidden_layers"])
+    if family.kv_heads_field:
+        put(family.kv_heads_field, sizes["num_key_value_heads"])
+    if family.head_dim_field and (
+        sizes["num_attention_heads"] != dense["num_attention_heads"] or hidden != layout.hidden_size
+    ):
+        # Many configs derive it from these sizes. Not written when nothing changes: older versions of some families
+        # do not know the field.
+        put(family.head_dim_field, layout.head_dim)
+    size = sizes["intermediate_size"]
+    if family.ffn_unit:
+        unit = hidden if family.ffn_unit == "hidden_size" else getattr(config, family.ffn_unit)
+        put(family.ffn_field, size / unit if size % unit else size // unit)
+    else:
+        put(family.ffn_field, size)
+    for name in family.layer_lists:
+        if isinstance(fields.get(name), list):
+            fields[name] = [fields[name][layer] for layer in layers]
+    if isinstance(config, BackboneConfigMixin):
+        # Stage i is what comes out of layer i - 1; the names of stages and of outputs follow from the indices.
+        fields.pop("stage_names", None)
+        fields.pop("out_features", None)
+        fields["out_indices"] = sorted({sum(layer < i for layer in layers) for i in config.out_indices})
+    edited = type(config).from_dict(fields)
+    edited._attn_implementation = config._attn_implementation
+    return edited

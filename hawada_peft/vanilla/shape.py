@@ -1,0 +1,98 @@
+"""The sizes of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+
+from ..errors import IllegalShapeError
+
+AXES = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "num_hidden_layers")
+"""The sizes that every complete shape states."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """
+    The sizes that slimming may change. What is left out stays as the dense model has it.
+
+    Args:
+        num_attention_heads (`int`, *optional*): query heads in every layer.
+        num_key_value_heads (`int`, *optional*): KV groups in every layer. Left out, it stays; in a model with one
+            query head per KV group (plain multi-head attention) it follows `num_attention_heads`.
+        intermediate_size (`int`, *optional*): FFN channels in every layer.
+        num_hidden_layers (`int`, *optional*): layers.
+        hidden_size (`int`, *optional*): channels of the residual stream. A complete shape may leave it out as well:
+            the dense model's.
+
+    Example:
+
+        >>> Shape(intermediate_size=512).complete(Shape(12, 4, 1024, 6)).to_dict()
+        {'num_attention_heads': 12, 'num_key_value_heads': 4, 'intermediate_size': 512, 'num_hidden_layers': 6}
+    """
+
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    intermediate_size: int | None = None
+    num_hidden_layers: int | None = None
+    hidden_size: int | None = None
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be a whole number of at least 1, got {size!r}"
+            for name, size in asdict(self).items()
+            if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1)
+        ]
+        if problems:
+            raise IllegalShapeError("\n".join(problems))
+
+    def complete(self, dense: Shape) -> Shape:
+        """Fill what was left out from the dense shape."""
+        shape = self
+        if shape.num_key_value_heads is None and dense.num_key_value_heads == dense.num_attention_heads:
+            shape = replace(shape, num_key_value_heads=shape.num_attention_heads)
+        given = {name: size for name, size in asdict(shape).items() if size is not None}
+        return replace(dense, **given)
+
+    @property
+    def heads_per_group(self) -> int:
+        """
+        Query heads per KV group.
+
+        Raises:
+            IllegalShapeError: if either number is left out.
+        """
+        if self.num_attention_heads is None or self.num_key_value_heads is None:
+            raise IllegalShapeError(f"{self} leaves out its heads; call `complete(dense_shape)` on it first")
+        return self.num_attention_heads // self.num_key_value_heads
+
+    def sizes(self) -> dict[str, int]:
+        """
+        The sizes that a complete shape states, by name, in the order of `AXES`: all but `hidden_size`.
+
+        Raises:
+            IllegalShapeError: if one is left out.
+        """
+        sizes = {name: getattr(self, name) for name in AXES}
+        missing = [name for name, size in sizes.items() if size is None]
+        if missing:
+            raise IllegalShapeError(f"the shape leaves out {missing}; call `complete(dense_shape)` on it first")
+        return sizes
+
+    def to_dict(self) -> dict[str, int]:
+        """The sizes that are given, for JSON."""
+        return {name: size for name, size in asdict(self).items() if size is not None}
+
+    @classmethod
+    def from_dict(cls, sizes: Mapping[str, int]) -> Shape:
+        """
+        The inverse of `to_dict`.
+
+        Raises:
+            IllegalShapeError: on names that are not sizes of a shape.
+        """
+        allowed = [field.name for field in fields(cls)]
+        unknown = sorted(set(sizes) - set(allowed))
+        if unknown:
+            raise IllegalShapeError(f"unknown sizes {unknown} in a shape; known are {allowed}")
+        return cls(**sizes)
