@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -12,11 +13,14 @@ from transformers import PreTrainedModel, TrainingArguments
 from ..errors import HawAdaError
 from ..gates.adapter import GateAdapter
 from ..planning.plan import Plan
+from ..race.race import Race
+from ..race.record import RaceRecord
 from ..refit.reconstruction import Reconstruction, reconstruct
 from ..surgery.dense import dense_afterwards
 from ..surgery.slimming import slim
 from ..vanilla.outputs import Batch
 from .objective import Distillation
+from .raced import RacedRecovery
 from .trainer import DistillTrainer
 
 
@@ -29,6 +33,8 @@ def recover(
     lora: LoraConfig | None = None,
     calibration: Iterable[Batch] | None = None,
     on_reconstruction: Callable[[Reconstruction], None] | None = None,
+    race: Race | bool = False,
+    on_race: Callable[[RaceRecord], None] | None = None,
     kd_temperature: float = 1.0,
     kl_weight: float = 1.0,
     mse_weight: float = 0.0,
@@ -51,6 +57,12 @@ def recover(
         calibration (*optional*): batches to refit the slim model on by least squares first, as `reconstruct` does. It
             costs no training and gives a better start.
         on_reconstruction (*optional*): called with the `Reconstruction`, which tells what that did.
+        race (`Race`, *optional*): let plans and ways to prepare them race for what recovers best, within the race's
+            budget; the plan at hand, if there is one, is one of them. Its steps are taken off `args.max_steps`. The
+            calibration batches are what it judges, prepares and decides by, and are needed; whether the model is
+            refitted on them is decided by the race. `True` for `Race()`. The record is in the output folder, under
+            `race`; a race that was interrupted goes on from there.
+        on_race (*optional*): called with the `RaceRecord`, which has the winner's plan.
         kd_temperature (`float`): T of the KL divergence.
         kl_weight (`float`): weight of the divergence.
         mse_weight (`float`): weight of the squared difference of logits.
@@ -67,6 +79,7 @@ def recover(
         IncompatibleBaseError, IllegalShapeError, BrokenGatesError, UnsupportedModelError: as `merge_and_unload`.
     """
     problems = []
+    racing = Race() if race is True else race or None
     gated = isinstance(model, PeftModel) and any(isinstance(module, GateAdapter) for module in model.modules())
     chosen = cast(Any, model).applied_plan() if gated and plan is None else plan
     if not gated and not isinstance(model, PreTrainedModel):
@@ -74,14 +87,18 @@ def recover(
             "model must be made by get_peft_model(base, HawAdaConfig(...)), or a PreTrainedModel, got a "
             f"{type(model).__name__}"
         )
-    elif chosen is None:
+    elif chosen is None and (racing is None or racing.budget is None):
         problems.append("no plan: call `model.apply_plan(model.plan(...))` before, or pass `plan`")
-    elif not isinstance(chosen, Plan):
+    elif chosen is not None and not isinstance(chosen, Plan):
         problems.append(f"plan must be a Plan, got a {type(chosen).__name__}")
-    elif chosen.keeps_all:
+    elif chosen is not None and chosen.keeps_all:
         problems.append("the plan keeps everything: there is nothing to recover from")
-    elif calibration is not None and chosen.hidden is not None:
+    elif calibration is not None and racing is None and chosen is not None and chosen.hidden is not None:
         problems.append("the plan narrows the residual stream, which `calibration` cannot refit: leave it out")
+    if racing is not None and not isinstance(racing, Race):
+        problems.append(f"race must be a Race, True or False, got a {type(race).__name__}")
+    elif racing is not None and calibration is None:
+        problems.append("a race needs `calibration`: batches that plans are judged and compared on")
     if lora is not None and not isinstance(lora, LoraConfig):
         problems.append(f"lora must be a LoraConfig, got a {type(lora).__name__}")
     try:
@@ -90,38 +107,68 @@ def recover(
         problems.append(str(error))
     if problems:
         raise HawAdaError("\n".join(problems))
+    small: PreTrainedModel | None = None
     if isinstance(model, PeftModel):
-        dense, small = _split(model, plan)
+        dense, small = _split(model, chosen)
     else:
-        dense, small = model, slim(model, cast(Plan, chosen))
-    if calibration is not None:
-        report = reconstruct(dense, small, cast(Plan, chosen), calibration)
-        if on_reconstruction is not None:
-            on_reconstruction(report)
+        dense = model
     training = dense.training
-    trainer = DistillTrainer(
-        small if lora is None else get_peft_model(small, lora),
-        args,
-        teacher=dense,
-        train_dataset=train_dataset,
-        kd_temperature=kd_temperature,
-        kl_weight=kl_weight,
-        mse_weight=mse_weight,
-        **kwargs,
-    )
-    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-    student = cast(Any, trainer.student)
-    trained: PreTrainedModel = student if lora is None else student.merge_and_unload()
+
+    def train(student: PreTrainedModel, args: TrainingArguments | None, **more: Any) -> PreTrainedModel:
+        resume = more.pop("resume_from_checkpoint", None)
+        trainer = DistillTrainer(
+            student if lora is None else get_peft_model(student, lora),
+            args,
+            teacher=dense,
+            train_dataset=train_dataset,
+            kd_temperature=kd_temperature,
+            kl_weight=kl_weight,
+            mse_weight=mse_weight,
+            **more,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.accelerator.unwrap_model(student, keep_fp32_wrapper=False)  # its output is not autocast any more
+        trained: Any = trainer.student
+        return trained if lora is None else trained.merge_and_unload()
+
+    if racing is not None:
+        args = args or TrainingArguments("tmp_trainer")  # as `Trainer` has it
+        short = {name: kwargs[name] for name in ("data_collator", "processing_class") if name in kwargs}
+        raced = RacedRecovery(
+            racing,
+            dense,
+            args,
+            lambda student, args: train(student, args, **short),
+            cast(Iterable[Batch], calibration),
+            chosen,
+            small,
+        )
+        record, small = raced.run()
+        if on_race is not None:
+            on_race(record)
+        args = copy.copy(args)
+        args.max_steps = raced.steps_left(record)
+    else:
+        small = small or slim(dense, cast(Plan, chosen))
+        if calibration is not None:
+            report = reconstruct(dense, small, cast(Plan, chosen), calibration)
+            if on_reconstruction is not None:
+                on_reconstruction(report)
+    trained = train(small, args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+    if racing is not None:
+        raced.clean()
     trained.requires_grad_(True)  # as of a model that was just loaded
     return trained.train(training)
 
 
-def _split(model: PeftModel, plan: Plan | None) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The dense model and the slim one that `merge_and_unload` gives, side by side."""
+def _split(model: PeftModel, plan: Plan | None) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+    """The dense model and the slim one that `merge_and_unload` gives, side by side; without a plan the dense one."""
     dense: Any = model.get_base_model()
     for module in dense.modules():
         if isinstance(module, GateAdapter) and module.merged:
             module.unmerge()
+    if plan is None:
+        return cast(Any, model).unload(), None
     with dense_afterwards(dense):
         small = cast(Any, model).merge_and_unload(plan=plan, safe_merge=True)
     return dense, small

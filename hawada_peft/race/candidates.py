@@ -62,11 +62,15 @@ def deepest(judge: Judge, fits: Fits) -> int:
     return largest(counts, lambda count: fits(replace(dense, num_hidden_layers=count))) or 0
 
 
-def run_losses(judge: Judge, kept: int) -> dict[range, float]:
-    """The loss without each run of adjacent layers that leaves a number of layers."""
+def runs_of(judge: Judge, kept: int) -> list[range]:
+    """Every run of adjacent layers without which a number of layers is left."""
     length = judge.layers - kept
-    found = [range(start, start + length) for start in range(judge.layers - length + 1)]
-    return {gone: judge.loss(judge.without(gone)) for gone in found}
+    return [range(start, start + length) for start in range(judge.layers - length + 1)]
+
+
+def best_run(judge: Judge, kept: int) -> range:
+    """The run of them that costs least when it is cut."""
+    return min(runs_of(judge, kept), key=lambda gone: judge.loss(judge.without(gone)))
 
 
 def runs(judge: Judge, fits: Fits) -> Iterator[Plan]:
@@ -78,15 +82,14 @@ def runs(judge: Judge, fits: Fits) -> Iterator[Plan]:
     """
     kept = deepest(judge, fits)
     if kept:
-        yield from (judge.without(gone) for gone in run_losses(judge, kept))
+        yield from (judge.without(gone) for gone in runs_of(judge, kept))
 
 
 def broken_runs(judge: Judge, fits: Fits) -> Iterator[Plan]:
     """Without the run of least loss that is one layer shorter than must go, and without the cheapest further layer."""
     kept = deepest(judge, fits)
     if 0 < kept < judge.layers - 1:
-        losses = run_losses(judge, kept + 1)
-        run = min(losses, key=losses.__getitem__)
+        run = best_run(judge, kept + 1)
         rest = [layer for layer in range(judge.layers) if layer not in run and layer not in (run.start - 1, run.stop)]
         if rest:
             yield min((judge.without([*run, layer]) for layer in rest), key=judge.loss)
@@ -140,8 +143,7 @@ def widths(judge: Judge, fits: Fits) -> Iterator[Plan]:
         sizes = range(step, dense, step)
         size = largest(sizes, lambda size, whole=whole: fits(replace(whole, intermediate_size=size)))  # type: ignore[misc]
         if size is not None:
-            losses = run_losses(judge, count) if count < total else {range(0): 0.0}
-            gone = min(losses, key=losses.__getitem__)
+            gone = best_run(judge, count) if count < total else range(0)
             yield judge.at(Shape(intermediate_size=size, num_hidden_layers=count), gone)
 
 
@@ -245,8 +247,7 @@ def neighbours(judge: Judge, fits: Fits) -> list[Candidate]:
     kept, found = deepest(judge, fits), []
     for count in (kept + 1, kept - 1):
         if 0 < count < judge.layers:
-            losses = run_losses(judge, count)
-            plan = judge.without(min(losses, key=losses.__getitem__))
+            plan = judge.without(best_run(judge, count))
             ms = None if fits.time is None else fits.ms(plan.shape)
             found.append(Candidate(plan, "neighbour", ms, judge.loss(plan)))
     return found
