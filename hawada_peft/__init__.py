@@ -20,6 +20,8 @@ from .latency.timing import Timing
 from .model import HawAdaModel
 from .page.write import WrittenReport, write_report
 from .planning.plan import Plan
+from .race.race import Race
+from .race.record import RaceRecord
 from .recipes.recipe import Recipe
 from .recipes.result import RecipeResult
 from .recipes.run import train_recipe
@@ -68,6 +70,8 @@ __all__ = [
     "PassportLine",
     "Plan",
     "QualityChange",
+    "Race",
+    "RaceRecord",
     "Recipe",
     "RecipeResult",
     "Reconstruction",

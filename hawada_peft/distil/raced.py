@@ -160,6 +160,7 @@ class RacedRecovery:
             dense_ms=fits.dense_ms if timed else None,
             limit_ms=fits.limit_ms if timed else None,
             share=self.share,
+            latencies=dict(fits.measured),
             seconds=round(time.perf_counter() - started, 3),
             path=path,
         )
@@ -173,8 +174,11 @@ class RacedRecovery:
         return record
 
     def _fits(self) -> Fits:
-        if self.race.budget is not None:
-            return fits_of(self.dense, self.race.budget, tolerance=self.race.tolerance, timing=self.race.timing)
+        race = self.race
+        if race.budget is not None:
+            fits = fits_of(self.dense, race.budget, tolerance=race.tolerance, timing=race.timing)
+            fits.measured |= race.latencies or {}
+            return fits
         if self.given is None:
             raise HawAdaError("a race needs a budget, or a plan that sets the number of parameters")
         return no_larger(self.dense, self.given.shape)

@@ -79,7 +79,7 @@ def recover(
         IncompatibleBaseError, IllegalShapeError, BrokenGatesError, UnsupportedModelError: as `merge_and_unload`.
     """
     problems = []
-    racing = Race() if race is True else race or None
+    racing = Race() if race is True else race if isinstance(race, Race) else None
     gated = isinstance(model, PeftModel) and any(isinstance(module, GateAdapter) for module in model.modules())
     chosen = cast(Any, model).applied_plan() if gated and plan is None else plan
     if not gated and not isinstance(model, PreTrainedModel):
@@ -95,7 +95,7 @@ def recover(
         problems.append("the plan keeps everything: there is nothing to recover from")
     elif calibration is not None and racing is None and chosen is not None and chosen.hidden is not None:
         problems.append("the plan narrows the residual stream, which `calibration` cannot refit: leave it out")
-    if racing is not None and not isinstance(racing, Race):
+    if not isinstance(race, Race | bool):
         problems.append(f"race must be a Race, True or False, got a {type(race).__name__}")
     elif racing is not None and calibration is None:
         problems.append("a race needs `calibration`: batches that plans are judged and compared on")

@@ -8,15 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
 from transformers import PreTrainedModel
 
 from ..latency.budget import LatencyBudget
 from ..latency.clock import Effort
 from ..progress import Progress
 from ..search.timed import realise_with, regime_of
-from ..vanilla.family import Layout, locate
-from ..vanilla.resize import edit_config
+from ..vanilla.family import locate
+from ..vanilla.resize import parameters_at
 from ..vanilla.shape import Shape
 
 logger = logging.getLogger(__name__)
@@ -74,12 +73,13 @@ class Fits:
 
     def look(self, shapes: Sequence[Shape]) -> None:
         """Time shapes side by side, if they were not timed yet."""
-        missing = [shape for shape in dict.fromkeys((self.dense, *shapes)) if shape not in self.measured]
+        missing = [shape for shape in dict.fromkeys(shapes) if shape not in self.measured]
         if not missing or self.time is None:
             return
         found = self.time(missing)
         dense = self.measured.get(self.dense, found[self.dense])
-        self.measured |= {shape: ms * dense / found[self.dense] for shape, ms in found.items() if shape in missing}
+        for shape in (self.dense, *missing):
+            self.measured.setdefault(shape, found[shape] * dense / found[self.dense])
         for shape in missing:
             logger.info("%s: %.4g ms, the dense model %.4g ms", shape.to_dict(), self.measured[shape], dense)
 
@@ -146,10 +146,3 @@ def no_larger(dense: PreTrainedModel, shape: Shape) -> Fits:
     layout = locate(dense)
     most = parameters_at(layout, layout.complete(shape))
     return Fits(layout.dense, sizes=[(partial(parameters_at, layout), most)])
-
-
-def parameters_at(layout: Layout, shape: Shape) -> int:
-    """Parameters of a model of a complete shape, by building it on the meta device."""
-    layers = (0,) * shape.sizes()["num_hidden_layers"]  # per-layer lists say nothing of sizes
-    with torch.device("meta"):
-        return int(layout.model_class(edit_config(layout, shape, layers=layers)).num_parameters())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..errors import HawAdaError
 from ..latency.budget import LatencyBudget
 from ..latency.clock import Effort
 from ..search.result import SearchResult
+from ..vanilla.shape import Shape
 from .candidates import Candidate
 from .preparations import PLAIN, PREPARATIONS
 from .record import Entrant, RaceRecord, Run
@@ -49,6 +50,8 @@ class Race:
         held_out (`float`): part of the calibration batches (rows, of a single one) that the race is decided on.
         search (`SearchResult`, *optional*): whose best shapes enter as well.
         timing (`Effort`, *optional*): how long shapes are timed.
+        latencies (*optional*): milliseconds of complete shapes, the dense one among them, timed under the budget's
+            conditions before: `RaceRecord.latencies` of an earlier race.
 
     Raises:
         HawAdaError: listing everything that is wrong.
@@ -73,6 +76,7 @@ class Race:
     held_out: float = 0.25
     search: SearchResult | None = None
     timing: Effort | None = None
+    latencies: Mapping[Shape, float] | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -98,8 +102,8 @@ class Race:
 
     def settings(self) -> dict[str, Any]:
         """What decides how a race runs, for JSON."""
-        plain = asdict(replace(self, budget=None, search=None, timing=None))
-        for name in ("search", "timing"):
+        plain = asdict(replace(self, budget=None, search=None, timing=None, latencies=None))
+        for name in ("search", "timing", "latencies"):
             del plain[name]
         return plain | {
             "budget": None if self.budget is None else str(self.budget),

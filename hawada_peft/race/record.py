@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import HawAdaError
 from ..planning.plan import Plan
+from ..vanilla.shape import Shape
 
 FORMAT = 1
 NAME = "race.json"
@@ -102,6 +103,7 @@ class RaceRecord:
         dense_ms, limit_ms (`float`, *optional*): the dense model's latency, and the budget's on the same scale.
         share (`float`): of a step of the recovery that a step of the race costs: its batches may be smaller.
         seconds (`float`): what finding the entrants took.
+        latencies (`dict[Shape, float]`): of all shapes that were timed, in milliseconds.
         winner (`str`, *optional*): its key, once the race is over.
         path (`Path`, *optional*): where it is written; nowhere if left out.
     """
@@ -114,6 +116,7 @@ class RaceRecord:
     limit_ms: float | None = None
     share: float = 1.0
     seconds: float = 0.0
+    latencies: dict[Shape, float] = field(default_factory=dict)
     winner: str | None = None
     path: Path | None = None
 
@@ -164,6 +167,7 @@ class RaceRecord:
             "seconds": self.seconds,
             "entrants": [{"key": each.key, "name": each.name} | each.to_dict() for each in self.entrants],
             "runs": [asdict(run) | {"loss": None if math.isnan(run.loss) else run.loss} for run in self.runs],
+            "latencies": [[shape.to_dict(), ms] for shape, ms in self.latencies.items()],
             "winner": self.winner,
             "cost": self.cost,
         }
@@ -185,6 +189,7 @@ class RaceRecord:
                 for each in data["entrants"]
             ],
             runs=[Run(**(run | {"loss": math.nan if run["loss"] is None else run["loss"]})) for run in data["runs"]],
+            latencies={Shape.from_dict(shape): ms for shape, ms in data["latencies"]},
             path=path,
             **{name: data[name] for name in fields},
         )

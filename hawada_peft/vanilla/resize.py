@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
@@ -77,3 +78,10 @@ def edit_config(layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None 
     edited = type(config).from_dict(fields)
     edited._attn_implementation = config._attn_implementation
     return edited
+
+
+def parameters_at(layout: Layout, shape: Shape) -> int:
+    """Parameters of a model of a complete shape, by building it on the meta device."""
+    layers = (0,) * shape.sizes()["num_hidden_layers"]  # per-layer lists say nothing of sizes
+    with torch.device("meta"):
+        return int(layout.model_class(edit_config(layout, shape, layers=layers)).num_parameters())
