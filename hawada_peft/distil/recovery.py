@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
 from ..errors import HawAdaError
 from ..gates.adapter import GateAdapter
@@ -114,8 +114,13 @@ def recover(
         dense = model
     training = dense.training
 
-    def train(student: PreTrainedModel, args: TrainingArguments | None, **more: Any) -> PreTrainedModel:
-        resume = more.pop("resume_from_checkpoint", None)
+    def train(
+        student: PreTrainedModel,
+        args: TrainingArguments | None,
+        resume: str | os.PathLike[str] | bool | None = None,
+        quiet: bool = False,
+        **more: Any,
+    ) -> PreTrainedModel:
         trainer = DistillTrainer(
             student if lora is None else get_peft_model(student, lora),
             args,
@@ -126,6 +131,8 @@ def recover(
             mse_weight=mse_weight,
             **more,
         )
+        if quiet:
+            trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=resume)
         trainer.accelerator.unwrap_model(student, keep_fp32_wrapper=False)  # its output is not autocast any more
         trained: Any = trainer.student
@@ -138,7 +145,7 @@ def recover(
             racing,
             dense,
             args,
-            lambda student, args: train(student, args, **short),
+            lambda student, args: train(student, args, quiet=True, **short),
             cast(Iterable[Batch], calibration),
             chosen,
             small,
@@ -154,7 +161,7 @@ def recover(
             report = reconstruct(dense, small, cast(Plan, chosen), calibration)
             if on_reconstruction is not None:
                 on_reconstruction(report)
-    trained = train(small, args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+    trained = train(small, args, resume_from_checkpoint, **kwargs)
     if racing is not None:
         raced.clean()
     trained.requires_grad_(True)  # as of a model that was just loaded
