@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import math
 import os
@@ -94,7 +95,7 @@ class RacedRecovery:
             "recovery_steps": self.args.max_steps,
             "recovery_batch_size": self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps,
             "race_learning_rate": self.race.learning_rate or self.args.learning_rate,
-            "given": None if self.given is None else self.given.to_dict(),
+            "given": None if self.given is None else hashlib.sha256(self.given.to_json().encode()).hexdigest(),
         }
         found = [self._record(settings) if state.is_main_process else None]
         record: RaceRecord = broadcast_object_list(found)[0]

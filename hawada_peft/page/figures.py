@@ -72,14 +72,14 @@ def frontier(facts: SlimFacts) -> Picture | None:
         axes.set_ylim(-0.05 * top, top)
         axes.set_xlabel("latency, ms")
         axes.set_ylabel("loss before recovery")
-        _legend(figure, axes, colours)
+        legend(figure, axes, colours)
 
     text = (
         f"Loss against latency of {len(points)} shapes. Dense: {dense_ms:.1f} ms, loss 0. Chosen: {chosen[0]:.1f} ms, "
         f"loss {chosen[1]:.3g}. " + (f"Budget: {limit:.1f} ms. " if limit is not None else "")
     )
     text += f"{hidden} shapes of more loss lie above the picture." if hidden else ""
-    return _picture("frontier", text.strip(), draw, 3.9)
+    return picture_of("frontier", text.strip(), draw, 3.9)
 
 
 def peers(facts: SlimFacts) -> Picture | None:
@@ -100,14 +100,14 @@ def peers(facts: SlimFacts) -> Picture | None:
         axes.margins(0.18)
         axes.set_xlabel("latency, ms")
         axes.set_ylabel(quality["name"])
-        _legend(figure, axes, colours)
+        legend(figure, axes, colours)
 
     names = "; ".join(f"{name}: {ms:.1f} ms, {value:.4g}" for ms, value, name in others)
     text = (
         f"{quality['name']} against latency. Dense: {dense_ms:.1f} ms, {quality['dense']:.4g}. "
         f"Slim: {slim_ms:.1f} ms, {quality['slim']:.4g}. {names}."
     )
-    return _picture("peers", text, draw, 3.9)
+    return picture_of("peers", text, draw, 3.9)
 
 
 def kept(facts: SlimFacts) -> Picture | None:
@@ -138,7 +138,7 @@ def kept(facts: SlimFacts) -> Picture | None:
         f"{sizes['num_attention_heads']} query heads and {plan.shape.intermediate_size} of "
         f"{sizes['intermediate_size']} FFN channels."
     )
-    return _picture("kept", text, draw, min(9.0, 1.3 + 0.24 * count))
+    return picture_of("kept", text, draw, min(9.0, 1.3 + 0.24 * count))
 
 
 def gates(facts: SlimFacts) -> Picture | None:
@@ -171,7 +171,7 @@ def gates(facts: SlimFacts) -> Picture | None:
         for axis in axes_there
     )
     text = f"One line per layer over {steps[-1]} steps: what is kept, and the mean gate. In the end: {ends}."
-    return _picture("gates", text, draw, 0.7 + 1.6 * len(axes_there))
+    return picture_of("gates", text, draw, 0.7 + 1.6 * len(axes_there))
 
 
 def training(facts: SlimFacts) -> Picture | None:
@@ -207,7 +207,7 @@ def training(facts: SlimFacts) -> Picture | None:
             if limit is not None:
                 panel.axhline(limit, color=colours["third"], linestyle="--", label="budget")
             panel.set_ylabel("ms")
-            _legend(figure, panel, colours)
+            legend(figure, panel, colours)
         found[-1].set_xlabel("step")
 
     parts = [
@@ -215,10 +215,10 @@ def training(facts: SlimFacts) -> Picture | None:
         for name, values in (("divergence", series["kl"]), ("estimated latency in ms", series["estimate_ms"]))
         if values
     ]
-    return _picture("training", f"Over training: {'; '.join(parts)}.", draw, 0.9 + 2.0 * len(panels))
+    return picture_of("training", f"Over training: {'; '.join(parts)}.", draw, 0.9 + 2.0 * len(panels))
 
 
-def _picture(name: str, text: str, draw: Callable[[Any, Colours], None], height: float) -> Picture:
+def picture_of(name: str, text: str, draw: Callable[[Any, Colours], None], height: float) -> Picture:
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure
@@ -321,7 +321,7 @@ def _first_hard(entries: Sequence[Mapping[str, Any]]) -> int | None:
     return next((entry["step"] for entry in entries if entry["phase"] == "hard"), None)
 
 
-def _legend(figure: Any, axes: Any, colours: Colours) -> None:
+def legend(figure: Any, axes: Any, colours: Colours) -> None:
     """Above the axes, where it hides nothing."""
     axes.legend(
         loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9, labelcolor=colours["ink"],

@@ -10,11 +10,14 @@ from . import sections
 from .figures import Picture
 from .known import AGREEMENT, SlimFacts
 from .palette import DARK, LIGHT
+from .race import race
 
 TEMPLATE = "page.html.j2"
 HOW = {
     "frontier": "What the shape was chosen from: give a budget (`find_plan`, a recipe's `budget`), and pass its "
     "result as `ExportFacts(search=...)`. Recipes do.",
+    "race": "What recovered best: recover with `race=Race(...)`, or a recipe's `race`, and pass the record as "
+    "`ExportFacts(race=...)`. Recipes do.",
     "latency": "The latency: time both models with `measure_many`, and pass it as `ExportFacts(latency=...)`.",
     "quality": "The quality: pass `ExportFacts(quality=[QualityChange(...)])`.",
     "peers": "Other models to compare with: `write_report(peers=...)`, a file of JSON lines with name, quality, and "
@@ -39,6 +42,7 @@ def page(facts: SlimFacts, pictures: Mapping[str, Picture]) -> str:
     made = []
     for name, title, make in (
         ("frontier", "What the shape was chosen from", sections.frontier),
+        ("race", "What recovered best", race),
         ("peers", "Beside other models", sections.peers),
         ("kept", "What was kept", sections.kept),
         ("gates", "How the gates moved", sections.gates),

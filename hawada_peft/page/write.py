@@ -10,6 +10,7 @@ from typing import Any
 from . import figures
 from .html import page
 from .known import read_facts
+from .race import bracket
 
 PAGE_NAME = "report.html"
 
@@ -73,7 +74,9 @@ def write_report(
     facts = read_facts(slim, training, peers, search)
     folder = Path(slim).absolute()
     target = folder.with_name(f"{folder.name}-report") if output is None else Path(output)
-    drawers = (figures.frontier, figures.peers, figures.kept, figures.gates, figures.training) if pictures else ()
+    drawers = (
+        (figures.frontier, bracket, figures.peers, figures.kept, figures.gates, figures.training) if pictures else ()
+    )
     drawn = [picture for draw in drawers if (picture := draw(facts)) is not None]
     text = page(facts, {picture.name: picture for picture in drawn})
     target.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from ..vanilla.family import Layout, locate
 from ..vanilla.resize import edit_config
 from ..vanilla.shape import Shape
 from ..vanilla.skeleton import auto_class_of, skeleton_of
-from .facts import ExportFacts, base_facts, plain_facts, search_facts
+from .facts import ExportFacts, base_facts, plain_facts, race_facts, search_facts
 from .figures import latency_facts
 from .passport import alignment, passport_of
 
@@ -73,6 +73,7 @@ def report_of(model: PreTrainedModel, facts: ExportFacts, verification: Verifica
         "verification": None if verification is None else dataclasses.asdict(verification),
         "latency": timing,
         "search": search_facts(facts),
+        "race": race_facts(facts),
         "quality": [dataclasses.asdict(change) for change in facts.quality] or None,
         "reconstruction": None if facts.reconstruction is None else plain_facts(facts.reconstruction),
         "calibration": None if facts.calibration is None else dict(facts.calibration),
