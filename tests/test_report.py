@@ -12,20 +12,22 @@ from pathlib import Path
 import pytest
 from conftest import LM_ROW, VISION_ROW, build, gate
 from PIL import Image
+from test_race import Trials, record_of
 from test_search_export import DENSE, Machine, ToyQuality, toy_space, toy_table
 from test_trainer import trainer_of
 
-from hawada_peft import ExportFacts, LatencyBudget, Plan, QualityChange, save_slim, write_report
+from hawada_peft import ExportFacts, LatencyBudget, Plan, QualityChange, Race, save_slim, write_report
 from hawada_peft.errors import HawAdaError
 from hawada_peft.page.known import read_peers
 from hawada_peft.page.palette import DARK, LIGHT, NAMED
+from hawada_peft.race import run_race
 from hawada_peft.search.rounds import search
 from hawada_peft.training.history import HISTORY_FILE
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 NAME = 'a <b> & "c" $d$'
 REQUESTS = ("src", "href", "xlink:href", "srcset", "action", "data", "poster")
-EVERY = {"frontier", "peers", "kept", "gates", "sizes", "roundings", "reconstruction", "passport"}
+EVERY = {"frontier", "race", "peers", "kept", "gates", "sizes", "roundings", "reconstruction", "passport"}
 
 
 @dataclass
@@ -88,8 +90,15 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         toy_space(), table, ToyQuality(), LatencyBudget(speedup=1.5, mode="prefill", seq_len=8), Machine(table)
     )
     quality = QualityChange("perplexity", 15.0, 18.5, "tests")
+    race = record_of(Race())
+    run_race(race, Race().preparations, Trials())
     facts = ExportFacts(
-        base=base, plan=plan, search=found, quality=[quality], reconstruction={"metric": "kl", "before": 1.0}
+        base=base,
+        plan=plan,
+        search=found,
+        race=race,
+        quality=[quality],
+        reconstruction={"metric": "kl", "before": 1.0},
     )
     save_slim(trainer.gated.merge_and_unload(), folder / "slim", card=facts)
     report = json.loads((folder / "slim" / "hawada_report.json").read_text())
@@ -116,7 +125,17 @@ def test_all_that_is_known_is_there(page: Path) -> None:
     assert found.sections == EVERY
     assert 0 < len(found.ids) == len(set(found.ids))
     assert "2 of 4 layers" in found.text
-    for words in ("18.5", "1.50x", "keep ratio", "slower than the budget", "chosen", "the nearest size"):
+    for words in (
+        "without layers 1-2; least squares, close",
+        "won",
+        "beside the budget",
+        "18.5",
+        "1.50x",
+        "keep ratio",
+        "slower than the budget",
+        "chosen",
+        "the nearest size",
+    ):
         assert words in found.text
 
 

@@ -219,6 +219,18 @@ def training(facts: SlimFacts) -> Picture | None:
 
 
 def picture_of(name: str, text: str, draw: Callable[[Any, Colours], None], height: float) -> Picture:
+    """
+    A picture, drawn once for the page and once for a file.
+
+    Args:
+        name: of its file, without the ending.
+        text: what it shows, for those who do not see it.
+        draw: draws it into a matplotlib figure in given colours.
+        height: inches.
+
+    Raises:
+        HawAdaError: if matplotlib is missing.
+    """
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure
