@@ -169,7 +169,7 @@ def test_pictures_follow_the_page(page: Path) -> None:
 
 def test_png_files_are_pictures(page: Path) -> None:
     files = sorted(page.parent.glob("*.png"))
-    assert {path.stem for path in files} == {"frontier", "peers", "kept", "gates", "training"}
+    assert {path.stem for path in files} == {"frontier", "race", "peers", "kept", "gates", "training"}
     for path in files:
         with Image.open(path) as picture:
             picture.load()
