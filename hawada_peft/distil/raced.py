@@ -41,6 +41,9 @@ FOLDER = "race"
 WARMUP = 10
 """A run warms up over this part of its steps."""
 
+JUDGED = 16384
+"""Predictions that plans are judged by before any training, at least, if there are so many."""
+
 PARTS = 4
 """A batch of the race is this part of the recovery's, unless the race says otherwise."""
 
@@ -141,7 +144,7 @@ class RacedRecovery:
             logger.info("the race goes on after %d runs", len(record.runs))
             return record
         started = time.perf_counter()
-        race, judge = self.race, Judge(self.dense, self.fitted)
+        race, judge = self.race, Judge(self.dense, first_of(self.fitted, self.dense.main_input_name))
         fits = self._fits()
         generators = dict(GENERATORS)
         if race.search is not None:
@@ -263,6 +266,19 @@ def rows_of(race: Race, args: TrainingArguments) -> tuple[int, float]:
     if rows > args.per_device_train_batch_size:
         rows -= rows % args.per_device_train_batch_size
     return rows, rows / whole
+
+
+def first_of(batches: Sequence[Batch], main_input: str) -> list[Batch]:
+    """The first batches that hold enough predictions: one for each token, or for each example of another kind."""
+    chosen: list[Batch] = []
+    found = 0
+    for batch in batches:
+        if found >= JUDGED:
+            break
+        main: Tensor = batch[main_input]
+        found += main.numel() if main.ndim == 2 else len(main)
+        chosen.append(batch)
+    return chosen
 
 
 def parts_of(batches: Sequence[Batch], held_out: float, main_input: str) -> tuple[list[Batch], list[Batch]]:
