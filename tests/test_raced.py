@@ -33,6 +33,7 @@ from hawada_peft.vanilla.shape import Shape
 LAYERS = 6
 TOKENS = torch.randint(3, 128, (16, 12), generator=torch.Generator().manual_seed(9))
 BATCHES = [{"input_ids": rows} for rows in TOKENS.split(4)]
+SMALL = {"plans": 2, "steps": 1, "preparations": ("none", "least squares")}
 QUICK = {"max_steps": 40, "learning_rate": 0.01, "lr_scheduler_type": "cosine"}
 
 
@@ -50,7 +51,7 @@ def budget(layers: int = 4) -> LatencyBudget:
 
 def raced(folder: Path, model: Any = None, *, args: Any = None, **options: Any) -> tuple[Any, RaceRecord]:
     records = list[RaceRecord]()
-    options = {"race": Race(budget(), plans=3, steps=1), "train_dataset": DATA, "calibration": BATCHES} | options
+    options = {"race": Race(budget(), **SMALL), "train_dataset": DATA, "calibration": BATCHES} | options
     args = arguments(folder, **(QUICK | (args or {})))
     slim = recover(dense_model() if model is None else model, args, on_race=records.append, **options)
     return slim, records[0]
@@ -60,7 +61,7 @@ def raced(folder: Path, model: Any = None, *, args: Any = None, **options: Any) 
 def test_the_winner_is_recovered_with_the_steps_that_are_left(tmp_path: Path, onward: str) -> None:
     dense = dense_model()
     before = state_of(dense)
-    slim, record = raced(tmp_path, dense, race=Race(budget(), plans=3, steps=1, onward=onward))
+    slim, record = raced(tmp_path, dense, race=Race(budget(), onward=onward, **SMALL))
     winner = record.best
     assert slim.config.num_hidden_layers == winner.plan.shape.num_hidden_layers
     assert slim.num_parameters() <= budget().max_parameters
@@ -86,11 +87,11 @@ class KilledError(Exception):
 
 
 @pytest.mark.parametrize("onward", ["continued", "anew"])
-@pytest.mark.parametrize("killed_at", [0, 3, 8])
+@pytest.mark.parametrize("killed_at", [0, 2, 5])
 def test_a_killed_race_loses_one_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, onward: str, killed_at: int
 ) -> None:
-    race = Race(budget(), plans=3, steps=1, onward=onward)
+    race = Race(budget(), onward=onward, **SMALL)
     whole, record = raced(tmp_path / "whole", race=race)
     write, written = RaceRecord.write, []
 
@@ -120,7 +121,7 @@ def test_the_steps_of_the_race_are_taken_off(tmp_path: Path) -> None:
     assert record.share == 0.25  # of a step: 1 example instead of 4
     assert seen == [40 - -(-sum(run.steps for run in record.runs) // 4)]
     with pytest.raises(HawAdaError, match="leaves nothing"):
-        raced(tmp_path / "long", race=Race(budget(), plans=3, steps=40))
+        raced(tmp_path / "long", race=Race(budget(), **(SMALL | {"steps": 40})))
 
 
 def test_the_plan_of_trained_gates_enters_with_its_folded_weights(tmp_path: Path) -> None:
@@ -212,7 +213,7 @@ args = arguments(sys.argv[1], ddp_backend="gloo", ddp_find_unused_parameters=Fal
 rank = PartialState().process_index
 slim = recover(
     dense_model(), args, train_dataset=DATA, calibration=BATCHES[2 * rank : 2 * rank + 2],
-    race=Race(budget(), plans=2, steps=1), on_race=records.append,
+    race=Race(budget(), plans=2, steps=1, preparations=("none", "least squares")), on_race=records.append,
 )
 record = records[0].to_dict()
 for run in record["runs"]:

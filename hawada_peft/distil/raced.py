@@ -208,7 +208,8 @@ class RacedRecovery:
         if self.race.onward == "continued" and not entrant.neighbour:
             self._keep(entrant, trained)
         del model, trained
-        clear_device_cache(garbage_collection=True)
+        if self.args.device.type != "cpu":
+            clear_device_cache(garbage_collection=True)
         return float(broadcast_object_list(loss)[0])
 
     def _arguments(self, rung: int, steps: int) -> TrainingArguments:

@@ -33,6 +33,7 @@ from ..latency.regime import DTYPES, Regime
 from ..latency.timing import Timing
 from ..planning.plan import Plan
 from ..progress import Progress
+from ..race.record import RaceRecord
 from ..refit.reconstruction import Reconstruction
 from ..search.timed import regime_of
 from ..shipping.facts import ExportFacts, calibration_facts
@@ -109,7 +110,9 @@ def train_recipe(
     model.to(device)
     plan: Plan = cast(Any, model).applied_plan()
     facts = _Facts(record.stage("gates") or {})
-    slim, dense = _cut(recipe, record, model, plan, recovery_args, (train, held_out), facts)
+    slim, dense = _cut(recipe, record, model, recovery_args, (train, held_out), facts)
+    if facts.race is not None and facts.race.best is not None:
+        plan = facts.race.best.plan
     return _save(recipe, record, (dense, slim), plan, held_out, facts)
 
 
@@ -119,6 +122,7 @@ class _Facts:
     def __init__(self, losses: Mapping[str, float]) -> None:
         self.losses = dict(losses)
         self.reconstruction: Reconstruction | None = None
+        self.race: RaceRecord | None = None
         self.calibration: dict[str, Any] | None = None
 
 
@@ -178,7 +182,6 @@ def _cut(
     recipe: Recipe,
     record: Record,
     model: PeftModel,
-    plan: Plan,
     args: TrainingArguments,
     data: tuple[Dataset[Example], Dataset[Example]],
     facts: _Facts,
@@ -196,6 +199,10 @@ def _cut(
             slim = cast(Any, model).merge_and_unload(safe_merge=True, calibration=calibration, on_reconstruction=note)
         return slim, base
     args.eval_on_start = True
+
+    def keep(race: RaceRecord) -> None:
+        facts.race = race
+
     slim = recover(
         model,
         args,
@@ -204,6 +211,8 @@ def _cut(
         lora=recipe.lora(),
         calibration=calibration,
         on_reconstruction=note,
+        race=recipe.racing() or False,
+        on_race=keep,
         callbacks=[_Evaluations(facts)],
         resume_from_checkpoint=record.checkpoint("recovery"),
         **recipe.options("recovery"),
@@ -212,10 +221,10 @@ def _cut(
 
 
 def _calibration(recipe: Recipe, train: Dataset[Example], facts: _Facts) -> list[Example] | None:
-    """This process's share of the calibration batches."""
-    if recipe.reconstruction is None:
+    """This process's share of the calibration batches, if a reconstruction or a race needs them."""
+    if recipe.reconstruction is None and recipe.racing() is None:
         return None
-    step, state = ReconstructionStep(**recipe.reconstruction), PartialState()
+    step, state = ReconstructionStep(**(recipe.reconstruction or {})), PartialState()
     batches = batches_from(train, step.examples, step.batch_size)
     facts.calibration = calibration_facts(batches)
     return batches[state.process_index :: state.num_processes]
@@ -251,6 +260,7 @@ def _save(
                 plan=plan,
                 latency=timings,
                 search=record.search(),
+                race=facts.race,
                 quality=quality,
                 reconstruction=refit,
                 calibration=facts.calibration,

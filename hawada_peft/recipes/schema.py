@@ -18,6 +18,7 @@ from ..distil.recovery import recover
 from ..latency.budget import LatencyBudget
 from ..latency.build import TablePlan
 from ..latency.clock import Effort
+from ..race.race import Race
 from ..search.budgeted import find_plan
 from ..search.effort import SearchEffort
 from ..training.trainer import HawAdaTrainer
@@ -32,6 +33,8 @@ MANY = 40
 _TRAINING = {"shape", "keep_ratio", "budget", "search_options", "train_dataset", "plan", "calibration"}
 _WRITTEN = {"plan", "plan_in_training", "base_sizes", "peft_type", "auto_mapping", "peft_version", "init_weights"}
 _PLACES = {"output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "local_rank"}
+_RACE = {"budget", "search", "timing", "latencies"}
+_CALLS = {"on_reconstruction", "on_race", "race"}
 _SEARCH = {"effort", "timing", "table_plan", "hidden_sizes", "refit", "cache"}
 
 
@@ -68,10 +71,9 @@ def sections() -> dict[str, Hints]:
         "gates.lora": fields_of(LoraConfig),
         "training": keywords(HawAdaTrainer.__init__, leave_out=_TRAINING) | arguments,
         "reconstruction": fields_of(ReconstructionStep),
-        "recovery": keywords(recover, leave_out=_TRAINING | _PLACES | {"on_reconstruction"})
-        | {"lora": mapping}
-        | arguments,
+        "recovery": keywords(recover, leave_out=_TRAINING | _PLACES | _CALLS) | {"lora": mapping} | arguments,
         "recovery.lora": fields_of(LoraConfig),
+        "race": fields_of(Race, leave_out=_RACE) | {"preparations": list[str]},
     }
 
 
