@@ -53,7 +53,7 @@ class Trials:
 
 
 def test_the_better_half_goes_on_and_the_leader_is_prepared_in_every_way() -> None:
-    race, trials, retired = Race(), Trials(), list[list[str]]()
+    race, trials, retired = Race(), Trials(), list[list[tuple[str, int]]]()
     record = record_of(race)
     winner = run_race(record, race.preparations, trials, retire=lambda on: retired.append(list(on)))
     assert winner == entrant(1, "least squares, close")
@@ -61,8 +61,12 @@ def test_the_better_half_goes_on_and_the_leader_is_prepared_in_every_way() -> No
     assert [len(keys) for keys in rungs] == [5 + 1 + 3, 4, 2]
     assert {each.preparation for each in record.entrants if each.plan == entrant(1).plan} == set(race.preparations)
     assert all(each.preparation == "none" for each in record.entrants if each.plan != entrant(1).plan)
-    assert [len(keys) for keys in retired] == [4, 2, 1]
-    assert retired[-1] == [winner.key]
+    assert len(retired) == len(trials.seen)
+    assert retired[-1] == [(winner.key, 2)]
+    for done, needed in enumerate(retired, 1):  # what is trained later was kept until then
+        later = {(key, rung - 1) for key, rung, _ in trials.seen[done:] if rung > 0}
+        assert later & {(key, rung) for key, rung, _ in trials.seen[:done]} <= set(needed)
+        assert len([each for each in needed if each[1] >= 0]) <= 5 + 1
     assert not record.led_throughout  # least squares led the first rung
 
 

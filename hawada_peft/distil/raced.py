@@ -106,12 +106,8 @@ class RacedRecovery:
             record.path = None
         winner = run_race(record, self.race.preparations, self._trial, retire=self._retire)
         state.wait_for_everyone()
-        if self._kept(winner).exists():
-            model = self._built(winner)
-            load_model(model, self._kept(winner), device=str(self.args.device))
-        else:
-            model = self._prepared(winner)
-        return record, model
+        last = max((run.rung for run in record.runs if run.entrant == winner.key), default=-1)
+        return record, self._after(winner, last)
 
     def clean(self) -> None:
         """Remove the weights of the race, once the recovery is over."""
@@ -194,19 +190,14 @@ class RacedRecovery:
     def _trial(self, entrant: Entrant, rung: int, steps: int) -> float:
         """Train an entrant's model for a rung; its divergence from the dense model on the held-out batches."""
         try:
-            before = self._kept(entrant)
-            if rung > 0 and before.exists():
-                model = self._built(entrant)
-                load_model(model, before, device=str(self.args.device))
-            else:
-                model = self._prepared(entrant)
+            model = self._after(entrant, rung - 1)
         except UnsupportedModelError as error:
             logger.info("%s does not run: %s", entrant.name, error)
             return math.nan
         trained = self.train(model, self._arguments(rung, steps))
         loss = [divergence(self.dense, trained, self.held_out, of_this_rank)[1]]
         if self.race.onward == "continued" and not entrant.neighbour:
-            self._keep(entrant, trained)
+            self._keep(entrant, rung, trained)
         del model, trained
         if self.args.device.type != "cpu":
             clear_device_cache(garbage_collection=True)
@@ -239,23 +230,32 @@ class RacedRecovery:
         PREPARATIONS[entrant.preparation](self.dense, model, entrant.plan, self.fitted)
         return model
 
-    def _kept(self, entrant: Entrant) -> Path:
-        return self.folder / f"{entrant.key}.safetensors"
+    def _after(self, entrant: Entrant, rung: int) -> PreTrainedModel:
+        """The model of an entrant as a rung left it; as it was prepared, before the first rung or to start anew."""
+        if rung < 0 or self.race.onward == "anew":
+            return self._prepared(entrant)
+        model = self._built(entrant)
+        load_model(model, self._kept(entrant.key, rung), device=str(self.args.device))
+        return model
 
-    def _keep(self, entrant: Entrant, model: PreTrainedModel) -> None:
+    def _kept(self, key: str, rung: int) -> Path:
+        return self.folder / f"{key}-{rung}.safetensors"
+
+    def _keep(self, entrant: Entrant, rung: int, model: PreTrainedModel) -> None:
         """Write an entrant's weights, whole or not at all."""
         if PartialState().is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             beside = self.folder / f"{entrant.key}.{os.getpid()}"
             save_model(model, str(beside))
-            beside.replace(self._kept(entrant))
+            beside.replace(self._kept(entrant.key, rung))
         PartialState().wait_for_everyone()
 
-    def _retire(self, on: Sequence[str]) -> None:
-        """Remove the weights of those that are out."""
+    def _retire(self, needed: Sequence[tuple[str, int]]) -> None:
+        """Remove the weights that nobody needs any more."""
         if PartialState().is_main_process:
+            names = {self._kept(*each).name for each in needed}
             for file in self.folder.glob("*.safetensors"):
-                if file.stem not in on:
+                if file.name not in names:
                     file.unlink()
         PartialState().wait_for_everyone()
 

@@ -147,7 +147,7 @@ def run_race(
     preparations: Sequence[str],
     trial: Trial,
     *,
-    retire: Callable[[Sequence[str]], None] | None = None,
+    retire: Callable[[Sequence[tuple[str, int]]], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Entrant:
     """
@@ -160,15 +160,16 @@ def run_race(
         record: with the entrants of the first rung; it is added to.
         preparations: those of the race.
         trial: trains an entrant and returns its held-out loss.
-        retire: is told the keys of those that go on, after every rung.
+        retire: is told after every run of whom the weights may still be needed, and after which rung.
         clock: seconds.
 
     Raises:
         HawAdaError: if no entrant could be trained.
     """
 
-    def run(entrants: Sequence[Entrant], rung: int) -> None:
-        for entrant in entrants:
+    def run(entrants: Sequence[Entrant], rung: int, places: int) -> None:
+        """Run those of the rung that did not run; who cannot be among the first `places` of it is out at once."""
+        for place, entrant in enumerate(entrants):
             if record.find(entrant, rung) is not None:
                 continue
             started = clock()
@@ -177,6 +178,9 @@ def run_race(
             record.runs.append(Run(entrant.key, rung, record.lengths[rung], loss, round(seconds, 3)))
             record.write()
             logger.info("%s: %.4f after %d steps, %.1f s", entrant.name, loss, record.lengths[rung], seconds)
+            if retire is not None:
+                leading = [(each.entrant, rung) for each in record.standing(rung)[:places]]
+                retire([*leading, *((each.key, rung - 1) for each in entrants[place + 1 :])])
             if len(record.runs) == 1:
                 logger.info("the race will take about %.0f s", seconds * _runs_to_come(record) + record.seconds)
 
@@ -188,25 +192,22 @@ def run_race(
         record.winner = able[0].key
         record.write()
         return able[0]
-    run([each for each in record.entrants if each.preparation == first], 0)
+    everyone = len(able) + sum(each not in {one.preparation for one in able} for each in preparations)
+    run([each for each in record.entrants if each.preparation == first], 0, math.ceil(everyone / 2))
     leader = record.entrant(_finite(record, 0)[0].entrant)
     known = {each.key for each in record.entrants}
     again = [replace(leader, preparation=name) for name in preparations[1:] if leader.plan.hidden is None]
     record.entrants.extend(each for each in again if each.key not in known)
-    run([each for each in record.entrants if each.preparation != first], 0)
+    run([each for each in record.entrants if each.preparation != first], 0, math.ceil(everyone / 2))
     rung, standing = 0, _finite(record, 0)
     while len(standing) > 1 and rung + 1 < len(record.lengths):
         on = [each.entrant for each in standing[: math.ceil(len(standing) / 2)]]
-        if retire is not None:
-            retire(on)
         rung += 1
-        run([record.entrant(key) for key in on], rung)
+        run([record.entrant(key) for key in on], rung, math.ceil(len(on) / 2))
         standing = _finite(record, rung)
     winner = record.entrant(standing[0].entrant)
     record.winner = winner.key
     record.write()
-    if retire is not None:
-        retire([winner.key])
     for line in record.lines():
         logger.info("%s", line)
     return winner
