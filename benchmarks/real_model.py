@@ -48,6 +48,7 @@ from work import Bench, whole
 
 from hawada_peft import LatencyBudget, Race, RaceRecord, Shape, recover, slim
 from hawada_peft.distil.raced import parts_of
+from hawada_peft.errors import UnsettledTimingWarning
 from hawada_peft.latency.clock import Effort
 from hawada_peft.latency.regime import Regime
 from hawada_peft.race import PREPARATIONS
@@ -444,6 +445,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser_of().parse_args(arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of PEFT's use of transformers
+        warnings.simplefilter("ignore", UnsettledTimingWarning)  # the spread is in the rows
         return options.do(options) or 0
 
 
