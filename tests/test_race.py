@@ -12,6 +12,7 @@ import pytest
 from hawada_peft import Plan, Shape
 from hawada_peft.errors import HawAdaError
 from hawada_peft.race import Entrant, Race, RaceRecord, run_race
+from hawada_peft.race.race import LEAST
 
 DENSE = Shape(4, 2, 32, 8)
 LOSSES = {0: 1.0, 1: 0.8, 2: 0.9, 3: 1.2, 4: 1.1}
@@ -28,7 +29,7 @@ def entrant(layer: int, preparation: str = "none", neighbour: bool = False) -> E
 def record_of(race: Race, path: Path | None = None, steps: float = 240) -> RaceRecord:
     entrants = [*map(entrant, LOSSES), entrant(6, neighbour=True)]
     lengths = race.lengths(len(LOSSES), len(race.preparations) - 1, 1, steps)
-    return RaceRecord(settings=race.settings(), entrants=entrants, lengths=lengths, path=path)
+    return RaceRecord(race.settings(), entrants, list(race.preparations), lengths, path=path)
 
 
 def loss_of(one: Entrant, rung: int, steps: int) -> float:
@@ -55,7 +56,7 @@ class Trials:
 def test_the_better_half_goes_on_and_the_leader_is_prepared_in_every_way() -> None:
     race, trials, retired = Race(), Trials(), list[list[tuple[str, int]]]()
     record = record_of(race)
-    winner = run_race(record, race.preparations, trials, retire=lambda on: retired.append(list(on)))
+    winner = run_race(record, trials, retire=lambda on: retired.append(list(on)))
     assert winner == entrant(1, "least squares, close")
     rungs = [[key for key, rung, _ in trials.seen if rung == number] for number in range(len(record.lengths))]
     assert [len(keys) for keys in rungs] == [5 + 1 + 3, 4, 2]
@@ -71,8 +72,8 @@ def test_the_better_half_goes_on_and_the_leader_is_prepared_in_every_way() -> No
 
 
 def test_a_neighbour_runs_once_and_cannot_win() -> None:
-    race, record = Race(), record_of(Race())
-    run_race(record, race.preparations, Trials())
+    record = record_of(Race())
+    run_race(record, Trials())
     beside = entrant(6, neighbour=True)
     losses = [run.loss for run in record.runs if run.rung == 0]
     assert [run.rung for run in record.runs if run.entrant == beside.key] == [0]
@@ -86,7 +87,7 @@ def test_a_neighbour_runs_once_and_cannot_win() -> None:
 def test_a_race_costs_what_was_said(share: float, steps: int) -> None:
     race = Race(share=share)
     record = record_of(race, steps=steps * share)
-    run_race(record, race.preparations, Trials())
+    run_race(record, Trials())
     assert 0.3 * steps * share <= record.cost <= steps * share
     assert record.lengths == [record.lengths[0] * 2**rung for rung in range(len(record.lengths))]
 
@@ -95,22 +96,22 @@ def test_a_race_costs_what_was_said(share: float, steps: int) -> None:
 def test_a_race_that_was_killed_goes_on_and_ends_with_the_same_record(tmp_path: Path, killed_at: int) -> None:
     race = Race()
     whole = record_of(race)
-    run_race(whole, race.preparations, Trials())
+    run_race(whole, Trials())
     path, killed = tmp_path / "race.json", Trials(killed_at)
     first = record_of(race, path)
     first.write()
     with pytest.raises(KeyboardInterrupt):
-        run_race(first, race.preparations, killed)
+        run_race(first, killed)
     again, rest = RaceRecord.read(path, race.settings()), Trials()
     assert len(again.runs) == killed_at
-    run_race(again, race.preparations, rest)
+    run_race(again, rest)
     assert killed.seen + rest.seen == [(run.entrant, run.rung, run.steps) for run in whole.runs]
     plain = [[replace(run, seconds=0.0) for run in record.runs] for record in (again, whole)]
     assert plain[0] == plain[1]
     assert (again.winner, again.entrants) == (whole.winner, whole.entrants)
     read = RaceRecord.read(path, race.settings())
     assert read.to_dict() == again.to_dict()
-    assert run_race(read, race.preparations, Trials(0)) == whole.best  # nothing runs again
+    assert run_race(read, Trials(0)) == whole.best  # nothing runs again
 
 
 def test_what_cannot_be_trained_drops_out() -> None:
@@ -120,16 +121,16 @@ def test_what_cannot_be_trained_drops_out() -> None:
         return math.nan if one.plan == entrant(1).plan else loss_of(one, rung, steps)
 
     record = record_of(race)
-    assert run_race(record, race.preparations, Trials(loss=loss)) == entrant(2)
+    assert run_race(record, Trials(loss=loss)) == entrant(2)
     assert record.to_dict()["runs"][1]["loss"] is None
     with pytest.raises(HawAdaError, match="finite loss"):
-        run_race(record_of(race), race.preparations, Trials(loss=lambda *_: math.inf))
+        run_race(record_of(race), Trials(loss=lambda *_: math.inf))
 
 
 def test_a_single_entrant_wins_without_running() -> None:
     race, trials = Race(preparations=("none",)), Trials()
-    record = RaceRecord(settings={}, entrants=[entrant(1)], lengths=race.lengths(1, 0, 0, 50))
-    assert run_race(record, race.preparations, trials) == entrant(1)
+    record = RaceRecord({}, [entrant(1)], ["none"], race.lengths(1, 0, 0, 50))
+    assert run_race(record, trials) == entrant(1)
     assert not trials.seen
     assert record.cost == 0
 
@@ -159,3 +160,21 @@ def test_everything_wrong_with_a_race_is_said_at_once() -> None:
         Race(budget=2.0, plans=0, preparations=("best",), share=0.0, onward="backward", learning_rate=-1.0)  # type: ignore[arg-type]
     parts = ("LatencyBudget, got a float", "plans", "'best'", "share", "'backward'", "learning_rate")
     assert all(part in str(error.value) for part in parts)
+
+
+@pytest.mark.parametrize("steps", [0, 3, 20, 60, 150, 1000])
+def test_a_race_is_no_larger_than_there_are_steps_for(steps: int) -> None:
+    race = Race()
+    plans, preparations, neighbours, lengths = race.affordable(5, 2, steps)
+    if plans + preparations > 1:
+        assert lengths[0] >= LEAST
+        cost = race.lengths(plans, preparations, neighbours, steps)
+        assert cost == lengths
+        sizes = [plans + preparations]
+        while sizes[-1] > 2:
+            sizes.append(math.ceil(sizes[-1] / 2))
+        assert neighbours * lengths[0] + sum(map(math.prod, zip(sizes, lengths, strict=True))) <= steps
+    else:
+        assert steps < 2 * LEAST
+    assert (plans, preparations, neighbours) == (5, 3, 2) or steps < 1000
+    assert Race(steps=1).affordable(5, 2, steps)[:3] == (5, 3, 2)

@@ -91,7 +91,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     quality = QualityChange("perplexity", 15.0, 18.5, "tests")
     race = record_of(Race())
-    run_race(race, Race().preparations, Trials())
+    run_race(race, Trials())
     facts = ExportFacts(
         base=base,
         plan=plan,

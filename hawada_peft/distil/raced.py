@@ -104,7 +104,7 @@ class RacedRecovery:
         record: RaceRecord = broadcast_object_list(found)[0]
         if not state.is_main_process:
             record.path = None
-        winner = run_race(record, self.race.preparations, self._trial, retire=self._retire)
+        winner = run_race(record, self._trial, retire=self._retire)
         state.wait_for_everyone()
         last = max((run.rung for run in record.runs if run.entrant == winner.key), default=-1)
         return record, self._after(winner, last)
@@ -148,14 +148,14 @@ class RacedRecovery:
         given = () if self.given is None else (self.given,)
         field = field_of(judge, fits, generators, given=given, most=race.plans, few=race.few)
         beside = neighbours(judge, fits) if race.neighbours else []
-        entrants = entrants_of(field, race, beside)
         total = self._total_steps() * race.share / self.share
-        others = sum(each.neighbour for each in entrants)
-        lengths = race.lengths(len(entrants) - others, len(race.preparations) - 1, others, total)
+        plans, others, neighbouring, lengths = race.affordable(len(field), len(beside), total)
+        entrants = entrants_of(field[:plans], race, beside[:neighbouring])
         timed = fits.time is not None
         record = RaceRecord(
             settings=dict(settings),
             entrants=entrants,
+            preparations=list(race.preparations[: 1 + others]),
             lengths=lengths,
             dense_ms=fits.dense_ms if timed else None,
             limit_ms=fits.limit_ms if timed else None,
@@ -165,12 +165,15 @@ class RacedRecovery:
             path=path,
         )
         record.write()
-        logger.info(
-            "%d plans race, and %d preparations of the best: rungs of %s steps of %d examples; that costs about %.0f "
-            "steps of the recovery. Found in %.0f s: %s",
-            *(len(field), len(race.preparations) - 1, lengths, self.rows, race.share * self._total_steps()),
-            *(record.seconds, "; ".join(each.name for each in entrants)),
-        )
+        if plans + others == 1:
+            logger.info("%s: there are too few steps, or too few plans, for a race", entrants[0].name)
+        else:
+            logger.info(
+                "%d plans race, and %d preparations of the best: rungs of %s steps of %d examples; that costs about "
+                "%.0f steps of the recovery. Found in %.0f s: %s",
+                *(plans, others, lengths, self.rows, race.share * self._total_steps()),
+                *(record.seconds, "; ".join(each.name for each in entrants)),
+            )
         return record
 
     def _fits(self) -> Fits:

@@ -20,6 +20,9 @@ from .record import Entrant, RaceRecord, Run
 
 logger = logging.getLogger(__name__)
 
+LEAST = 5
+"""Steps of a run in the first rung; shorter ones decide nothing."""
+
 ONWARD = ("continued", "anew")
 Trial = Callable[[Entrant, int, int], float]
 """Trains an entrant's model for a rung and a number of steps, and returns its held-out loss; NaN if it cannot."""
@@ -130,6 +133,32 @@ class Race:
             first = max(1, int(steps / each))
         return [first * 2**rung for rung in range(len(sizes))]
 
+    def affordable(self, plans: int, neighbours: int, steps: float) -> tuple[int, int, int, list[int]]:
+        """
+        What of a race there are steps for: at first neighbours stay out, then the last plans, then preparations, until
+        a run is of `LEAST` steps. With `steps` of their own all run.
+
+        Args:
+            plans, neighbours, steps: as in `lengths`.
+
+        Returns:
+            Plans, preparations besides the first, neighbours, and the steps of a run in each rung. One plan without
+            another preparation: there is nothing to decide.
+        """
+        preparations = len(self.preparations) - 1
+        while True:
+            lengths = self.lengths(plans, preparations, neighbours, steps)
+            if self.steps is not None or lengths[0] >= LEAST or plans + preparations == 1:
+                return plans, preparations, neighbours, lengths
+            if neighbours:
+                neighbours = 0
+            elif plans > 2:
+                plans -= 1
+            elif preparations:
+                preparations -= 1
+            else:
+                plans -= 1
+
 
 def entrants_of(field: Iterable[Candidate], race: Race, neighbours: Iterable[Candidate] = ()) -> list[Entrant]:
     """The entrants of the first rung: each plan with the first preparation."""
@@ -144,7 +173,6 @@ def entrants_of(field: Iterable[Candidate], race: Race, neighbours: Iterable[Can
 
 def run_race(
     record: RaceRecord,
-    preparations: Sequence[str],
     trial: Trial,
     *,
     retire: Callable[[Sequence[tuple[str, int]]], None] | None = None,
@@ -158,7 +186,6 @@ def run_race(
 
     Args:
         record: with the entrants of the first rung; it is added to.
-        preparations: those of the race.
         trial: trains an entrant and returns its held-out loss.
         retire: is told after every run of whom the weights may still be needed, and after which rung.
         clock: seconds.
@@ -186,17 +213,17 @@ def run_race(
 
     if record.best is not None:
         return record.best
-    first = preparations[0]
+    first, *further = record.preparations
     able = [each for each in record.entrants if not each.neighbour]
-    if len(able) == len(preparations) == 1:  # nobody to run against
+    if len(able) == 1 and not further:  # nobody to run against
         record.winner = able[0].key
         record.write()
         return able[0]
-    everyone = len(able) + sum(each not in {one.preparation for one in able} for each in preparations)
+    everyone = len(able) + sum(each not in {one.preparation for one in able} for each in further)
     run([each for each in record.entrants if each.preparation == first], 0, math.ceil(everyone / 2))
     leader = record.entrant(_finite(record, 0)[0].entrant)
     known = {each.key for each in record.entrants}
-    again = [replace(leader, preparation=name) for name in preparations[1:] if leader.plan.hidden is None]
+    again = [replace(leader, preparation=name) for name in further if leader.plan.hidden is None]
     record.entrants.extend(each for each in again if each.key not in known)
     run([each for each in record.entrants if each.preparation != first], 0, math.ceil(everyone / 2))
     rung, standing = 0, _finite(record, 0)

@@ -98,6 +98,7 @@ class RaceRecord:
     Args:
         settings (`dict`): what the race was asked for; another race does not go on from this record.
         entrants (`list[Entrant]`): those that run, in the order in which they entered.
+        preparations (`list[str]`): the one that all plans run with, and those that the best of them is tried with.
         lengths (`list[int]`): steps of a run, by rung.
         runs (`list[Run]`): what has run.
         dense_ms, limit_ms (`float`, *optional*): the dense model's latency, and the budget's on the same scale.
@@ -110,6 +111,7 @@ class RaceRecord:
 
     settings: dict[str, Any]
     entrants: list[Entrant]
+    preparations: list[str]
     lengths: list[int]
     runs: list[Run] = field(default_factory=list)
     dense_ms: float | None = None
@@ -160,6 +162,7 @@ class RaceRecord:
         return {
             "format": FORMAT,
             "settings": self.settings,
+            "preparations": self.preparations,
             "lengths": self.lengths,
             "dense_ms": self.dense_ms,
             "limit_ms": self.limit_ms,
@@ -182,7 +185,7 @@ class RaceRecord:
         """
         if not isinstance(data, Mapping) or data.get("format") != FORMAT or "entrants" not in data:
             raise HawAdaError(f"{path or 'this'} is not the record of a race in format {FORMAT}; remove it")
-        fields = ("settings", "lengths", "dense_ms", "limit_ms", "share", "seconds", "winner")
+        fields = ("settings", "preparations", "lengths", "dense_ms", "limit_ms", "share", "seconds", "winner")
         return cls(
             entrants=[
                 Entrant.from_dict({name: value for name, value in each.items() if name not in ("key", "name")})
