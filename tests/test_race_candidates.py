@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from transformers import PreTrainedModel
 
 from hawada_peft import LatencyBudget, Plan, Shape, slim
 from hawada_peft.errors import HawAdaError, InfeasibleBudgetError
-from hawada_peft.race import GENERATORS, GIVEN, Candidate, Fits, Judge, field_of, fits_of, no_larger
+from hawada_peft.race import GENERATORS, GIVEN, Candidate, Fits, Judge, field_of, fits_of, no_larger, searched
 from hawada_peft.race.candidates import deepest, influence, neighbours, runs, widths
 from hawada_peft.race.fits import largest
 from hawada_peft.refit.fidelity import divergence
+from hawada_peft.search.result import Candidate as Timed
+from hawada_peft.search.result import SearchResult
 from hawada_peft.vanilla.resize import parameters_at
 
 LAYERS = 8
@@ -222,3 +225,31 @@ def test_a_model_without_a_head_is_refused() -> None:
         judge.loss(judge.without([1]))
     with pytest.raises(HawAdaError, match="no calibration batches"):
         Judge(model_of(), [])
+
+
+def test_a_search_gives_its_answer_and_the_best_of_what_it_timed(judge: Judge) -> None:
+    dense = judge.layout.dense
+    shapes = [replace(dense, num_hidden_layers=6, intermediate_size=size) for size in (32, 48, 64, 96)]
+    timed = [
+        Timed(shape, 1.0, 0.0, 1, 1.0, False, measured_ms=1.0, measured_loss=loss)
+        for shape, loss in zip(shapes, (0.4, 0.3, 0.2, 0.1), strict=True)
+    ]
+    answer = judge.at(shapes[1], (2, 5))
+    result = SearchResult(
+        LatencyBudget(speedup=1.5, seq_len=16),
+        timed[1],
+        answer,
+        9.0,
+        6.0,
+        (),
+        tuple(timed),
+        table=cast(Any, None),
+        rounds=1,
+    )
+    fits = fits_at(judge, 1.5)
+    found = list(searched(result)(judge, fits))
+    assert found[0] == answer
+    assert [plan.shape for plan in found[1:]] == [shape for shape in (shapes[2], shapes[0]) if fits(shape)]
+    assert not fits(shapes[3])
+    least = sorted(sorted(range(LAYERS), key=lambda layer: judge.influence[layer])[:2])
+    assert all(dropped(plan) == least for plan in found[1:])

@@ -140,6 +140,16 @@ def test_the_plan_of_trained_gates_enters_with_its_folded_weights(tmp_path: Path
     assert slim.num_parameters() <= most
 
 
+def test_gates_without_a_plan_are_taken_off(tmp_path: Path) -> None:
+    model = gate(dense_model())
+    base = model.get_base_model()
+    slim, record = raced(tmp_path, model, race=Race(budget(), plans=1, preparations=("none",)), args={"max_steps": 2})
+    assert [each.source for each in record.entrants if not each.neighbour] == ["runs of layers"]
+    assert not record.runs
+    assert slim.num_parameters() <= budget().max_parameters
+    assert_same_state(base.state_dict(), dense_model().state_dict())
+
+
 def test_lora_races_too(tmp_path: Path) -> None:
     lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
     slim, record = raced(tmp_path, lora=lora)
