@@ -148,7 +148,9 @@ class Race:
         preparations = len(self.preparations) - 1
         while True:
             lengths = self.lengths(plans, preparations, neighbours, steps)
-            if self.steps is not None or lengths[0] >= LEAST or plans + preparations == 1:
+            if plans + preparations == 1:
+                return plans, preparations, 0, lengths
+            if self.steps is not None or lengths[0] >= LEAST:
                 return plans, preparations, neighbours, lengths
             if neighbours:
                 neighbours = 0
