@@ -161,7 +161,7 @@ def test_pictures_follow_the_page(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert "@media (prefers-color-scheme: dark)" in text
     assert all(f"--{name}: {LIGHT[name]}" in text and f"--{name}: {DARK[name]}" in text for name in LIGHT)
-    assert text.count("<svg") == 5
+    assert text.count("<svg") == 6
     assert not any(colour in text for colour in NAMED.values())
     assert "#0102" not in text
     assert "fill: var(--" in text

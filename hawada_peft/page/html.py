@@ -10,7 +10,7 @@ from . import sections
 from .figures import Picture
 from .known import AGREEMENT, SlimFacts
 from .palette import DARK, LIGHT
-from .race import race
+from .rungs import race_section
 
 TEMPLATE = "page.html.j2"
 HOW = {
@@ -42,7 +42,7 @@ def page(facts: SlimFacts, pictures: Mapping[str, Picture]) -> str:
     made = []
     for name, title, make in (
         ("frontier", "What the shape was chosen from", sections.frontier),
-        ("race", "What recovered best", race),
+        ("race", "What recovered best", race_section),
         ("peers", "Beside other models", sections.peers),
         ("kept", "What was kept", sections.kept),
         ("gates", "How the gates moved", sections.gates),

@@ -10,7 +10,7 @@ from typing import Any
 from . import figures
 from .html import page
 from .known import read_facts
-from .race import bracket
+from .rungs import race_picture
 
 PAGE_NAME = "report.html"
 
@@ -75,7 +75,9 @@ def write_report(
     folder = Path(slim).absolute()
     target = folder.with_name(f"{folder.name}-report") if output is None else Path(output)
     drawers = (
-        (figures.frontier, bracket, figures.peers, figures.kept, figures.gates, figures.training) if pictures else ()
+        (figures.frontier, race_picture, figures.peers, figures.kept, figures.gates, figures.training)
+        if pictures
+        else ()
     )
     drawn = [picture for draw in drawers if (picture := draw(facts)) is not None]
     text = page(facts, {picture.name: picture for picture in drawn})

@@ -19,7 +19,7 @@ def losses_of(race: Mapping[str, Any]) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
-def bracket(facts: SlimFacts) -> Picture | None:
+def race_picture(facts: SlimFacts) -> Picture | None:
     """Each entrant's loss, rung by rung, until it left."""
     race = facts.race
     if race is None or not race["runs"]:
@@ -50,7 +50,7 @@ def bracket(facts: SlimFacts) -> Picture | None:
     return picture_of("race", f"Losses after the rungs of the race. {ended}.", draw, 3.9)
 
 
-def race(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterator[Part]:
+def race_section(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterator[Part]:
     """Who ran."""
     race = facts.race
     if race is None:
