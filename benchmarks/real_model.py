@@ -46,10 +46,9 @@ from sizing import SHORT, Fit, Stopwatch, Timed, fit_amount
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from work import Bench, whole
 
-from hawada_peft import LatencyBudget, Race, RaceRecord, Shape, recover, slim
+from hawada_peft import Effort, LatencyBudget, Race, Shape, recover, slim
 from hawada_peft.distil.raced import parts_of
 from hawada_peft.errors import UnsettledTimingWarning
-from hawada_peft.latency.clock import Effort
 from hawada_peft.latency.regime import Regime
 from hawada_peft.race import PREPARATIONS
 
@@ -220,7 +219,7 @@ class Ground:
 
     def ours(self, cell: Cell) -> Row:
         """A race and the recovery after it."""
-        bench, records = self.bench, list[RaceRecord]()
+        bench = self.bench
         known: dict[Shape, float] = {}
         for row in self.rows():
             for sizes, part in row.get("latencies", ()):
@@ -229,22 +228,21 @@ class Ground:
             budget=self.conditions.budget(cell.budget),
             tolerance=1 / SHORT - 1,
             neighbours=False,
-            timing=self.conditions.effort,
+            effort=self.conditions.effort,
             latencies=known,
             **OURS[cell.contestant],
         )
         calibration = bench.examples(self.conditions.calibration, cell.seed)
         with tempfile.TemporaryDirectory() as folder:
-            small = recover(
+            slimmed = recover(
                 bench.load(),
                 bench.arguments(folder, cell.steps, self.conditions.rate, cell.seed),
                 train_dataset=bench.pool(cell.seed),
                 data_collator=whole,
                 calibration=calibration,
                 race=race,
-                on_race=records.append,
             )
-        record = records[0]
+        record, small = slimmed.race, slimmed.model
         winner = record.entrant(record.winner or "")
         after = bench.quality(small)
         plain = slim(bench.model, winner.plan).to(bench.device)

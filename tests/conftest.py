@@ -20,7 +20,9 @@ import transformers
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from hawada_peft import HawAdaConfig, Plan, Shape, Verification, collect_gates, save_slim
+from hawada_peft import HawAdaConfig, Plan, Shape, collect_gates, save_slim
+from hawada_peft.latency import Clock, ToyClock
+from hawada_peft.shipping import Verification
 from hawada_peft.vanilla.family import FAMILIES, TARGET_MODULES, locate
 from hawada_peft.vanilla.outputs import example_inputs, output_of
 
@@ -92,13 +94,18 @@ def rows_of_families() -> Iterator[None]:
         current.update(saved)
 
 
-def two_processes(*arguments: str) -> str:
-    """Run a script (or `-m module`) in two processes that form a group; what they print."""
+def start_two(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a script (or `-m module`) in two processes that form a group."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    done = subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=300)
+    return subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=1800)
+
+
+def two_processes(*arguments: str) -> str:
+    """As `start_two`, where nothing may fail; what they print."""
+    done = start_two(*arguments)
     assert done.returncode == 0, done.stderr[-20000:]  # the launcher's own report comes last, and is long
     return done.stdout
 
@@ -210,3 +217,17 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def row(request: pytest.FixtureRequest) -> Row:
     """Every row of the table."""
     return ROWS[request.param]
+
+
+@pytest.fixture
+def toy_machine(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Where no `Effort` can be given, as on the command line: every clock is a toy's, and no table is the user's."""
+    toy = ToyClock()
+    for name in ("now", "wait", "runner", "device_name"):
+        monkeypatch.setattr(Clock, name, _of_the_toy(getattr(Clock, name), getattr(toy, name)))
+    monkeypatch.setenv("HAWADA_CACHE", str(tmp_path_factory.getbasetemp() / "toy-cache"))
+
+
+def _of_the_toy(real: Any, toys: Any) -> Any:
+    """A method of the real clock alone."""
+    return lambda self, *given: toys(*given) if type(self) is Clock else real(self, *given)

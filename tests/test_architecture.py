@@ -12,14 +12,13 @@ PACKAGE = Path(__file__).parent.parent / "hawada_peft"
 
 FLOORS = (
     "cli",
-    "commands",
     "demo",
     "recipes",
     "page",
-    "shipping",
     "training",
     "model",
     "distil",
+    "shipping",
     "race",
     "search",
     "surgery",
@@ -27,10 +26,11 @@ FLOORS = (
     "planning",
     "config",
     "gates",
-    "files",
     "latency",
+    "files",
     "vanilla",
     "_register",
+    "processes",
     "progress",
     "errors",
 )

@@ -50,11 +50,10 @@ def budget(layers: int = 4) -> LatencyBudget:
 
 
 def raced(folder: Path, model: Any = None, *, args: Any = None, **options: Any) -> tuple[Any, RaceRecord]:
-    records = list[RaceRecord]()
     options = {"race": Race(budget(), **SMALL), "train_dataset": DATA, "calibration": BATCHES} | options
     args = arguments(folder, **(QUICK | (args or {})))
-    slim = recover(dense_model() if model is None else model, args, on_race=records.append, **options)
-    return slim, records[0]
+    slimmed = recover(dense_model() if model is None else model, args, **options)
+    return slimmed.model, slimmed.race
 
 
 @pytest.mark.parametrize("onward", ["continued", "anew"])
@@ -220,18 +219,17 @@ from accelerate import PartialState
 from test_raced import BATCHES, DATA, QUICK, arguments, budget, dense_model
 from hawada_peft import Race, recover
 torch.set_num_threads(1)
-records = []
 args = arguments(sys.argv[1], ddp_backend="gloo", ddp_find_unused_parameters=False, **QUICK)
 rank = PartialState().process_index
-slim = recover(
+slimmed = recover(
     dense_model(), args, train_dataset=DATA, calibration=BATCHES[2 * rank : 2 * rank + 2],
-    race=Race(budget(), plans=2, steps=1, preparations=("none", "least squares")), on_race=records.append,
+    race=Race(budget(), plans=2, steps=1, preparations=("none", "least squares")),
 )
-record = records[0].to_dict()
+record = slimmed.race.to_dict()
 for run in record["runs"]:
     del run["seconds"]
 digest = hashlib.sha256()
-for tensor in slim.state_dict().values():
+for tensor in slimmed.model.state_dict().values():
     digest.update(tensor.cpu().numpy().tobytes())
 Path(sys.argv[1], f"rank{rank}.json").write_text(json.dumps([record, digest.hexdigest()]))
 torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter

@@ -31,7 +31,7 @@ from ..race.race import Race, entrants_of, run_race
 from ..race.record import NAME, Entrant, RaceRecord
 from ..refit.fidelity import divergence, of_this_rank
 from ..surgery.slimming import slim
-from ..vanilla.outputs import Batch
+from ..vanilla.batches import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ class RacedRecovery:
     def _fits(self) -> Fits:
         race = self.race
         if race.budget is not None:
-            fits = fits_of(self.dense, race.budget, tolerance=race.tolerance, timing=race.timing)
+            fits = fits_of(self.dense, race.budget, tolerance=race.tolerance, effort=race.effort)
             fits.measured |= race.latencies or {}
             return fits
         if self.given is None:

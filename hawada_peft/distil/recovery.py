@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,11 +15,14 @@ from ..errors import HawAdaError
 from ..gates.adapter import GateAdapter
 from ..planning.plan import Plan
 from ..race.race import Race
-from ..race.record import RaceRecord
-from ..refit.reconstruction import Reconstruction, reconstruct
-from ..surgery.dense import dense_afterwards
+from ..race.record import Entrant
+from ..refit.reconstruction import reconstruct
+from ..shipping.facts import calibration_facts
+from ..shipping.save import Slimmed
+from ..surgery.dense import put_back
 from ..surgery.slimming import slim
-from ..vanilla.outputs import Batch
+from ..vanilla.batches import Batch
+from .arguments import rate_problems
 from .objective import Distillation
 from .raced import RacedRecovery
 from .trainer import DistillTrainer
@@ -32,21 +36,22 @@ def recover(
     plan: Plan | None = None,
     lora: LoraConfig | None = None,
     calibration: Iterable[Batch] | None = None,
-    on_reconstruction: Callable[[Reconstruction], None] | None = None,
     race: Race | bool = False,
-    on_race: Callable[[RaceRecord], None] | None = None,
+    verify: bool = True,
+    inputs: Batch | None = None,
     kd_temperature: float = 1.0,
     kl_weight: float = 1.0,
     mse_weight: float = 0.0,
     resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
     **kwargs: Any,
-) -> PreTrainedModel:
+) -> Slimmed:
     """
     Remove what the plan closes, then distil the dense model into what is left.
 
     The slim model starts as what `merge_and_unload` gives: gates folded, equal to the gated model under its plan. The
     dense model is the teacher; memory holds both. Afterwards it is as it was before there were gates: `model` is used
-    up, as by `merge_and_unload`, and its base model is the dense model again, bit for bit.
+    up, as by `merge_and_unload`, and its base model is the dense model again, bit for bit. Whatever fails, or Ctrl-C,
+    leaves the gated model as it was.
 
     Args:
         model (`PeftModel` or `PreTrainedModel`): a gated model under a plan; or a dense one, with `plan`.
@@ -56,13 +61,12 @@ def recover(
         lora (`LoraConfig`, *optional*): train LoRA on the slim model, merged at the end; all weights if left out.
         calibration (*optional*): batches to refit the slim model on by least squares first, as `reconstruct` does. It
             costs no training and gives a better start.
-        on_reconstruction (*optional*): called with the `Reconstruction`, which tells what that did.
         race (`Race`, *optional*): let plans and ways to prepare them race for what recovers best, within the race's
             budget; the plan at hand, if there is one, is one of them. Its steps are taken off `args.max_steps`. The
             calibration batches are what it judges, prepares and decides by, and are needed; whether the model is
             refitted on them is decided by the race. `True` for `Race()`. The record is in the output folder, under
             `race`; a race that was interrupted goes on from there.
-        on_race (*optional*): called with the `RaceRecord`, which has the winner's plan.
+        verify, inputs: as in `HawAdaModel.slim`, for the comparison of the gated and the slim model.
         kd_temperature (`float`): T of the KL divergence.
         kl_weight (`float`): weight of the divergence.
         mse_weight (`float`): weight of the squared difference of logits.
@@ -70,8 +74,8 @@ def recover(
         kwargs: as in `Trainer`: `eval_dataset`, `data_collator`, `callbacks`, ...
 
     Returns:
-        `PreTrainedModel`: the slim vanilla model, trained, in the mode and with the config that it would have without
-        the training.
+        `Slimmed`: its `model` is the slim vanilla model, trained, in the mode and with the config that it would have
+        without the training; `dense` is the dense one, `race` the record of the race.
 
     Raises:
         HawAdaError: listing everything that is wrong with the arguments; nothing has been changed then. Also as
@@ -101,18 +105,15 @@ def recover(
         problems.append("a race needs `calibration`: batches that plans are judged and compared on")
     if lora is not None and not isinstance(lora, LoraConfig):
         problems.append(f"lora must be a LoraConfig, got a {type(lora).__name__}")
+    problems += rate_problems({} if args is None else vars(args))
     try:
         Distillation(kd_temperature, kl_weight, mse_weight)
     except HawAdaError as error:
         problems.append(str(error))
     if problems:
         raise HawAdaError("\n".join(problems))
-    small: PreTrainedModel | None = None
-    if isinstance(model, PeftModel):
-        dense, small = _split(model, chosen)
-    else:
-        dense = model
-    training = dense.training
+    base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+    args = args or (TrainingArguments("tmp_trainer") if racing else None)  # as `Trainer` has it
 
     def train(
         student: PreTrainedModel,
@@ -124,7 +125,7 @@ def recover(
         trainer = DistillTrainer(
             student if lora is None else get_peft_model(student, lora),
             args,
-            teacher=dense,
+            teacher=base,
             train_dataset=train_dataset,
             kd_temperature=kd_temperature,
             kl_weight=kl_weight,
@@ -138,44 +139,48 @@ def recover(
         trained: Any = trainer.student
         return trained if lora is None else trained.merge_and_unload()
 
-    if racing is not None:
-        args = args or TrainingArguments("tmp_trainer")  # as `Trainer` has it
-        short = {name: kwargs[name] for name in ("data_collator", "processing_class") if name in kwargs}
-        raced = RacedRecovery(
-            racing,
-            dense,
-            args,
-            lambda student, args: train(student, args, quiet=True, **short),
-            cast(Iterable[Batch], calibration),
-            chosen,
-            small,
-        )
-        record, small = raced.run()
-        if on_race is not None:
-            on_race(record)
-        args = copy.copy(args)
-        args.max_steps = raced.steps_left(record)
-    else:
-        small = small or slim(dense, cast(Plan, chosen))
-        if calibration is not None:
-            report = reconstruct(dense, small, cast(Plan, chosen), calibration)
-            if on_reconstruction is not None:
-                on_reconstruction(report)
-    trained = train(small, args, resume_from_checkpoint, **kwargs)
+    with put_back(base, always=False):  # until the end the gates may still be needed
+        slimmed: Slimmed | None = None
+        if isinstance(model, PeftModel) and chosen is None:
+            cast(Any, model).unload()
+        elif isinstance(model, PeftModel):
+            refit = None if racing else calibration
+            slimmed = cast(Any, model).slim(
+                plan=plan, safe_merge=True, calibration=refit, verify=verify, inputs=inputs
+            )
+        elif racing is None:
+            slimmed = _cut(model, cast(Plan, chosen), calibration)
+        training = base.training
+        if racing is not None:
+            batches = list(cast(Iterable[Batch], calibration))
+            short = {name: kwargs[name] for name in ("data_collator", "processing_class") if name in kwargs}
+            raced = RacedRecovery(
+                racing,
+                base,
+                cast(TrainingArguments, args),
+                lambda student, args: train(student, args, quiet=True, **short),
+                batches,
+                chosen,
+                None if slimmed is None else slimmed.model,
+            )
+            record, small = raced.run()
+            args = copy.copy(cast(TrainingArguments, args))
+            args.max_steps = raced.steps_left(record)
+            best = cast(Entrant, record.best).plan
+            slimmed = Slimmed(small, best, dense=base, race=record, calibration=calibration_facts(batches))
+        slimmed = cast(Slimmed, slimmed)
+        trained = train(slimmed.model, args, resume_from_checkpoint, **kwargs)
+        trained.requires_grad_(True)  # as of a model that was just loaded
     if racing is not None:
         raced.clean()
-    trained.requires_grad_(True)  # as of a model that was just loaded
-    return trained.train(training)
+    return replace(slimmed, model=trained.train(training))
 
 
-def _split(model: PeftModel, plan: Plan | None) -> tuple[PreTrainedModel, PreTrainedModel | None]:
-    """The dense model and the slim one that `merge_and_unload` gives, side by side; without a plan the dense one."""
-    dense: Any = model.get_base_model()
-    for module in dense.modules():
-        if isinstance(module, GateAdapter) and module.merged:
-            module.unmerge()
-    if plan is None:
-        return cast(Any, model).unload(), None
-    with dense_afterwards(dense):
-        small = cast(Any, model).merge_and_unload(plan=plan, safe_merge=True)
-    return dense, small
+def _cut(dense: PreTrainedModel, plan: Plan, calibration: Iterable[Batch] | None) -> Slimmed:
+    """A dense model's slim one by a plan that did not come from gates."""
+    small = slim(dense, plan)
+    if calibration is None:
+        return Slimmed(small, plan, dense=dense)
+    batches = list(calibration)
+    report = reconstruct(dense, small, plan, batches)
+    return Slimmed(small, plan, dense=dense, reconstruction=report, calibration=calibration_facts(batches))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .figures import Colours, Picture, legend, picture_of
+from .figures import COLOURS, Picture, legend, picture_of
 from .known import SlimFacts
 from .parts import Part, figure, number, table, text
 
@@ -28,22 +28,22 @@ def race_picture(facts: SlimFacts) -> Picture | None:
     beside = {entrant["key"] for entrant in race["entrants"] if entrant["neighbour"]}
     others = [points for key, points in losses.items() if points and key not in beside and key != race["winner"]]
 
-    def draw(figure: Any, colours: Colours) -> None:
+    def draw(figure: Any) -> None:
         axes = figure.subplots()
         for place, points in enumerate(others):
             label = "left the race" if place == 0 else None
-            axes.plot(*zip(*points, strict=True), "o-", color=colours["first"], markersize=5, linewidth=1, label=label)
+            axes.plot(*zip(*points, strict=True), "o-", color=COLOURS["first"], markersize=5, linewidth=1, label=label)
         for place, key in enumerate(key for key in beside if losses[key]):
             label = "beside the budget" if place == 0 else None
-            axes.plot(*zip(*losses[key], strict=True), "^", color=colours["muted"], markersize=6, label=label)
+            axes.plot(*zip(*losses[key], strict=True), "^", color=COLOURS["muted"], markersize=6, label=label)
         won = losses.get(race["winner"], [])
         if won:
-            axes.plot(*zip(*won, strict=True), "D-", color=colours["second"], markersize=7, linewidth=2, label="won")
+            axes.plot(*zip(*won, strict=True), "D-", color=COLOURS["second"], markersize=7, linewidth=2, label="won")
         axes.set_xticks(range(1, len(race["lengths"]) + 1), [f"{steps} steps" for steps in race["lengths"]])
         axes.set_yscale("log")
         axes.set_xlabel("rung of the race")
         axes.set_ylabel("held-out loss, nats")
-        legend(figure, axes, colours)
+        legend(figure, axes)
 
     last = {names[key]: points[-1] for key, points in losses.items() if points}
     ended = "; ".join(f"{name}: {loss:.4g} after rung {rung}" for name, (rung, loss) in last.items())

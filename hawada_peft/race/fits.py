@@ -11,9 +11,9 @@ from functools import partial
 from transformers import PreTrainedModel
 
 from ..latency.budget import LatencyBudget
-from ..latency.clock import Effort
+from ..latency.effort import Effort
 from ..progress import Progress
-from ..search.timed import realise_with, regime_of
+from ..search.timed import Timer, regime_of
 from ..vanilla.family import locate
 from ..vanilla.resize import parameters_at
 from ..vanilla.shape import Shape
@@ -102,7 +102,7 @@ def fits_of(
     budget: LatencyBudget,
     *,
     tolerance: float = 0.0,
-    timing: Effort | None = None,
+    effort: Effort | None = None,
     progress: Progress | None = None,
 ) -> Fits:
     """
@@ -112,16 +112,16 @@ def fits_of(
         dense: vanilla; only its class, config, dtype and device are used.
         budget: what the slim model may cost.
         tolerance: as in `Fits`.
-        timing: how long shapes are timed.
+        effort: how long shapes are timed, and by which clock.
         progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
     """
     layout, regime = locate(dense), regime_of(dense, budget)
     time: Stopwatch | None = None
     if math.isfinite(budget.limit_ms(1.0)):
-        realise = realise_with(dense, regime, timing=timing, progress=progress)
+        timer = Timer(dense, regime, effort or Effort(), progress=progress)
 
         def time(shapes: Sequence[Shape]) -> Mapping[Shape, float]:
-            return {shape: each.median_ms for shape, each in realise(shapes).items()}
+            return {shape: each.median_ms for shape, each in timer(shapes).items()}
 
     weight = regime.torch_dtype.itemsize
     tokens = regime.batch_size * ((regime.seq_len or 0) + (regime.mode == "decode")) if regime.mode != "forward" else 0

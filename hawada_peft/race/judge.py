@@ -19,9 +19,10 @@ from ..planning.plan import Plan
 from ..planning.ranking import rank
 from ..refit.layerwise import Stream
 from ..surgery.slimming import slim
+from ..vanilla.batches import Batch, position_mask, without_labels
 from ..vanilla.draws import draw_classes
 from ..vanilla.family import locate
-from ..vanilla.outputs import Batch, output_of, position_mask
+from ..vanilla.outputs import output_of
 from ..vanilla.shape import Shape
 
 
@@ -52,7 +53,7 @@ class Judge:
         if not batches:
             raise HawAdaError("no calibration batches were given; pass at least one")
         self.dense, self.layout = dense, locate(dense)
-        self.batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+        self.batches = [without_labels(batch) for batch in batches]
         self._losses: dict[Plan, float] = {}
 
     @property

@@ -13,7 +13,7 @@ from ..refit.cosine import refine_cosine
 from ..refit.fidelity import all_reduced
 from ..refit.magnitude import compensate_magnitude, stream_magnitudes
 from ..refit.reconstruction import DAMPINGS, refit_model
-from ..vanilla.outputs import Batch
+from ..vanilla.batches import Batch
 
 logger = logging.getLogger(__name__)
 Preparation = Callable[[PreTrainedModel, PreTrainedModel, Plan, Sequence[Batch]], None]

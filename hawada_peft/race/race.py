@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import HawAdaError
 from ..latency.budget import LatencyBudget
-from ..latency.clock import Effort
+from ..latency.effort import Effort
 from ..search.result import SearchResult
 from ..vanilla.shape import Shape
 from .candidates import Candidate
@@ -52,7 +52,7 @@ class Race:
         tolerance (`float`): how far above the latency budget a plan may be timed, in parts.
         held_out (`float`): part of the calibration batches (rows, of a single one) that the race is decided on.
         search (`SearchResult`, *optional*): whose best shapes enter as well.
-        timing (`Effort`, *optional*): how long shapes are timed.
+        effort (`Effort`, *optional*): how long shapes are timed, and by which clock.
         latencies (*optional*): milliseconds of complete shapes, the dense one among them, timed under the budget's
             conditions before: `RaceRecord.latencies` of an earlier race.
 
@@ -78,7 +78,7 @@ class Race:
     tolerance: float = 0.0
     held_out: float = 0.25
     search: SearchResult | None = None
-    timing: Effort | None = None
+    effort: Effort | None = None
     latencies: Mapping[Shape, float] | None = None
 
     def __post_init__(self) -> None:
@@ -105,8 +105,8 @@ class Race:
 
     def settings(self) -> dict[str, Any]:
         """What decides how a race runs, for JSON."""
-        plain = asdict(replace(self, budget=None, search=None, timing=None, latencies=None))
-        for name in ("search", "timing", "latencies"):
+        plain = asdict(replace(self, budget=None, search=None, effort=None, latencies=None))
+        for name in ("search", "effort", "latencies"):
             del plain[name]
         return plain | {
             "budget": None if self.budget is None else str(self.budget),

@@ -3,50 +3,40 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import yaml  # type: ignore[import-untyped]
 from peft import LoraConfig
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from ..config import HawAdaConfig
+from ..distil.arguments import rate_problems
 from ..distil.objective import Distillation
 from ..errors import HawAdaError
 from ..latency.budget import LatencyBudget
-from ..latency.build import TablePlan
-from ..latency.clock import Effort
+from ..latency.clock import Clock
+from ..latency.effort import Effort
 from ..latency.regime import DTYPES
+from ..latency.toy import ToyClock
 from ..race.race import Race
-from ..search.effort import SearchEffort
-from ..training.phases import Phases
-from ..training.trainer import HawAdaTrainer
+from ..training.arguments import GateTrainingArguments, gate_problems
 from ..vanilla.shape import Shape
-from .schema import checked, sections, unknown_names
+from .document import parsed, read_mapping, shown
+from .schema import checked, fields_of, sections, unknown_names
 from .settings import DataSource, ReconstructionStep
 
 ENOUGH = 100
 """Steps of a recovery from which on there is a race unless the recipe says otherwise."""
 
 GOALS = ("budget", "shape", "keep_ratio")
+CLOCKS: dict[str, Callable[[], Clock]] = {"real": Clock, "toy": ToyClock}
+"""What a recipe may name as the clock."""
+
 DEFAULTS: dict[str, Any] = {"save_total_limit": 2, "logging_steps": 10}
 """Of both trainings, where the recipe and `TrainingArguments` differ."""
-
-
-_INIT: dict[str, Any] = HawAdaTrainer.__init__.__kwdefaults__ or {}
-PHASES = {name: _INIT[name] for name in ("relaxation", "warmup_fraction", "soft_fraction")}
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: PyYAML takes `1e-4` for a word."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 @dataclass(frozen=True)
@@ -61,10 +51,11 @@ class Recipe:
         budget (`dict`, *optional*): fields of `LatencyBudget`. One of `budget`, `shape` and `keep_ratio` is given.
         shape (`dict`, *optional*): fields of `Shape`.
         keep_ratio (`float` or `dict`, *optional*): as in `HawAdaModel.plan`.
-        search (`dict`, *optional*): how a budget becomes a shape: `effort` (fields of `SearchEffort`), `timing`,
-            `table_plan`, `hidden_sizes`, `refit`, `cache`, as in `find_plan`.
+        search (`dict`, *optional*): how a budget becomes a shape: `effort` (fields of `Effort`), `quick` (what it
+            leaves out is as in `Effort.quick`), `clock` (`"real"`, or `"toy"`, by which nothing depends on the
+            machine), `hidden_sizes` and `refit` of `find_plan`.
         gates (`dict`, *optional*): fields of `HawAdaConfig`; `lora` holds those of PEFT's `LoraConfig`.
-        training (`dict`, *optional*): options of `HawAdaTrainer` and fields of `TrainingArguments`.
+        training (`dict`, *optional*): fields of `GateTrainingArguments`.
         reconstruction (`dict`, *optional*): `examples` and `batch_size` of the least squares; none if left out.
         recovery (`dict`, *optional*): options of `recover` and fields of `TrainingArguments`; none if left out.
             `lora` holds fields of `LoraConfig`; all weights are trained without it.
@@ -131,12 +122,7 @@ class Recipe:
             HawAdaError: as for `Recipe`, or if the file is no YAML mapping.
             FileNotFoundError: if there is no such file.
         """
-        try:
-            data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
-        except yaml.YAMLError as error:
-            raise HawAdaError(f"{path} is no YAML: {error}") from None
-        if not isinstance(data, dict):
-            raise HawAdaError(f"{path} must hold a mapping of names to values, got a {type(data).__name__}")
+        data = read_mapping(path)
         for override in overrides:
             _override(data, override)
         return cls.from_dict(data)
@@ -183,10 +169,10 @@ class Recipe:
         """The gates' configuration."""
         return HawAdaConfig(**(self.gates or {}))
 
-    def options(self, section: str) -> dict[str, Any]:
-        """What of `training` or `recovery` is no training argument."""
-        given = getattr(self, section) or {}
-        return {name: value for name, value in given.items() if name not in _arguments() and name != "lora"}
+    def options(self) -> dict[str, Any]:
+        """What of `recovery` is no training argument."""
+        allowed = TrainingArguments.__dataclass_fields__
+        return {name: value for name, value in (self.recovery or {}).items() if name not in allowed and name != "lora"}
 
     def lora(self) -> LoraConfig | None:
         """LoRA of the recovery."""
@@ -211,7 +197,7 @@ class Recipe:
         if "preparations" in given:
             given["preparations"] = tuple(given["preparations"])
         budget = None if self.budget is None else LatencyBudget(**self.budget)
-        return Race(budget, timing=self.search_options().get("timing"), **given)
+        return Race(budget, effort=self.effort(), **given)
 
     def arguments(self, section: str, folder: Path) -> TrainingArguments:
         """
@@ -220,20 +206,31 @@ class Recipe:
         Raises:
             HawAdaError: if transformers refuses them on this machine.
         """
-        given = getattr(self, section) or {}
-        values = DEFAULTS | {"seed": self.seed} | {name: given[name] for name in given if name in _arguments()}
+        cls = GateTrainingArguments if section == "training" else TrainingArguments
+        given = {name: value for name, value in (getattr(self, section) or {}).items() if name in fields_of(cls)}
         try:
-            return TrainingArguments(output_dir=str(folder), **values)
+            return cls(output_dir=str(folder), **(DEFAULTS | {"seed": self.seed} | given))
         except (TypeError, ValueError, ImportError) as error:
             raise HawAdaError(f"{section}: {error}") from None
 
-    def search_options(self) -> dict[str, Any]:
-        """Further arguments of `find_plan`."""
-        options = dict(self.search or {})
-        for name, make in (("effort", SearchEffort), ("timing", Effort), ("table_plan", _table_plan)):
-            if options.get(name) is not None:
-                options[name] = make(**options[name])
-        return options
+    def effort(self) -> Effort:
+        """
+        How hard latency is measured and the shape for a budget searched.
+
+        Raises:
+            HawAdaError: with every impossible number.
+        """
+        search = self.search or {}
+        name = search.get("clock") or "real"
+        if name not in CLOCKS:
+            raise HawAdaError(f"search.clock must be one of {list(CLOCKS)}, got {name!r}")
+        make = Effort.quick if search.get("quick") else Effort
+        return make(clock=CLOCKS[name](), **(search.get("effort") or {}))
+
+    def searching(self) -> dict[str, Any]:
+        """The arguments of `HawAdaTrainer` that say how a budget becomes a shape."""
+        search = self.search or {}
+        return {"effort": self.effort()} | {name: search[name] for name in ("hidden_sizes", "refit") if name in search}
 
     def steps(self) -> list[str]:
         """What will be done, in words."""
@@ -268,9 +265,10 @@ class Recipe:
         """Whether the recipe says under which conditions latency is measured."""
         return self.budget is not None
 
-    def missing_files(self) -> list[str]:
-        """The data files that are not there."""
-        return [path for path in self.source().paths() if not Path(path).exists()]
+    def missing(self) -> list[str]:
+        """What this machine lacks: data files that are not there, packages that `report_to` names."""
+        lost = [path for path in self.source().paths() if not Path(path).exists()]
+        return lost + [each for section in ("training", "recovery") for each in _loggers_missing(self, section)]
 
     # ----------------------------------------------------------------- checks
 
@@ -278,49 +276,56 @@ class Recipe:
         problems = []
         for name in ("model", "output"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                problems.append(f"{name} must be a name or a folder, got {getattr(self, name)!r}")
+                problems.append(f"{name} must be a name or a folder, got {shown(getattr(self, name))}")
         given = [name for name in GOALS if getattr(self, name) is not None]
         if len(given) != 1:
             problems.append(f"recipe: give one of {list(GOALS)}, got {given or 'none'}")
         if not isinstance(self.keep_ratio, int | float | dict | None) or isinstance(self.keep_ratio, bool):
-            problems.append(f"keep_ratio must be a number, or a mapping of axes to numbers, got {self.keep_ratio!r}")
+            problems.append(
+                f"keep_ratio must be a number, or a mapping of axes to numbers, got {shown(self.keep_ratio)}"
+            )
         for name, extra in (("dtype", "auto"), ("save_dtype", None)):
             if getattr(self, name) not in (*DTYPES, extra):
-                problems.append(f"{name} must be one of {[*DTYPES, extra]}, got {getattr(self, name)!r}")
+                problems.append(f"{name} must be one of {[*DTYPES, extra]}, got {shown(getattr(self, name))}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            problems.append(f"seed must be a whole number, got {self.seed!r}")
+            problems.append(f"seed must be a whole number, got {shown(self.seed)}")
         return problems
 
     def _makers(self) -> dict[str, Callable[[], Any]]:
         return {
             "data": self.source,
             "budget" if self.budget is not None else "shape": self.goal,
-            "search": self.search_options,
+            "search": self.effort,
             "gates": self.config,
             "reconstruction": lambda: ReconstructionStep(**(self.reconstruction or {})),
             "recovery.lora": self.lora,
-            "training": lambda: _objective(self.options("training")),
-            "training phases": lambda: _phases(self.options("training")),
-            "recovery": lambda: _objective(self.options("recovery")),
+            "training": lambda: _refuse(gate_problems(self.training or {}) + rate_problems(self.training or {})),
+            "recovery": lambda: _refuse(rate_problems(self.recovery or {})),
+            "recovery loss": lambda: _objective(self.options()),
             "race": self.racing,
         }
 
 
-def _arguments() -> Mapping[str, Any]:
-    return TrainingArguments.__dataclass_fields__
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise HawAdaError("\n".join(problems))
 
 
-def _table_plan(effort: Mapping[str, Any] | None = None, **options: Any) -> TablePlan:
-    return TablePlan(**options) if effort is None else TablePlan(effort=Effort(**effort), **options)
+def _loggers_missing(recipe: Recipe, section: str) -> Iterator[str]:
+    """What `Trainer` would find out when it begins."""
+    wanted = (getattr(recipe, section) or {}).get("report_to")
+    for name in [wanted] if isinstance(wanted, str) else wanted or []:
+        if name in ("none", "all"):
+            continue
+        try:
+            for callback in get_reporting_integration_callbacks([name]):
+                callback()
+        except (RuntimeError, ImportError, ValueError) as error:
+            yield f"{section}.report_to: {str(error).strip().splitlines()[0]}"
 
 
 def _objective(options: Mapping[str, Any]) -> Distillation:
     return Distillation(**{name: options[name] for name in Distillation.__dataclass_fields__ if name in options})
-
-
-def _phases(options: Mapping[str, Any]) -> Phases:
-    values = {name: options.get(name, default) for name, default in PHASES.items()}
-    return Phases(cast(Any, None), **values)  # judged without a model
 
 
 def _checked_deep(name: str, given: Any, allowed: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -337,17 +342,16 @@ def _override(data: dict[str, Any], text: str) -> None:
     path, equals, value = text.partition("=")
     *outer, last = path.strip().split(".")
     if not equals or not last or "" in outer:
-        raise HawAdaError(f"an override must be written as section.name=value, got {text!r}")
+        raise HawAdaError(f"an override must be written as section.name=value, got {shown(text)}")
     for index, name in enumerate(outer):
         inner = data.get(name)
         if inner is not None and not isinstance(inner, dict):
-            raise HawAdaError(f"{text!r}: {'.'.join(outer[: index + 1])} is {inner!r}, and holds no {last!r}")
+            raise HawAdaError(
+                f"{shown(text)}: {'.'.join(outer[: index + 1])} is {shown(inner)}, and holds no {last!r}"
+            )
         data[name] = inner or {}
         data = data[name]
-    try:
-        data[last] = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
-        raise HawAdaError(f"{text!r}: the value is no YAML: {error}") from None
+    data[last] = parsed(value, shown(text))
     if data[last] is None:
         del data[last]
 

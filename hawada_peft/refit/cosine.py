@@ -11,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModelError
 from ..planning.plan import Plan
+from ..vanilla.batches import Batch, position_mask
 from ..vanilla.family import locate
-from ..vanilla.outputs import Batch, position_mask
 from .layerwise import Stream, residual_gains
 from .projections import as_projection
 
