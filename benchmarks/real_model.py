@@ -57,8 +57,8 @@ TRAIN_WINDOWS = 8000
 
 OURS: dict[str, dict[str, Any]] = {
     "race": {},
-    "race_short": {"share": 0.1, "plans": 3, "preparations": ("none", "least squares", "least squares, close")},
-    "race_long": {"share": 0.4},
+    "race_short": {"plans": 3, "preparations": ("none", "least squares", "least squares, close")},
+    "race_long": {"share": 0.3, "plans": 6},
     "race_anew": {"onward": "anew"},
     "race_cosine": {"preparations": ("none", "magnitude", "cosine")},
     "race_plans": {"preparations": ("none",)},

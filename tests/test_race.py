@@ -15,6 +15,7 @@ from hawada_peft.race import Entrant, Race, RaceRecord, run_race
 from hawada_peft.race.race import LEAST
 
 DENSE = Shape(4, 2, 32, 8)
+RACE = Race(plans=5, preparations=("none", "least squares", "least squares, close", "magnitude"))
 LOSSES = {0: 1.0, 1: 0.8, 2: 0.9, 3: 1.2, 4: 1.1}
 """By the first layer that goes."""
 
@@ -54,7 +55,7 @@ class Trials:
 
 
 def test_the_better_half_goes_on_and_the_leader_is_prepared_in_every_way() -> None:
-    race, trials, retired = Race(), Trials(), list[list[tuple[str, int]]]()
+    race, trials, retired = RACE, Trials(), list[list[tuple[str, int]]]()
     record = record_of(race)
     winner = run_race(record, trials, retire=lambda on: retired.append(list(on)))
     assert winner == entrant(1, "least squares, close")
@@ -72,7 +73,7 @@ def test_the_better_half_goes_on_and_the_leader_is_prepared_in_every_way() -> No
 
 
 def test_a_neighbour_runs_once_and_cannot_win() -> None:
-    record = record_of(Race())
+    record = record_of(RACE)
     run_race(record, Trials())
     beside = entrant(6, neighbour=True)
     losses = [run.loss for run in record.runs if run.rung == 0]
@@ -85,7 +86,7 @@ def test_a_neighbour_runs_once_and_cannot_win() -> None:
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
 @pytest.mark.parametrize("steps", [300, 1000])
 def test_a_race_costs_what_was_said(share: float, steps: int) -> None:
-    race = Race(share=share)
+    race = replace(RACE, share=share)
     record = record_of(race, steps=steps * share)
     run_race(record, Trials())
     assert 0.3 * steps * share <= record.cost <= steps * share
@@ -94,7 +95,7 @@ def test_a_race_costs_what_was_said(share: float, steps: int) -> None:
 
 @pytest.mark.parametrize("killed_at", range(15))
 def test_a_race_that_was_killed_goes_on_and_ends_with_the_same_record(tmp_path: Path, killed_at: int) -> None:
-    race = Race()
+    race = RACE
     whole = record_of(race)
     run_race(whole, Trials())
     path, killed = tmp_path / "race.json", Trials(killed_at)
@@ -115,7 +116,7 @@ def test_a_race_that_was_killed_goes_on_and_ends_with_the_same_record(tmp_path: 
 
 
 def test_what_cannot_be_trained_drops_out() -> None:
-    race = Race(preparations=("none",))
+    race = replace(RACE, preparations=("none",))
 
     def loss(one: Entrant, rung: int, steps: int) -> float:
         return math.nan if one.plan == entrant(1).plan else loss_of(one, rung, steps)
@@ -128,7 +129,7 @@ def test_what_cannot_be_trained_drops_out() -> None:
 
 
 def test_a_single_entrant_wins_without_running() -> None:
-    race, trials = Race(preparations=("none",)), Trials()
+    race, trials = replace(RACE, preparations=("none",)), Trials()
     record = RaceRecord({}, [entrant(1)], ["none"], race.lengths(1, 0, 0, 50))
     assert run_race(record, trials) == entrant(1)
     assert not trials.seen
@@ -138,9 +139,9 @@ def test_a_single_entrant_wins_without_running() -> None:
 def test_the_record_of_another_race_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "race.json"
     assert RaceRecord.read(path, {}) is None
-    record_of(Race(), path).write()
+    record_of(RACE, path).write()
     with pytest.raises(HawAdaError, match=r"another race \(other share\)"):
-        RaceRecord.read(path, Race(share=0.5).settings())
+        RaceRecord.read(path, replace(RACE, share=0.5).settings())
     for text in ("{", "[]", '{"format": 9}'):
         path.write_text(text)
         with pytest.raises(HawAdaError, match="remove it"):
@@ -164,7 +165,7 @@ def test_everything_wrong_with_a_race_is_said_at_once() -> None:
 
 @pytest.mark.parametrize("steps", [0, 3, 20, 60, 150, 1000])
 def test_a_race_is_no_larger_than_there_are_steps_for(steps: int) -> None:
-    race = Race()
+    race = RACE
     plans, preparations, neighbours, lengths = race.affordable(5, 2, steps)
     if plans + preparations > 1:
         assert lengths[0] >= LEAST
@@ -177,4 +178,4 @@ def test_a_race_is_no_larger_than_there_are_steps_for(steps: int) -> None:
     else:
         assert steps < 2 * LEAST
     assert (plans, preparations, neighbours) == (5, 3, 2) or steps < 1000
-    assert Race(steps=1).affordable(5, 2, steps)[:3] == (5, 3, 2)
+    assert replace(RACE, steps=1).affordable(5, 2, steps)[:3] == (5, 3, 2)

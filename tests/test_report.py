@@ -14,12 +14,12 @@ from xml.etree import ElementTree
 import pytest
 from conftest import LM_ROW, VISION_ROW, build, gate
 from PIL import Image
-from test_race import Trials, record_of
+from test_race import RACE, Trials, record_of
 from test_search_export import DENSE, Machine, ToyQuality, toy_space
 from test_trainer import trainer_of
 from toys import toy_table
 
-from hawada_peft import ExportFacts, LatencyBudget, Plan, QualityChange, Race, save_slim, write_report
+from hawada_peft import ExportFacts, LatencyBudget, Plan, QualityChange, save_slim, write_report
 from hawada_peft.errors import HawAdaError
 from hawada_peft.page.known import read_peers
 from hawada_peft.race import run_race
@@ -94,7 +94,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         toy_space(), table, ToyQuality(), LatencyBudget(speedup=1.5, mode="prefill", seq_len=8), Machine(table)
     )
     quality = QualityChange("perplexity", 15.0, 18.5, "tests")
-    race = record_of(Race())
+    race = record_of(RACE)
     run_race(race, Trials())
     facts = ExportFacts(
         base=base,

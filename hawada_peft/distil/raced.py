@@ -238,7 +238,7 @@ class RacedRecovery:
         if rung < 0 or self.race.onward == "anew":
             return self._prepared(entrant)
         model = self._built(entrant)
-        load_model(model, self._kept(entrant.key, rung), device=str(self.args.device))
+        load_model(model, self._kept(entrant.key, rung))
         return model
 
     def _kept(self, key: str, rung: int) -> Path:

@@ -66,10 +66,10 @@ class Race:
     """
 
     budget: LatencyBudget | None = None
-    plans: int = 5
+    plans: int = 4
     few: int = 2
-    preparations: tuple[str, ...] = (PLAIN, "least squares", "least squares, close", "magnitude")
-    share: float = 0.25
+    preparations: tuple[str, ...] = (PLAIN, "least squares, close")
+    share: float = 0.1
     steps: int | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
