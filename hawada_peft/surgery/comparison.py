@@ -87,7 +87,14 @@ def _rounded(used: torch.Tensor | None, exact: torch.Tensor | None) -> bool:
     return bool((used.double() - exact.double()).abs().le(ROUNDED * exact.double().abs()).all())
 
 
-def check_computes(model: PreTrainedModel, reference: Reference, base: nn.Module, fresh: nn.Module | None) -> None:
+def check_computes(
+    model: PreTrainedModel,
+    reference: Reference,
+    base: nn.Module,
+    fresh: nn.Module | None,
+    *,
+    hidden: Sequence[int] | None = None,
+) -> None:
     """
     Compare what a slim model computes with its reference.
 
@@ -96,6 +103,7 @@ def check_computes(model: PreTrainedModel, reference: Reference, base: nn.Module
         reference: of the gated model.
         base: the gated model, for what else is in it.
         fresh: the dense model as its class makes it.
+        hidden: the channels of the residual stream that stayed, which are what a model without a head gives.
 
     Raises:
         VerificationError: if they differ beyond rounding; it names what was found in the gated model that a slim model
@@ -104,6 +112,8 @@ def check_computes(model: PreTrainedModel, reference: Reference, base: nn.Module
     with put_back(model, always=True):
         found = output_of(model, reference.inputs)
     expected = reference.logits
+    if hidden is not None and found.shape[-1] == len(hidden) != expected.shape[-1]:
+        expected = expected[..., list(hidden)]
     if found.shape == expected.shape:
         difference = (found.double() - expected.double()).abs().max().item()
         scale = expected.double().abs().max().item()

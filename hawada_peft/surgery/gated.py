@@ -84,7 +84,7 @@ class Gated:
                 small = slim(self.base, plan)
             check_finite(small)
             if reference is not None:
-                check_computes(small, reference, self.base, dense)
+                check_computes(small, reference, self.base, dense, hidden=plan.hidden)
             report = None if calibration is None else reconstruct(dense, small, plan, calibration, progress=progress)
         with put_back(self.base, always=False):
             unmerge(self.base)
