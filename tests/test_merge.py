@@ -34,7 +34,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from transformers import PreTrainedModel
 
-import hawada_peft.model
+import hawada_peft.surgery.gated
 from hawada_peft import HawAdaConfig, Plan, collect_gates, slim
 from hawada_peft.errors import (
     BrokenGatesError,
@@ -80,13 +80,13 @@ FAILURES: dict[str, tuple[type[BaseException], Callable[[PeftModel, pytest.Monke
     "Ctrl-C while refitting": (
         KeyboardInterrupt,
         lambda model, patch: (
-            patch.setattr(hawada_peft.model, "reconstruct", interrupted),
+            patch.setattr(hawada_peft.surgery.gated, "reconstruct", interrupted),
             model.merge_and_unload(calibration=[inputs_of(model)] * 2),
         ),
     ),
     "Ctrl-C while slicing": (
         KeyboardInterrupt,
-        lambda model, patch: (patch.setattr(hawada_peft.model, "slim", interrupted), model.merge_and_unload()),
+        lambda model, patch: (patch.setattr(hawada_peft.surgery.gated, "slim", interrupted), model.merge_and_unload()),
     ),
     "no calibration data": (HawAdaError, lambda model, patch: model.merge_and_unload(calibration=[])),
     "another model's plan": (
