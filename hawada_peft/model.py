@@ -1,4 +1,8 @@
-"""The PEFT tuner: what its gates become, a plan and a slim model."""
+"""
+The PEFT tuner: what its gates become, a plan and a slim model.
+
+Long because these are the calls of every user, documented in full.
+"""
 
 from __future__ import annotations
 

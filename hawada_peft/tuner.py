@@ -1,4 +1,8 @@
-"""What PEFT asks of a tuner: gates put into a model, several adapters of them, saved and loaded."""
+"""
+What PEFT asks of a tuner: gates put into a model, several adapters of them, saved and loaded.
+
+Long because PEFT asks one class for all that a tuner does.
+"""
 
 from __future__ import annotations
 

@@ -37,6 +37,9 @@ FLOORS = (
 )
 """From the top down; as docs/architecture.md lists them."""
 
+MOST_LINES = 250
+"""Of a module that does not say why it is longer."""
+
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -92,3 +95,12 @@ def test_no_folder_is_crowded() -> None:
         if len(list(folder.glob("*.py"))) > 16
     }
     assert not crowded
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_long_module_says_why(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    why = (ast.get_docstring(ast.parse(text)) or "").splitlines()
+    long = len(text.splitlines()) > MOST_LINES
+    said = any(line.startswith("Long because") for line in why)
+    assert said or not long, f"over {MOST_LINES} lines: split it by ideas, or say in its docstring 'Long because ...'"

@@ -1,4 +1,8 @@
-"""The race on real models: each run is a short recovery by the trainer of slim models."""
+"""
+The race on real models: each run is a short recovery by the trainer of slim models.
+
+Long because everything that a run needs of real models stands in one place.
+"""
 
 from __future__ import annotations
 

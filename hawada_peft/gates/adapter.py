@@ -1,4 +1,8 @@
-"""The abstract adapter: wraps a module, applies its gates, folds them into its weights on request."""
+"""
+The abstract adapter: wraps a module, applies its gates, folds them into its weights on request.
+
+Long because PEFT asks one class for all that a layer does.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """Sigmoid gates: trainable factors in [0, 1] on heads, channels and blocks.
 
+Long because the kinds differ from the first by a few lines each.
+
 References:
     Louizos, Welling, Kingma, "Learning Sparse Neural Networks through L0 Regularization" (2018): gates on structures.
     Xia et al., "Structured Pruning Learns Compact and Accurate Models" (2022): heads, channels and blocks together.

@@ -1,4 +1,8 @@
-"""Measuring a latency table: which sizes are timed, and what is made of the times."""
+"""
+Measuring a latency table: which sizes are timed, and what is made of the times.
+
+Long because each step chooses by what the one before has timed.
+"""
 
 from __future__ import annotations
 

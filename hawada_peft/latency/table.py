@@ -1,4 +1,8 @@
-"""The latency table: measured milliseconds per size, and the estimates that follow from them."""
+"""
+The latency table: measured milliseconds per size, and the estimates that follow from them.
+
+Long because estimates, their correction by what was timed, and the file are one value's.
+"""
 
 from __future__ import annotations
 

@@ -1,65 +1,18 @@
-"""The pictures, in light colours: as SVG for the page, and as PNG files."""
+"""The pictures of a search, of peers, and of a training."""
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import HawAdaError
-from ..planning.plan import Plan
-from ..vanilla.family import FFN, HEADS
-from ..vanilla.shape import LAYERS
+from ..vanilla.shape import BY_NAME, FFN, HEADS, LAYERS
+from .drawing import COLOURS, Picture, legend, picture_of
 from .known import SlimFacts
-
-WIDTH = 4.8
-"""Inches: with text of 10 points this can be read on a phone, where it is as wide as the screen."""
-
-BINS = 12
-"""Neighbouring FFN channels are shown together, in so many parts at most."""
 
 MOST_STEPS = 100
 """Moments of a training that are drawn at most."""
 
-COLOURS = {
-    "paper": "#ffffff",
-    "ink": "#1b1f24",
-    "muted": "#57606a",
-    "line": "#d0d7de",
-    "first": "#0072b2",
-    "second": "#d55e00",
-    "third": "#009e73",
-}
-"""After Okabe and Ito, "Color Universal Design" (2008): told apart with any kind of colour vision."""
-
-AXES = {HEADS: "heads", FFN: "FFN channels", LAYERS: "layers"}
-
-
-@dataclass(frozen=True)
-class Picture:
-    """
-    A picture of the page.
-
-    Args:
-        name (`str`): of its file, without the ending.
-        text (`str`): what it shows, for those who do not see it.
-        svg (`bytes`): for the page.
-        png (`bytes`): for a file.
-    """
-
-    name: str
-    text: str
-    svg: bytes
-    png: bytes
-
-    @property
-    def source(self) -> str:
-        """The SVG as an address: the page needs no other file."""
-        return f"data:image/svg+xml;base64,{base64.b64encode(self.svg).decode()}"
+AXES = {HEADS: HEADS} | {name: BY_NAME[name].plural for name in (FFN, LAYERS)}
 
 
 def frontier(facts: SlimFacts) -> Picture | None:
@@ -123,37 +76,6 @@ def peers(facts: SlimFacts) -> Picture | None:
         f"Slim: {slim_ms:.1f} ms, {quality['slim']:.4g}. {names}."
     )
     return picture_of("peers", text, draw, 3.9)
-
-
-def kept(facts: SlimFacts) -> Picture | None:
-    """A map of the dense layers: which heads and channels stay."""
-    plan = facts.plan
-    if plan is None:
-        return None
-    sizes = plan.dense.sizes()
-    count = sizes["num_hidden_layers"]
-    rows = {
-        "heads, by KV group": [_group_parts(plan, layer) for layer in range(count)],
-        "FFN channels, in order": [_bin_parts(plan, layer) for layer in range(count)],
-    }
-
-    def draw(figure: Any) -> None:
-        for number, (axes, (title, parts)) in enumerate(
-            zip(figure.subplots(1, 2, sharey=True), rows.items(), strict=True)
-        ):
-            _map(axes, parts)
-            axes.set_title(title, fontsize=10, color=COLOURS["ink"])
-            if number == 0:
-                axes.set_ylabel("dense layer")
-
-    gone = [layer for layer in range(count) if layer not in plan.layers]
-    text = (
-        f"Map of {count} dense layers, the fuller a cell the more of it stays. Dropped layers: "
-        f"{', '.join(map(str, gone)) or 'none'}. Every other layer keeps {plan.shape.num_attention_heads} of "
-        f"{sizes['num_attention_heads']} query heads and {plan.shape.intermediate_size} of "
-        f"{sizes['intermediate_size']} FFN channels."
-    )
-    return picture_of("kept", text, draw, min(9.0, 1.3 + 0.24 * count))
 
 
 def gates(facts: SlimFacts) -> Picture | None:
@@ -234,105 +156,12 @@ def training(facts: SlimFacts) -> Picture | None:
     return picture_of("training", f"Over training: {'; '.join(parts)}.", draw, 0.9 + 2.0 * len(panels))
 
 
-def picture_of(name: str, text: str, draw: Callable[[Any], None], height: float) -> Picture:
-    """
-    A picture, drawn once for the page and for a file.
-
-    Args:
-        name: of its file, without the ending.
-        text: what it shows, for those who do not see it.
-        draw: draws it into a matplotlib figure.
-        height: inches.
-
-    Raises:
-        HawAdaError: if matplotlib is missing.
-    """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise HawAdaError(
-            "pictures need matplotlib: pip install 'hawada_peft[report]', or leave them out (pictures=False)"
-        ) from None
-    style: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,
-        "text.parse_math": False,  # names may hold dollars
-        "font.family": "sans-serif",
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), COLOURS["ink"]),
-        **dict.fromkeys(("xtick.color", "ytick.color"), COLOURS["muted"]),
-        "axes.edgecolor": COLOURS["line"],
-        "figure.facecolor": COLOURS["paper"],
-    }
-    files: dict[str, bytes] = {}
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        draw(figure)
-        for ending in ("svg", "png"):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=ending, dpi=160, metadata={"Date": None} if ending == "svg" else None)
-            files[ending] = buffer.getvalue()
-    return Picture(name, text, files["svg"], files["png"])
-
-
 def _mixed(part: float) -> tuple[float, ...]:
     """Between the first and the second colour."""
     from matplotlib.colors import to_rgb
 
     ends = to_rgb(COLOURS["first"]), to_rgb(COLOURS["second"])
     return tuple(a + part * (b - a) for a, b in zip(*ends, strict=True))
-
-
-def _map(axes: Any, parts: Sequence[Sequence[float] | None]) -> None:
-    """Rows of cells, filled as much as stays; None is a layer that is gone."""
-    from matplotlib.patches import Rectangle
-
-    columns = max(len(row) for row in parts if row is not None)
-    for layer, row in enumerate(parts):
-        if row is None:
-            axes.add_patch(
-                Rectangle((0, layer - 0.4), columns, 0.8, fill=False, edgecolor=COLOURS["line"], linewidth=1)
-            )
-            axes.text(columns / 2, layer, "dropped", ha="center", va="center", fontsize=8, color=COLOURS["muted"])
-            continue
-        for column, part in enumerate(row):
-            axes.add_patch(
-                Rectangle((column + 0.05, layer - 0.4), 0.9, 0.8, facecolor=COLOURS["line"], alpha=0.45, linewidth=0)
-            )
-            axes.add_patch(
-                Rectangle((column + 0.05, layer - 0.4), 0.9, 0.8, facecolor=COLOURS["first"], alpha=part, linewidth=0)
-            )
-    axes.set_xlim(0, columns)
-    axes.set_ylim(len(parts) - 0.5, -0.5)
-    every = max(1, -(-len(parts) // 16))
-    axes.set_yticks(range(0, len(parts), every))
-    axes.set_xticks([])
-    axes.tick_params(length=0)
-    for side in axes.spines.values():
-        side.set_visible(False)
-
-
-def _group_parts(plan: Plan, layer: int) -> list[float] | None:
-    """What of each KV group's heads stays."""
-    heads = plan.kept(HEADS, layer)
-    if heads is None:
-        return None
-    size = plan.dense.heads_per_group
-    return [sum(h // size == group for h in heads) / size for group in range(plan.dense.num_key_value_heads or 1)]
-
-
-def _bin_parts(plan: Plan, layer: int) -> list[float] | None:
-    """What of each part of the FFN's channels stays."""
-    channels = plan.kept(FFN, layer)
-    if channels is None:
-        return None
-    total = plan.dense.sizes()["intermediate_size"]
-    bins = min(BINS, total)
-    ends = [total * place // bins for place in range(bins + 1)]
-    return [sum(a <= c < b for c in channels) / (b - a) for a, b in pairwise(ends)]
 
 
 def _ms(point: Mapping[str, Any]) -> float:
@@ -354,20 +183,3 @@ def _thinned(entries: Sequence[Any]) -> list[Any]:
 
 def _first_hard(entries: Sequence[Mapping[str, Any]]) -> int | None:
     return next((entry["step"] for entry in entries if entry["phase"] == "hard"), None)
-
-
-def legend(figure: Any, axes: Any) -> None:
-    """Above the axes, where it hides nothing."""
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9, labelcolor=COLOURS["ink"],
-        borderaxespad=0.2, columnspacing=1.2, handletextpad=0.4,
-    )  # fmt: skip
-
-
-def write_pngs(pictures: Sequence[Picture], folder: Path) -> list[Path]:
-    """Write the PNG files into a folder that exists. Returns their paths."""
-    paths = []
-    for picture in pictures:
-        paths.append(folder / f"{picture.name}.png")
-        paths[-1].write_bytes(picture.png)
-    return paths

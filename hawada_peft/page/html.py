@@ -9,8 +9,8 @@ from typing import Any
 
 from ..errors import HawAdaError
 from ..planning.cut import sentence
-from . import sections
-from .figures import Picture
+from . import searched, sections
+from .drawing import Picture
 from .known import AGREEMENT, SlimFacts
 from .rungs import race_section
 
@@ -43,7 +43,7 @@ def page(facts: SlimFacts, pictures: Mapping[str, Picture]) -> str:
     missing: list[str] = []
     made = []
     for name, title, make in (
-        ("frontier", "What the shape was chosen from", sections.frontier),
+        ("frontier", "What the shape was chosen from", searched.frontier),
         ("race", "What recovered best", race_section),
         ("peers", "Beside other models", sections.peers),
         ("kept", "What was kept", sections.kept),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .figures import Picture
+from .drawing import Picture
 
 Part = dict[str, Any]
 

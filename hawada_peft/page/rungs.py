@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .figures import COLOURS, Picture, legend, picture_of
+from .drawing import COLOURS, Picture, legend, picture_of
 from .known import SlimFacts
 from .parts import Part, figure, number, table, text
 

@@ -9,8 +9,10 @@ from typing import Any
 
 from ..files.atomic import write_text
 from . import figures
+from .drawing import write_pngs
 from .html import page
 from .known import read_facts
+from .layer_map import kept
 from .rungs import race_picture
 
 PAGE_NAME = "report.html"
@@ -76,13 +78,11 @@ def write_report(
     folder = Path(slim).absolute()
     target = folder.with_name(f"{folder.name}-report") if output is None else Path(output)
     drawers = (
-        (figures.frontier, race_picture, figures.peers, figures.kept, figures.gates, figures.training)
-        if pictures
-        else ()
+        (figures.frontier, race_picture, figures.peers, kept, figures.gates, figures.training) if pictures else ()
     )
     drawn = [picture for draw in drawers if (picture := draw(facts)) is not None]
     text = page(facts, {picture.name: picture for picture in drawn})
     target.mkdir(parents=True, exist_ok=True)
     path = target / PAGE_NAME
     write_text(path, text)
-    return WrittenReport(path, figures.write_pngs(drawn, target))
+    return WrittenReport(path, write_pngs(drawn, target))

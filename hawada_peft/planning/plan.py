@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import IncompatibleBaseError, InvalidPlanError
-from ..vanilla.shape import AXES, FFN, HEADS, KV_GROUPS, Shape
+from ..vanilla.shape import FFN, HEADS, KV_GROUPS, Shape
 from .rounding import Rounding
+from .stored import from_mask, json_problems, short, to_mask
 
 FORMAT = 1
 
@@ -137,10 +137,10 @@ class Plan:
             "dense": self.dense.to_dict(),
             "layers": list(self.layers),
             "heads": [list(row) for row in self.heads],
-            "channels": [_to_mask(row) for row in self.channels],
+            "channels": [to_mask(row) for row in self.channels],
         }
         if self.hidden is not None:
-            data["hidden"] = _to_mask(self.hidden)
+            data["hidden"] = to_mask(self.hidden)
         if self.roundings:
             data["roundings"] = [rounding.to_dict() for rounding in self.roundings]
         return data
@@ -157,12 +157,12 @@ class Plan:
             raise InvalidPlanError(f"a plan is an object with names, got a {type(data).__name__}")
         if data.get("format") != FORMAT:
             raise InvalidPlanError(
-                f"cannot read a plan of format {_short(data.get('format'))}; this version reads {FORMAT}"
+                f"cannot read a plan of format {short(data.get('format'))}; this version reads {FORMAT}"
             )
         missing = sorted({"dense", "layers", "heads", "channels"} - set(data))
         if missing:
             raise InvalidPlanError(f"the plan lacks {missing}")
-        problems = list(_json_problems(data))
+        problems = list(json_problems(data))
         if problems:
             raise InvalidPlanError(f"the plan is damaged: {'; '.join(problems[:5])}; make it anew with `model.plan`")
         try:
@@ -173,8 +173,8 @@ class Plan:
             dense=Shape.from_dict(data["dense"]),
             layers=tuple(data["layers"]),
             heads=tuple(tuple(row) for row in data["heads"]),
-            channels=tuple(_from_mask(mask) for mask in data["channels"]),
-            hidden=None if data.get("hidden") is None else _from_mask(data["hidden"]),
+            channels=tuple(from_mask(mask) for mask in data["channels"]),
+            hidden=None if data.get("hidden") is None else from_mask(data["hidden"]),
             roundings=roundings,
         )
 
@@ -207,58 +207,6 @@ class Plan:
 
 def _groups(heads: tuple[int, ...], per_group: int) -> tuple[int, ...]:
     return tuple(sorted({head // per_group for head in heads}))
-
-
-def _json_problems(data: Mapping[str, Any]) -> Iterator[str]:
-    """Fields of another type than `to_dict` gives them: what was given, and what is allowed."""
-    dense = data["dense"]
-    if not isinstance(dense, Mapping) or not all(_is_index(size) for size in dense.values()):
-        yield f"dense must be an object of sizes, got {_short(dense)}"
-        return
-    lacking = [name for name in AXES if name not in dense]
-    if lacking:
-        yield f"dense lacks {lacking}"
-        return
-    if not _are_indices(data["layers"]):
-        yield f"layers must be a list of whole numbers, got {_short(data['layers'])}"
-    if not isinstance(data["heads"], list) or not all(_are_indices(row) for row in data["heads"]):
-        yield f"heads must be a list of lists of whole numbers, got {_short(data['heads'])}"
-    total = dense["intermediate_size"]
-    if not isinstance(data["channels"], list) or not all(_is_mask(mask, total) for mask in data["channels"]):
-        yield f"channels must be a list of bit masks of {total} bits, in hexadecimal, got {_short(data['channels'])}"
-    if data.get("hidden") is not None and not _is_mask(data["hidden"], dense.get("hidden_size", 0)):
-        yield f"hidden must be a bit mask of the residual stream, in hexadecimal, got {_short(data['hidden'])}"
-    roundings = data.get("roundings", [])
-    if not isinstance(roundings, list) or not all(isinstance(rounding, Mapping) for rounding in roundings):
-        yield f"roundings must be a list of objects, got {_short(roundings)}"
-
-
-def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _are_indices(values: Any) -> bool:
-    return isinstance(values, list) and all(_is_index(value) for value in values)
-
-
-def _is_mask(value: Any, total: int) -> bool:
-    return isinstance(value, str) and bool(re.fullmatch("[0-9a-f]+", value)) and len(value) <= total // 4 + 1
-
-
-def _short(value: Any) -> str:
-    try:
-        text = repr(value)
-    except RecursionError:
-        text = f"a {type(value).__name__} nested too deep"
-    return text if len(text) <= 80 else f"{text[:80]}..."
-
-
-def _to_mask(kept: tuple[int, ...]) -> str:
-    return f"{sum(1 << index for index in kept):x}"
-
-
-def _from_mask(mask: str) -> tuple[int, ...]:
-    return tuple(index for index, bit in enumerate(f"{int(mask, 16):b}"[::-1]) if bit == "1")
 
 
 def _index_problems(name: str, kept: tuple[int, ...], total: int) -> Any:

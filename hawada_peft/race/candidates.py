@@ -1,6 +1,8 @@
 """
 Plans that may win a race. To add a source: a function of (judge, fits) to plans, and a line in `GENERATORS`.
 
+Long because it lists the generators, each a few lines.
+
 What generators give need not meet the budget: `field_of` sees to that, and to duplicates.
 """
 

@@ -1,4 +1,8 @@
-"""A race of plans and preparations by successive halving: what recovers best goes on."""
+"""
+A race of plans and preparations by successive halving: what recovers best goes on.
+
+Long because its options are explained and checked where they stand.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The record of a race: who ran, who left when, at what loss. Written after every run: a race can be resumed."""
+"""
+The record of a race: who ran, who left when, at what loss. Written after every run: a race can be resumed.
+
+Long because a race that is resumed needs all of its record, checked.
+"""
 
 from __future__ import annotations
 

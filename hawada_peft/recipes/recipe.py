@@ -1,4 +1,8 @@
-"""The recipe: a whole slimming as data, checked before any of it is done."""
+"""
+The recipe: a whole slimming as data, checked before any of it is done.
+
+Long because whatever can be wrong with a recipe is found in one place, before any work.
+"""
 
 from __future__ import annotations
 

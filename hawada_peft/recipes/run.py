@@ -1,4 +1,8 @@
-"""Doing what a recipe says: load, gates, train, save, merge, refit, recover, time, save."""
+"""
+Doing what a recipe says: load, gates, train, save, merge, refit, recover, time, save.
+
+Long because it lists the steps of the whole way, each a short call.
+"""
 
 from __future__ import annotations
 

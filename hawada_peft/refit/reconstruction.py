@@ -1,4 +1,8 @@
-"""Least-squares reconstruction: the slim model's output projections refitted to the dense model's hidden states."""
+"""
+Least-squares reconstruction: the slim model's output projections refitted to the dense model's hidden states.
+
+Long because the method is explained where it is called, and its layers share their targets.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The quality of a shape, judged by masking the dense model."""
+"""
+The quality of a shape, judged by masking the dense model.
+
+Long because every axis is measured in a way of its own, from the same masked passes.
+"""
 
 from __future__ import annotations
 

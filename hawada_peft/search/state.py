@@ -1,4 +1,8 @@
-"""What is known while shapes are searched."""
+"""
+What is known while shapes are searched.
+
+Long because a round asks all of it: estimates, losses, what fits, what to time, and why not.
+"""
 
 from __future__ import annotations
 

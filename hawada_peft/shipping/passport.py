@@ -1,4 +1,8 @@
-"""The passport: which runtimes take a slim model, and how that is known."""
+"""
+The passport: which runtimes take a slim model, and how that is known.
+
+Long because it lists the runtimes, a few lines each.
+"""
 
 from __future__ import annotations
 

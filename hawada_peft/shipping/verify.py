@@ -1,4 +1,8 @@
-"""Whether a slim folder is vanilla, whole, and computes what it should."""
+"""
+Whether a slim folder is vanilla, whole, and computes what it should.
+
+Long because it lists every check of a folder, each a few lines.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The trainer of gates: `transformers.Trainer` with a distillation loss, a goal and a moment of decision."""
+"""
+The trainer of gates: `transformers.Trainer` with a distillation loss, a goal and a moment of decision.
+
+Long because transformers asks one class for all of a training: loss, phases, checkpoints, log.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Where a model family keeps its gates: a row of data per family, and the lookup of a row in a model."""
+"""
+Where a model family keeps its gates: a row of data per family, and the lookup of a row in a model.
+
+Long because every field of a row and of a layout is explained.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,83 @@
+"""The section of the page about a search."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..planning.cut import SHORT, SIZES
+from .drawing import Picture
+from .known import SlimFacts
+from .parts import Part, figure, folded, number, table, text
+
+
+def frontier(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterator[Part]:
+    """The shapes that the search looked at."""
+    search = facts.search
+    if search is None:
+        return
+    points = search["points"]
+    timed = [point for point in points if point["measured_ms"] is not None]
+    yield text(
+        f"{search['shapes']:,} shapes were estimated and scored, {len(timed)} of them built with random weights and "
+        f"timed beside the dense model, in {search['rounds']} rounds."
+    )
+    if "frontier" in pictures:
+        yield figure(pictures["frontier"], f"{pictures['frontier'].text} Loss: {search['loss']}.")
+    ordered = sorted(timed, key=lambda point: float(point["measured_ms"]))
+    evaluated = any(point["measured_loss"] is not None for point in points)
+    columns = [SHORT[name] for name in SIZES if name in points[0]["shape"]]
+    yield table(
+        f"Shapes that were timed, the fastest first. Loss: {search['loss']}.",
+        (
+            *columns,
+            "ms expected",
+            "measured",
+            "loss expected",
+            *(["measured"] if evaluated else []),
+            "parameters",
+            "why not",
+        ),
+        (_candidate(point, evaluated) for point in ordered),
+        chosen=_chosen(ordered),
+    )
+    others = [point for point in points if point["measured_ms"] is None]
+    if others:
+        yield folded(
+            f"{len(others)} more shapes on the frontier, by their estimates",
+            table(
+                "Shapes that were estimated only, slowest first.",
+                (*columns, "ms", "loss", "parameters", "why not"),
+                (
+                    (
+                        *_shape(point["shape"]),
+                        number(point["estimate_ms"]),
+                        number(point["predicted_loss"]),
+                        number(point["parameters"], ","),
+                        point["rejected"] or "chosen",
+                    )
+                    for point in others
+                ),
+            ),
+        )
+
+
+def _candidate(point: Mapping[str, Any], evaluated: bool) -> tuple[Any, ...]:
+    loss = point["predicted_loss"] if point["expected_loss"] is None else point["expected_loss"]
+    return (
+        *_shape(point["shape"]),
+        number(point["expected_ms"]),
+        number(point["measured_ms"]),
+        number(loss),
+        *([number(point["measured_loss"])] if evaluated else []),
+        number(point["parameters"], ","),
+        point["rejected"] or "chosen",
+    )
+
+
+def _chosen(points: list[Mapping[str, Any]]) -> int | None:
+    return next((place for place, point in enumerate(points) if point["rejected"] is None), None)
+
+
+def _shape(shape: Mapping[str, int]) -> list[str]:
+    return [number(shape[name], ",") for name in SIZES if name in shape]
