@@ -55,3 +55,7 @@ class InfeasibleBudgetError(HawAdaError):
 
 class UnsettledTimingWarning(UserWarning):
     """A timer's median was still moving when the rounds were used up."""
+
+
+class UntiedEmbeddingsWarning(UserWarning):
+    """Tied embeddings became two tensors, because the stream was rotated; the message says what that costs."""

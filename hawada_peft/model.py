@@ -18,16 +18,20 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ._register import PREFIX
+from .basis.basis import Basis, basis_gate, gate_basis, is_centred
+from .basis.proof import check_exact
+from .basis.rotation import slim_in_basis
 from .config import HawAdaConfig
 from .errors import IncompatibleBaseError, InvalidPlanError, UnsupportedModelError
 from .gates.adapter import HIDDEN_UNITS, LAYER, UNITS, GateAdapter
 from .gates.concrete import AttentionHeadAdapter, ChannelAdapter
 from .gates.hidden import HiddenAdapter, norm_sizes
-from .gates.kinds import ChannelGate, HiddenGate, SigmoidGate
+from .gates.kinds import ChannelGate, SigmoidGate
 from .gates.lora import inject_lora, lora_layers, merge_lora
-from .gates.placement import Masks, family_gates, masks_of
+from .gates.placement import Masks, family_gates, masks_of, stream_gate
 from .gates.reading import gate_scores, hidden_gate
 from .gates.rows import adapter_per_row
+from .gates.stream_basis import BasisGate
 from .planning.plan import Plan
 from .planning.ranking import rank
 from .planning.reasons import explained
@@ -88,6 +92,8 @@ class HawAdaModel(BaseTuner):
         names = {end for axis, end in ends.items() if whole or axis in peft_config.gates}
         if HIDDEN in peft_config.gates:
             _check_norms(self.model, layout)
+            if peft_config.rotate:
+                check_exact(layout)
             names |= {*layout.family.hidden_norms, layout.norms[-1]}
         peft_config.target_modules = names  # type: ignore[assignment]
         peft_config.base_sizes = layout.fingerprint()
@@ -117,8 +123,12 @@ class HawAdaModel(BaseTuner):
         if layout is not None and position is not None and position[1] == HIDDEN:
             cls, gates = HiddenAdapter, {}
             if current_key == hidden_home(layout):
-                start, size = peft_config.start(), peft_config.group_size
-                gates[HIDDEN_UNITS] = HiddenGate(layout.hidden_size, size, start=start, relative=True)
+                gates[HIDDEN_UNITS] = stream_gate(
+                    layout,
+                    centred=is_centred(self.model, layout) if peft_config.rotate else None,
+                    group_size=peft_config.group_size,
+                    start=peft_config.start(),
+                )
         elif layout is not None and position is not None:
             cls = AttentionHeadAdapter if position[1] == HEADS else ChannelAdapter
             gates = family_gates(
@@ -170,6 +180,9 @@ class HawAdaModel(BaseTuner):
             wrapped = [norm for norm in norms if isinstance(norm, HiddenAdapter)]
             for adapter in wrapped[1:]:
                 adapter.share_hidden_gate(wrapped[0])
+            for site, norm in enumerate(norms):
+                if isinstance(norm, HiddenAdapter):
+                    norm.site = site
         if config.plan is not None:
             self.set_masks(Plan.from_dict(config.plan), adapter_name, in_training=config.plan_in_training)
 
@@ -374,8 +387,10 @@ class HawAdaModel(BaseTuner):
                 "model: `model.apply_plan(model.plan(keep_ratio=0.5))` (or `plan(shape=Shape(...))`) before it.",
                 stacklevel=2,
             )
-            merge_lora(self.model, names)
-            return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+            if not fold or not any(self._moved_stream(name) for name in names):
+                merge_lora(self.model, names)
+                return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+            chosen = Plan.keep_all(self._layout(names).dense)
         check_unquantized(self.model)
         layout = self._layout(names)
         chosen.check_base(layout.full)
@@ -391,18 +406,44 @@ class HawAdaModel(BaseTuner):
             for name in names:
                 self.set_masks(None, name)  # another plan's closed units must not be folded away
         base = cast(PreTrainedModel, self.model)
+        stream, factor = self.stream_basis(names, chosen, fold=fold)
         refit = calibration is not None and not chosen.keeps_all
         with dense_afterwards(base) if refit else nullcontext():
             merge_lora(base, names)
             merged = super().merge_and_unload(progressbar, safe_merge, adapter_names) if fold else super().unload()
-            if chosen.keeps_all:
+            if chosen.keeps_all and factor is None:
                 return merged
-            small = slim(base, chosen)
+            small = slim(base, chosen) if stream is None else slim_in_basis(base, chosen, stream, factor=factor)
         if calibration is not None:
             report = reconstruct(base, small, chosen, calibration, progress=tqdm if progressbar else None)
             if on_reconstruction is not None:
                 on_reconstruction(report)
         return small
+
+    def _moved_stream(self, adapter_name: str) -> bool:
+        """Whether an adapter scales directions of the residual stream, which no norm's weight can take up."""
+        gate = basis_gate(self.model, self._layout([adapter_name]), adapter_name)
+        return gate is not None and bool((gate.features(hard=True) != 1).any())
+
+    def stream_basis(
+        self, names: Sequence[str], plan: Plan, *, fold: bool
+    ) -> tuple[Basis, torch.Tensor | None] | tuple[None, None]:
+        """The basis in which the adapters gate the residual stream, if they do and it matters, and their factors."""
+        layout = self._layout(names)
+        gates = [gate for name in names if (gate := basis_gate(self.model, layout, name)) is not None]
+        if not gates:
+            return None, None
+        if len(names) > 1:
+            raise InvalidPlanError(
+                f"the adapters {list(names)} gate the residual stream in different bases: merge one of them at a time"
+            )
+        factor = gates[0].features(hard=True).detach().clone() if fold else None
+        kept = slice(None) if plan.hidden is None else list(plan.hidden)
+        if factor is not None and bool((factor[kept] == 1).all()):
+            factor = None
+        if plan.hidden is None and factor is None:
+            return None, None
+        return gate_basis(gates[0]), factor
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -486,7 +527,12 @@ class HawAdaModel(BaseTuner):
                 continue
             sources = [module.gates(name) for name in adapters]
             for slot, gate in module.gates(adapter_name).items():
-                if any(slot not in source or source[slot].units != gate.units for source in sources):
+                bases = [each for source in sources if isinstance(each := source.get(slot), BasisGate)]
+                if isinstance(gate, BasisGate) and bases:
+                    gate.set_basis(bases[0].vectors, bases[0].energy, bases[0].marks)
+                if any(slot not in source or source[slot].units != gate.units for source in sources) or any(
+                    not torch.equal(each.vectors, bases[0].vectors) for each in bases
+                ):
                     self.delete_adapter(adapter_name)
                     raise ValueError(f"the adapters {adapters} gate different things; their gates cannot be added")
                 with torch.no_grad():

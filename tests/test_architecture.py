@@ -21,6 +21,7 @@ FLOORS = (
     "model",
     "distil",
     "search",
+    "basis",
     "surgery",
     "refit",
     "planning",

@@ -276,6 +276,10 @@ class HiddenGate(ChannelGate):
         # Looked up once: it is needed at every norm, and finding it makes the host wait for the device.
         self.index = None if self.kept is None else self.kept.repeat_interleave(self.group_size).nonzero()[:, 0]
 
+    def ranked(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores of the features, (num_features,), by which they may be chosen."""
+        return scores
+
     def kept_features(self, *, hard: bool | None = None) -> torch.Tensor | None:
         """The indices of the features that the plan keeps, or None for all; `hard` as in `features`."""
         return self.index if self._is_hard(hard) else None

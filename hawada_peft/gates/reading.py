@@ -131,12 +131,13 @@ def gate_scores(model: nn.Module, layout: Layout, adapter_names: Sequence[str]) 
             whole = attention[BLOCK] + ffn[BLOCK]
         layers.append(_product(whole))
     stream = [gate for name in adapter_names if (gate := hidden_gate(model, layout, name)) is not None]
+    hidden = _product(stream)
     return UnitScores(
         heads=tuple(heads),
         channels=tuple(channels),
         layers=tuple(layers),
         group_size=math.lcm(*sizes),
-        hidden=_product(stream),
+        hidden=None if hidden is None else stream[0].ranked(hidden),
         hidden_group=math.lcm(*(gate.group_size for gate in stream)),
     )
 

@@ -17,7 +17,7 @@ from ..errors import HawAdaError, InvalidPlanError
 from ..gates.adapter import BLOCK, HIDDEN_UNITS, LAYER, UNITS, GateAdapter
 from ..gates.attach import collect_gates
 from ..gates.kinds import SigmoidGate
-from ..gates.reading import UnitScores, gate_scores
+from ..gates.reading import UnitScores, gate_scores, hidden_gate
 from ..planning.plan import Plan
 from ..planning.ranking import rank
 from ..progress import Progress, progress_bar
@@ -316,13 +316,15 @@ def unit_scores(
                 total = value if total is None else total + value
         return total
 
+    hidden = None if plain.hidden is None else _spread(scores(layout.norms[0], HIDDEN_UNITS), layout.hidden_size)
+    stream = hidden_gate(base, layout, adapter_names[0])
     layers = range(layout.dense.sizes()["num_hidden_layers"])
     size = layout.dense.sizes()["intermediate_size"]
     return replace(
         plain,
         heads=tuple(scores(layout.attention_out(layer)) for layer in layers),
         channels=tuple(_spread(scores(layout.ffn_out(layer)), size) for layer in layers),
-        hidden=None if plain.hidden is None else _spread(scores(layout.norms[0], HIDDEN_UNITS), layout.hidden_size),
+        hidden=None if hidden is None or stream is None else stream.ranked(hidden),
     )
 
 

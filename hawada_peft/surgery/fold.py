@@ -67,6 +67,10 @@ def load_gates(skeleton: PreTrainedModel, adapter: str | os.PathLike[str]) -> Pe
             owner, _, attribute = key.rpartition(".")
             empty = nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False)
             setattr(gated.get_submodule(owner), attribute, empty)
+    for key, buffer in list(gated.named_buffers()):
+        if buffer.is_meta and DEFAULT in key.split("."):
+            owner, _, attribute = key.rpartition(".")
+            setattr(gated.get_submodule(owner), attribute, torch.empty_like(buffer, device="cpu"))
     loaded: Any = set_peft_model_state_dict(gated, load_peft_weights(name, device="cpu"), DEFAULT)
     lost = [key for key in loaded.missing_keys if DEFAULT in key.split(".")]
     if lost:

@@ -20,13 +20,13 @@ from ..vanilla.modules import check_unquantized
 from ..vanilla.resize import add_v4_rope_keys, edit_config
 from .axes import SliceRule, find_axes
 from .slicing import slice_tensor
-from .source import materialise, rows_of, source_of
+from .source import StreamChange, materialise, rows_of, source_of
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-def slim(model: Model, plan: Plan) -> Model:
+def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None) -> Model:
     """
     Build the slim vanilla model of a plan. The dense model is left as it is and shares no memory with the result.
 
@@ -35,6 +35,8 @@ def slim(model: Model, plan: Plan) -> Model:
     Args:
         model: a dense vanilla transformers model.
         plan: what to keep of it.
+        turn: new coordinates of the residual stream, as many as the plan keeps of its units (`basis.turn.Turn`); the
+            kept channels themselves if left out.
 
     Returns:
         A model of the same class in the same mode, all parameters trainable, as `from_pretrained` would give it.
@@ -54,12 +56,14 @@ def slim(model: Model, plan: Plan) -> Model:
     check_unquantized(model)
     plan.check_base(layout.full)
     check_legal(layout, plan.shape)
-    rules = find_axes(layout, hidden=plan.hidden is not None)
+    rules = find_axes(layout, hidden=plan.hidden is not None and turn is None)
     config = edit_config(layout, plan.shape, layers=plan.layers)
     add_v4_rope_keys(config)
+    if turn is not None and not turn.tied:
+        config.tie_word_embeddings = False
     with torch.device("meta"):
         result = type(model)(config)
-    result.load_state_dict(dict(_sliced(model, result, layout, plan, rules)), strict=True, assign=True)
+    result.load_state_dict(dict(_sliced(model, result, layout, plan, rules, turn)), strict=True, assign=True)
     materialise(model, result, layout, plan)
     result.tie_weights()
     if model.can_generate():
@@ -71,16 +75,22 @@ def slim(model: Model, plan: Plan) -> Model:
 
 
 def _sliced(
-    model: nn.Module, result: nn.Module, layout: Layout, plan: Plan, rules: Mapping[str, tuple[SliceRule, ...]]
+    model: nn.Module,
+    result: nn.Module,
+    layout: Layout,
+    plan: Plan,
+    rules: Mapping[str, tuple[SliceRule, ...]],
+    turn: StreamChange | None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     dense = model.state_dict()
-    done: dict[int, torch.Tensor] = {}  # tied tensors stay one tensor
+    done: dict[tuple[int, str], torch.Tensor] = {}  # tied tensors stay one tensor
     for name in result.state_dict():
         source, layer, short = source_of(name, layout, plan)
         tensor = dense[source]
-        if tensor.data_ptr() not in done or tensor.is_meta:
-            sliced = tensor
+        key = tensor.data_ptr(), "" if turn is None or turn.tied else source
+        if key not in done or tensor.is_meta:
+            sliced = tensor if turn is None else turn.tensor(source, dense.__getitem__)
             for rule in rules.get(short, ()):
                 sliced = slice_tensor(sliced, rule.dim, rows_of(rule, layout, plan, layer))
-            done[tensor.data_ptr()] = tensor.clone() if sliced is tensor else sliced
-        yield name, done[tensor.data_ptr()]
+            done[key] = tensor.clone() if sliced is tensor else sliced
+        yield name, done[key]

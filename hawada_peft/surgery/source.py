@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 from torch import nn
 
@@ -9,6 +12,17 @@ from ..errors import UnsupportedModelError
 from ..planning.plan import Plan
 from ..vanilla.family import FFN, HEADS, HIDDEN, KV_GROUPS, Layout
 from .axes import SliceRule
+
+
+class StreamChange(Protocol):
+    """New coordinates of the residual stream, folded into the dense tensors."""
+
+    @property
+    def tied(self) -> bool:
+        """Whether one embedding still serves as the output projection too, if it does in the dense model."""
+
+    def tensor(self, name: str, lookup: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """A dense tensor in the new coordinates, by its name; `lookup` gives dense tensors."""
 
 
 def source_of(name: str, layout: Layout, plan: Plan) -> tuple[str, int, str]:

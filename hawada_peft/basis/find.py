@@ -1,0 +1,118 @@
+"""From calibration batches to a basis of the residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from ..errors import HawAdaError, UnsupportedModelError
+from ..gates.stream_basis import helmert
+from ..progress import Progress
+from ..vanilla.family import Layout, locate
+from .basis import Basis, basis_gate, is_centred, stream_norms, weight_marks
+from .moments import Batch, Moments, collect_moments, unit_energy
+from .refine import pooled, principal_directions, refined
+
+
+def find_basis(
+    model: PreTrainedModel,
+    calibration: Iterable[Batch],
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Basis:
+    """
+    Find the directions of the residual stream in descending order of importance. The model is left as it is.
+
+    They start as the principal directions of what the norms that read the stream pass on, every norm counted alike,
+    and are turned to where the loss's gradients say that an error costs least (`refined`). Two passes over the
+    calibration batches: one with gradients, one without.
+
+    Args:
+        model: a dense vanilla model, on any device.
+        calibration: batches, keyword arguments of the forward pass. Labels are not used.
+        seed: of the targets drawn from the model's predictions.
+        progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
+
+    Raises:
+        HawAdaError: if there are no batches, they do not span the stream, or something on them is not finite.
+        UnsupportedModelError: if the family's row names no norms through which the stream is read.
+
+    References:
+        Ashkboos et al., "SliceGPT" (2024), for the rotation; the metric of gradients is that of the Fisher
+        information, as in Hassibi and Stork, "Optimal Brain Surgeon" (1993), with input and gradient independent
+        (Martens and Grosse, "K-FAC", 2015).
+    """
+    batches, layout = list(calibration), locate(model)
+    moments = collect_moments(model, layout, batches, seed=seed, progress=progress)
+    centred = is_centred(model, layout)
+    vectors = _directions(moments, layout, centred, progress)
+    energy = unit_energy(model, layout, batches, vectors, progress=progress)
+    return Basis(
+        vectors, energy, weight_marks([norm.weight for norm in cast(Any, stream_norms(model, layout))]), centred
+    )
+
+
+def init_basis(
+    model: PeftModel,
+    calibration: Iterable[Batch],
+    *,
+    seed: int = 0,
+    adapter_name: str | None = None,
+    progress: Progress | None = None,
+) -> Basis:
+    """
+    Give the gates on the residual stream the basis that they act in, found on calibration batches (`find_basis`).
+
+    Args:
+        model: with an adapter of `HawAdaConfig(gates=(..., "hidden"), rotate=True)`.
+        calibration, seed, progress: as in `find_basis`.
+        adapter_name: whose; that of the active adapter if left out.
+
+    Returns:
+        `Basis`: which is saved with the adapter.
+
+    Raises:
+        HawAdaError: as `find_basis`, and if the adapter has no such gates.
+    """
+    base = cast(PreTrainedModel, model.get_base_model())
+    name = adapter_name or model.active_adapter
+    gate = basis_gate(base, locate(base), name)
+    if gate is None:
+        raise UnsupportedModelError(
+            f"adapter {name!r} has no gates in a basis of the residual stream: make it with "
+            'HawAdaConfig(gates=(..., "hidden"), rotate=True)'
+        )
+    with model.disable_adapter():
+        basis = find_basis(base, calibration, seed=seed, progress=progress)
+    gate.set_basis(basis.vectors, basis.energy, basis.marks)
+    return basis
+
+
+def _directions(moments: Moments, layout: Layout, centred: bool, progress: Progress | None) -> torch.Tensor:
+    stream, size = moments.stream, layout.hidden_size
+    frame = torch.eye(size, dtype=stream.dtype, device=stream.device)
+    if centred:
+        frame = helmert(size, dtype=torch.float64).to(stream)
+    inside = frame.T @ stream @ frame
+    _check_span(inside, moments.positions)
+    start = frame @ principal_directions(inside)
+    found = refined(start, stream, moments.gradient, progress=progress)
+    if centred:
+        found = torch.cat([found.new_full((size, 1), size**-0.5), found], 1)
+    return found
+
+
+def _check_span(inside: torch.Tensor, positions: int) -> None:
+    values = torch.linalg.eigvalsh(pooled(inside))
+    units = len(values)
+    spanned = int((values > units * torch.finfo(values.dtype).eps * values[-1]).sum())
+    if spanned < units and positions < units:
+        raise HawAdaError(
+            f"the calibration batches hold {positions} positions and span {spanned} of the {units} directions of the "
+            f"residual stream: give batches of {units} positions (tokens, patches) or more, better several times that"
+        )

@@ -1,0 +1,201 @@
+"""Second moments of what the norms pass on, and of the loss's gradients there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ..errors import HawAdaError
+from ..gates.hidden import plain_norm
+from ..progress import Progress, progress_bar
+from ..vanilla.draws import draw_classes
+from ..vanilla.family import Layout
+from .basis import stream_norms
+
+Batch = Mapping[str, Any]
+
+ENTRIES = 2**24
+"""Entries of all second moments of one kind together; sites are summed to groups of neighbours above that."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """
+    Args:
+        stream: (groups, features, features), sums of n n^T over positions, n what a norm makes before its weight.
+        gradient: (groups, features, features), sums of g g^T, g the gradient by n of the loss of drawn targets.
+        positions: that were counted.
+    """
+
+    stream: torch.Tensor
+    gradient: torch.Tensor
+    positions: int
+
+
+def collect_moments(
+    model: nn.Module, layout: Layout, batches: Sequence[Batch], *, seed: int = 0, progress: Progress | None = None
+) -> Moments:
+    """
+    One forward and one backward pass per batch.
+
+    The loss is that of targets drawn from the model's own predictions (the true Fisher); of a single output, or hidden
+    states, it is the output times a normal number, whose gradients have the second moments of the squared error's.
+    Sums are float32, float64 for a float64 model.
+
+    Args:
+        model: dense, in any mode; adapters in it are not to be active. Its weights get no gradients.
+        layout: its family row and sizes.
+        batches: keyword arguments of its forward pass; labels are left out, and padding does not count.
+        seed: of the draws, the same on every device.
+        progress: makes a progress bar.
+
+    Raises:
+        HawAdaError: if there are no batches, or something is not finite.
+    """
+    size, sites = layout.hidden_size, len(layout.norms)
+    groups = min(sites, max(1, ENTRIES // size**2))
+    device, dtype = _kind(model)
+    sums = [torch.zeros(groups, size, size, device=device, dtype=dtype) for _ in range(2)]
+    generator, positions = torch.Generator().manual_seed(seed), 0
+    for batch in progress_bar(progress, iterable=batches, desc="moments of the stream", leave=False):
+        inputs = _on_device(batch, device)
+        found: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def keep(
+            site: int,
+            norm: nn.Module,
+            x: torch.Tensor,
+            output: torch.Tensor,
+            found: list[tuple[torch.Tensor, torch.Tensor]] = found,
+        ) -> torch.Tensor:
+            output = output if output.requires_grad else output.detach().requires_grad_()
+            found.append((plain_norm(norm, x.detach()), output))
+            return output
+
+        with torch.enable_grad(), watching(model, layout, keep):
+            loss = _drawn_loss(model(**inputs), inputs, generator)
+            gradients = torch.autograd.grad(loss, [output for _, output in found])
+        norms: Any = stream_norms(model, layout)
+        for site, ((plain, _), gradient) in enumerate(zip(found, gradients, strict=True)):
+            rows = _rows(plain, inputs)
+            weight = norms[site].weight.detach()
+            group = site * groups // sites
+            for total, tensor in zip(sums, (plain, gradient * weight), strict=True):
+                flat = tensor.flatten(0, -2)[rows].to(dtype)
+                total[group].addmm_(flat.T, flat)
+        positions += len(found[0][0].flatten(0, -2)[_rows(found[0][0], inputs)])
+    if positions == 0:
+        raise HawAdaError("no calibration batches were given; pass at least one")
+    for what, total in zip(("the residual stream", "the loss's gradients"), sums, strict=True):
+        if not torch.isfinite(total).all():
+            raise HawAdaError(
+                f"{what} on the calibration batches holds NaN or infinity; check the model's weights and the data"
+            )
+    return Moments(sums[0], sums[1], positions)
+
+
+def unit_energy(
+    model: nn.Module,
+    layout: Layout,
+    batches: Sequence[Batch],
+    vectors: torch.Tensor,
+    *,
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """
+    The mean square of each direction after each norm: (sites, units), by one forward pass per batch.
+
+    Args:
+        model, layout, batches, progress: as in `collect_moments`.
+        vectors: (features, units).
+    """
+    device, dtype = _kind(model)
+    vectors = vectors.to(device=device, dtype=dtype)
+    sums, positions = torch.zeros(len(layout.norms), vectors.shape[1], device=device, dtype=dtype), 0
+    for batch in progress_bar(progress, iterable=batches, desc="energies of the directions", leave=False):
+        inputs = _on_device(batch, device)
+        counts: list[int] = []
+
+        def add(
+            site: int,
+            norm: nn.Module,
+            x: torch.Tensor,
+            output: torch.Tensor,
+            inputs: Batch = inputs,
+            counts: list[int] = counts,
+        ) -> torch.Tensor:
+            plain = plain_norm(norm, x)
+            flat = plain.flatten(0, -2)[_rows(plain, inputs)].to(dtype)
+            counts.append(len(flat))
+            sums[site] += (flat @ vectors).square().sum(0)
+            return output
+
+        with torch.no_grad(), watching(model, layout, add):
+            model(**inputs)
+        positions += counts[0]
+    return sums / positions
+
+
+Watch = Callable[[int, nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Of a site, its norm, the norm's input and its output: the output that the model goes on with."""
+
+
+@contextmanager
+def watching(model: nn.Module, layout: Layout, watch: Watch) -> Iterator[None]:
+    """Call `watch` at every norm that reads the stream, in evaluation mode."""
+    hooks, training, busy = [], model.training, list[int]()
+    model.eval()
+    for site, module in enumerate(stream_norms(model, layout)):
+
+        def hook(norm: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor, site: int = site) -> Any:
+            if busy:
+                return None  # `watch` calls the norm itself
+            busy.append(site)
+            try:
+                return watch(site, norm, args[0], output)
+            finally:
+                busy.clear()
+
+        hooks.append(module.register_forward_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+        model.train(training)
+
+
+def _kind(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    parameter = next(model.parameters())
+    return parameter.device, torch.promote_types(parameter.dtype, torch.float32)
+
+
+def _on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
+    return {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+        if name != "labels"
+    }
+
+
+def _rows(tensor: torch.Tensor, batch: Batch) -> torch.Tensor | slice:
+    """Which of the flattened positions of (batch, positions, features) hold data."""
+    mask = batch.get("attention_mask")
+    return slice(None) if mask is None or mask.shape != tensor.shape[:-1] else mask.flatten().bool()
+
+
+def _drawn_loss(output: Mapping[str, Any], batch: Batch, generator: torch.Generator) -> torch.Tensor:
+    """() for the outputs of a model: of drawn classes, or for hidden states and single outputs a random projection."""
+    classes = "logits" in output and output["logits"].shape[-1] > 1
+    logits = output["logits" if "logits" in output else "last_hidden_state"]
+    flat = logits.flatten(0, -2)[_rows(logits, batch)]
+    if not classes:
+        return (flat * torch.randn(flat.shape, generator=generator, dtype=torch.float64).to(flat)).sum()
+    wide = flat.to(torch.promote_types(flat.dtype, torch.float32))
+    return functional.cross_entropy(wide, draw_classes(flat.detach(), generator), reduction="sum")
