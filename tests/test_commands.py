@@ -27,7 +27,7 @@ from hawada_peft.errors import (
     UnsupportedModelError,
 )
 from hawada_peft.files.names import REPORT_NAME
-from hawada_peft.search import budgeted as find_plan_module
+from hawada_peft.search import timed as find_plan_module
 
 WEIGHTS = "model.safetensors"
 

@@ -138,11 +138,11 @@ class BriefSearchEffort(SearchEffort):
 
 
 DEFAULTS = {
-    "export.find_plan.CONFIRM": BRIEF,
-    "export.find_plan.TablePlan": BriefTablePlan,
-    "export.search_export.SearchEffort": BriefSearchEffort,
-    "training.goal.SearchEffort": BriefSearchEffort,
-    "training.goal.ANCHOR": BRIEF,
+    "search.timed.CONFIRM": BRIEF,
+    "search.timed.TablePlan": BriefTablePlan,
+    "search.rounds.SearchEffort": BriefSearchEffort,
+    "training.latency_goal.SearchEffort": BriefSearchEffort,
+    "training.latency_goal.ANCHOR": BRIEF,
 }
 """How long a search times, and how hard it looks, where a block leaves it out."""
 

@@ -20,7 +20,7 @@ from hawada_peft.gates.relaxation import RELAXATIONS
 from hawada_peft.latency.regime import Regime
 from hawada_peft.latency.table import LatencyTable
 from hawada_peft.latency.timing import Timing
-from hawada_peft.search import budgeted as find_plan_module
+from hawada_peft.search import timed as find_plan_module
 from hawada_peft.search.effort import SearchEffort
 from hawada_peft.training.goal import ShapeGoal
 from hawada_peft.training.latency_goal import LatencyGoal

@@ -30,7 +30,7 @@ from hawada_peft.latency.table import LatencyTable
 from hawada_peft.latency.timing import Timing
 from hawada_peft.planning.importance import gate_importance
 from hawada_peft.planning.plan import Plan
-from hawada_peft.search import budgeted as find_plan_module
+from hawada_peft.search import timed as find_plan_module
 from hawada_peft.search.budgeted import find_plan
 from hawada_peft.search.effort import SearchEffort
 from hawada_peft.search.masked import MaskedQuality

@@ -24,7 +24,8 @@ from hawada_peft.latency.clock import Effort
 from hawada_peft.latency.regime import Regime
 from hawada_peft.latency.table import LatencyTable
 from hawada_peft.latency.timing import Timing
-from hawada_peft.search import budgeted as find_plan_module
+from hawada_peft.search import budgeted
+from hawada_peft.search import timed as find_plan_module
 from hawada_peft.search.effort import SearchEffort
 from hawada_peft.search.masked import MaskedQuality
 from hawada_peft.training.trainer import STATE_FILE
@@ -224,7 +225,7 @@ def test_fresh_gates_are_judged_by_their_importance(
         seen.append(importance)
         real(self, model, batches, importance, progress)
 
-    monkeypatch.setattr(find_plan_module.MaskedQuality, "__init__", record)
+    monkeypatch.setattr(budgeted.MaskedQuality, "__init__", record)
     for model in (fresh(), gate(build(LM_ROW))):
         trainer = small(tmp_path, model=model, shape=None, budget=BUDGET, search_options={"table": law})
         trainer._prepare()
