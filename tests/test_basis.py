@@ -46,7 +46,7 @@ from hawada_peft.errors import (
     UnsupportedModelError,
     UntiedEmbeddingsWarning,
 )
-from hawada_peft.gates.hidden import plain_norm
+from hawada_peft.gates.hidden import HiddenAdapter, plain_norm
 from hawada_peft.gates.stream_basis import BasisGate, helmert
 from hawada_peft.vanilla.family import FAMILIES, locate, register_family
 
@@ -516,3 +516,14 @@ def test_a_plain_norm_has_weight_one() -> None:
     x = torch.randn(2, 64)
     assert torch.allclose(plain_norm(norm, x) * norm.weight, norm(x))
     assert plain_norm(norm, x[:, :10]).square().mean(-1).sqrt().sub(1).abs().max() < 1e-4
+
+
+@two_rows
+def test_a_norm_in_a_basis_compiles_without_a_break(row: Row) -> None:
+    model = in_basis(build(row), gates=("hidden",))
+    model.apply_plan(basis_plan(model, Shape().complete(locate(model.get_base_model()).dense), 32))
+    adapter = next(module for module in model.modules() if isinstance(module, HiddenAdapter))
+    x = torch.randn(2, 3, 64)
+    compiled = torch.compile(adapter, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), adapter(x))

@@ -231,7 +231,7 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
 def _product(gates: Iterable[SigmoidGate | None], hard: bool | None) -> torch.Tensor | None:
     product: torch.Tensor | None = None
     for gate in gates:
-        if gate is not None:
+        if gate is not None and gate.is_factor:
             features = gate.features(hard=hard)
             product = features if product is None else product * features
     return product

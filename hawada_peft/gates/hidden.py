@@ -157,7 +157,7 @@ class HiddenAdapter(GateAdapter):
 
     def _basis(self, adapter_names: Iterable[str]) -> BasisGate | None:
         """The gate in a basis of its own, if one of the adapters has it; then it is the only one here."""
-        found = [gate for name in adapter_names if (gate := self.gates(name).get(HIDDEN_UNITS)) is not None]
+        found = [self.gates(name)[HIDDEN_UNITS] for name in adapter_names if HIDDEN_UNITS in self.gates(name)]
         if not any(isinstance(gate, BasisGate) for gate in found):
             return None
         if len(found) > 1:
@@ -166,11 +166,6 @@ class HiddenAdapter(GateAdapter):
                 "combined: activate one of them at a time"
             )
         return cast(BasisGate, found[0])
-
-    def output_factor(self, adapter_names: Iterable[str], *, hard: bool | None = None) -> torch.Tensor | None:
-        """As in `GateAdapter`; None for a gate in a basis of its own, which is no factor of the norm's features."""
-        names = list(adapter_names)
-        return None if self._basis(names) is not None else super().output_factor(names, hard=hard)
 
     def _base_output(
         self, x: torch.Tensor, adapter_names: Iterable[str], hard: bool | None, *args: Any, **kwargs: Any

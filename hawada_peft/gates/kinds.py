@@ -67,6 +67,9 @@ class SigmoidGate(nn.Module):
         torch.Size([2, 3, 8])
     """
 
+    is_factor = True
+    """Whether it multiplies features of the module that it is on, and so folds into that one's weights."""
+
     def __init__(
         self,
         shape: int | tuple[int, ...],

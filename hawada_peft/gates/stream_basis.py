@@ -41,6 +41,8 @@ class BasisGate(HiddenGate):
         group_size, dim, start, relative: as in `HiddenGate`.
     """
 
+    is_factor = False  # of directions
+
     def __init__(
         self,
         num_features: int,
