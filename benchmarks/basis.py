@@ -83,6 +83,7 @@ class Cuts:
 
     def cut(self, choice: str, size: int) -> PreTrainedModel:
         plan = replace(Plan.keep_all(self.layout.dense), dense=self.layout.full, hidden=self.kept(choice, size))
+        plan = replace(plan, rotated=choice != "channels")
         home: PreTrainedModel = self.model
         try:
             check_legal(self.layout, plan.shape)

@@ -20,13 +20,13 @@ from transformers.pytorch_utils import Conv1D
 from ._register import PREFIX
 from .basis.basis import Basis, basis_gate, gate_basis, is_centred
 from .basis.proof import check_exact
-from .basis.rotation import slim_in_basis
+from .basis.rotation import plan_turn
 from .config import HawAdaConfig
 from .errors import IncompatibleBaseError, InvalidPlanError, UnsupportedModelError
 from .gates.adapter import HIDDEN_UNITS, LAYER, UNITS, GateAdapter
 from .gates.concrete import AttentionHeadAdapter, ChannelAdapter
 from .gates.hidden import HiddenAdapter, norm_sizes
-from .gates.kinds import ChannelGate, SigmoidGate
+from .gates.kinds import ChannelGate, HiddenGate, SigmoidGate
 from .gates.lora import inject_lora, lora_layers, merge_lora
 from .gates.placement import Masks, family_gates, masks_of, stream_gate
 from .gates.reading import gate_scores, hidden_gate
@@ -315,6 +315,8 @@ class HawAdaModel(BaseTuner):
             gates = {} if stream is None else {UNITS: stream}
             everything = tuple(range(layout.hidden_size))
             kept = everything if plan is None or plan.hidden is None else plan.hidden
+            if plan is not None and plan.hidden is not None and stream is not None:
+                _check_coordinates(plan, stream)
             masks += masks_of(gates, kept, len(everything), "channels of the residual stream (gates on 'hidden')")
         for gate, mask in masks:
             gate.set_plan(mask, in_training=in_training and plan is not None)
@@ -395,11 +397,6 @@ class HawAdaModel(BaseTuner):
         layout = self._layout(names)
         chosen.check_base(layout.full)
         check_legal(layout, chosen.shape)
-        if calibration is not None and chosen.hidden is not None:
-            raise InvalidPlanError(
-                "reconstruction compares residual streams of one width, and this plan narrows it: leave `calibration` "
-                "out, or cut no hidden channels"
-            )
         gate_scores(self.model, layout, names)  # refuses broken gates before anything is touched
         self._restore()
         if plan is not None:
@@ -407,15 +404,25 @@ class HawAdaModel(BaseTuner):
                 self.set_masks(None, name)  # another plan's closed units must not be folded away
         base = cast(PreTrainedModel, self.model)
         stream, factor = self.stream_basis(names, chosen, fold=fold)
+        if chosen.rotated and stream is None:
+            raise InvalidPlanError(NO_BASIS)
         refit = calibration is not None and not chosen.keeps_all
         with dense_afterwards(base) if refit else nullcontext():
             merge_lora(base, names)
             merged = super().merge_and_unload(progressbar, safe_merge, adapter_names) if fold else super().unload()
             if chosen.keeps_all and factor is None:
                 return merged
-            small = slim(base, chosen) if stream is None else slim_in_basis(base, chosen, stream, factor=factor)
+            turn = None if stream is None else plan_turn(base, chosen, stream, factor=factor)
+            small = slim(base, chosen, turn=turn)
         if calibration is not None:
-            report = reconstruct(base, small, chosen, calibration, progress=tqdm if progressbar else None)
+            report = reconstruct(
+                base,
+                small,
+                chosen,
+                calibration,
+                coordinates=None if turn is None else turn.write,
+                progress=tqdm if progressbar else None,
+            )
             if on_reconstruction is not None:
                 on_reconstruction(report)
         return small
@@ -557,6 +564,22 @@ class HawAdaModel(BaseTuner):
         num_beams = kwargs.get("num_beams")
         with adapter_per_row(self.model, adapter_names, beams=num_beams if isinstance(num_beams, int) else 1):
             yield
+
+
+NO_BASIS = (
+    "the plan keeps directions of a basis of the residual stream, and the adapter gates its channels: apply it to the "
+    "adapter that it was made with (HawAdaConfig(rotate=True))"
+)
+
+
+def _check_coordinates(plan: Plan, stream: HiddenGate) -> None:
+    if plan.rotated and not stream.in_basis:
+        raise InvalidPlanError(NO_BASIS)
+    if stream.in_basis and not plan.rotated:
+        raise InvalidPlanError(
+            "the plan keeps channels of the residual stream, and the adapter gates directions of a basis: make one "
+            "with `model.plan`"
+        )
 
 
 def _check_norms(model: nn.Module, layout: Layout) -> None:

@@ -31,9 +31,19 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from hawada_peft import HawAdaConfig, Plan, Shape, collect_gates, save_slim, slim, slim_checkpoint
+from hawada_peft import (
+    HawAdaConfig,
+    Plan,
+    Shape,
+    collect_gates,
+    init_gates,
+    reconstruct,
+    save_slim,
+    slim,
+    slim_checkpoint,
+)
 from hawada_peft.basis.basis import Basis, basis_gate, gate_basis, is_centred, turn_of, weight_marks
-from hawada_peft.basis.find import find_basis, init_basis
+from hawada_peft.basis.find import ensure_basis, find_basis, init_basis
 from hawada_peft.basis.moments import collect_moments
 from hawada_peft.basis.parts import READER, WRITER, stream_map
 from hawada_peft.basis.proof import check_exact, rotation_error
@@ -48,6 +58,9 @@ from hawada_peft.errors import (
 )
 from hawada_peft.gates.hidden import HiddenAdapter, plain_norm
 from hawada_peft.gates.stream_basis import BasisGate, helmert
+from hawada_peft.planning.importance import gate_importance
+from hawada_peft.search.masked import MaskedQuality
+from hawada_peft.search.refitted import RefittedQuality
 from hawada_peft.vanilla.family import FAMILIES, locate, register_family
 
 ALL = (*EVERYTHING, "hidden")
@@ -104,7 +117,7 @@ def basis_plan(model: nn.Module, shape: Shape, size: int) -> Plan:
     layout = locate(model.get_base_model() if isinstance(model, PeftModel) else model)
     kept = 1 + torch.randperm(layout.hidden_size - 1, generator=torch.Generator().manual_seed(5))[: size - 1]
     plan = scattered_plan(model, replace(shape, hidden_size=None))
-    return replace(plan, dense=layout.full, hidden=(0, *sorted(kept.tolist())))
+    return replace(plan, dense=layout.full, hidden=(0, *sorted(kept.tolist())), rotated=True)
 
 
 # ------------------------------------------------------------------ helmert
@@ -303,7 +316,7 @@ def test_the_first_directions_of_a_trained_stream_keep_more_than_others() -> Non
     dense, layout = logits_of(model), locate(model)
 
     def at(kept: list[int]) -> float:
-        plan = replace(Plan.keep_all(layout.dense), dense=layout.full, hidden=tuple(kept))
+        plan = replace(Plan.keep_all(layout.dense), dense=layout.full, hidden=tuple(kept), rotated=True)
         return difference(logits_of(slim_in_basis(model, plan, basis)), dense)
 
     assert at(list(range(24))) < 0.1
@@ -322,7 +335,7 @@ def test_a_rotated_model_is_cut_by_the_first_channels(row: Row) -> None:
     turned = slim_in_basis(model, Plan.keep_all(layout.dense), basis)
     for size in (32, 40):
         plan = replace(Plan.keep_all(layout.dense), dense=layout.full, hidden=tuple(range(size)))
-        expected = logits_of(double_norms(slim_in_basis(model, plan, basis)))
+        expected = logits_of(double_norms(slim_in_basis(model, replace(plan, rotated=True), basis)))
         assert difference(logits_of(double_norms(slim(turned, plan))), expected) <= 1e-12
 
 
@@ -527,3 +540,79 @@ def test_a_norm_in_a_basis_compiles_without_a_break(row: Row) -> None:
     compiled = torch.compile(adapter, fullgraph=True, backend="eager")
     with torch.no_grad():
         assert torch.equal(compiled(x), adapter(x))
+
+
+# --------------------------------------------------------- refitted, searched
+
+
+@pytest.mark.filterwarnings("ignore:the slim model keeps its plain weights")
+@pytest.mark.parametrize("rotate", [False, True])
+@two_rows
+def test_a_narrower_stream_is_refitted_to_the_dense_one(row: Row, rotate: bool) -> None:
+    base = build(row)
+    before, dense = state_of(base), logits_of(base)
+    model = gate(base, shuffle=False, gates=("hidden", "ffn"), rotate=rotate)
+    batches = [{**batch} for seed in range(3) for batch in calibration(model, seed)]
+    if rotate:
+        init_basis(model, batches)
+    model.apply_plan(model.plan(Shape(hidden_size=40, intermediate_size=64)))
+    plain = difference(logits_of(model), dense)
+    reports: list[Any] = []
+    small = model.merge_and_unload(calibration=batches, on_reconstruction=reports.append)
+    assert small.config.hidden_size == 40
+    assert all(refit.after <= refit.before for refit in reports[0].refits)
+    assert any(refit.damping is not None for refit in reports[0].refits)
+    assert difference(logits_of(small), dense) < 1.2 * plain
+    assert_same_state(state_of(base), before)
+
+
+def test_a_refit_that_would_not_help_is_not_kept_in_part() -> None:
+    model = build(LM_ROW)
+    plan = replace(Plan.keep_all(locate(model).dense), dense=locate(model).full, hidden=tuple(range(32)), rotated=True)
+    small = slim_in_basis(model, plan, random_basis(model))
+    with pytest.raises(HawAdaError, match="coordinates"):
+        reconstruct(model, small, plan, calibration(model))
+
+
+@pytest.mark.parametrize("quality", [MaskedQuality, RefittedQuality])
+def test_a_search_judges_directions(quality: type[MaskedQuality]) -> None:
+    model = gate(build(LM_ROW), shuffle=False, gates=("ffn", "hidden"), rotate=True)
+    batches = calibration(model)
+    init_basis(model, batches)
+    judge = quality(model, batches, gate_importance(model, batches))
+    plan = judge.plan(Shape(hidden_size=48).complete(locate(model.get_base_model()).dense))
+    assert plan.hidden == tuple(range(48))
+    assert plan.rotated
+    assert 0 < judge.evaluate(Shape(hidden_size=56)) < judge.evaluate(Shape(hidden_size=16))
+
+
+def test_gates_start_in_the_order_of_the_basis() -> None:
+    model = gate(build(VISION_ROW), shuffle=False, gates=("hidden",), rotate=True)
+    init_basis(model, calibration(model))
+    init_gates(model, calibration(model))
+    (found,) = collect_gates(model).values()
+    assert (found.theta.diff() < 0).all()
+
+
+def test_a_basis_is_found_once() -> None:
+    model = gate(build(LM_ROW), shuffle=False, gates=("hidden",), rotate=True)
+    ensure_basis(model, calibration(model))
+    (found,) = collect_gates(model).values()
+    first = found.vectors.clone()
+    ensure_basis(model, calibration(model, seed=1))
+    assert torch.equal(found.vectors, first)
+
+
+def test_plans_of_channels_and_of_directions_do_not_mix() -> None:
+    channels, directions = gate(build(LM_ROW), gates=("hidden",)), in_basis(build(LM_ROW), gates=("hidden",))
+    first, second = channels.plan(Shape(hidden_size=40)), directions.plan(Shape(hidden_size=40))
+    assert Plan.from_json(second.to_json()) == second
+    assert (first.rotated, second.rotated) == (False, True)
+    with pytest.raises(InvalidPlanError, match="gates its channels"):
+        channels.apply_plan(second)
+    with pytest.raises(InvalidPlanError, match="gates directions"):
+        directions.apply_plan(first)
+    with pytest.raises(InvalidPlanError, match="saved with the adapter"):
+        slim(build(LM_ROW), second)
+    with pytest.raises(InvalidPlanError, match="directions of a basis are to be cut"):
+        slim_in_basis(build(LM_ROW), first, random_basis(build(LM_ROW)))

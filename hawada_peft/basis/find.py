@@ -93,6 +93,15 @@ def init_basis(
     return basis
 
 
+def ensure_basis(model: PeftModel, calibration: Iterable[Batch]) -> None:
+    """`init_basis` for the active adapters that gate directions of the stream and have no basis yet."""
+    base = cast(PreTrainedModel, model.get_base_model())
+    for name in model.active_adapters:
+        gate = basis_gate(base, locate(base), name) if model.peft_config[name].base_sizes is not None else None
+        if gate is not None and not gate.marks.any():
+            init_basis(model, calibration, adapter_name=name)
+
+
 def _directions(moments: Moments, layout: Layout, centred: bool, progress: Progress | None) -> torch.Tensor:
     stream, size = moments.stream, layout.hidden_size
     frame = torch.eye(size, dtype=stream.dtype, device=stream.device)

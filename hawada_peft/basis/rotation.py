@@ -21,6 +21,7 @@ from .basis import Basis, is_tied, turn_of
 from .find import find_basis
 from .moments import Batch
 from .proof import check_exact
+from .turn import Turn
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -101,14 +102,25 @@ def slim_in_basis(
     Warns:
         UntiedEmbeddingsWarning: as `rotate`.
     """
+    return slim(model, plan, turn=plan_turn(model, plan, basis, factor=factor, keep_tied=keep_tied))
+
+
+def plan_turn(
+    model: PreTrainedModel,
+    plan: Plan,
+    basis: Basis,
+    *,
+    factor: torch.Tensor | None = None,
+    keep_tied: bool = False,
+) -> Turn:
+    """The change of the stream's coordinates that a plan asks for. Arguments, errors and warning: `slim_in_basis`."""
     kept = None if plan.hidden is None else torch.tensor(plan.hidden)
     turn = turn_of(model, locate(model), basis, kept, factor)
     if is_tied(model) and not turn.tied:
         if keep_tied:
-            turn = replace(turn, tied=True)
-        else:
-            warn_untied(model, turn.size)
-    return slim(model, plan, turn=turn)
+            return replace(turn, tied=True)
+        warn_untied(model, turn.size)
+    return turn
 
 
 def warn_untied(model: PreTrainedModel, features: int) -> None:

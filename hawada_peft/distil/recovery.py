@@ -80,8 +80,6 @@ def recover(
         problems.append(f"plan must be a Plan, got a {type(chosen).__name__}")
     elif chosen.keeps_all:
         problems.append("the plan keeps everything: there is nothing to recover from")
-    elif calibration is not None and chosen.hidden is not None:
-        problems.append("the plan narrows the residual stream, which `calibration` cannot refit: leave it out")
     if lora is not None and not isinstance(lora, LoraConfig):
         problems.append(f"lora must be a LoraConfig, got a {type(lora).__name__}")
     try:
@@ -91,13 +89,13 @@ def recover(
     if problems:
         raise HawAdaError("\n".join(problems))
     if isinstance(model, PeftModel):
-        dense, small = _split(model, plan)
+        dense, small = _split(model, plan, calibration, on_reconstruction)
     else:
         dense, small = model, slim(model, cast(Plan, chosen))
-    if calibration is not None:
-        report = reconstruct(dense, small, cast(Plan, chosen), calibration)
-        if on_reconstruction is not None:
-            on_reconstruction(report)
+        if calibration is not None:
+            report = reconstruct(dense, small, cast(Plan, chosen), calibration)
+            if on_reconstruction is not None:
+                on_reconstruction(report)
     training = dense.training
     trainer = DistillTrainer(
         small if lora is None else get_peft_model(small, lora),
@@ -116,12 +114,19 @@ def recover(
     return trained.train(training)
 
 
-def _split(model: PeftModel, plan: Plan | None) -> tuple[PreTrainedModel, PreTrainedModel]:
+def _split(
+    model: PeftModel,
+    plan: Plan | None,
+    calibration: Iterable[Batch] | None,
+    on_reconstruction: Callable[[Reconstruction], None] | None,
+) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The dense model and the slim one that `merge_and_unload` gives, side by side."""
     dense: Any = model.get_base_model()
     for module in dense.modules():
         if isinstance(module, GateAdapter) and module.merged:
             module.unmerge()
     with dense_afterwards(dense):
-        small = cast(Any, model).merge_and_unload(plan=plan, safe_merge=True)
+        small = cast(Any, model).merge_and_unload(
+            plan=plan, safe_merge=True, calibration=calibration, on_reconstruction=on_reconstruction
+        )
     return dense, small

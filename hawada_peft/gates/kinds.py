@@ -273,14 +273,17 @@ class HiddenGate(ChannelGate):
         self.index: torch.Tensor | None
         self.register_buffer("index", None, persistent=False)
 
+    in_basis = False
+    """Whether its units are directions of a basis of the stream, not channels."""
+
     def set_plan(self, kept: torch.Tensor | None, *, in_training: bool = False) -> None:
         """As in `SigmoidGate`."""
         super().set_plan(kept, in_training=in_training)
         # Looked up once: it is needed at every norm, and finding it makes the host wait for the device.
         self.index = None if self.kept is None else self.kept.repeat_interleave(self.group_size).nonzero()[:, 0]
 
-    def ranked(self, scores: torch.Tensor) -> torch.Tensor:
-        """Scores of the features, (num_features,), by which they may be chosen."""
+    def ranked(self, scores: torch.Tensor, *, trained: bool = True) -> torch.Tensor:
+        """Scores of the units, (units,), by which they are chosen; `trained` if they are the gates' own values."""
         return scores
 
     def kept_features(self, *, hard: bool | None = None) -> torch.Tensor | None:

@@ -102,6 +102,7 @@ class UnitScores:
         group_size: neighbouring channels that stay or go together.
         hidden: (channels of the residual stream,).
         hidden_group: neighbouring ones of these that stay or go together.
+        rotated: these are directions of a basis, not channels.
     """
 
     heads: Scores
@@ -110,6 +111,7 @@ class UnitScores:
     group_size: int = 1
     hidden: torch.Tensor | None = None
     hidden_group: int = 1
+    rotated: bool = False
 
 
 def gate_scores(model: nn.Module, layout: Layout, adapter_names: Sequence[str]) -> UnitScores:
@@ -139,6 +141,7 @@ def gate_scores(model: nn.Module, layout: Layout, adapter_names: Sequence[str]) 
         group_size=math.lcm(*sizes),
         hidden=None if hidden is None else stream[0].ranked(hidden),
         hidden_group=math.lcm(*(gate.group_size for gate in stream)),
+        rotated=any(gate.in_basis for gate in stream),
     )
 
 

@@ -42,6 +42,7 @@ class BasisGate(HiddenGate):
     """
 
     is_factor = False  # of directions
+    in_basis = True
 
     def __init__(
         self,
@@ -81,8 +82,13 @@ class BasisGate(HiddenGate):
         found = found.to(dtype)
         return found - found.mean(0) if self.centred else found  # exactly, also where the vectors are rounded
 
-    def ranked(self, scores: torch.Tensor) -> torch.Tensor:
-        """As in `HiddenGate`: the mean that LayerNorms take off has no score and comes first."""
+    def ranked(self, scores: torch.Tensor, *, trained: bool = True) -> torch.Tensor:
+        """
+        As in `HiddenGate`. The mean that LayerNorms take off has no score and comes first. Scores that are not the
+        gates' values say how much the units count, and the basis in which order.
+        """
+        if not trained:
+            return scores.sort(descending=True).values
         if not self.centred:
             return scores
         return torch.cat([scores.max().reshape(1), scores[1:]])

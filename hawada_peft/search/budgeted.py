@@ -58,7 +58,7 @@ def find_plan(
         refit: judge shapes by slim models that are refitted on the calibration batches (`RefittedQuality`), as
             `merge_and_unload(calibration=...)` gives them; this foretells best which shape recovers best. `False`
             judges them by closed gates alone, which is quicker and right for a merge without `calibration`. If left
-            out: by refitted models, unless gates on `"hidden"`, trained LoRA or quantized weights forbid it.
+            out: by refitted models, unless trained LoRA or quantized weights forbid it.
         effort: how hard to look.
         timing: how long candidates are timed.
         cache: of the table, as in `measure_table`.

@@ -324,7 +324,7 @@ def unit_scores(
         plain,
         heads=tuple(scores(layout.attention_out(layer)) for layer in layers),
         channels=tuple(_spread(scores(layout.ffn_out(layer)), size) for layer in layers),
-        hidden=None if hidden is None or stream is None else stream.ranked(hidden),
+        hidden=None if hidden is None or stream is None else stream.ranked(hidden, trained=False),
     )
 
 

@@ -12,15 +12,15 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from ..basis.basis import basis_gate, gate_basis, turn_of
 from ..errors import HawAdaError, IllegalShapeError
-from ..gates.adapter import HIDDEN_UNITS
-from ..gates.attach import collect_gates
 from ..planning.plan import Plan
 from ..progress import Progress, progress_bar
 from ..refit.fidelity import of_this_rank
 from ..refit.reconstruction import refit_model
 from ..surgery.dense import dense_view
 from ..surgery.slimming import slim
+from ..vanilla.family import locate
 from ..vanilla.legality import check_legal
 from ..vanilla.outputs import Batch
 from ..vanilla.rehoming import rehome
@@ -45,8 +45,7 @@ class RefittedQuality(MaskedQuality):
     than shallow ones; least squares, and training after it, win back much more of width than of depth.
 
     Args:
-        model (`PeftModel`): with gates placed by a family row, none of them on the residual stream, without LoRA, its
-            weights not quantized.
+        model (`PeftModel`): with gates placed by a family row, without LoRA, its weights not quantized.
         batches (`Sequence`): calibration batches, keyword arguments of the forward pass: two rows at least.
         importance (`Mapping[str, Tensor]`, *optional*): as for `MaskedQuality`.
         progress (*optional*): makes progress bars, as `tqdm.tqdm`; none are shown if left out.
@@ -71,6 +70,8 @@ class RefittedQuality(MaskedQuality):
         super().__init__(model, batches, importance, progress)
         self.dense = dense_view(cast(PreTrainedModel, model.get_base_model()))
         self._refitted: dict[Plan, float] = {}
+        gate = basis_gate(model.get_base_model(), self.layout, self.names[0])
+        self._stream = None if gate is None else gate_basis(gate)
 
     @cached_property
     def _twin(self) -> PreTrainedModel:
@@ -101,9 +102,13 @@ class RefittedQuality(MaskedQuality):
         if plan.keeps_all:
             return 0.0
         if plan not in self._refitted:
-            small = slim(self._home(plan), plan)
+            home, turn = self._home(plan), None
+            if self._stream is not None and plan.hidden is not None:
+                turn = turn_of(home, locate(home), self._stream, torch.tensor(plan.hidden))
+            small = slim(home, plan, turn=turn)
             batches = [reference.batch for reference in self.references]
-            report = refit_model(self.dense, small, plan, batches, reduce=of_this_rank)
+            coordinates = None if turn is None else turn.write
+            report = refit_model(self.dense, small, plan, batches, coordinates=coordinates, reduce=of_this_rank)
             logger.debug("%s: %s", plan, report)
             self._refitted[plan] = min(report.before, report.after)
         return self._refitted[plan]
@@ -124,8 +129,6 @@ def obstacle(model: PeftModel, batches: Sequence[Batch]) -> str:
         model: with gates placed by a family row.
         batches: calibration batches.
     """
-    if any(HIDDEN_UNITS in name.split(".") for name in collect_gates(model)):
-        return "reconstruction compares residual streams of one width, and gates on 'hidden' narrow it"
     if any(LORA_OUT & set(name.split(".")) and parameter.any() for name, parameter in model.named_parameters()):
         return "what LoRA has learned is not in the dense weights"
     if not all(parameter.is_floating_point() for parameter in model.parameters()):

@@ -61,7 +61,7 @@ def slim_calibrated(
 
     Raises:
         FileExistsError: if the output folder holds something.
-        InvalidPlanError: if there is no plan, or it cuts hidden channels, which reconstruction does not.
+        InvalidPlanError: if there is no plan.
         HawAdaError: if the adapter is none, or one of another type; if the facts contradict the model; as
             `reconstruct`.
         IncompatibleBaseError, IllegalShapeError, BrokenGatesError, UnsupportedModelError: as `merge_and_unload`.

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import UnsupportedModelError
+from ..errors import InvalidPlanError, UnsupportedModelError
 from ..planning.plan import Plan
 from ..vanilla.family import Layout, locate
 from ..vanilla.legality import check_legal
@@ -44,6 +44,7 @@ def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None) -> Model
     Raises:
         IncompatibleBaseError: if the plan is for a model of other sizes.
         IllegalShapeError: if no vanilla model of the plan's shape exists.
+        InvalidPlanError: if the plan keeps directions of a basis, and there is none, or the reverse.
         UnsupportedModelError: if the model has no family row, adapters in it, quantized weights, or state that the row
             does not explain.
     """
@@ -54,6 +55,13 @@ def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None) -> Model
             "PEFT model, or `unload()` first"
         )
     check_unquantized(model)
+    if plan.hidden is not None and plan.rotated != (turn is not None):
+        raise InvalidPlanError(
+            "the plan keeps directions of a basis of the residual stream, which is saved with the adapter: use "
+            "`merge_and_unload(plan=...)` on the PEFT model"
+            if plan.rotated
+            else "the plan keeps channels of the residual stream, and directions of a basis are to be cut"
+        )
     plan.check_base(layout.full)
     check_legal(layout, plan.shape)
     rules = find_axes(layout, hidden=plan.hidden is not None and turn is None)

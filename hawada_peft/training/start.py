@@ -19,6 +19,7 @@ from ..errors import HawAdaError
 from ..gates.adapter import UNITS
 from ..gates.attach import collect_gates
 from ..gates.kinds import SigmoidGate
+from ..gates.stream_basis import BasisGate
 from ..planning.importance import gate_importance
 from ..search.masked import MaskedQuality
 from ..vanilla.outputs import Batch
@@ -67,6 +68,9 @@ def init_gates(
     pooled: dict[str, list[tuple[SigmoidGate, torch.Tensor]]] = {}
     for name, importance in gate_importance(model, batches, without).items():
         slot, adapter = name.split(".")[-2:]
+        stream = gates[name]
+        if isinstance(stream, BasisGate):  # the basis says in which order
+            importance = stream.ranked(importance, trained=False)
         if id(gates[name]) in places:
             importance = torch.full_like(importance, places[id(gates[name])])
         pooled.setdefault(name if slot == UNITS else f"{slot}.{adapter}", []).append((gates[name], importance))

@@ -20,6 +20,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..basis.find import ensure_basis
 from ..distil.divergence import get_teacher_logits
 from ..distil.objective import Distillation
 from ..distil.unlabelled import UnlabelledTrainer
@@ -321,6 +322,8 @@ class HawAdaTrainer(UnlabelledTrainer):
         fresh = all(bool((gate.theta == gate.start.theta).all()) for gate in gates)
         start = fresh and self.calibration_examples > 0 and not self.decided
         batches = self._calibration() if start or self._goal is None else []
+        if batches:
+            ensure_basis(self.gated, batches)
         self._goal = self._goal or self._goal_of_budget(cast(LatencyBudget, self.budget), batches, fresh)
         if start:
             fixed = isinstance(self.goal, ShapeGoal)
