@@ -109,7 +109,7 @@ class Cuts:
             start = time.perf_counter()
             if choice == "unscaled":
                 found = self.basis("basis")
-                found = replace(found, energy=torch.ones_like(found.energy))
+                found = replace(found, scales=torch.ones_like(found.scales))
             else:
                 found = find_basis(self.model, self.batches, seed=self.seed)
             self._bases[choice] = found

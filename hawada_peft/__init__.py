@@ -3,6 +3,8 @@
 from importlib.metadata import version
 
 from ._register import register
+from .basis.find import init_basis
+from .basis.rotation import rotate
 from .config import HawAdaConfig
 from .distil.divergence import get_teacher_logits
 from .distil.recovery import recover
@@ -89,6 +91,7 @@ __all__ = [
     "find_plan",
     "get_student_logits",
     "get_teacher_logits",
+    "init_basis",
     "init_gates",
     "is_attention_layer",
     "is_ffn_layer",
@@ -99,6 +102,7 @@ __all__ = [
     "recover",
     "register_family",
     "rehome",
+    "rotate",
     "save_slim",
     "slice_conv",
     "slice_embedding",

@@ -536,7 +536,7 @@ class HawAdaModel(BaseTuner):
             for slot, gate in module.gates(adapter_name).items():
                 bases = [each for source in sources if isinstance(each := source.get(slot), BasisGate)]
                 if isinstance(gate, BasisGate) and bases:
-                    gate.set_basis(bases[0].vectors, bases[0].energy, bases[0].marks)
+                    gate.set_basis(bases[0].vectors, bases[0].scales, bases[0].marks)
                 if any(slot not in source or source[slot].units != gate.units for source in sources) or any(
                     not torch.equal(each.vectors, bases[0].vectors) for each in bases
                 ):

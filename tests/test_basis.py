@@ -49,6 +49,7 @@ from hawada_peft.basis.parts import READER, WRITER, stream_map
 from hawada_peft.basis.proof import check_exact, rotation_error
 from hawada_peft.basis.refine import principal_directions, refined
 from hawada_peft.basis.rotation import rotate, slim_in_basis
+from hawada_peft.basis.scales import fit_scales
 from hawada_peft.errors import (
     HawAdaError,
     IncompatibleBaseError,
@@ -57,7 +58,7 @@ from hawada_peft.errors import (
     UntiedEmbeddingsWarning,
 )
 from hawada_peft.gates.hidden import HiddenAdapter, plain_norm
-from hawada_peft.gates.stream_basis import BasisGate, helmert
+from hawada_peft.gates.stream_basis import WIDTHS, BasisGate, helmert, scale_at
 from hawada_peft.planning.importance import gate_importance
 from hawada_peft.search.masked import MaskedQuality
 from hawada_peft.search.refitted import RefittedQuality
@@ -92,15 +93,15 @@ def double_norms(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def random_basis(model: PreTrainedModel, seed: int = 0) -> Basis:
-    """Any basis, with energies at random."""
+    """Any basis, with factors of the norms at random."""
     layout, generator = locate(model), torch.Generator().manual_seed(seed)
     size, centred = layout.hidden_size, is_centred(model, layout)
     vectors = torch.linalg.qr(torch.randn(size - centred, size - centred, generator=generator, dtype=torch.float64)).Q
     if centred:
         vectors = torch.cat([vectors.new_full((size, 1), size**-0.5), helmert(size) @ vectors], 1)
-    energy = torch.rand(len(layout.norms), size, generator=generator, dtype=torch.float64) + 0.5
+    scales = torch.rand(len(WIDTHS), len(layout.norms), generator=generator, dtype=torch.float64) + 0.5
     marks = weight_marks([model.get_parameter(f"{name}.weight") for name in layout.norms])
-    return Basis(vectors, energy, marks, centred)
+    return Basis(vectors, scales, marks, centred)
 
 
 def in_basis(model: PreTrainedModel, *, shuffle: bool = True, **options: Any) -> PeftModel:
@@ -108,7 +109,7 @@ def in_basis(model: PreTrainedModel, *, shuffle: bool = True, **options: Any) ->
     basis = random_basis(model)
     gated = gate(model, shuffle=shuffle, rotate=True, **options)
     found = basis_gate(gated.get_base_model(), locate(gated.get_base_model()), "default")
-    found.set_basis(basis.vectors, basis.energy, basis.marks)
+    found.set_basis(basis.vectors, basis.scales, basis.marks)
     return gated
 
 
@@ -135,6 +136,31 @@ def test_the_first_rows_of_helmert_are_the_smaller_one_and_constants() -> None:
     assert torch.equal(rows[:, 4:], rows[:1, 4:].expand(5, -1))
 
 
+def test_factors_between_known_widths_lie_on_straight_lines() -> None:
+    scales = torch.tensor(WIDTHS)[:, None] * torch.tensor([1.0, 2.0])
+    for part in (0.25, 0.4, 0.5, 0.9, 1.0):
+        assert torch.allclose(scale_at(scales, part), part * torch.tensor([1.0, 2.0]))
+    assert torch.equal(scale_at(scales, 0.01), scales[0])
+
+
+@two_rows
+def test_factors_bring_the_first_norm_to_its_dense_size(row: Row) -> None:
+    """Nothing has gone wrong before it: the factor is the mean length of what is kept."""
+    model = build(row, torch.float64)
+    layout, batches, basis = locate(model), calibration(model), random_basis(model)
+    scales = fit_scales(model, layout, batches, basis.vectors, centred=basis.centred)
+    inputs: list[torch.Tensor] = []
+    norm = model.get_submodule(layout.norms[0])
+    with torch.no_grad():
+        handle = norm.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        model(**batches[0])
+        handle.remove()
+        lengths = (plain_norm(norm, inputs[0]) @ basis.vectors[:, :32]).norm(dim=-1) / 32**0.5
+    assert abs(float(scales[WIDTHS.index(1 / 2), 0]) - float(lengths.mean())) < 1e-3
+    assert torch.equal(scales[-1], torch.ones_like(scales[-1]))
+    assert (scales[WIDTHS.index(1 / 2)] < scales[WIDTHS.index(7 / 8)]).any()
+
+
 # ------------------------------------------------------------------- exact
 
 
@@ -142,7 +168,7 @@ def test_the_first_rows_of_helmert_are_the_smaller_one_and_constants() -> None:
 def test_rotation_is_exact_in_float64(row: Row, tied: bool) -> None:
     fields = {"tie_word_embeddings": True} if tied and "vocab_size" in row.fields else {}
     model = build(row, torch.float64, **fields)
-    basis = replace(random_basis(model), energy=torch.ones(9, 64, dtype=torch.float64))
+    basis = replace(random_basis(model), scales=torch.ones(len(WIDTHS), 9, dtype=torch.float64))
     before = state_of(model)
     turned = slim_in_basis(model, Plan.keep_all(locate(model).dense), basis)
     assert_same_state(state_of(model), before)
@@ -330,7 +356,7 @@ def test_the_first_directions_of_a_trained_stream_keep_more_than_others() -> Non
 def test_a_rotated_model_is_cut_by_the_first_channels(row: Row) -> None:
     """Every number of first channels is what the basis keeps of it, also after LayerNorms, which see their mean."""
     model = build(row, torch.float64)
-    basis = replace(random_basis(model), energy=torch.ones(9, 64, dtype=torch.float64))
+    basis = replace(random_basis(model), scales=torch.ones(len(WIDTHS), 9, dtype=torch.float64))
     layout = locate(model)
     turned = slim_in_basis(model, Plan.keep_all(layout.dense), basis)
     for size in (32, 40):

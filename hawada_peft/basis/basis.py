@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..errors import IncompatibleBaseError, InvalidPlanError
 from ..gates.reading import hidden_gate
-from ..gates.stream_basis import BasisGate, helmert
+from ..gates.stream_basis import BasisGate, helmert, scale_at
 from ..vanilla.family import Layout
 from .parts import stream_map
 from .turn import Lookup, Turn
@@ -26,20 +26,21 @@ class Basis:
     Args:
         vectors (`Tensor`): (features, units), orthonormal columns. Where LayerNorms read the stream the first is the
             mean, which they do not see, and the others sum to zero.
-        energy (`Tensor`): (sites, units), the mean square of each unit after each norm, before its weight.
+        scales (`Tensor`): (widths, sites), the factor of each norm when only the first units are kept, by the parts of
+            them in `WIDTHS`.
         marks (`Tensor`): (sites,), by which the model it was found on is known again (`weight_marks`).
         centred (`bool`): whether LayerNorms read the stream.
     """
 
     vectors: torch.Tensor
-    energy: torch.Tensor
+    scales: torch.Tensor
     marks: torch.Tensor
     centred: bool
 
     @property
     def nbytes(self) -> int:
         """Bytes that it adds to an adapter."""
-        return sum(tensor.numel() * 4 for tensor in (self.vectors, self.energy, self.marks))
+        return sum(tensor.numel() * 4 for tensor in (self.vectors, self.scales, self.marks))
 
 
 def stream_norms(model: nn.Module, layout: Layout) -> list[nn.Module]:
@@ -71,9 +72,9 @@ def turn_of(
     The change of coordinates to some directions of a basis.
 
     With U the kept directions it is `x @ U`; where LayerNorms read the stream `x @ U H^T`, with H the basis of the
-    vectors that sum to zero (`helmert`), so that a narrow LayerNorm's own mean is zero. A narrow norm sees less of the
-    stream than the dense one and makes more of it: its factor brings the kept directions back to the size they have
-    in the dense model, `sqrt(mean of their energies)`.
+    vectors that sum to zero (`helmert`), so that a narrow LayerNorm's own mean is zero. A narrow norm does not know
+    how much of the stream is cut, nor that what is left is not quite what it should be: a factor for each norm, by
+    least squares, brings its output to the dense one's (`fit_scales`).
 
     Args:
         model: the dense vanilla model, on any device.
@@ -95,8 +96,9 @@ def turn_of(
     wide = torch.promote_types(torch.promote_types(vectors.dtype, model.dtype), torch.float32)
     write = vectors[:, units].to(wide)
     gains = torch.ones(len(units), dtype=wide) if factor is None else factor.detach().cpu()[units].to(wide)
-    energy = basis.energy.detach().cpu()[:, units].to(wide)
-    scales = torch.ones(len(energy), 1, dtype=wide) if kept is None else energy.mean(1, keepdim=True).sqrt()
+    table = basis.scales.detach().cpu()
+    scales = torch.ones_like(table[0]) if kept is None else scale_at(table, len(units) / len(vectors))
+    scales = scales.to(wide)[:, None]
     constant = bool((weights[-1] == weights[-1][0]).all())
     tied = is_tied(model) and constant
     read, factors = write, scales * gains
@@ -147,4 +149,4 @@ def basis_gate(base: nn.Module, layout: Layout, adapter_name: str) -> BasisGate 
 
 def gate_basis(gate: BasisGate) -> Basis:
     """The basis that a gate acts in."""
-    return Basis(gate.vectors, gate.energy, gate.marks, gate.centred)
+    return Basis(gate.vectors, gate.scales, gate.marks, gate.centred)

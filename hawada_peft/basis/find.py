@@ -14,8 +14,9 @@ from ..gates.stream_basis import helmert
 from ..progress import Progress
 from ..vanilla.family import Layout, locate
 from .basis import Basis, basis_gate, is_centred, stream_norms, weight_marks
-from .moments import Batch, Moments, collect_moments, unit_energy
+from .moments import Batch, Moments, collect_moments
 from .refine import pooled, principal_directions, refined
+from .scales import fit_scales
 
 
 def find_basis(
@@ -29,8 +30,8 @@ def find_basis(
     Find the directions of the residual stream in descending order of importance. The model is left as it is.
 
     They start as the principal directions of what the norms that read the stream pass on, every norm counted alike,
-    and are turned to where the loss's gradients say that an error costs least (`refined`). Two passes over the
-    calibration batches: one with gradients, one without.
+    and are turned to where the loss's gradients say that an error costs least (`refined`). One pass over the
+    calibration batches has gradients; on some of them the norms' factors are then fitted at a few widths.
 
     Args:
         model: a dense vanilla model, on any device.
@@ -51,10 +52,9 @@ def find_basis(
     moments = collect_moments(model, layout, batches, seed=seed, progress=progress)
     centred = is_centred(model, layout)
     vectors = _directions(moments, layout, centred, progress)
-    energy = unit_energy(model, layout, batches, vectors, progress=progress)
-    return Basis(
-        vectors, energy, weight_marks([norm.weight for norm in cast(Any, stream_norms(model, layout))]), centred
-    )
+    scales = fit_scales(model, layout, batches, vectors, centred=centred, progress=progress)
+    marks = weight_marks([norm.weight for norm in cast(Any, stream_norms(model, layout))])
+    return Basis(vectors, scales, marks, centred)
 
 
 def init_basis(
@@ -89,7 +89,7 @@ def init_basis(
         )
     with model.disable_adapter():
         basis = find_basis(base, calibration, seed=seed, progress=progress)
-    gate.set_basis(basis.vectors, basis.energy, basis.marks)
+    gate.set_basis(basis.vectors, basis.scales, basis.marks)
     return basis
 
 
@@ -97,7 +97,8 @@ def ensure_basis(model: PeftModel, calibration: Iterable[Batch]) -> None:
     """`init_basis` for the active adapters that gate directions of the stream and have no basis yet."""
     base = cast(PreTrainedModel, model.get_base_model())
     for name in model.active_adapters:
-        gate = basis_gate(base, locate(base), name) if model.peft_config[name].base_sizes is not None else None
+        placed = model.peft_config[name].to_dict()["base_sizes"] is not None  # by a family row
+        gate = basis_gate(base, locate(base), name) if placed else None
         if gate is not None and not gate.marks.any():
             init_basis(model, calibration, adapter_name=name)
 

@@ -60,11 +60,11 @@ def collect_moments(
     """
     size, sites = layout.hidden_size, len(layout.norms)
     groups = min(sites, max(1, ENTRIES // size**2))
-    device, dtype = _kind(model)
+    device, dtype = kind_of(model)
     sums = [torch.zeros(groups, size, size, device=device, dtype=dtype) for _ in range(2)]
     generator, positions = torch.Generator().manual_seed(seed), 0
     for batch in progress_bar(progress, iterable=batches, desc="moments of the stream", leave=False):
-        inputs = _on_device(batch, device)
+        inputs = on_device(batch, device)
         found: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def keep(
@@ -83,13 +83,13 @@ def collect_moments(
             gradients = torch.autograd.grad(loss, [output for _, output in found])
         norms: Any = stream_norms(model, layout)
         for site, ((plain, _), gradient) in enumerate(zip(found, gradients, strict=True)):
-            rows = _rows(plain, inputs)
+            rows = rows_of(plain, inputs)
             weight = norms[site].weight.detach()
             group = site * groups // sites
             for total, tensor in zip(sums, (plain, gradient * weight), strict=True):
                 flat = tensor.flatten(0, -2)[rows].to(dtype)
                 total[group].addmm_(flat.T, flat)
-        positions += len(found[0][0].flatten(0, -2)[_rows(found[0][0], inputs)])
+        positions += len(found[0][0].flatten(0, -2)[rows_of(found[0][0], inputs)])
     if positions == 0:
         raise HawAdaError("no calibration batches were given; pass at least one")
     for what, total in zip(("the residual stream", "the loss's gradients"), sums, strict=True):
@@ -98,48 +98,6 @@ def collect_moments(
                 f"{what} on the calibration batches holds NaN or infinity; check the model's weights and the data"
             )
     return Moments(sums[0], sums[1], positions)
-
-
-def unit_energy(
-    model: nn.Module,
-    layout: Layout,
-    batches: Sequence[Batch],
-    vectors: torch.Tensor,
-    *,
-    progress: Progress | None = None,
-) -> torch.Tensor:
-    """
-    The mean square of each direction after each norm: (sites, units), by one forward pass per batch.
-
-    Args:
-        model, layout, batches, progress: as in `collect_moments`.
-        vectors: (features, units).
-    """
-    device, dtype = _kind(model)
-    vectors = vectors.to(device=device, dtype=dtype)
-    sums, positions = torch.zeros(len(layout.norms), vectors.shape[1], device=device, dtype=dtype), 0
-    for batch in progress_bar(progress, iterable=batches, desc="energies of the directions", leave=False):
-        inputs = _on_device(batch, device)
-        counts: list[int] = []
-
-        def add(
-            site: int,
-            norm: nn.Module,
-            x: torch.Tensor,
-            output: torch.Tensor,
-            inputs: Batch = inputs,
-            counts: list[int] = counts,
-        ) -> torch.Tensor:
-            plain = plain_norm(norm, x)
-            flat = plain.flatten(0, -2)[_rows(plain, inputs)].to(dtype)
-            counts.append(len(flat))
-            sums[site] += (flat @ vectors).square().sum(0)
-            return output
-
-        with torch.no_grad(), watching(model, layout, add):
-            model(**inputs)
-        positions += counts[0]
-    return sums / positions
 
 
 Watch = Callable[[int, nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -171,12 +129,14 @@ def watching(model: nn.Module, layout: Layout, watch: Watch) -> Iterator[None]:
         model.train(training)
 
 
-def _kind(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+def kind_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """A model's device, and the dtype in which its sums are formed."""
     parameter = next(model.parameters())
     return parameter.device, torch.promote_types(parameter.dtype, torch.float32)
 
 
-def _on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
+def on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """A batch without labels, on a device."""
     return {
         name: value.to(device) if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()
@@ -184,7 +144,7 @@ def _on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _rows(tensor: torch.Tensor, batch: Batch) -> torch.Tensor | slice:
+def rows_of(tensor: torch.Tensor, batch: Batch) -> torch.Tensor | slice:
     """Which of the flattened positions of (batch, positions, features) hold data."""
     mask = batch.get("attention_mask")
     return slice(None) if mask is None or mask.shape != tensor.shape[:-1] else mask.flatten().bool()
@@ -194,7 +154,7 @@ def _drawn_loss(output: Mapping[str, Any], batch: Batch, generator: torch.Genera
     """() for the outputs of a model: of drawn classes, or for hidden states and single outputs a random projection."""
     classes = "logits" in output and output["logits"].shape[-1] > 1
     logits = output["logits" if "logits" in output else "last_hidden_state"]
-    flat = logits.flatten(0, -2)[_rows(logits, batch)]
+    flat = logits.flatten(0, -2)[rows_of(logits, batch)]
     if not classes:
         return (flat * torch.randn(flat.shape, generator=generator, dtype=torch.float64).to(flat)).sum()
     wide = flat.to(torch.promote_types(flat.dtype, torch.float32))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import UnsupportedModelError
-from ..gates.stream_basis import helmert
+from ..gates.stream_basis import WIDTHS, helmert
 from ..planning.plan import Plan
 from ..surgery.slimming import slim
 from ..vanilla.family import Layout, locate
@@ -48,7 +48,7 @@ def rotation_error(layout: Layout, seed: int = 0) -> float:
     if centred:
         vectors = torch.cat([vectors.new_full((size, 1), size**-0.5), helmert(size) @ vectors], 1)
     sites = len(small.norms)
-    basis = Basis(vectors, torch.ones(sites, size, dtype=torch.float64), torch.zeros(sites), centred)
+    basis = Basis(vectors, torch.ones(len(WIDTHS), sites), torch.zeros(sites), centred)
     turn = turn_of(tiny, small, basis)
     inputs = example_inputs(tiny)
     expected = output_of(tiny, inputs)

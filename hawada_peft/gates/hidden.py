@@ -74,6 +74,25 @@ def plain_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return functional_call(norm, {"weight": ones}, (x,))
 
 
+def narrow_norm(norm: nn.Module, x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """
+    What a norm of only some directions makes of the stream before its weight and bias, as the slim model does.
+
+    Args:
+        norm: as in `norm_sizes`.
+        x: (..., features).
+        directions: (features, units); of a centred basis the first is zero, and counts in the norm's size.
+
+    Returns:
+        (..., units).
+    """
+    if not isinstance(norm, nn.LayerNorm):
+        return plain_norm(norm, x @ directions)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    narrow = ((wide - wide.mean(-1, keepdim=True)).to(x.dtype) @ directions).to(wide.dtype)
+    return (narrow * (narrow.square().mean(-1, keepdim=True) + norm.eps).rsqrt()).to(x.dtype)
+
+
 def norm_in_basis(
     norm: nn.Module, x: torch.Tensor, gate: BasisGate, site: int, *, hard: bool | None = None
 ) -> torch.Tensor:
@@ -100,14 +119,8 @@ def norm_in_basis(
     if index is None:
         added = scaled(plain_norm(norm, x) @ directions, factor - 1) @ directions.T
         return norm(x) + added * weight
-    if isinstance(norm, nn.LayerNorm):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        narrow = ((wide - wide.mean(-1, keepdim=True)).to(x.dtype) @ directions).to(wide.dtype)
-        narrow = (narrow * (narrow.square().mean(-1, keepdim=True) + norm.eps).rsqrt()).to(x.dtype)
-    else:
-        narrow = plain_norm(norm, x @ directions)
-    factor = factor.index_select(-1, index.to(x.device)) * gate.scale(site, index).to(factor)
-    y = (scaled(narrow, factor) @ directions.T) * weight
+    factor = factor.index_select(-1, index.to(x.device)) * gate.scale(site, len(index)).to(factor)
+    y = (scaled(narrow_norm(norm, x, directions), factor) @ directions.T) * weight
     return y if bias is None else y + bias
 
 

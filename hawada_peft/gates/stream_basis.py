@@ -28,6 +28,28 @@ def helmert(size: int, *, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return columns / (j * (j + 1)).sqrt()
 
 
+WIDTHS = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)
+"""Kept parts of the units for which the factors of the norms are known; straight lines lie in between."""
+
+
+def scale_at(scales: torch.Tensor, part: float) -> torch.Tensor:
+    """
+    The factors of the norms when a part of the units is kept.
+
+    Args:
+        scales: (widths, sites), by `WIDTHS`.
+        part: in (0, 1].
+
+    Returns:
+        (sites,).
+    """
+    part = max(part, WIDTHS[0])
+    above = next(place for place, width in enumerate(WIDTHS) if width >= part)
+    below = max(0, above - 1)
+    share = 1.0 if above == below else (part - WIDTHS[below]) / (WIDTHS[above] - WIDTHS[below])
+    return (1 - share) * scales[below] + share * scales[above]
+
+
 class BasisGate(HiddenGate):
     """
     The gate on directions of the residual stream, one for the whole model.
@@ -61,19 +83,19 @@ class BasisGate(HiddenGate):
         standard = torch.cat([mean, helmert(num_features, dtype=torch.float32)], 1) if centred else None
         self.vectors: torch.Tensor
         """(features, units): orthonormal columns."""
-        self.energy: torch.Tensor
-        """(sites, units): the mean square of each unit after each norm."""
+        self.scales: torch.Tensor
+        """(widths, sites): the factor of each norm when only a part of the units is kept, by `WIDTHS`."""
         self.marks: torch.Tensor
         """(sites,): by which the base model it was found on is known again; zeros if it was never set."""
         # Buffers, so that they are saved with the adapter and never trained.
         self.register_buffer("vectors", torch.eye(num_features) if standard is None else standard)
-        self.register_buffer("energy", torch.ones(sites, num_features))
+        self.register_buffer("scales", torch.ones(len(WIDTHS), sites))
         self.register_buffer("marks", torch.zeros(sites))
 
-    def set_basis(self, vectors: torch.Tensor, energy: torch.Tensor, marks: torch.Tensor) -> None:
+    def set_basis(self, vectors: torch.Tensor, scales: torch.Tensor, marks: torch.Tensor) -> None:
         """Take the values of a basis, each of the shape given above."""
         with torch.no_grad():
-            for mine, given in ((self.vectors, vectors), (self.energy, energy), (self.marks, marks)):
+            for mine, given in ((self.vectors, vectors), (self.scales, scales), (self.marks, marks)):
                 mine.copy_(given)
 
     def directions(self, index: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -95,7 +117,7 @@ class BasisGate(HiddenGate):
 
     def _apply(self, fn: Any, recurse: bool = True) -> BasisGate:
         # A basis in half precision would not be orthonormal: it follows the model to its device, not to its dtype.
-        before = {name: getattr(self, name) for name in ("vectors", "energy", "marks")}
+        before = {name: getattr(self, name) for name in ("vectors", "scales", "marks")}
         super()._apply(fn, recurse)
         for name, tensor in before.items():
             moved = getattr(self, name)
@@ -103,7 +125,6 @@ class BasisGate(HiddenGate):
                 setattr(self, name, tensor.to(moved.device))
         return self
 
-    def scale(self, site: int, index: torch.Tensor) -> torch.Tensor:
-        """What brings the units that a narrow norm passes on to the size they have in the dense model: ()."""
-        kept = self.energy[site].index_select(0, index.to(self.energy.device))
-        return kept.mean().sqrt()
+    def scale(self, site: int, kept: int) -> torch.Tensor:
+        """A norm's factor when so many units are kept: ()."""
+        return scale_at(self.scales, kept / len(self.vectors))[site]

@@ -240,9 +240,8 @@ def _refit_layers(
                 inputs, stream = student.inputs_at(module, index, batch, gains)
                 added = wanted[batch].output.float()
                 if dense_gains is not None:
-                    added = wanted[batch].block
-                    if added is None:
-                        added = _local(teacher, layer, batch, which, stream, dense_gains)
+                    block = wanted[batch].block
+                    added = _local(teacher, layer, batch, which, stream, dense_gains) if block is None else block
                     added = added + wanted[batch].dropped
                     added = added + correction * (wanted[batch].output.float() - stream.float() - added)
                 rows = slice(None) if mask is None else mask.flatten()
