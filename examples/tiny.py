@@ -26,7 +26,6 @@ TIMING = Effort(warmup=1, min_rounds=5, max_rounds=5, tolerance=10.0)
 """How long a shape is timed here: five calls, whatever their spread."""
 
 TRAINER: dict[str, Any] = {
-    "calibration_examples": 16,
     "search_options": {
         "cache": False,
         "table_plan": TablePlan(attention=2, ffn=2, realised=0, depth=3, effort=TIMING),

@@ -40,6 +40,7 @@ from .shipping.save import save_slim
 from .shipping.write import write_card
 from .surgery.slicing import slice_conv, slice_embedding, slice_linear
 from .surgery.slimming import slim
+from .training.arguments import GateTrainingArguments
 from .training.start import init_gates
 from .training.trainer import HawAdaTrainer
 from .vanilla.family import Family, register_family
@@ -61,6 +62,7 @@ __all__ = [
     "ExportFacts",
     "Family",
     "GateAdapter",
+    "GateTrainingArguments",
     "HawAdaConfig",
     "HawAdaModel",
     "HawAdaTrainer",

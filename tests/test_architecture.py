@@ -31,6 +31,7 @@ FLOORS = (
     "latency",
     "vanilla",
     "_register",
+    "processes",
     "progress",
     "errors",
 )

@@ -95,7 +95,7 @@ def test_only_the_active_adapter_counts() -> None:
 def test_a_shape_is_where_it_is() -> None:
     goal = ShapeGoal(gate(build(LM_ROW)), SLIM)
     before = goal.state_dict()
-    goal.step()
+    goal.step(1)
     assert goal.current_shape() == goal.final_shape() == SLIM
     assert goal.figures() == {}
     assert goal.state_dict() == before
@@ -221,11 +221,11 @@ def test_effort_and_timing_are_handed_on(machine: Machine) -> None:
 def test_penalty_and_ascent_follow_the_gates() -> None:
     goal = latency_goal()
     goal.penalty(1.0)
-    goal.step()
+    goal.step(1)
     assert goal.constraint.multiplier == pytest.approx(0.5, rel=1e-4)  # dense over the limit, less 1
     close(goal.model, Shape(2, 1, 24, 1))
     assert goal.penalty(1.0).item() < 0
-    goal.step()
+    goal.step(1)
     assert goal.constraint.multiplier < 0.5
 
 
@@ -256,7 +256,7 @@ def test_a_measurement_on_the_real_clock() -> None:
 def test_a_latency_survives_json(machine: Machine) -> None:
     goal, other = latency_goal(), latency_goal(LatencyBudget(speedup=1.1, mode="prefill", seq_len=8))
     goal.penalty(1.0)
-    goal.step()
+    goal.step(1)
     goal.anchor(*goal.measure())
     other.load_state_dict(json.loads(json.dumps(goal.state_dict())))
     assert other.state_dict() == goal.state_dict()

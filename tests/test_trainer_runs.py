@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from test_trainer import DATA, LABELLED, TARGET, StopAt, logged, thetas, trainer
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
-from hawada_peft import HawAdaTrainer, LatencyBudget, Shape, collect_gates, init_gates
+from hawada_peft import HawAdaTrainer, LatencyBudget, Shape, collect_gates, find_plan, init_gates
 from hawada_peft.distil.divergence import kl_divergence
 from hawada_peft.errors import HawAdaError, InfeasibleBudgetError
 from hawada_peft.gates.relaxation import RELAXATIONS
@@ -24,10 +25,9 @@ from hawada_peft.latency.clock import Effort
 from hawada_peft.latency.regime import Regime
 from hawada_peft.latency.table import LatencyTable
 from hawada_peft.latency.timing import Timing
-from hawada_peft.search import budgeted
+from hawada_peft.planning.importance import gate_importance
 from hawada_peft.search import timed as find_plan_module
 from hawada_peft.search.effort import SearchEffort
-from hawada_peft.search.masked import MaskedQuality
 from hawada_peft.training.trainer import STATE_FILE
 from hawada_peft.vanilla.family import locate
 
@@ -215,22 +215,25 @@ def test_a_budget_is_searched_on_the_real_clock(tmp_path: Path) -> None:
     assert trainer.model.merge_and_unload().num_parameters() <= 120_000
 
 
-def test_fresh_gates_are_judged_by_their_importance(
-    tmp_path: Path, law: LatencyTable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = []
-    real = MaskedQuality.__init__
+def test_a_trained_budget_keeps_the_layers_that_the_search_kept(tmp_path: Path, law: LatencyTable) -> None:
+    search = {"table": law, "refit": False, "effort": SearchEffort(top=1, rounds=2, instances=1)}
+    budget = LatencyBudget(max_parameters=110_000, mode="prefill", seq_len=8)
+    model = gate(build(LM_ROW), shuffle=False, gates=("layers",))
+    trainer = small(tmp_path, model=model, shape=None, budget=budget, search_options=search)
+    batches = trainer._calibration()
+    found = find_plan(model, budget, batches, importance=gate_importance(model, batches), **search)
+    trainer._prepare()
+    assert len(found.plan.layers) < 4
+    assert trainer.model.plan(trainer.target).layers == found.plan.layers
 
-    def record(self: MaskedQuality, model: Any, batches: Any, importance: Any = None, progress: Any = None) -> None:
-        seen.append(importance)
-        real(self, model, batches, importance, progress)
 
-    monkeypatch.setattr(budgeted.MaskedQuality, "__init__", record)
-    for model in (fresh(), gate(build(LM_ROW))):
-        trainer = small(tmp_path, model=model, shape=None, budget=BUDGET, search_options={"table": law})
-        trainer._prepare()
-    assert seen[0] is not None
-    assert seen[-1] is None  # the user's own gates decide
+def test_a_budget_cuts_fresh_gates_by_their_importance(tmp_path: Path, law: LatencyTable) -> None:
+    search = {"table": law, "refit": False, "effort": SearchEffort(top=1, rounds=2, instances=1)}
+    trainer = small(tmp_path, model=fresh(), shape=None, budget=BUDGET, search_options=search)
+    trainer._prepare()
+    plan = trainer.model.plan(trainer.target)
+    units = [*plan.heads, *plan.channels]
+    assert any(kept != tuple(range(len(kept))) for kept in units)  # alike, all would lose their last ones
 
 
 @pytest.mark.parametrize("relaxation", DRAWN)
@@ -481,25 +484,27 @@ def test_calibration_on_dropped_remainders(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------- processes
 
 PROCESS = """
-import json, os, sys
-sys.path.insert(0, sys.argv[1])
-import torch
-import test_trainer_runs as tests
+import sys
 from pathlib import Path
-torch.set_num_threads(1)
-folder = Path(sys.argv[2])
-# Only the main process has a clock.
-tests.find_plan_module.measure_built = tests.timed if os.environ["RANK"] == "0" else None
-for name in ("shape", "latency"):
-    trainer = tests.parallel(name, folder, {"per_device_train_batch_size": 2, "ddp_backend": "gloo"})
-    trainer.train()
-    found = {"world": trainer.args.world_size, "plan": trainer.model.applied_plan().to_dict()}
-    found |= {"goal": trainer.goal.state_dict(), "eval_loss": trainer.evaluate()["eval_loss"]}
-    found |= {each: tests.logged(trainer, each) for each in ("loss", "kl", "multiplier")}
-    found["thetas"] = {each: theta.tolist() for each, theta in tests.thetas(trainer.model).items()}
-    (folder / f"{name}-{trainer.args.process_index}.json").write_text(json.dumps(found))
-torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter
+sys.path.insert(0, sys.argv[1])
+import test_trainer_runs as tests
+from hawada_peft.processes import run_program
+run_program(lambda: tests.process(Path(sys.argv[2])))
 """
+
+
+def process(folder: Path) -> None:
+    """What each of two processes does. Only the first one has a clock."""
+    torch.set_num_threads(1)
+    find_plan_module.measure_built = timed if os.environ["RANK"] == "0" else None
+    for name in ("shape", "latency"):
+        trainer = parallel(name, folder, {"per_device_train_batch_size": 2, "ddp_backend": "gloo"})
+        trainer.train()
+        found = {"world": trainer.args.world_size, "plan": trainer.model.applied_plan().to_dict()}
+        found |= {"goal": trainer.goal.state_dict(), "eval_loss": trainer.evaluate()["eval_loss"]}
+        found |= {each: logged(trainer, each) for each in ("loss", "kl", "multiplier")}
+        found["thetas"] = {each: theta.tolist() for each, theta in thetas(trainer.model).items()}
+        (folder / f"{name}-{trainer.args.process_index}.json").write_text(json.dumps(found))
 
 
 def parallel(name: str, folder: Path, args: dict[str, Any]) -> HawAdaTrainer:

@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 from ..errors import HawAdaError, UnsupportedModelError
 from ..gates.stream_basis import helmert
 from ..progress import Progress
+from ..vanilla.batches import Batch
 from ..vanilla.family import Layout, locate
+from ..vanilla.mode import adapters_off
 from .basis import Basis, basis_gate, is_centred, stream_norms, weight_marks
-from .moments import Batch, Moments, collect_moments
+from .moments import Moments, collect_moments
 from .refine import pooled, principal_directions, refined
 from .scales import fit_scales
 
@@ -87,7 +89,7 @@ def init_basis(
             f"adapter {name!r} has no gates in a basis of the residual stream: make it with "
             'HawAdaConfig(gates=(..., "hidden"), rotate=True)'
         )
-    with model.disable_adapter():
+    with adapters_off(model):
         basis = find_basis(base, calibration, seed=seed, progress=progress)
     gate.set_basis(basis.vectors, basis.scales, basis.marks)
     return basis

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from ..errors import HawAdaError
 from ..gates.hidden import plain_norm
 from ..progress import Progress, progress_bar
-from ..vanilla.draws import draw_classes
+from ..vanilla.batches import Batch, check_batch, position_mask, without_labels
 from ..vanilla.family import Layout
+from ..vanilla.heads import head_of
+from ..vanilla.mode import evaluating
+from ..vanilla.outputs import get_student_logits
 from .basis import stream_norms
-
-Batch = Mapping[str, Any]
 
 ENTRIES = 2**24
 """Entries of all second moments of one kind together; sites are summed to groups of neighbours above that."""
@@ -44,8 +44,7 @@ def collect_moments(
     """
     One forward and one backward pass per batch.
 
-    The loss is that of targets drawn from the model's own predictions (the true Fisher); of a single output, or hidden
-    states, it is the output times a normal number, whose gradients have the second moments of the squared error's.
+    The loss is that of targets drawn from the model's own predictions (the true Fisher), whatever its head predicts.
     Sums are float32, float64 for a float64 model.
 
     Args:
@@ -64,7 +63,8 @@ def collect_moments(
     sums = [torch.zeros(groups, size, size, device=device, dtype=dtype) for _ in range(2)]
     generator, positions = torch.Generator().manual_seed(seed), 0
     for batch in progress_bar(progress, iterable=batches, desc="moments of the stream", leave=False):
-        inputs = on_device(batch, device)
+        check_batch(model, batch)
+        inputs = without_labels(batch, device)
         found: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def keep(
@@ -79,17 +79,16 @@ def collect_moments(
             return output
 
         with torch.enable_grad(), watching(model, layout, keep):
-            loss = _drawn_loss(model(**inputs), inputs, generator)
+            loss = _drawn_loss(model, inputs, generator)
             gradients = torch.autograd.grad(loss, [output for _, output in found])
         norms: Any = stream_norms(model, layout)
         for site, ((plain, _), gradient) in enumerate(zip(found, gradients, strict=True)):
-            rows = rows_of(plain, inputs)
             weight = norms[site].weight.detach()
             group = site * groups // sites
             for total, tensor in zip(sums, (plain, gradient * weight), strict=True):
-                flat = tensor.flatten(0, -2)[rows].to(dtype)
+                flat = counted(tensor, inputs).to(dtype)
                 total[group].addmm_(flat.T, flat)
-        positions += len(found[0][0].flatten(0, -2)[rows_of(found[0][0], inputs)])
+        positions += len(counted(found[0][0], inputs))
     if positions == 0:
         raise HawAdaError("no calibration batches were given; pass at least one")
     for what, total in zip(("the residual stream", "the loss's gradients"), sums, strict=True):
@@ -107,8 +106,7 @@ Watch = Callable[[int, nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 @contextmanager
 def watching(model: nn.Module, layout: Layout, watch: Watch) -> Iterator[None]:
     """Call `watch` at every norm that reads the stream, in evaluation mode."""
-    hooks, training, busy = [], model.training, list[int]()
-    model.eval()
+    hooks, busy = [], list[int]()
     for site, module in enumerate(stream_norms(model, layout)):
 
         def hook(norm: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor, site: int = site) -> Any:
@@ -122,11 +120,11 @@ def watching(model: nn.Module, layout: Layout, watch: Watch) -> Iterator[None]:
 
         hooks.append(module.register_forward_hook(hook))
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         for handle in hooks:
             handle.remove()
-        model.train(training)
 
 
 def kind_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -135,27 +133,15 @@ def kind_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     return parameter.device, torch.promote_types(parameter.dtype, torch.float32)
 
 
-def on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
-    """A batch without labels, on a device."""
-    return {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-        if name != "labels"
-    }
+def counted(tensor: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Of (batch, positions, features) the positions that hold data and not padding: (counted, features)."""
+    flat, mask = tensor.flatten(0, -2), position_mask(batch, tensor.shape[:-1])
+    return flat if mask is None else flat[mask.flatten()]
 
 
-def rows_of(tensor: torch.Tensor, batch: Batch) -> torch.Tensor | slice:
-    """Which of the flattened positions of (batch, positions, features) hold data."""
-    mask = batch.get("attention_mask")
-    return slice(None) if mask is None or mask.shape != tensor.shape[:-1] else mask.flatten().bool()
-
-
-def _drawn_loss(output: Mapping[str, Any], batch: Batch, generator: torch.Generator) -> torch.Tensor:
-    """() for the outputs of a model: of drawn classes, or for hidden states and single outputs a random projection."""
-    classes = "logits" in output and output["logits"].shape[-1] > 1
-    logits = output["logits" if "logits" in output else "last_hidden_state"]
-    flat = logits.flatten(0, -2)[rows_of(logits, batch)]
-    if not classes:
-        return (flat * torch.randn(flat.shape, generator=generator, dtype=torch.float64).to(flat)).sum()
-    wide = flat.to(torch.promote_types(flat.dtype, torch.float32))
-    return functional.cross_entropy(wide, draw_classes(flat.detach(), generator), reduction="sum")
+def _drawn_loss(model: nn.Module, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+    """The negative log-likelihood of targets that are drawn by a model's own predictions: ()."""
+    outputs = get_student_logits(model, batch)
+    head, flat = head_of(model, outputs), counted(outputs, batch)
+    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+    return head.surprise(flat, head.draw(flat.detach(), generator)).sum()

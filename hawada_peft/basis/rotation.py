@@ -15,11 +15,11 @@ from ..errors import UnsupportedModelError, UntiedEmbeddingsWarning
 from ..planning.plan import Plan
 from ..progress import Progress
 from ..surgery.slimming import slim
+from ..vanilla.batches import Batch
 from ..vanilla.family import locate
 from ..vanilla.modules import check_unquantized
 from .basis import Basis, is_tied, turn_of
 from .find import find_basis
-from .moments import Batch
 from .proof import check_exact
 from .turn import Turn
 

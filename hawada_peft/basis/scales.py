@@ -10,8 +10,9 @@ from torch import nn
 from ..gates.hidden import narrow_norm, plain_norm
 from ..gates.stream_basis import WIDTHS
 from ..progress import Progress, progress_bar
+from ..vanilla.batches import Batch, without_labels
 from ..vanilla.family import Layout
-from .moments import Batch, kind_of, on_device, rows_of, watching
+from .moments import counted, kind_of, watching
 
 PART = 4
 """One in so many calibration batches is used: there is one number to fit for each norm."""
@@ -50,7 +51,7 @@ def fit_scales(
     directions = vectors - vectors.mean(0) if centred else vectors
     products, squares = torch.zeros(2, len(WIDTHS), len(layout.norms), device=device, dtype=dtype)
     for batch in progress_bar(progress, iterable=batches[::PART], desc="factors of the norms", leave=False):
-        inputs = on_device(batch, device)
+        inputs = without_labels(batch, device)
         dense: list[torch.Tensor] = []
 
         def keep(
@@ -76,8 +77,7 @@ def fit_scales(
             ) -> torch.Tensor:
                 units = kept.to(x.dtype)
                 mine, wanted = narrow_norm(norm, x, units), dense[site] @ units
-                rows = rows_of(x, inputs)
-                flat, target = mine.flatten(0, -2)[rows].to(dtype), wanted.flatten(0, -2)[rows].to(dtype)
+                flat, target = counted(mine, inputs).to(dtype), counted(wanted, inputs).to(dtype)
                 product, square = (flat * target).sum(), flat.square().sum()
                 products[place, site] += product
                 squares[place, site] += square

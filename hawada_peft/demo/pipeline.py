@@ -113,11 +113,10 @@ def train_task(task: Task, effort: Effort, folder: Path, progress: Progress | No
     (folder / SEARCH_FILE).write_text(json.dumps(found.to_dict()), encoding="utf-8")
     trainer = HawAdaTrainer(
         model=model,
-        args=training_arguments(effort.gates, folder),
+        args=training_arguments(effort.gates, folder, soft_fraction=SOFT_FRACTION),
         train_dataset=data.train,
         data_collator=default_data_collator,
         shape=found.best.shape,
-        soft_fraction=SOFT_FRACTION,
     )
     train(trainer, f"{task.title}: gates", progress)
     model.save_pretrained(str(folder / "adapter"))

@@ -7,13 +7,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from peft import LoraConfig
 from transformers import TrainingArguments
 
 from ..config import HawAdaConfig
+from ..distil.arguments import rate_problems
 from ..distil.objective import Distillation
 from ..errors import HawAdaError
 from ..latency.budget import LatencyBudget
@@ -21,19 +22,14 @@ from ..latency.build import TablePlan
 from ..latency.clock import Effort
 from ..latency.regime import DTYPES
 from ..search.effort import SearchEffort
-from ..training.phases import Phases
-from ..training.trainer import HawAdaTrainer
+from ..training.arguments import GateTrainingArguments, gate_problems
 from ..vanilla.shape import Shape
-from .schema import checked, sections, unknown_names
+from .schema import checked, fields_of, sections, unknown_names
 from .settings import DataSource, ReconstructionStep
 
 GOALS = ("budget", "shape", "keep_ratio")
 DEFAULTS: dict[str, Any] = {"save_total_limit": 2, "logging_steps": 10}
 """Of both trainings, where the recipe and `TrainingArguments` differ."""
-
-
-_INIT: dict[str, Any] = HawAdaTrainer.__init__.__kwdefaults__ or {}
-PHASES = {name: _INIT[name] for name in ("relaxation", "warmup_fraction", "soft_fraction")}
 
 
 class _Loader(yaml.SafeLoader):
@@ -60,7 +56,7 @@ class Recipe:
         search (`dict`, *optional*): how a budget becomes a shape: `effort` (fields of `SearchEffort`), `timing`,
             `table_plan`, `hidden_sizes`, `refit`, `cache`, as in `find_plan`.
         gates (`dict`, *optional*): fields of `HawAdaConfig`; `lora` holds those of PEFT's `LoraConfig`.
-        training (`dict`, *optional*): options of `HawAdaTrainer` and fields of `TrainingArguments`.
+        training (`dict`, *optional*): fields of `GateTrainingArguments`.
         reconstruction (`dict`, *optional*): `examples` and `batch_size` of the least squares; none if left out.
         recovery (`dict`, *optional*): options of `recover` and fields of `TrainingArguments`; none if left out.
             `lora` holds fields of `LoraConfig`; all weights are trained without it.
@@ -175,10 +171,10 @@ class Recipe:
         """The gates' configuration."""
         return HawAdaConfig(**(self.gates or {}))
 
-    def options(self, section: str) -> dict[str, Any]:
-        """What of `training` or `recovery` is no training argument."""
-        given = getattr(self, section) or {}
-        return {name: value for name, value in given.items() if name not in _arguments() and name != "lora"}
+    def options(self) -> dict[str, Any]:
+        """What of `recovery` is no training argument."""
+        allowed = TrainingArguments.__dataclass_fields__
+        return {name: value for name, value in (self.recovery or {}).items() if name not in allowed and name != "lora"}
 
     def lora(self) -> LoraConfig | None:
         """LoRA of the recovery."""
@@ -192,10 +188,10 @@ class Recipe:
         Raises:
             HawAdaError: if transformers refuses them on this machine.
         """
-        given = getattr(self, section) or {}
-        values = DEFAULTS | {"seed": self.seed} | {name: given[name] for name in given if name in _arguments()}
+        cls = GateTrainingArguments if section == "training" else TrainingArguments
+        given = {name: value for name, value in (getattr(self, section) or {}).items() if name in fields_of(cls)}
         try:
-            return TrainingArguments(output_dir=str(folder), **values)
+            return cls(output_dir=str(folder), **(DEFAULTS | {"seed": self.seed} | given))
         except (TypeError, ValueError, ImportError) as error:
             raise HawAdaError(f"{section}: {error}") from None
 
@@ -266,14 +262,15 @@ class Recipe:
             "gates": self.config,
             "reconstruction": lambda: ReconstructionStep(**(self.reconstruction or {})),
             "recovery.lora": self.lora,
-            "training": lambda: _objective(self.options("training")),
-            "training phases": lambda: _phases(self.options("training")),
-            "recovery": lambda: _objective(self.options("recovery")),
+            "training": lambda: _refuse(gate_problems(self.training or {}) + rate_problems(self.training or {})),
+            "recovery": lambda: _refuse(rate_problems(self.recovery or {})),
+            "recovery loss": lambda: _objective(self.options()),
         }
 
 
-def _arguments() -> Mapping[str, Any]:
-    return TrainingArguments.__dataclass_fields__
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise HawAdaError("\n".join(problems))
 
 
 def _table_plan(effort: Mapping[str, Any] | None = None, **options: Any) -> TablePlan:
@@ -282,11 +279,6 @@ def _table_plan(effort: Mapping[str, Any] | None = None, **options: Any) -> Tabl
 
 def _objective(options: Mapping[str, Any]) -> Distillation:
     return Distillation(**{name: options[name] for name in Distillation.__dataclass_fields__ if name in options})
-
-
-def _phases(options: Mapping[str, Any]) -> Phases:
-    values = {name: options.get(name, default) for name, default in PHASES.items()}
-    return Phases(cast(Any, None), **values)  # judged without a model
 
 
 def _checked_deep(name: str, given: Any, allowed: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:

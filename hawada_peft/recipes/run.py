@@ -157,7 +157,6 @@ def _train_gates(
         eval_dataset=held_out,
         search_options=recipe.search_options(),
         **recipe.goal(),
-        **recipe.options("training"),
     )
     trainer.train(resume_from_checkpoint=record.checkpoint("gates"))
     record.keep_history()
@@ -206,7 +205,7 @@ def _cut(
         on_reconstruction=note,
         callbacks=[_Evaluations(facts)],
         resume_from_checkpoint=record.checkpoint("recovery"),
-        **recipe.options("recovery"),
+        **recipe.options(),
     )
     return slim, base
 

@@ -20,7 +20,7 @@ from ..latency.build import TablePlan
 from ..latency.clock import Effort
 from ..search.budgeted import find_plan
 from ..search.effort import SearchEffort
-from ..training.trainer import HawAdaTrainer
+from ..training.arguments import GATE_OPTIONS, GateTrainingArguments
 from ..vanilla.shape import Shape
 from .settings import DataSource, ReconstructionStep
 
@@ -29,7 +29,7 @@ Hints = dict[str, Any]
 MANY = 40
 """From so many names on a message names the near misses, and not all that is allowed."""
 
-_TRAINING = {"shape", "keep_ratio", "budget", "search_options", "train_dataset", "plan", "calibration"}
+_TRAINING = {"train_dataset", "plan", "calibration"}
 _WRITTEN = {"plan", "plan_in_training", "base_sizes", "peft_type", "auto_mapping", "peft_version", "init_weights"}
 _PLACES = {"output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "local_rank"}
 _SEARCH = {"effort", "timing", "table_plan", "hidden_sizes", "refit", "cache"}
@@ -53,6 +53,7 @@ def fields_of(cls: type, *, leave_out: Collection[str] = ()) -> Hints:
 def sections() -> dict[str, Hints]:
     """The names that each section of a recipe takes, with their types; nested sections with a dot."""
     arguments = fields_of(TrainingArguments, leave_out=_PLACES)
+    own = {name: hint for name, hint in fields_of(GateTrainingArguments).items() if name in GATE_OPTIONS}
     mapping = dict[str, Any] | None
     return {
         "data": fields_of(DataSource),
@@ -66,7 +67,7 @@ def sections() -> dict[str, Hints]:
         "search.table_plan.effort": fields_of(Effort),
         "gates": fields_of(HawAdaConfig, leave_out=_WRITTEN) | {"lora": mapping},
         "gates.lora": fields_of(LoraConfig),
-        "training": keywords(HawAdaTrainer.__init__, leave_out=_TRAINING) | arguments,
+        "training": own | arguments,
         "reconstruction": fields_of(ReconstructionStep),
         "recovery": keywords(recover, leave_out=_TRAINING | _PLACES | {"on_reconstruction"})
         | {"lora": mapping}

@@ -14,8 +14,8 @@ from ..latency.build import TablePlan
 from ..latency.clock import Effort
 from ..latency.table import LatencyTable
 from ..progress import Progress
+from ..vanilla.batches import Batch, check_batch
 from ..vanilla.family import HIDDEN, locate
-from ..vanilla.outputs import Batch
 from .effort import SearchEffort
 from .masked import MaskedQuality
 from .refitted import RefittedQuality, obstacle
@@ -72,7 +72,10 @@ def find_plan(
         IllegalShapeError: if no model of one of the hidden sizes exists.
         IncompatibleTableError: if the table is for another device, regime or model.
         HawAdaError: if models are to be refitted and cannot be, or there are no two rows to do so.
+        BadDataError: before anything is measured, if a batch holds what the model cannot take.
     """
+    for batch in calibration:
+        check_batch(model, batch)  # before anything is measured
     base = dense_model(model)
     layout = locate(base)
     regime = regime_of(model, budget)

@@ -14,15 +14,17 @@ from peft import PeftModel
 from torch import nn
 
 from ..errors import HawAdaError, InvalidPlanError
-from ..gates.adapter import BLOCK, HIDDEN_UNITS, LAYER, UNITS, GateAdapter
 from ..gates.attach import collect_gates
 from ..gates.kinds import SigmoidGate
-from ..gates.reading import UnitScores, gate_scores, hidden_gate
+from ..gates.reading import UnitScores, gate_scores, hidden_gate, layers_of
 from ..planning.plan import Plan
 from ..planning.ranking import rank
 from ..progress import Progress, progress_bar
+from ..vanilla.batches import Batch, check_batch, position_mask, without_labels
 from ..vanilla.family import HIDDEN, Layout
-from ..vanilla.outputs import Batch
+from ..vanilla.heads import Classes, Head, head_of
+from ..vanilla.mode import adapters_off, evaluating
+from ..vanilla.outputs import get_student_logits
 from ..vanilla.shape import Shape
 from .space import SearchSpace
 
@@ -38,11 +40,21 @@ WIDTHS = (0.75, 0.5, 0.25)
 
 @dataclass(frozen=True)
 class Reference:
-    """A calibration batch without labels, one outcome per prediction drawn from the dense model, and its log-odds."""
+    """
+    A calibration batch, and what the dense model predicts on it.
+
+    Args:
+        batch: without labels, on the device.
+        head: what the outputs stand for.
+        dense: of classes one per prediction, drawn from the dense model: (rows, ...); otherwise its outputs.
+        surprise: the dense model's, of what was drawn: (rows, ...); None where nothing was.
+        mask: (rows, ...), 1 where a prediction counts.
+    """
 
     batch: Batch
-    outcomes: torch.Tensor
-    log_dense: torch.Tensor
+    head: Head
+    dense: torch.Tensor
+    surprise: torch.Tensor | None
     mask: torch.Tensor
 
 
@@ -50,9 +62,11 @@ class MaskedQuality:
     """
     The quality of a gated model's shapes, by closing gates.
 
-    The loss is the divergence KL(dense, slim) on calibration batches, without labels: outcomes y are drawn once from
-    the dense model, and KL is the mean of `q/p - 1 - log(q/p)` at y, with p the dense and q the masked model's
-    probability.
+    The loss is the divergence of the masked model from the dense one on calibration batches, without labels, as the
+    model's head says (`head_of`). Of several classes, whose logits are too many to keep, outcomes y are drawn once
+    from the dense model, and KL(dense, masked) is the mean of `q/p - 1 - log(q/p)` at y, with p the dense and q the
+    masked model's probability. Of independent labels it is the exact KL; of one output, regression and hidden states
+    the mean squared difference.
 
     Depth: after each drop the layers that remain are scored anew, and the cheapest goes. Width: what is cut in each
     layer is the sum of its units' scores, and how much loss that means is measured at a few widths of each axis.
@@ -66,6 +80,7 @@ class MaskedQuality:
 
     Raises:
         HawAdaError: if there are no batches.
+        BadDataError: if a batch holds what the model cannot take.
         InvalidPlanError: if the model's gates were not placed by a family row.
 
     References:
@@ -73,7 +88,7 @@ class MaskedQuality:
         Framework for Transformers" (2022), for sums of scores as a loss.
     """
 
-    meaning = "nats per prediction over the dense model's, gates closed, before any recovery"
+    before_recovery = "gates closed, before any recovery"
 
     def __init__(
         self,
@@ -95,6 +110,11 @@ class MaskedQuality:
         self._depth_loss: list[float] = []
 
     @property
+    def meaning(self) -> str:
+        """What the losses are, for people."""
+        return f"{self.references[0].head.unit}, {self.before_recovery}"
+
+    @property
     def free(self) -> tuple[str, ...]:
         """What the gates allow to cut."""
         scores = {"heads": self.scores.heads, "ffn": self.scores.channels, "layers": self.scores.layers}
@@ -113,11 +133,11 @@ class MaskedQuality:
         return rank(self.layout, scores, shape.complete(self.layout.dense))
 
     def evaluate(self, shape: Shape) -> float:
-        """The measured loss of a shape before any recovery, in nats per prediction."""
+        """The measured loss of a shape before any recovery, in what `meaning` says."""
         return self.loss(self.plan(shape))
 
     def loss(self, plan: Plan) -> float:
-        """KL(dense, masked) of a plan on the calibration batches, in nats per prediction."""
+        """The divergence of the masked model from the dense one on the calibration batches, for a plan."""
         if plan not in self.measured:
             with self._masked(plan), torch.inference_mode():
                 sums = np.sum([self._divergence(reference) for reference in self.references], axis=0)
@@ -160,19 +180,6 @@ class MaskedQuality:
     def without_layers(self, layers: int) -> Plan:
         """The plan that drops those and nothing else."""
         return self._without(self.drop_order(layers))
-
-    def depth_gates(self, layer: int) -> list[SigmoidGate]:
-        """The gates on the blocks and on the whole of a layer."""
-        ends = self.layout.attention_out(layer), self.layout.ffn_out(layer)
-        adapters = [cast(nn.Module, self.model.base_model.model).get_submodule(end) for end in ends]
-        return [
-            gate
-            for adapter in adapters
-            if isinstance(adapter, GateAdapter)
-            for name in self.names
-            for slot, gate in adapter.gates(name).items()
-            if slot in (BLOCK, LAYER)
-        ]
 
     def _drop_layers(self, least: int) -> None:
         """Drop one layer after the other, the cheapest first, scoring those that remain anew each time."""
@@ -242,45 +249,46 @@ class MaskedQuality:
         name = self.tuner._one_name(None)
         gates = list(collect_gates(self.model, name).values())
         before = [(gate.kept, gate.hard_in_training) for gate in gates]
-        training = self.model.training
-        self.model.eval()
-        try:
-            self.tuner.set_masks(plan, name)
-            yield
-        finally:
-            for gate, (kept, hard) in zip(gates, before, strict=True):
-                gate.set_plan(kept, in_training=hard)
-            self.model.train(training)
+        with evaluating(self.model):
+            try:
+                self.tuner.set_masks(plan, name)
+                yield
+            finally:
+                for gate, (kept, hard) in zip(gates, before, strict=True):
+                    gate.set_plan(kept, in_training=hard)
 
     def _reference(self, batch: Batch, seed: int) -> Reference:
-        device = next(self.model.parameters()).device
-        inputs = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()
-            if name != "labels"
-        }
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.inference_mode(), self.model.disable_adapter():
-                logits = _logits(self.model(**inputs))
-        finally:
-            self.model.train(training)
-        log_dense = logits.float().log_softmax(-1)
-        flat = log_dense.reshape(-1, log_dense.shape[-1])
-        # Drawn on the CPU by a generator of our own: the same on every device, and the caller's random state stays.
-        drawn = torch.multinomial(flat.exp().cpu(), 1, generator=torch.Generator().manual_seed(seed)).to(device)
-        given = inputs.get("attention_mask")
-        positions = log_dense.shape[:-1]
-        mask = given if given is not None and given.shape == positions else torch.ones(positions, device=device)
-        return Reference(inputs, drawn.reshape(*positions, 1), flat.gather(-1, drawn).reshape(positions), mask.float())
+        check_batch(self.model, batch)
+        inputs = without_labels(batch, next(self.model.parameters()).device)
+        with evaluating(self.model), torch.inference_mode(), adapters_off(self.model):
+            logits = get_student_logits(self.model, inputs)
+        head, given = head_of(self.model, logits), position_mask(inputs, logits.shape[:-1])
+        mask = torch.ones(logits.shape[:-1], device=logits.device) if given is None else given.float()
+        if not isinstance(head, Classes):
+            return Reference(inputs, head, logits, None, mask)
+        # By a generator of our own: the same on every device, and the caller's random state stays. Row by row, as
+        # wider copies of a whole batch's logits could be larger than the model.
+        generator = torch.Generator().manual_seed(seed)
+        rows = [row.reshape(-1, row.shape[-1]) for row in logits]
+        drawn = torch.stack([head.draw(row, generator) for row in rows]).reshape(mask.shape)
+        return Reference(inputs, head, drawn, _surprise(head, logits, drawn), mask)
 
     def _divergence(self, reference: Reference) -> tuple[float, float]:
-        logits = _logits(self.model(**reference.batch)).float()
-        log_slim = logits.gather(-1, reference.outcomes).squeeze(-1) - logits.logsumexp(-1)
-        ratio = log_slim - reference.log_dense
-        divergence = (ratio.exp() - 1 - ratio) * reference.mask
+        logits, head = get_student_logits(self.model, reference.batch), reference.head
+        if reference.surprise is None:
+            dtype, loss = torch.promote_types(logits.dtype, torch.float32), head.loss()
+            divergence = loss.value(logits, reference.dense, dtype) * reference.mask
+        else:
+            ratio = reference.surprise - _surprise(head, logits, reference.dense)
+            divergence = (ratio.exp() - 1 - ratio) * reference.mask
         return float(divergence.double().sum()), float(reference.mask.double().sum())
+
+
+def _surprise(head: Head, logits: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """The negative log-likelihood of each outcome, in float32, formed row by row: like `drawn`."""
+    pairs = zip(logits, drawn, strict=True)
+    found = [head.surprise(row.reshape(-1, row.shape[-1]).float(), targets.reshape(-1)) for row, targets in pairs]
+    return torch.stack(found).reshape(drawn.shape)
 
 
 def unit_scores(
@@ -306,31 +314,24 @@ def unit_scores(
         )
     by_gate = {id(gates[name]): value for name, value in importance.items()}
 
-    def scores(end: str, slot: str = UNITS) -> torch.Tensor | None:
-        adapter = base.get_submodule(end)
-        found = [adapter.gates(name).get(slot) for name in adapter_names] if isinstance(adapter, GateAdapter) else []
+    def scores(gates: Sequence[SigmoidGate]) -> torch.Tensor | None:
         total: torch.Tensor | None = None
-        for gate in found:
-            if gate is not None and id(gate) in by_gate:
+        for gate in gates:
+            if id(gate) in by_gate:
                 value = by_gate[id(gate)].double().cpu() * gate.factor(hard=False).detach().double().cpu().square()
                 total = value if total is None else total + value
         return total
 
-    hidden = None if plain.hidden is None else _spread(scores(layout.norms[0], HIDDEN_UNITS), layout.hidden_size)
-    stream = hidden_gate(base, layout, adapter_names[0])
-    layers = range(layout.dense.sizes()["num_hidden_layers"])
+    layers = layers_of(base, layout, adapter_names)
     size = layout.dense.sizes()["intermediate_size"]
+    stream = [gate for name in adapter_names if (gate := hidden_gate(base, layout, name)) is not None]
+    hidden = None if plain.hidden is None else _spread(scores(stream), layout.hidden_size)
     return replace(
         plain,
-        heads=tuple(scores(layout.attention_out(layer)) for layer in layers),
-        channels=tuple(_spread(scores(layout.ffn_out(layer)), size) for layer in layers),
-        hidden=None if hidden is None or stream is None else stream.ranked(hidden, trained=False),
+        heads=tuple(scores(layer.heads) for layer in layers),
+        channels=tuple(_spread(scores(layer.ffn), size) for layer in layers),
+        hidden=None if hidden is None else stream[0].ranked(hidden, trained=False),
     )
-
-
-def _logits(output: Mapping[str, Any]) -> torch.Tensor:
-    """What is predicted; by a model without a head its last hidden states, taken for logits."""
-    return output["logits" if "logits" in output else "last_hidden_state"]
 
 
 def _spread(scores: torch.Tensor | None, size: int) -> torch.Tensor | None:

@@ -12,7 +12,7 @@ from .space import SearchSpace
 
 
 class Quality(Protocol):
-    """What the search asks about quality. Losses are in nats per prediction; 0 is the dense model."""
+    """What the search asks about quality. Losses are in what `meaning` says; 0 is the dense model."""
 
     @property
     def meaning(self) -> str:

@@ -20,9 +20,9 @@ from ..refit.fidelity import of_this_rank
 from ..refit.reconstruction import refit_model
 from ..surgery.dense import dense_view
 from ..surgery.slimming import slim
+from ..vanilla.batches import Batch, main_input
 from ..vanilla.family import locate
 from ..vanilla.legality import check_legal
-from ..vanilla.outputs import Batch
 from ..vanilla.rehoming import rehome
 from ..vanilla.shape import Shape
 from .masked import MaskedQuality
@@ -40,9 +40,9 @@ class RefittedQuality(MaskedQuality):
     """
     The quality of a gated model's shapes, by building each one and refitting it to the dense model (`reconstruct`).
 
-    Which layers and units stay is decided as in `MaskedQuality`. A shape's loss is KL(dense, slim) of the refitted
-    slim model on calibration batches that it was not fitted to. Closing gates alone makes narrow shapes look worse
-    than shallow ones; least squares, and training after it, win back much more of width than of depth.
+    Which layers and units stay is decided as in `MaskedQuality`. A shape's loss is the divergence of the refitted slim
+    model from the dense one on calibration batches that it was not fitted to. Closing gates alone makes narrow shapes
+    look worse than shallow ones; least squares, and training after it, win back much more of width than of depth.
 
     Args:
         model (`PeftModel`): with gates placed by a family row, without LoRA, its weights not quantized.
@@ -55,7 +55,7 @@ class RefittedQuality(MaskedQuality):
         InvalidPlanError: if the model's gates were not placed by a family row.
     """
 
-    meaning = "nats per prediction over the dense model's, refitted, before any training"
+    before_recovery = "refitted, before any training"
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class RefittedQuality(MaskedQuality):
         return rehome(self.dense)
 
     def evaluate(self, shape: Shape) -> float:
-        """The measured loss of a shape after reconstruction and before any training, in nats per prediction."""
+        """The measured loss of a shape after reconstruction and before any training, in what `meaning` says."""
         return self._refitted_loss(self.plan(shape))
 
     def depth_losses(self, least: int) -> dict[int, float]:
@@ -133,6 +133,6 @@ def obstacle(model: PeftModel, batches: Sequence[Batch]) -> str:
         return "what LoRA has learned is not in the dense weights"
     if not all(parameter.is_floating_point() for parameter in model.parameters()):
         return "quantized weights cannot be sliced"
-    if len(batches) == 1 and len(next(v for v in batches[0].values() if isinstance(v, torch.Tensor) and v.ndim)) < 2:
+    if len(batches) == 1 and len(main_input(model.get_base_model(), batches[0])) < 2:
         return "one row of calibration data is too little: none can be held out"
     return ""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..latency.clock import Effort
 from ..latency.table import LatencyTable
 from ..planning.reasons import roundings
 from ..planning.rounding import Rounding
+from ..processes import in_main_process
 from ..search.effort import SearchEffort
 from ..search.rounds import search
 from ..search.space import search_space
@@ -24,13 +26,14 @@ from ..vanilla.family import Layout, locate
 from ..vanilla.shape import Shape
 from .constraint import LatencyConstraint
 from .gate_quality import GateQuality
-from .goal import Goal, logger
+
+logger = logging.getLogger(__name__)
 
 ANCHOR = Effort(min_rounds=5, max_rounds=20, max_seconds=5.0, tolerance=0.01)
 """How long the current shape is timed while training runs."""
 
 
-class LatencyGoal(Goal):
+class LatencyGoal:
     """
     A latency, whatever the shape: the gates find it under a `LatencyConstraint`, and the search at the end only
     rounds.
@@ -42,12 +45,16 @@ class LatencyGoal(Goal):
         rate (`float`): of the ascent.
         timing (`Effort`, *optional*): how long shapes are timed.
         effort (`SearchEffort`, *optional*): how hard the search at the end looks.
+        anchor_steps (`int`): after how many steps the current shape is timed.
 
     Raises:
         InfeasibleBudgetError: if no shape meets the budget.
         InvalidPlanError: if the residual stream has gates.
         IncompatibleTableError: if the table is for another device, regime or model.
     """
+
+    term = "latency"
+    shape: Shape | None = None
 
     def __init__(
         self,
@@ -58,8 +65,11 @@ class LatencyGoal(Goal):
         rate: float = 1.0,
         timing: Effort | None = None,
         effort: SearchEffort | None = None,
+        anchor_steps: int = 50,
     ) -> None:
-        self.model, self.budget = model, budget
+        self.model, self.budget, self.anchor_steps = model, budget, anchor_steps
+        self.roundings: Sequence[Rounding] = ()
+        self.search: Mapping[str, Any] | None = None
         self.base = dense_model(model)
         self.layout: Layout = locate(self.base)
         self.name: str = model.active_adapters[0]
@@ -109,9 +119,11 @@ class LatencyGoal(Goal):
         self._violation = float(violation.detach())
         return self.constraint.penalty(violation)
 
-    def step(self) -> None:
-        """Let the multiplier climb."""
+    def step(self, step: int) -> None:
+        """Let the multiplier climb; every `anchor_steps` the first process times the current shape for all."""
         self.constraint.ascend(self._violation)
+        if step % self.anchor_steps == 0:
+            self.anchor(*in_main_process(self.measure))
 
     def measure(self) -> tuple[Shape, float]:
         """The current shape and its milliseconds, timed beside the dense one with random weights."""
