@@ -28,6 +28,7 @@ from conftest import (
 )
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from test_trainer import trainer_of
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -642,3 +643,17 @@ def test_plans_of_channels_and_of_directions_do_not_mix() -> None:
         slim(build(LM_ROW), second)
     with pytest.raises(InvalidPlanError, match="directions of a basis are to be cut"):
         slim_in_basis(build(LM_ROW), first, random_basis(build(LM_ROW)))
+
+
+def test_a_trainer_finds_the_basis_that_nobody_has(tmp_path: Path) -> None:
+    base = build(LM_ROW)
+    model = gate(base, shuffle=False, gates=("ffn", "hidden"), rotate=True)
+    trainer = trainer_of(tmp_path, model, shape=Shape(hidden_size=40, intermediate_size=64), calibration_examples=8)
+    trainer.train()
+    plan = trainer.model.applied_plan()
+    assert plan.rotated
+    assert plan.shape.hidden_size == 40
+    found = basis_gate(base, locate(base), "default")
+    assert found.marks.any()
+    masked = logits_of(trainer.model)
+    assert difference(logits_of(trainer.model.merge_and_unload()), masked) <= 1e-5

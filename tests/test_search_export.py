@@ -14,7 +14,7 @@ import torch
 from conftest import EVERYTHING, LM_ROW, ROWS, VISION_ROW, build, difference, gate, inputs_of, logits_of
 from peft import get_peft_model
 
-from hawada_peft import HawAdaConfig, Shape, collect_gates, slim
+from hawada_peft import HawAdaConfig, Shape, collect_gates, init_basis, slim
 from hawada_peft.errors import (
     HawAdaError,
     IllegalShapeError,
@@ -534,9 +534,13 @@ def test_the_loss_of_a_hidden_size_is_measured() -> None:
     assert list(kept) == sorted(importance.argsort(descending=True, stable=True)[:48].tolist())
 
 
-def test_a_plan_with_a_hidden_size_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
-    """On a machine where nothing but the hidden size saves time."""
-    model = get_peft_model(build(LM_ROW), HawAdaConfig(gates=("heads", "ffn", "layers", "hidden")))
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("refit", [False, True])
+def test_a_plan_with_a_hidden_size_is_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: object, rotate: bool, refit: bool
+) -> None:
+    """On a machine where nothing but the hidden size saves time; of channels, and of directions of a basis."""
+    model = get_peft_model(build(LM_ROW), HawAdaConfig(gates=("heads", "ffn", "layers", "hidden"), rotate=rotate))
     layout = locate(model.get_base_model())
     seen: set[int | None] = set()
 
@@ -549,16 +553,17 @@ def test_a_plan_with_a_hidden_size_is_found(monkeypatch: pytest.MonkeyPatch, tmp
 
     monkeypatch.setattr("hawada_peft.latency.build.measure_built", timed)
     monkeypatch.setattr(find_plan_module, "measure_built", timed)
-    batches = [inputs_of(model)]
+    batches = [{"input_ids": torch.randint(128, (6, 16), generator=torch.Generator().manual_seed(0))}]
+    if rotate:
+        init_basis(model, batches)
     budget = LatencyBudget(speedup=1.2, mode="prefill", seq_len=8)
-    importance = gate_importance(model, batches)
-    result = find_plan(
-        model, budget, batches, importance=importance, hidden_sizes=[48, 32], table_plan=SMALL_TABLE, cache=tmp_path
-    )
+    options = {"hidden_sizes": [48, 32], "table_plan": SMALL_TABLE, "cache": tmp_path, "refit": refit}
+    result = find_plan(model, budget, batches, importance=gate_importance(model, batches), **options)
     assert seen == {None, 48, 32}
     assert result.best.shape.hidden_size == 48
     assert result.speedup == pytest.approx(9 / 7)
     assert result.plan.shape == result.best.shape
+    assert result.plan.rotated == rotate
     model.apply_plan(result.plan)
     masked = logits_of(model)
     assert difference(logits_of(model.merge_and_unload()), masked) <= 1e-5
