@@ -29,6 +29,7 @@ import torch
 from exactness import build
 from peft import get_peft_model
 from rows import append_row, read_rows
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 from work import Bench, add_work_arguments
@@ -36,14 +37,15 @@ from work import Bench, add_work_arguments
 from hawada_peft import HawAdaConfig, Plan
 from hawada_peft.basis.basis import Basis
 from hawada_peft.basis.find import find_basis
-from hawada_peft.basis.proof import check_exact, rotation_error
-from hawada_peft.basis.rotation import slim_in_basis
+from hawada_peft.basis.proof import check_exact
+from hawada_peft.basis.rotation import rotate, slim_in_basis
 from hawada_peft.errors import HawAdaError, IllegalShapeError
 from hawada_peft.planning.importance import gate_importance
 from hawada_peft.surgery.slimming import slim
 from hawada_peft.vanilla.family import FAMILIES, Family, locate, register_family
 from hawada_peft.vanilla.legality import check_legal
 from hawada_peft.vanilla.llama import LLAMA
+from hawada_peft.vanilla.outputs import example_inputs, output_of
 from hawada_peft.vanilla.rehoming import rehome
 
 POST_NORMS = {
@@ -55,12 +57,41 @@ POST_NORMS = {
 """Families with norms between the blocks and the stream, and rows that someone might write for them."""
 
 
+def wide_norms(model: PreTrainedModel) -> PreTrainedModel:
+    """transformers' RMSNorms compute in float32 whatever they get: torch's own in their place."""
+    for name, module in list(model.named_modules()):
+        if "RMSNorm" in type(module).__name__:
+            norm = nn.RMSNorm(len(module.weight), eps=module.variance_epsilon, dtype=module.weight.dtype)
+            norm.weight = module.weight
+            model.set_submodule(name, norm)
+    return model
+
+
+def rotated_difference(model_type: str, dtype: torch.dtype, *, wide: bool) -> float:
+    """Of the outputs of a model and of `rotate` of it, relative to the largest output."""
+    model = build(model_type, dtype)
+    inputs = example_inputs(model)
+    batch = {
+        name: torch.randn(64, *each.shape[1:]).to(dtype)
+        if each.is_floating_point()
+        else torch.randint(128, (16, *each.shape[1:]))
+        for name, each in inputs.items()
+    }
+    found = rotate(model, [batch])
+    pair = [wide_norms(each) if wide else each for each in (model, found)]
+    dense, turned = (output_of(each, inputs) for each in pair)
+    return float((dense - turned).abs().max() / dense.abs().max())
+
+
 def exact() -> None:
     logging.set_verbosity_error()
-    print("| family | difference of a rotated tiny copy, of the largest output |\n|---|---|")
+    torch.manual_seed(0)
+    print("| family | float32 | float64 | float64, norms too |\n|---|---|---|---|")
     for model_type in list(FAMILIES):
-        layout = locate(build(model_type, torch.float64))
-        print(f"| {model_type} | {rotation_error(layout):.1e} |", flush=True)
+        kinds = ((torch.float32, False), (torch.float64, False), (torch.float64, True))
+        found = [rotated_difference(model_type, dtype, wide=wide) for dtype, wide in kinds]
+        print(f"| {model_type} | {' | '.join(f'{each:.1e}' for each in found)} |", flush=True)
+    print("| family | |\n|---|---|")
     for model_type, norms in POST_NORMS.items():
         row: Family = replace(LLAMA, hidden_norms=norms, twin="", twin_fields=())
         register_family(model_type, row)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -36,6 +36,10 @@ class Basis:
     scales: torch.Tensor
     marks: torch.Tensor
     centred: bool
+
+    def cpu(self) -> Basis:
+        """The same with its tensors on the CPU."""
+        return replace(self, vectors=self.vectors.cpu(), scales=self.scales.cpu(), marks=self.marks.cpu())
 
     @property
     def nbytes(self) -> int:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..errors import HawAdaError, UnsupportedModelError
 from ..gates.stream_basis import helmert
+from ..processes import in_main_process
 from ..progress import Progress
 from ..vanilla.batches import Batch
 from ..vanilla.family import Layout, locate
@@ -70,6 +71,8 @@ def init_basis(
     """
     Give the gates on the residual stream the basis that they act in, found on calibration batches (`find_basis`).
 
+    In a training of several processes each has to call this, and the first one's batches decide.
+
     Args:
         model: with an adapter of `HawAdaConfig(gates=(..., "hidden"), rotate=True)`.
         calibration, seed, progress: as in `find_basis`.
@@ -90,7 +93,7 @@ def init_basis(
             'HawAdaConfig(gates=(..., "hidden"), rotate=True)'
         )
     with adapters_off(model):
-        basis = find_basis(base, calibration, seed=seed, progress=progress)
+        basis = in_main_process(lambda: find_basis(base, calibration, seed=seed, progress=progress).cpu())
     gate.set_basis(basis.vectors, basis.scales, basis.marks)
     return basis
 

@@ -20,7 +20,7 @@ from ..vanilla.mode import evaluating
 from ..vanilla.outputs import get_student_logits
 from .basis import stream_norms
 
-ENTRIES = 2**24
+ENTRIES = 2**23
 """Entries of all second moments of one kind together; sites are summed to groups of neighbours above that."""
 
 
