@@ -38,7 +38,7 @@ class RowsError(HawAdaError):
 
 
 class VerificationError(RuntimeError):
-    """A saved slim model does not reload to the model that was exported."""
+    """A slim model computes something else than the gated one, or a saved one does not reload to what was exported."""
 
 
 class RegistrationError(RuntimeError):
@@ -67,6 +67,10 @@ class InfeasibleBudgetError(HawAdaError):
 
 class UnsettledTimingWarning(UserWarning):
     """A timer's median was still moving when the rounds were used up."""
+
+
+class UncachedTableWarning(UserWarning):
+    """A latency table was measured, and could not be kept for later."""
 
 
 class UntiedEmbeddingsWarning(UserWarning):

@@ -139,6 +139,12 @@ def open_probabilities(model: PeftModel, layout: Layout) -> dict[str, list[torch
     return found
 
 
+def are_fresh(model: PeftModel) -> bool:
+    """Whether every gate of the active adapters is at its start, so that the gates rank no unit before another."""
+    gates = [gate for axis in axes_of(model).values() for gate in axis]
+    return all(bool((gate.theta == gate.start.theta).all()) for gate in gates)
+
+
 def axes_of(model: PeftModel) -> dict[str, list[SigmoidGate]]:
     """The active adapter's gates by the size that they gate."""
     axes: dict[str, list[SigmoidGate]] = {}

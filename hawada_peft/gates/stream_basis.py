@@ -125,6 +125,14 @@ class BasisGate(HiddenGate):
                 setattr(self, name, tensor.to(moved.device))
         return self
 
+    def soft(self) -> torch.Tensor:
+        """The factor of every unit, whatever a plan closes: (units,)."""
+        kept, self.kept = self.kept, None
+        try:
+            return self.features(hard=True).detach().clone()
+        finally:
+            self.kept = kept
+
     def scale(self, site: int, kept: int) -> torch.Tensor:
         """A norm's factor when so many units are kept: ()."""
         return scale_at(self.scales, kept / len(self.vectors))[site]

@@ -25,7 +25,7 @@ from ..vanilla.family import HIDDEN, Layout
 from ..vanilla.heads import Classes, Head, head_of
 from ..vanilla.mode import adapters_off, evaluating
 from ..vanilla.outputs import get_student_logits
-from ..vanilla.shape import Shape
+from ..vanilla.shape import BY_NAME, FFN, HEADS, LAYERS, Shape
 from .space import SearchSpace
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 RESCORED = 8
 """Layers whose loss is measured anew after each drop: those that were cheapest to drop before it."""
 
+
+DEPTH, WIDTHS_OF = "dropping layers", "judging widths"
+"""What these are shown as."""
 
 WIDTHS = (0.75, 0.5, 0.25)
 """Parts of an axis of width at which the predicted loss is held against a measured one."""
@@ -81,7 +84,7 @@ class MaskedQuality:
     Raises:
         HawAdaError: if there are no batches.
         BadDataError: if a batch holds what the model cannot take.
-        InvalidPlanError: if the model's gates were not placed by a family row.
+        InvalidPlanError: if not one adapter is active, or its gates were not placed by a family row.
 
     References:
         Schulman, "Approximating KL Divergence" (2020), the third estimator. Kwon et al., "A Fast Post-Training Pruning
@@ -102,7 +105,9 @@ class MaskedQuality:
         self.model, self._progress = model, progress
         self.tuner = cast(Any, model.base_model)
         self.names = list(self.tuner.active_adapters)
-        self.layout: Layout = self.tuner._layout(self.names)
+        if len(self.names) != 1:
+            raise InvalidPlanError(f"one adapter must be active, got {self.names}; see `model.set_adapter`")
+        self.layout: Layout = self.tuner.layout_of(self.names)
         self.scores = unit_scores(model, self.layout, self.names, importance)
         self.references = [self._reference(batch, index) for index, batch in enumerate(batches)]
         self.measured: dict[Plan, float] = {}
@@ -117,7 +122,7 @@ class MaskedQuality:
     @property
     def free(self) -> tuple[str, ...]:
         """What the gates allow to cut."""
-        scores = {"heads": self.scores.heads, "ffn": self.scores.channels, "layers": self.scores.layers}
+        scores = {HEADS: self.scores.heads, FFN: self.scores.channels, LAYERS: self.scores.layers}
         free = tuple(axis for axis, values in scores.items() if all(value is not None for value in values))
         return free if self.scores.hidden is None else (*free, HIDDEN)
 
@@ -153,9 +158,9 @@ class MaskedQuality:
         depth_loss = self.depth_losses(min(space.layers))
         heads = np.stack([self._heads_cut(layer, space.heads) for layer in range(total)])
         ffn = np.stack([self._channels_cut(layer, space.ffn) for layer in range(total)])
-        heads_loss = self._measured_curve(heads.sum(0), [replace(pair) for pair in space.heads], "num_attention_heads")
+        heads_loss = self._measured_curve(heads.sum(0), space.heads, BY_NAME[HEADS].field)
         sizes = [Shape(intermediate_size=size) for size in space.ffn]
-        ffn_loss = self._measured_curve(ffn.sum(0), sizes, "intermediate_size")
+        ffn_loss = self._measured_curve(ffn.sum(0), sizes, BY_NAME[FFN].field)
         hidden = 0.0 if space.hidden_size is None else max(0.0, self.evaluate(Shape(hidden_size=space.hidden_size)))
         result = np.empty((len(space.layers), len(space.heads), len(space.ffn)))
         for row, count in enumerate(space.layers):
@@ -185,17 +190,32 @@ class MaskedQuality:
         """Drop one layer after the other, the cheapest first, scoring those that remain anew each time."""
         total = self.layout.dense.sizes()["num_hidden_layers"]
         last: dict[int, float] = {}
-        steps = range(len(self._order), total - least)
-        for _ in progress_bar(self._progress, iterable=steps, desc="dropping layers", leave=False):
-            remaining = [layer for layer in range(total) if layer not in self._order]
-            asked = sorted(remaining, key=lambda layer: last.get(layer, 0.0))
-            asked = asked[:RESCORED] if last else asked
-            scores = {layer: self.loss(self._without([*self._order, layer])) for layer in asked}
-            last |= scores
-            cheapest = min(scores, key=scores.__getitem__)
-            self._order.append(cheapest)
-            self._depth_loss.append(max([scores[cheapest], *self._depth_loss[-1:]]))
+        kept = range(total - len(self._order), least, -1)  # before each drop
+        if not kept:
+            return
+        count = sum(min(RESCORED, each) if index else each for index, each in enumerate(kept))
+        logger.info("dropping %d of %d layers takes %d evaluations of the calibration data", len(kept), total, count)
+        with progress_bar(self._progress, total=count, desc=DEPTH, unit="evaluation", leave=False) as bar:
+            for _ in kept:
+                remaining = self._droppable([layer for layer in range(total) if layer not in self._order])
+                asked = sorted(remaining, key=lambda layer: last.get(layer, 0.0))
+                scores: dict[int, float] = {}
+                for layer in asked[:RESCORED] if last else asked:
+                    scores[layer] = self.loss(self._without([*self._order, layer]))
+                    bar.update(1)
+                last |= scores
+                cheapest = min(scores, key=scores.__getitem__)
+                self._order.append(cheapest)
+                self._depth_loss.append(max([scores[cheapest], *self._depth_loss[-1:]]))
         logger.info("layers in the order of dropping: %s", self._order)
+
+    def _droppable(self, remaining: Sequence[int]) -> list[int]:
+        """Those that may go next: the last layer before a backbone's stage stays."""
+        needed = set[int]()
+        for stage in self.layout.stages:
+            inside = [layer for layer in remaining if layer in range(*stage)]
+            needed |= set(inside) if len(inside) == 1 else set()
+        return [layer for layer in remaining if layer not in needed]
 
     def _without(self, dropped: Sequence[int]) -> Plan:
         full = Plan.keep_all(self.layout.dense)
@@ -226,7 +246,7 @@ class MaskedQuality:
         dense = self.layout.dense.sizes()[field]
         values = np.array([getattr(shape, field) for shape in shapes])
         points: dict[float, float] = {}
-        for part in WIDTHS:
+        for part in progress_bar(self._progress, iterable=WIDTHS, desc=WIDTHS_OF, leave=False):
             at = int(np.argmin(np.abs(values - part * dense) + 1e-6 * cut / (cut.max() + 1e-30)))
             if values[at] < dense and cut[at] > 0:
                 points[float(cut[at])] = max(self.evaluate(shapes[at]), 1e-9)
@@ -246,7 +266,7 @@ class MaskedQuality:
     @contextmanager
     def _masked(self, plan: Plan) -> Iterator[None]:
         """Close what a plan removes, whatever its legality, and put everything back."""
-        name = self.tuner._one_name(None)
+        (name,) = self.names
         gates = list(collect_gates(self.model, name).values())
         before = [(gate.kept, gate.hard_in_training) for gate in gates]
         with evaluating(self.model):

@@ -24,5 +24,5 @@ class Quality(Protocol):
     def evaluate(self, shape: Shape) -> float | None:
         """The measured loss of a shape before any recovery; None if it cannot be measured."""
 
-    def plan(self, shape: Shape) -> Plan | None:
-        """What stays at a shape; None if there is nothing to choose from."""
+    def plan(self, shape: Shape) -> Plan:
+        """What stays at a shape."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import cast
 
 import numpy as np
@@ -13,7 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..basis.basis import basis_gate, gate_basis, turn_of
-from ..errors import HawAdaError, IllegalShapeError
+from ..errors import HawAdaError
 from ..planning.plan import Plan
 from ..progress import Progress, progress_bar
 from ..refit.fidelity import of_this_rank
@@ -21,9 +20,6 @@ from ..refit.reconstruction import refit_model
 from ..surgery.dense import dense_view
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch, main_input
-from ..vanilla.family import locate
-from ..vanilla.legality import check_legal
-from ..vanilla.rehoming import rehome
 from ..vanilla.shape import Shape
 from .masked import MaskedQuality
 
@@ -31,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 LORA_OUT = {"lora_B", "lora_embedding_B"}
 """PEFT's second factors, zero until they are trained."""
+
+REFITS = "refitting depths"
+"""What it is shown as."""
 
 DEPTHS = 6
 """Numbers of layers at which a refitted model is measured; between them the ratio to the masked loss is followed."""
@@ -73,11 +72,6 @@ class RefittedQuality(MaskedQuality):
         gate = basis_gate(model.get_base_model(), self.layout, self.names[0])
         self._stream = None if gate is None else gate_basis(gate)
 
-    @cached_property
-    def _twin(self) -> PreTrainedModel:
-        """The dense model under the class that takes more head counts."""
-        return rehome(self.dense)
-
     def evaluate(self, shape: Shape) -> float:
         """The measured loss of a shape after reconstruction and before any training, in what `meaning` says."""
         return self._refitted_loss(self.plan(shape))
@@ -90,7 +84,7 @@ class RefittedQuality(MaskedQuality):
             return masked
         places = np.unique(np.linspace(0, len(counts) - 1, min(DEPTHS, len(counts))).round().astype(int))
         known = [counts[place] for place in places]
-        steps = progress_bar(self._progress, iterable=known, desc="refitting depths", leave=False)
+        steps = progress_bar(self._progress, iterable=known, desc=REFITS, leave=False)
         ratios = [
             np.log(max(self._refitted_loss(self.without_layers(count)), 1e-9) / masked[count]) for count in steps
         ]
@@ -102,23 +96,16 @@ class RefittedQuality(MaskedQuality):
         if plan.keeps_all:
             return 0.0
         if plan not in self._refitted:
-            home, turn = self._home(plan), None
+            turn = None
             if self._stream is not None and plan.hidden is not None:
-                turn = turn_of(home, locate(home), self._stream, torch.tensor(plan.hidden))
-            small = slim(home, plan, turn=turn)
+                turn = turn_of(self.dense, self.layout, self._stream, torch.tensor(plan.hidden))
+            small = slim(self.dense, plan, turn=turn)
             batches = [reference.batch for reference in self.references]
             coordinates = None if turn is None else turn.write
             report = refit_model(self.dense, small, plan, batches, coordinates=coordinates, reduce=of_this_rank)
             logger.debug("%s: %s", plan, report)
             self._refitted[plan] = min(report.before, report.after)
         return self._refitted[plan]
-
-    def _home(self, plan: Plan) -> PreTrainedModel:
-        try:
-            check_legal(self.layout, plan.shape)
-        except IllegalShapeError:
-            return self._twin
-        return self.dense
 
 
 def obstacle(model: PeftModel, batches: Sequence[Batch]) -> str:

@@ -15,9 +15,9 @@ from ..files.atomic import write_text
 from ..gates.kinds import SigmoidGate
 from ..gates.reading import expected_sizes, layers_of
 from ..planning.plan import Plan
-from ..planning.ranking import LAYERS
 from ..search.timed import dense_model
 from ..vanilla.family import FFN, HEADS, locate
+from ..vanilla.shape import LAYERS
 
 HISTORY_FILE = "gate_history.json"
 FORMAT = 1

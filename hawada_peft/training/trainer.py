@@ -27,14 +27,14 @@ from ..errors import CheckpointError, HawAdaError
 from ..files.atomic import write_text
 from ..gates.adapter import GateAdapter
 from ..gates.attach import collect_gates
-from ..gates.reading import axes_of, open_probabilities
+from ..gates.reading import are_fresh, axes_of, open_probabilities
 from ..latency.budget import LatencyBudget
+from ..latency.effort import Effort
 from ..latency.table import LatencyTable
-from ..planning.importance import gate_importance
 from ..planning.plan import Plan
 from ..planning.rounding import Rounding
 from ..processes import in_main_process
-from ..search.budgeted import find_plan
+from ..search.budgeted import search_plan
 from ..search.timed import dense_model, measure_table, regime_of
 from ..vanilla.batches import Batch, main_input, position_mask
 from ..vanilla.family import locate
@@ -54,9 +54,6 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "hawada_state.json"
 """Beside the adapter in a checkpoint: the goal (shape; or multiplier, moving average, table), the approached plan, the
 history."""
-
-LAGRANGE_OPTIONS = ("cache", "effort", "table", "table_plan", "timing")
-"""What a training under a multiplier takes of the arguments of `find_plan`."""
 
 
 class HawAdaTrainer(UnlabelledTrainer):
@@ -78,8 +75,9 @@ class HawAdaTrainer(UnlabelledTrainer):
         shape (`Shape`, *optional*): the sizes of the slim model. One of `shape`, `keep_ratio` and `budget` is given.
         keep_ratio (`float` or `dict`, *optional*): instead of a shape, as in `HawAdaModel.plan`.
         budget (`LatencyBudget`, *optional*): instead of a shape.
-        search_options (`dict`, *optional*): further arguments of `find_plan`; with `constraint="lagrange"` of
-            `table`, `table_plan`, `cache`, `timing` and `effort`.
+        effort (`Effort`, *optional*): how hard latency is measured and the shape for a budget searched.
+        table (`LatencyTable`, *optional*): measured here before; measured or taken from the disk cache if left out.
+        hidden_sizes, refit (*optional*): as in `find_plan`; not with `constraint="lagrange"`.
         kwargs: as in `Trainer`.
 
     Attributes:
@@ -102,7 +100,10 @@ class HawAdaTrainer(UnlabelledTrainer):
         shape: Shape | None = None,
         keep_ratio: float | Mapping[str, float] | None = None,
         budget: LatencyBudget | None = None,
-        search_options: Mapping[str, Any] | None = None,
+        effort: Effort | None = None,
+        table: LatencyTable | None = None,
+        hidden_sizes: Sequence[int] | None = None,
+        refit: bool | None = None,
         **kwargs: Any,
     ) -> None:
         problems = _model_problems(model)
@@ -114,7 +115,7 @@ class HawAdaTrainer(UnlabelledTrainer):
         except HawAdaError as error:
             problems.append(str(error))
         if options is not None:
-            problems += _constraint_problems(options.constraint, budget, search_options or {})
+            problems += _constraint_problems(options.constraint, budget, hidden_sizes, refit)
         if problems or options is None:
             raise HawAdaError("\n".join(problems))
         self.objective: Distillation = Distillation(options.kd_temperature, options.kl_weight, options.mse_weight)
@@ -124,7 +125,8 @@ class HawAdaTrainer(UnlabelledTrainer):
             # A shape that is illegal or has no gates fails here, before any training.
             plan = model.plan(shape, keep_ratio=keep_ratio)
             self._goal = ShapeGoal(model, plan.shape, plan.roundings)
-        self.budget, self.search_options = budget, dict(search_options or {})
+        self.budget, self.effort, self.table = budget, effort or Effort(), table
+        self.hidden_sizes, self.refit = hidden_sizes, refit
         self._terms: dict[str, list[torch.Tensor]] = {}
         self.gated: Any = model  # `self.model`, typed for what PEFT passes on to the tuner
         self.history = GateHistory(model)
@@ -246,43 +248,47 @@ class HawAdaTrainer(UnlabelledTrainer):
 
     def _prepare(self) -> None:
         """Find the shape for a budget, and start gates that nobody has started."""
-        gates = [gate for axis in axes_of(self.gated).values() for gate in axis]
-        fresh = all(bool((gate.theta == gate.start.theta).all()) for gate in gates)
-        start = fresh and self.args.calibration_examples > 0 and not self.decided
+        start = are_fresh(self.gated) and self.args.calibration_examples > 0 and not self.decided
         batches = self._calibration() if start or self._goal is None else []
         if batches:
             ensure_basis(self.gated, batches)
         importance, plan = None, None
         if self._goal is None:
-            self._goal, importance, plan = self._goal_of_budget(cast(LatencyBudget, self.budget), batches, fresh)
+            self._goal, importance, plan = self._goal_of_budget(cast(LatencyBudget, self.budget), batches)
         if start:
             init_gates(self.gated, batches, shape=self.goal.shape, plan=plan, importance=importance)
 
     def _goal_of_budget(
-        self, budget: LatencyBudget, batches: Sequence[Batch], fresh: bool
+        self, budget: LatencyBudget, batches: Sequence[Batch]
     ) -> tuple[Goal, Mapping[str, torch.Tensor] | None, Plan | None]:
         """The goal, and what a search for it has learnt: the importance of fresh gates, and its plan."""
-        options, progress = self.search_options, None if self.args.disable_tqdm else partial(tqdm, disable=None)
+        progress = None if self.args.disable_tqdm else partial(tqdm, disable=None)
 
-        def find_shape() -> tuple[Mapping[str, torch.Tensor] | None, Plan | None, Shape, dict[str, Any]]:
-            # Fresh gates are all the same: shapes would be judged by cutting whatever comes last.
-            importance = gate_importance(self.gated, batches) if fresh else None
-            defaults = {"importance": importance, "progress": progress}
-            found = find_plan(self.gated, budget, batches, **(defaults | options))
+        def find_shape() -> tuple[Mapping[str, torch.Tensor] | None, Plan, Shape, dict[str, Any]]:
+            found, importance = search_plan(
+                self.gated,
+                budget,
+                batches,
+                table=self.table,
+                hidden_sizes=self.hidden_sizes,
+                refit=self.refit,
+                effort=self.effort,
+                progress=progress,
+            )
             return importance, found.plan, found.best.shape, found.to_dict()
 
         if self.args.constraint == "search":
             importance, plan, shape, self.search = in_main_process(find_shape)
             return ShapeGoal(self.gated, shape), importance, plan
-        named = {name: options[key] for key, name in (("cache", "cache"), ("table_plan", "plan")) if key in options}
-        named["progress"], regime = progress, regime_of(self.gated, budget)
-        table = options.get("table") or in_main_process(lambda: measure_table(self.gated, regime, **named))
+        regime, effort = regime_of(self.gated, budget), self.effort
+        table = self.table or in_main_process(
+            lambda: measure_table(self.gated, regime, effort=effort, progress=progress)
+        )
         return self._latency_goal(table), None, None
 
     def _latency_goal(self, table: LatencyTable) -> LatencyGoal:
-        hard: dict[str, Any] = {name: self.search_options.get(name) for name in ("timing", "effort")}
         budget = cast(LatencyBudget, self.budget)
-        return LatencyGoal(self.gated, budget, table, anchor_steps=self.args.anchor_steps, **hard)
+        return LatencyGoal(self.gated, budget, table, anchor_steps=self.args.anchor_steps, effort=self.effort)
 
     def _calibration(self) -> list[Batch]:
         """
@@ -431,15 +437,16 @@ def _model_problems(model: Any) -> list[str]:
     ]
 
 
-def _constraint_problems(constraint: str, budget: LatencyBudget | None, given: Mapping[str, Any]) -> list[str]:
+def _constraint_problems(
+    constraint: str, budget: LatencyBudget | None, hidden_sizes: Sequence[int] | None, refit: bool | None
+) -> list[str]:
     problems, lagrange = [], constraint == "lagrange"
     if lagrange and budget is None:
         problems.append("constraint='lagrange' needs a budget")
     if lagrange and budget is not None and math.isinf(budget.limit_ms(1.0)):
         problems.append(f"constraint='lagrange' needs a budget with a limit on latency, got {budget}")
-    options = list(LAGRANGE_OPTIONS) if lagrange else sorted(find_plan.__kwdefaults__ or {})
-    if unknown := sorted(set(given) - set(options)):
-        problems.append(f"search_options are {options} with constraint={constraint!r}, got {unknown}")
+    if lagrange and (hidden_sizes is not None or refit is not None):
+        problems.append("constraint='lagrange' takes neither hidden_sizes nor refit: no shapes are judged")
     return problems
 
 

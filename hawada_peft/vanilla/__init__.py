@@ -1,12 +1,8 @@
-"""The rows that say where transformers' model families keep what is gated."""
+"""For whoever adds a family: the rows that say where transformers' models keep what is gated."""
 
 from . import llama, vit
 from .family import (
     FAMILIES,
-    FFN,
-    HEADS,
-    HIDDEN,
-    KV_GROUPS,
     TARGET_MODULES,
     Family,
     Layout,
@@ -14,7 +10,8 @@ from .family import (
     locate,
     register_family,
 )
-from .shape import Shape
+from .rehoming import rehome
+from .shape import FFN, HEADS, HIDDEN, KV_GROUPS, LAYERS, SIZES, Axis, Shape
 
 __all__ = [
     "FAMILIES",
@@ -22,7 +19,10 @@ __all__ = [
     "HEADS",
     "HIDDEN",
     "KV_GROUPS",
+    "LAYERS",
+    "SIZES",
     "TARGET_MODULES",
+    "Axis",
     "Family",
     "Layout",
     "Shape",
@@ -30,5 +30,6 @@ __all__ = [
     "llama",
     "locate",
     "register_family",
+    "rehome",
     "vit",
 ]
