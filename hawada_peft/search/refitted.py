@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..basis.basis import basis_gate, gate_basis, turn_of
-from ..errors import HawAdaError
+from ..errors import HawAdaError, IllegalShapeError
 from ..planning.plan import Plan
 from ..progress import Progress, progress_bar
 from ..refit.fidelity import of_this_rank
@@ -20,6 +20,7 @@ from ..refit.reconstruction import refit_model
 from ..surgery.dense import dense_view
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch, main_input
+from ..vanilla.legality import check_legal
 from ..vanilla.shape import Shape
 from .masked import MaskedQuality
 
@@ -42,6 +43,7 @@ class RefittedQuality(MaskedQuality):
     Which layers and units stay is decided as in `MaskedQuality`. A shape's loss is the divergence of the refitted slim
     model from the dense one on calibration batches that it was not fitted to. Closing gates alone makes narrow shapes
     look worse than shallow ones; least squares, and training after it, win back much more of width than of depth.
+    Head counts that exist at another hidden size alone are judged by closed gates when they are judged by themselves.
 
     Args:
         model (`PeftModel`): with gates placed by a family row, without LoRA, its weights not quantized.
@@ -96,6 +98,10 @@ class RefittedQuality(MaskedQuality):
         if plan.keeps_all:
             return 0.0
         if plan not in self._refitted:
+            try:
+                check_legal(self.layout, plan.shape)
+            except IllegalShapeError:  # head counts that exist at another hidden size alone
+                return self.loss(plan)
             turn = None
             if self._stream is not None and plan.hidden is not None:
                 turn = turn_of(self.dense, self.layout, self._stream, torch.tensor(plan.hidden))
