@@ -13,7 +13,7 @@ before and after some steps of distillation; rows are appended to a file as they
 
 The picture of these rows:
 
-    python benchmarks/basis.py picture rows.jsonl docs/basis.svg
+    python benchmarks/basis.py picture rows.jsonl docs/pictures/basis.png
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def sizes(options: argparse.Namespace) -> None:
 def picture(options: argparse.Namespace) -> None:
     import matplotlib
 
-    matplotlib.use("svg")
+    matplotlib.use("agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 3.6))
@@ -200,7 +200,7 @@ def picture(options: argparse.Namespace) -> None:
     axes.legend()
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(options.output, metadata={"Date": None})
+    figure.savefig(options.output, dpi=150)
 
 
 def main() -> None:

@@ -19,6 +19,8 @@ from .latency.effort import Effort
 from .model import HawAdaModel
 from .page.write import write_report
 from .planning.plan import Plan
+from .race.race import Race
+from .race.record import RaceRecord
 from .recipes.run import train_recipe
 from .search.budgeted import find_plan
 from .search.result import SearchResult
@@ -49,6 +51,8 @@ __all__ = [
     "LatencyBudget",
     "Plan",
     "QualityChange",
+    "Race",
+    "RaceRecord",
     "SearchResult",
     "Shape",
     "Slimmed",
