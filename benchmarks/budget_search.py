@@ -32,8 +32,8 @@ from peft import get_peft_model
 from hawada_peft import HawAdaConfig, Shape
 from hawada_peft.errors import InfeasibleBudgetError
 from hawada_peft.latency.budget import LatencyBudget
-from hawada_peft.latency.build import TablePlan
-from hawada_peft.latency.clock import Effort
+from hawada_peft.latency.clock import Clock
+from hawada_peft.latency.effort import Effort
 from hawada_peft.latency.table import LatencyTable
 from hawada_peft.planning.importance import gate_importance
 from hawada_peft.search.masked import MaskedQuality
@@ -42,7 +42,7 @@ from hawada_peft.search.result import SearchResult
 from hawada_peft.search.rounds import search
 from hawada_peft.search.space import SearchSpace, search_space
 from hawada_peft.search.state import Realise, frontier
-from hawada_peft.search.timed import measure_table, realise_with
+from hawada_peft.search.timed import Timer, measure_table
 from hawada_peft.vanilla.family import locate
 
 FRACTIONS = tuple(part / 16 for part in range(1, 17))
@@ -169,16 +169,14 @@ def main() -> None:
     print("| " + columns.replace(", ", " | ") + " |")
     print("|" + "---|" * 13)
     raw: list[dict[str, Any]] = []
-    clock = time.thread_time if options.cpu_time else time.perf_counter
+    clock = Clock(time.thread_time) if options.cpu_time else Clock()
     for text in options.cases:
         case = parse_case(text, options.device)
         base = case.load()
         layout = locate(base)
-        plan = TablePlan(effort=Effort(min_rounds=7, max_rounds=40, max_seconds=options.table_seconds))
-        table = measure_table(
-            base, case.regime, plan=plan, allow_rehome=options.allow_rehome, cache=False, clock=clock
-        )
-        space = search_space(layout, case.regime, multiple=table.multiple, allow_rehome=options.allow_rehome)
+        quick = Effort(min_rounds=7, max_rounds=40, max_seconds=options.table_seconds, cache=False, clock=clock)
+        table = measure_table(base, case.regime, effort=quick)
+        space = search_space(layout, case.regime, multiple=table.multiple)
         if options.calibration:
             batches = calibration_batches(options.calibration, case, options.batches)
             model = get_peft_model(base, HawAdaConfig())
@@ -192,11 +190,9 @@ def main() -> None:
             quality = StretchedQuality(json.loads(Path(options.curves).read_text(encoding="utf-8")))
         seconds = pass_seconds(space, table, quality.predict(space))
         print(f"one pass over {len(space):,} shapes: {seconds:.3f} s; table {table.seconds:.0f} s; {table}")
-        effort = Effort(min_rounds=15, max_rounds=100, max_seconds=options.search_seconds, tolerance=0.003)
-        realise = realise_with(base, case.regime, allow_rehome=options.allow_rehome, timing=effort, clock=clock)
-        again = realise_with(
-            base, case.regime, allow_rehome=options.allow_rehome, timing=replace(effort, max_rounds=150), clock=clock
-        )
+        effort = replace(quick, min_rounds=15, max_rounds=100, max_seconds=options.search_seconds, tolerance=0.003)
+        realise = Timer(base, case.regime, effort)
+        again = Timer(base, case.regime, replace(effort, max_rounds=150))
         for asked in options.budgets.split(","):
             name, _, value = asked.partition("=")
             budget = LatencyBudget(**{name: float(value)})
@@ -211,7 +207,7 @@ def main() -> None:
             print(
                 f"| {case} | {asked} | {limit:.3f} | {dense:.3f} | {ms:.3f} | {ms / limit:.4f} | {dense / ms:.3f} | "
                 f"{best['num_hidden_layers']} | {best['num_attention_heads']}, {best['num_key_value_heads']}"
-                f"{' (re-homed)' if result.best.rehomed else ''} | {best['intermediate_size']} | "
+                f" | {best['intermediate_size']} | "
                 f"{result.best.predicted_loss if loss is None else loss:.4f} | {result.rounds} | {seconds:.0f} |",
                 flush=True,
             )

@@ -73,9 +73,10 @@ def parser_of(peers: Mapping[str, Peer]) -> argparse.ArgumentParser:
         part.add_argument("--timing-device", default="cpu")
         part.add_argument("--threads", type=int, default=0, help="torch's CPU threads; 0: as torch decides")
         part.add_argument(
-            "--cpu-time",
-            action="store_true",
-            help="time by the thread's processor time: for --threads 1 on a machine shared with other work",
+            "--clock",
+            choices=("wall", "cpu", "toy"),
+            default="wall",
+            help="cpu: the thread's processor time, for --threads 1 on a busy machine; toy: by a law of sizes",
         )
         part.add_argument("--timing-seconds", type=float, default=6.0, help="per timing, at most")
         part.add_argument("--timing-rounds", type=int, default=15, help="per timing, at least")

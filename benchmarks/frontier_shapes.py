@@ -6,6 +6,7 @@ import argparse
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,15 +22,16 @@ from work import Bench, kind_of
 from hawada_peft import HawAdaConfig, Plan, slim
 from hawada_peft.errors import InfeasibleBudgetError
 from hawada_peft.latency.budget import LatencyBudget
-from hawada_peft.latency.build import TablePlan
-from hawada_peft.latency.clock import Clock, Effort
+from hawada_peft.latency.clock import Clock
+from hawada_peft.latency.effort import Effort
 from hawada_peft.latency.regime import Regime
 from hawada_peft.latency.table import LatencyTable
+from hawada_peft.latency.toy import ToyClock
 from hawada_peft.planning.importance import gate_importance
 from hawada_peft.search.refitted import RefittedQuality
 from hawada_peft.search.rounds import search
 from hawada_peft.search.space import search_space
-from hawada_peft.search.timed import measure_table, realise_with
+from hawada_peft.search.timed import Timer, measure_table
 from hawada_peft.vanilla.family import locate
 
 STRICTER = (1.0, 1.01, 1.02, 1.03)
@@ -44,7 +46,18 @@ def parse_regime(text: str, device: str) -> Regime:
 def effort_of(options: argparse.Namespace) -> Effort:
     """How long models are timed, those of the search and those of its peers."""
     rounds = options.timing_rounds
-    return Effort(min_rounds=rounds, max_rounds=4 * rounds, max_seconds=options.timing_seconds, tolerance=0.004)
+    return Effort(
+        min_rounds=rounds,
+        max_rounds=4 * rounds,
+        max_seconds=options.timing_seconds,
+        tolerance=0.004,
+        clock=clock_of(options),
+    )
+
+
+def clock_of(options: argparse.Namespace) -> Clock:
+    """The time that passes, that of the processor, or a toy's."""
+    return {"wall": Clock, "cpu": partial(Clock, time.thread_time), "toy": ToyClock}[options.clock]()
 
 
 def shapes(options: argparse.Namespace, peers: Mapping[str, Peer]) -> None:
@@ -72,18 +85,17 @@ def shapes(options: argparse.Namespace, peers: Mapping[str, Peer]) -> None:
     if not wanted:
         return
     regime = parse_regime(options.regime, options.timing_device)
-    clock = time.thread_time if options.cpu_time else time.perf_counter
     bench = Bench(
         options.teacher, options.data, device=options.device, length=options.length, batch_size=options.batch_size
     )
     dense = bench.load().to(device=regime.device, dtype=regime.torch_dtype)
-    watch = Stopwatch(dense, regime, effort_of(options), clock)
+    watch = Stopwatch(dense, regime, effort_of(options))
     find = None
     prepared: dict[tuple[str, int], Prepared] = {}
     for seed, name, budget in wanted:
         started = time.perf_counter()
         if name == "hawada":
-            find = find or searcher(bench, regime, options, clock)
+            find = find or searcher(bench, regime, options)
             row = hawada_row(bench, find, watch, budget)
         else:
             if (name, seed) not in prepared:
@@ -140,7 +152,7 @@ def _row(timed: Timed, met: bool, timings: int) -> Row:
     return asdict(timed) | {"speedup": timed.speedup, "met": met, "timings": timings}
 
 
-def searcher(bench: Bench, regime: Regime, options: argparse.Namespace, clock: Clock) -> Callable[[float], Plan]:
+def searcher(bench: Bench, regime: Regime, options: argparse.Namespace) -> Callable[[float], Plan]:
     """
     The package's search, as `find_plan` runs it, on the clock of the bench. Table, importance and the loss of what was
     tried are made once, for all budgets. A budget out of reach gives the fastest shape that the table knows.
@@ -150,14 +162,16 @@ def searcher(bench: Bench, regime: Regime, options: argparse.Namespace, clock: C
     if path is not None and path.exists():
         table = LatencyTable.load(path)
     else:
-        effort = Effort(min_rounds=7, max_rounds=40, max_seconds=options.timing_seconds)
-        table = measure_table(base, regime, plan=TablePlan(effort=effort), cache=False, clock=clock)
-    table.check(regime=regime, model=layout.fingerprint())
+        effort = Effort(
+            min_rounds=7, max_rounds=40, max_seconds=options.timing_seconds, cache=False, clock=clock_of(options)
+        )
+        table = measure_table(base, regime, effort=effort)
+    table.check(regime=regime, model=layout.fingerprint(), device_name=clock_of(options).device_name(regime))
     space = search_space(layout, regime, multiple=table.multiple)
     batches = bench.examples(options.calibration, options.seeds[0])
     model = get_peft_model(bench.load(), HawAdaConfig())
     quality = RefittedQuality(model, batches, gate_importance(model, batches))
-    realise = realise_with(base, regime, timing=effort_of(options), clock=clock)
+    realise = Timer(base, regime, effort_of(options))
     tables = [table]
 
     def find(speedup: float) -> Plan:

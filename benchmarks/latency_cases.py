@@ -151,7 +151,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="time by the thread's processor time: for --threads 1 on a machine shared with other work",
     )
     parser.add_argument("--out", default="", help="a JSON file for the raw figures")
-    parser.add_argument("--allow-rehome", action="store_true")
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:

@@ -19,10 +19,14 @@ import numpy as np
 import torch
 from latency_cases import add_arguments, parse_case, rank_correlation
 
-from hawada_peft.latency.build import TablePlan, random_shapes
-from hawada_peft.latency.clock import Effort, measure_built
-from hawada_peft.search.timed import builder, measure_table
+from hawada_peft.latency.build import random_shapes
+from hawada_peft.latency.clock import Clock
+from hawada_peft.latency.effort import Effort
+from hawada_peft.latency.measuring import measure_built
+from hawada_peft.search.timed import measure_table
+from hawada_peft.search.timed_models import realiser
 from hawada_peft.vanilla.family import locate
+from hawada_peft.vanilla.legality import legal_head_shapes
 
 
 def main() -> None:
@@ -44,18 +48,16 @@ def main() -> None:
     for text in options.cases:
         case = parse_case(text, options.device)
         model = case.load()
-        plan = TablePlan(effort=Effort(min_rounds=7, max_rounds=40, max_seconds=options.table_seconds))
+        clock = Clock(time.thread_time) if options.cpu_time else Clock()
+        effort = Effort(min_rounds=7, max_rounds=40, max_seconds=options.table_seconds, cache=False, clock=clock)
         started = time.perf_counter()
-        clock = time.thread_time if options.cpu_time else time.perf_counter
-        table = measure_table(
-            model, case.regime, plan=plan, allow_rehome=options.allow_rehome, cache=False, clock=clock
-        )
+        table = measure_table(model, case.regime, effort=effort)
         seconds = time.perf_counter() - started
         layout = locate(model)
-        heads, build = builder(model, case.regime, allow_rehome=options.allow_rehome)
+        heads, build = legal_head_shapes(layout), realiser(layout, case.regime)
         shapes = random_shapes(layout.dense, heads, table.multiple, options.shapes, seed=12345)
-        effort = Effort(min_rounds=10, max_rounds=60, max_seconds=options.check_seconds, tolerance=0.005)
-        timings = measure_built(build, shapes, case.regime, reference=layout.dense, effort=effort, clock=clock)
+        effort = replace(effort, min_rounds=10, max_rounds=60, max_seconds=options.check_seconds, tolerance=0.005)
+        timings = measure_built(build, shapes, case.regime, reference=layout.dense, effort=effort)
         scale = table.dense_ms / timings[layout.dense].median_ms if options.tie else 1.0
         real = np.array([timings[shape].median_ms * scale for shape in shapes])
         spread = max(timing.error for timing in timings.values())

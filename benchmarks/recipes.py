@@ -44,11 +44,18 @@ def gated(bench: Bench, recipe: Recipe, shape: Shape, batches: Sequence[Batch], 
     with tempfile.TemporaryDirectory() as folder:
         HawAdaTrainer(
             model,
-            bench.arguments(folder, recipe.steps, rate, seed, lr_scheduler_type="constant", warmup_steps=0),
+            bench.arguments(
+                folder,
+                recipe.steps,
+                rate,
+                seed,
+                lr_scheduler_type="constant",
+                warmup_steps=0,
+                relaxation=recipe.relaxation,
+                soft_fraction=recipe.soft_fraction,
+                gate_learning_rate=recipe.gate_rate if rank else None,
+            ),
             shape=shape,
-            relaxation=recipe.relaxation,
-            soft_fraction=recipe.soft_fraction,
-            gate_learning_rate=recipe.gate_rate if rank else None,
             train_dataset=bench.pool(seed),
             data_collator=whole,
         ).train()

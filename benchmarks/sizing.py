@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hawada_peft.errors import UnsettledTimingWarning
-from hawada_peft.latency.clock import Clock, Effort, measure_many
+from hawada_peft.latency.effort import Effort
+from hawada_peft.latency.measuring import measure_many
 from hawada_peft.latency.regime import Regime
 from hawada_peft.vanilla.family import locate
 
@@ -47,22 +47,19 @@ class Stopwatch:
 
     Args:
         dense: in the regime's dtype, on its device.
-        regime, effort, clock: as in `measure_many`.
+        regime, effort: as in `measure_many`.
     """
 
     dense: PreTrainedModel
     regime: Regime
     effort: Effort
-    clock: Clock = time.perf_counter
 
     def __call__(self, model: PreTrainedModel) -> Timed:
         """The model is moved to the regime's device and dtype."""
         model = model.to(device=self.regime.device, dtype=self.regime.torch_dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UnsettledTimingWarning)  # the error is in the row
-            found = measure_many(
-                {"dense": self.dense, "cut": model}, self.regime, effort=self.effort, clock=self.clock
-            )
+            found = measure_many({"dense": self.dense, "cut": model}, self.regime, effort=self.effort)
         return Timed(
             ms=found["cut"].median_ms,
             dense_ms=found["dense"].median_ms,

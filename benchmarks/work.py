@@ -15,9 +15,9 @@ import torch
 from reconstruction import images, read_tokens
 from torch.nn import functional
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 
-from hawada_peft import DistillTrainer
+from hawada_peft import DistillTrainer, GateTrainingArguments
 from hawada_peft.errors import HawAdaError
 from hawada_peft.recipes.readers import load_examples, windows_of
 from hawada_peft.vanilla.loading import load_model
@@ -185,10 +185,10 @@ class Bench:
             order = torch.randperm(len(pool), generator=generator)
             yield from (pool.labelled(part) for part in order[: len(order) // size * size].split(size))
 
-    def arguments(self, folder: str, steps: int, rate: float, seed: int, **more: Any) -> TrainingArguments:
+    def arguments(self, folder: str, steps: int, rate: float, seed: int, **more: Any) -> GateTrainingArguments:
         """Of a training that writes and reports nothing, with a cosine unless told otherwise."""
         defaults: dict[str, Any] = {"lr_scheduler_type": "cosine", "warmup_steps": min(20, steps // 10)} | more
-        return TrainingArguments(
+        return GateTrainingArguments(
             folder,
             max_steps=steps,
             learning_rate=rate,

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser
 
-from hawada_peft import LatencyBudget
+from hawada_peft import GateTrainingArguments, LatencyBudget
 
 
 @dataclass
@@ -96,9 +96,11 @@ def budget_of(args: Arguments, seq_len: int | None = None) -> LatencyBudget:
     )
 
 
-def training_arguments(args: Arguments, name: str, steps: int, learning_rate: float, **more: Any) -> TrainingArguments:
-    """As `Trainer` takes them; nothing is saved but what the scripts save."""
-    return TrainingArguments(
+def training_arguments(
+    args: Arguments, name: str, steps: int, learning_rate: float, **more: Any
+) -> GateTrainingArguments:
+    """As every trainer takes them; nothing is saved but what the scripts save."""
+    return GateTrainingArguments(
         f"{args.output}/{name}",
         max_steps=steps,
         learning_rate=learning_rate,
@@ -110,5 +112,6 @@ def training_arguments(args: Arguments, name: str, steps: int, learning_rate: fl
         logging_steps=0.1,
         save_strategy="no",
         report_to="none",
+        calibration_examples=16 if args.tiny else 64,
         **more,
     )

@@ -117,7 +117,7 @@ def main() -> None:
     what = f"{sum(len(batch['labels']) for batch in held_out)} held-out pictures"
     quality = QualityChange("accuracy in %", accuracy(dense, held_out), accuracy(slim, held_out), what)
     regime = budget.regime(generates=dense.can_generate(), dtype=dtype, device=args.device)
-    timings = measure_many({"dense": dense, "slim": slim}, regime, effort=tiny.TIMING if args.tiny else None)
+    timings = measure_many({"dense": dense, "slim": slim}, regime, effort=tiny.EFFORT if args.tiny else None)
     facts = ExportFacts(
         base=args.model,
         plan=plan,

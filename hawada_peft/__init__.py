@@ -13,7 +13,8 @@ from .gates.attach import attach_adapters, collect_gates, detach_adapters, is_at
 from .gates.concrete import AttentionHeadAdapter, BlockAdapter, ChannelAdapter
 from .gates.kinds import BlockGate, ChannelGate, HeadGate, SigmoidGate
 from .latency.budget import LatencyBudget
-from .latency.clock import measure_many
+from .latency.effort import Effort
+from .latency.measuring import measure_many
 from .latency.regime import Regime
 from .latency.table import LatencyTable
 from .latency.timing import Timing
@@ -25,7 +26,6 @@ from .recipes.result import RecipeResult
 from .recipes.run import train_recipe
 from .refit.reconstruction import Reconstruction, reconstruct
 from .search.budgeted import find_plan
-from .search.effort import SearchEffort
 from .search.result import SearchResult
 from .search.timed import measure_table
 from .shipping.calibrated import slim_calibrated
@@ -38,6 +38,7 @@ from .shipping.save import save_slim
 from .shipping.write import write_card
 from .surgery.slicing import slice_conv, slice_embedding, slice_linear
 from .surgery.slimming import slim
+from .training.arguments import GateTrainingArguments
 from .training.start import init_gates
 from .training.trainer import HawAdaTrainer
 from .vanilla.family import Family, register_family
@@ -56,9 +57,11 @@ __all__ = [
     "ChannelAdapter",
     "ChannelGate",
     "DistillTrainer",
+    "Effort",
     "ExportFacts",
     "Family",
     "GateAdapter",
+    "GateTrainingArguments",
     "HawAdaConfig",
     "HawAdaModel",
     "HawAdaTrainer",
@@ -72,7 +75,6 @@ __all__ = [
     "RecipeResult",
     "Reconstruction",
     "Regime",
-    "SearchEffort",
     "SearchResult",
     "Shape",
     "SigmoidGate",

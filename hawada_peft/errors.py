@@ -25,6 +25,14 @@ class BrokenGatesError(HawAdaError):
     """Gates hold NaN or infinite values."""
 
 
+class DivergedError(HawAdaError):
+    """In training a loss or a weight has become NaN or infinite."""
+
+
+class CheckpointError(HawAdaError):
+    """A checkpoint is not complete, damaged, or of another training."""
+
+
 class RowsError(HawAdaError):
     """Gates have values for each row of the batch, and a module's input does not have the rows on its first axis."""
 
@@ -35,6 +43,10 @@ class VerificationError(RuntimeError):
 
 class RegistrationError(RuntimeError):
     """The tuner type could not be made known to PEFT."""
+
+
+class BadDataError(HawAdaError):
+    """Data that a model cannot take: other inputs, token ids outside its vocabulary, NaN, a mask that does not fit."""
 
 
 class InvalidRegimeError(HawAdaError):
@@ -55,3 +67,7 @@ class InfeasibleBudgetError(HawAdaError):
 
 class UnsettledTimingWarning(UserWarning):
     """A timer's median was still moving when the rounds were used up."""
+
+
+class UncachedTableWarning(UserWarning):
+    """A latency table was measured, and could not be kept for later."""

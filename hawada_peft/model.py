@@ -206,7 +206,7 @@ class HawAdaModel(BaseTuner):
         if shape is not None and not isinstance(shape, Shape):
             raise InvalidPlanError(f"shape must be a Shape, got {shape!r}; for a ratio use `plan(keep_ratio=...)`")
         names = self._names(adapter_names)
-        layout = self._layout(names)
+        layout = self.layout_of(names)
         scores, given = gate_scores(self.model, layout, names), shape is not None
         if shape is None:
             legal = legal_head_shapes(layout)
@@ -247,7 +247,7 @@ class HawAdaModel(BaseTuner):
         if any(isinstance(module, GateAdapter) and module.merged for module in self.model.modules()):
             raise InvalidPlanError("the gates are merged into the weights; call `unmerge_adapter()` first")
         if plan is not None:
-            layout = self._layout([name])
+            layout = self.layout_of([name])
             plan.check_base(layout.full)
             check_legal(layout, plan.shape)
         self.set_masks(plan, name, in_training=in_training)
@@ -283,7 +283,7 @@ class HawAdaModel(BaseTuner):
             InvalidPlanError: if it closes something without gates, or several adapters are active.
         """
         adapter_name = self._one_name(adapter_name)
-        layout = self._layout([adapter_name])
+        layout = self.layout_of([adapter_name])
         sizes = layout.dense.sizes()
         masks: Masks = []
         for layer in range(sizes["num_hidden_layers"]):
@@ -306,7 +306,13 @@ class HawAdaModel(BaseTuner):
         for gate, mask in masks:
             gate.set_plan(mask, in_training=in_training and plan is not None)
 
-    def _layout(self, adapter_names: Sequence[str]) -> Layout:
+    def layout_of(self, adapter_names: Sequence[str]) -> Layout:
+        """
+        The layout of the model that adapters' plans speak of.
+
+        Raises:
+            InvalidPlanError: if gates of an adapter were not placed by a family row.
+        """
         by_name = [name for name in adapter_names if self.peft_config[name].base_sizes is None]
         if by_name or not adapter_names:
             raise InvalidPlanError(
@@ -377,7 +383,7 @@ class HawAdaModel(BaseTuner):
             merge_lora(self.model, names)
             return super().merge_and_unload(progressbar, safe_merge, adapter_names)
         check_unquantized(self.model)
-        layout = self._layout(names)
+        layout = self.layout_of(names)
         chosen.check_base(layout.full)
         check_legal(layout, chosen.shape)
         if calibration is not None and chosen.hidden is not None:

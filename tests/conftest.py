@@ -92,13 +92,18 @@ def rows_of_families() -> Iterator[None]:
         current.update(saved)
 
 
-def two_processes(*arguments: str) -> str:
-    """Run a script (or `-m module`) in two processes that form a group; what they print."""
+def start_two(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a script (or `-m module`) in two processes that form a group."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    done = subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=300)
+    return subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=300)
+
+
+def two_processes(*arguments: str) -> str:
+    """As `start_two`, where nothing may fail; what they print."""
+    done = start_two(*arguments)
     assert done.returncode == 0, done.stderr[-20000:]  # the launcher's own report comes last, and is long
     return done.stdout
 

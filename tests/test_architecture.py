@@ -30,6 +30,7 @@ FLOORS = (
     "latency",
     "vanilla",
     "_register",
+    "processes",
     "progress",
     "errors",
 )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import EVERYTHING, LM_ROW, Row, build, gate, scattered_plan
 from peft import PeftModel
-from test_search_export import toy_table
+from toys import toy_table
 
 from hawada_peft import Shape, collect_gates
 from hawada_peft.gates.reading import ExpectedSizes, expected_sizes

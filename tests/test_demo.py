@@ -9,6 +9,7 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
+from toys import once
 from transformers import AutoTokenizer
 
 from hawada_peft import Plan
@@ -17,21 +18,16 @@ from hawada_peft.demo.data import VOCABULARY, WINDOW, held_out_topics, load_digi
 from hawada_peft.demo.measure import accuracy, agreement, one_thread, perplexity
 from hawada_peft.demo.pipeline import run_demo
 from hawada_peft.demo.table import Row, render
-from hawada_peft.demo.tasks import TASKS, Effort, Schedule
+from hawada_peft.demo.tasks import TASKS, Schedule, Work
 from hawada_peft.latency.budget import LatencyBudget
-from hawada_peft.latency.build import TablePlan
-from hawada_peft.latency.clock import Effort as TimingEffort
-from hawada_peft.search.effort import SearchEffort
 
-ONCE = TimingEffort(warmup=0, lead_in=0, min_rounds=1, max_rounds=1)
-TINY = Effort(
+ONCE = once(depth=2, candidates=1, search_rounds=2)
+TINY = Work(
     teacher=Schedule(3, 4, 1e-3),
     gates=Schedule(4, 4, 0.1),
     calibration=2,
     evaluation=1,
-    table=TablePlan(attention=2, ffn=2, realised=0, depth=2, effort=ONCE),
-    timing=ONCE,
-    search=SearchEffort(top=1, rounds=2, instances=1),
+    search=ONCE,
     final=ONCE,
 )
 # A limit that does not depend on how fast this machine is just now.

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hawada_peft import get_student_logits, get_teacher_logits
 from hawada_peft.distil.divergence import kl_divergence, mean_squared_error
 from hawada_peft.errors import HawAdaError, UnsupportedModelError
-from hawada_peft.vanilla.outputs import position_mask
+from hawada_peft.vanilla.batches import position_mask
 
 
 def pair(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:

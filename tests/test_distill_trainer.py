@@ -31,6 +31,7 @@ from transformers import (
 from hawada_peft import DistillTrainer, slim
 from hawada_peft.distil.objective import Distillation
 from hawada_peft.errors import HawAdaError, IncompatibleBaseError
+from hawada_peft.vanilla.heads import Classes
 
 LENGTHS = [12, 5, 9, 7, 12, 4, 10, 8]
 
@@ -73,7 +74,7 @@ def kl_of(student: torch.nn.Module, teacher: torch.nn.Module, **weights: float) 
     objective = Distillation(**weights)
     with torch.no_grad():
         logits = [model.eval()(**batch).logits for model in (student, teacher)]
-    return float(objective.loss(objective.terms(*logits, batch["attention_mask"])))
+    return float(objective.loss(objective.terms(*logits, batch["attention_mask"], head=Classes())))
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +213,8 @@ def test_a_peft_teacher_is_its_dense_base(tmp_path: Path) -> None:
 def test_images_train_as_well(tmp_path: Path) -> None:
     teacher = build(VISION_ROW)
     args = {"max_steps": 12, "learning_rate": 0.002, "per_device_train_batch_size": 8}
-    trainer = trainer_of(tmp_path, slimmed(VISION_ROW), teacher=teacher, train_dataset=IMAGES, args=args)
+    data = {"train_dataset": IMAGES, "eval_dataset": IMAGES}
+    trainer = trainer_of(tmp_path, slimmed(VISION_ROW), teacher=teacher, args=args, **data)
     trainer.train()
     assert logged(trainer, "kl")[-1] < 0.8 * logged(trainer, "kl")[0]
     trainer.save_model(str(tmp_path / "slim"))
@@ -242,22 +244,27 @@ def test_another_vocabulary_is_refused(tmp_path: Path, row: Row, fields: Any, si
 
 
 PROCESS = """
-import json, sys
-import torch
+import sys
+from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import test_distill_trainer as tests
-from pathlib import Path
-folder = Path(sys.argv[2])
-trainer = tests.trainer_of(folder, args=tests.PARALLEL | {"per_device_train_batch_size": 2, "ddp_backend": "gloo"})
-trainer.train()
-metrics = trainer.evaluate()
-trainer.save_model(str(folder / "slim"))
-if trainer.is_world_process_zero():
-    logs = {"world": trainer.args.world_size, "eval_kl": metrics["eval_kl"], "eval_loss": metrics["eval_loss"]}
-    logs |= {name: tests.logged(trainer, name) for name in ("loss", "kl")}
-    (folder / "logs.json").write_text(json.dumps(logs))
-torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter
+from hawada_peft.processes import run_program
+run_program(lambda: tests.process(Path(sys.argv[2])))
 """
+
+
+def process(folder: Path) -> None:
+    """What each of two processes does."""
+    trainer = trainer_of(folder, args=PARALLEL | {"per_device_train_batch_size": 2, "ddp_backend": "gloo"})
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.save_model(str(folder / "slim"))
+    if trainer.is_world_process_zero():
+        logs = {"world": trainer.args.world_size, "eval_kl": metrics["eval_kl"], "eval_loss": metrics["eval_loss"]}
+        logs |= {name: logged(trainer, name) for name in ("loss", "kl")}
+        (folder / "logs.json").write_text(json.dumps(logs))
+
+
 PARALLEL = SGD | {"max_steps": 2, "gradient_accumulation_steps": 2, "ddp_find_unused_parameters": False}
 
 

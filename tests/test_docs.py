@@ -36,9 +36,7 @@ import hawada_peft
 from hawada_peft import ExportFacts, Family, Plan, Recipe, Regime, Shape
 from hawada_peft.cli.program import app
 from hawada_peft.gates.relaxation import RELAXATIONS
-from hawada_peft.latency.build import TablePlan
-from hawada_peft.latency.clock import Effort
-from hawada_peft.search.effort import SearchEffort
+from hawada_peft.latency import Effort, ToyClock
 from hawada_peft.vanilla.family import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -116,35 +114,20 @@ SHORTER = {
     r"bf16=True": "bf16=False",
     r"=\[\.\.\.\]": "=[]",
 }
-BRIEF = Effort(warmup=1, lead_in=0, min_rounds=2, max_rounds=3, max_seconds=0.2)
+EFFORT = Effort.quick(clock=ToyClock(), whole_shapes=2, candidates=1)
+MEASURES = {"find_plan", "measure_table", "measure_many", "HawAdaTrainer"}
+"""What measures: by a toy clock, where a block names no effort."""
 
 
-@dataclass(frozen=True)
-class BriefTablePlan(TablePlan):
-    """Few sizes, timed for next to no time."""
+class Brief(ast.NodeTransformer):
+    """Gives such calls the keyword `effort`."""
 
-    attention: int = 2
-    ffn: int = 3
-    realised: int = 2
-    effort: Effort = BRIEF
-
-
-@dataclass(frozen=True)
-class BriefSearchEffort(SearchEffort):
-    """One shape at a time, built once."""
-
-    top: int = 1
-    instances: int = 1
-
-
-DEFAULTS = {
-    "search.timed.CONFIRM": BRIEF,
-    "search.timed.TablePlan": BriefTablePlan,
-    "search.rounds.SearchEffort": BriefSearchEffort,
-    "training.latency_goal.SearchEffort": BriefSearchEffort,
-    "training.latency_goal.ANCHOR": BRIEF,
-}
-"""How long a search times, and how hard it looks, where a block leaves it out."""
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        named = isinstance(node.func, ast.Name) and node.func.id in MEASURES
+        if named and "effort" not in {keyword.arg for keyword in node.keywords}:
+            node.keywords.append(ast.keyword("effort", ast.Name("EFFORT", ast.Load())))
+        return ast.fix_missing_locations(node)
 
 
 def shortened(code: str) -> str:
@@ -174,7 +157,7 @@ def slim_model() -> Any:
 
 def timings() -> Any:
     dense, regime = build(LM_ROW), Regime(mode="prefill", batch_size=1, seq_len=8)
-    return hawada_peft.measure_many({"dense": dense, "slim": slim_model()}, regime, effort=BRIEF)
+    return hawada_peft.measure_many({"dense": dense, "slim": slim_model()}, regime, effort=EFFORT)
 
 
 def gate_trainer() -> Any:
@@ -276,7 +259,6 @@ def runs(page: Path) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
-@pytest.mark.filterwarnings("ignore::hawada_peft.errors.UnsettledTimingWarning")
 @pytest.mark.usefixtures("rows_of_families", "relaxations")
 @pytest.mark.parametrize("page", [page for page in PAGES if runs(page)], ids=lambda page: page.name)
 def test_python_blocks_run(page: Path, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,18 +266,21 @@ def test_python_blocks_run(page: Path, folders: Path, tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     build(LM_ROW, **TEACHERS.get(page.name, {})).save_pretrained("teacher")
     monkeypatch.setenv("HAWADA_CACHE", str(folders / "cache"))  # the pages share their latency tables
-    for name, value in DEFAULTS.items():
-        module, _, attribute = name.rpartition(".")
-        monkeypatch.setattr(importlib.import_module(f"hawada_peft.{module}"), attribute, value)
     libraries = {name: getattr(transformers, name) for name in ("AutoModelForCausalLM", "TrainingArguments")}
     names: dict[str, Any] = {name: getattr(hawada_peft, name) for name in hawada_peft.__all__} | libraries
-    names |= {"torch": torch, "nn": nn, "PeftModel": peft.PeftModel, "get_peft_model": peft.get_peft_model}
+    names |= {
+        "EFFORT": EFFORT,
+        "torch": torch,
+        "nn": nn,
+        "PeftModel": peft.PeftModel,
+        "get_peft_model": peft.get_peft_model,
+    }
     factories = ANYWHERE | BY_PAGE.get(page.name, {})
     for block in blocks(page):
         if block.language != "python" or block.why_not is not None:
             continue
         names |= {name: make() for name, make in factories.items() if re.search(rf"\b{name}\b", block.text)}
-        parsed = ast.parse("\n" * block.line + shortened(block.text), str(page))
+        parsed = Brief().visit(ast.parse("\n" * block.line + shortened(block.text), str(page)))
         given = {
             node.id for node in ast.walk(parsed) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
         }

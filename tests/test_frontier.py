@@ -13,10 +13,9 @@ import pytest
 import torch
 from conftest import LM_ROW, VISION_ROW, Row, assert_same_state, build, state_of
 from torch import nn
+from toys import once
 
 from hawada_peft import Plan, slim
-from hawada_peft.latency.build import TablePlan
-from hawada_peft.latency.clock import Effort
 from hawada_peft.search.timed import measure_table
 from hawada_peft.vanilla.family import locate
 
@@ -70,13 +69,11 @@ def work_of(row: Row, folder: Path) -> list[str]:
 
 
 def coarse_table(row: Row, regime: str, path: Path) -> Path:
-    """A latency table of few sizes, each timed once."""
-    plan = TablePlan(attention=2, ffn=2, bend=1.0, realised=2, effort=Effort(0, 0, 1, 1))
-    measure_table(build(row), parse_regime(regime, "cpu"), plan=plan, cache=False).save(path)
+    """A latency table of few sizes, by the toy clock."""
+    measure_table(build(row), parse_regime(regime, "cpu"), effort=once(whole_shapes=2)).save(path)
     return path
 
 
-@pytest.mark.filterwarnings("ignore::hawada_peft.errors.UnsettledTimingWarning")
 @pytest.mark.parametrize("row", [LM_ROW, VISION_ROW], ids=["text", "image"])
 def test_all_stages_give_complete_rows_once_and_one_section(row: Row, tmp_path: Path) -> None:
     vision = row is VISION_ROW
@@ -91,6 +88,8 @@ def test_all_stages_give_complete_rows_once_and_one_section(row: Row, tmp_path: 
         "0",
         "--timing-rounds",
         "2",
+        "--clock",
+        "toy",
         "--threads",
         "1",
         "--folder",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,17 +10,15 @@ import pytest
 import torch
 from conftest import EVERYTHING, LM_ROW, build, gate, scattered_plan
 from peft import PeftModel
-from test_search_export import timing, toy_table
+from toys import CLOCK, once, toy_table
 
 from hawada_peft import LatencyBudget, Shape, collect_gates
 from hawada_peft.errors import IncompatibleTableError, InfeasibleBudgetError, InvalidPlanError
 from hawada_peft.gates.reading import axes_of
 from hawada_peft.gates.relaxation import RELAXATIONS
-from hawada_peft.latency.regime import Regime
+from hawada_peft.latency.effort import Effort
 from hawada_peft.latency.table import LatencyTable
-from hawada_peft.latency.timing import Timing
-from hawada_peft.search import timed as find_plan_module
-from hawada_peft.search.effort import SearchEffort
+from hawada_peft.latency.toy import ToyClock
 from hawada_peft.training.goal import ShapeGoal
 from hawada_peft.training.latency_goal import LatencyGoal
 from hawada_peft.vanilla.family import locate
@@ -30,20 +27,16 @@ DENSE, SLIM = Shape(8, 4, 96, 4), Shape(4, 2, 40, 2)
 BUDGET = LatencyBudget(speedup=1.5, mode="prefill", seq_len=8)
 
 
-class Machine:
-    """Takes `factor` times what a table says for anything but the dense shape; stands in for the clock."""
+class Machine(ToyClock):
+    """Three times slower than when the table was made, and `factor` times for anything but the dense shape."""
 
     def __init__(self, table: LatencyTable, factor: float = 1.0) -> None:
-        self.table, self.factor, self.asked = table, factor, []
+        super().__init__(lambda model, regime: 3.0 * self.ms(locate(model).dense))
+        self.table, self.factor, self.calls = table, factor, 0
 
     def ms(self, shape: Shape) -> float:
+        self.calls += 1
         return self.table.estimate(shape) * (1.0 if shape == DENSE else self.factor)
-
-    def __call__(
-        self, build_shape: object, shapes: Sequence[Shape], regime: Regime, **options: object
-    ) -> dict[Shape, Timing]:
-        self.asked.append((list(shapes), options["effort"]))
-        return {shape: timing(3.0 * self.ms(shape)) for shape in (*shapes, DENSE)}
 
 
 def table_of(model: PeftModel) -> LatencyTable:
@@ -52,17 +45,20 @@ def table_of(model: PeftModel) -> LatencyTable:
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    found = Machine(table_of(gate(build(LM_ROW))))
-    monkeypatch.setattr(find_plan_module, "measure_built", found)
-    return found
+def machine() -> Machine:
+    return Machine(table_of(gate(build(LM_ROW))))
 
 
-def latency_goal(budget: LatencyBudget = BUDGET, relaxation: str = "sigmoid", **options: object) -> LatencyGoal:
+def latency_goal(
+    budget: LatencyBudget = BUDGET,
+    relaxation: str = "sigmoid",
+    machine: ToyClock = CLOCK,
+    effort: Effort | None = None,
+) -> LatencyGoal:
     model = gate(build(LM_ROW), shuffle=False, gates=("heads", "ffn", "layers"))
     for found in collect_gates(model).values():
         found.relaxation = RELAXATIONS[relaxation]
-    return LatencyGoal(model, budget, table_of(model), **options)
+    return LatencyGoal(model, budget, table_of(model), effort=effort or Effort(clock=machine))
 
 
 def close(model: PeftModel, shape: Shape, softness: float = 30.0) -> None:
@@ -95,7 +91,7 @@ def test_only_the_active_adapter_counts() -> None:
 def test_a_shape_is_where_it_is() -> None:
     goal = ShapeGoal(gate(build(LM_ROW)), SLIM)
     before = goal.state_dict()
-    goal.step()
+    goal.step(1)
     assert goal.current_shape() == goal.final_shape() == SLIM
     assert goal.figures() == {}
     assert goal.state_dict() == before
@@ -186,7 +182,7 @@ def test_quality_ranks_by_the_gates_and_measures_nothing() -> None:
 @pytest.mark.parametrize("close_to", [None, SLIM, Shape(4, 2, 96, 4)])
 def test_the_final_shape_meets_the_limit(machine: Machine, factor: float, close_to: Shape | None) -> None:
     machine.factor = factor
-    goal = latency_goal()
+    goal = latency_goal(machine=machine)
     if close_to is not None:
         close(goal.model, close_to)
     limit = BUDGET.limit_ms(machine.ms(DENSE))
@@ -203,34 +199,35 @@ def test_the_final_shape_keeps_what_is_open(machine: Machine) -> None:
     """Gates that have closed what the limit wants closed are rounded to just that."""
     found = []
     for closed in (Shape(8, 4, 96, 2), Shape(8, 4, 16, 4)):
-        goal = latency_goal(replace(BUDGET, speedup=machine.ms(DENSE) / machine.ms(closed) / 1.02))
+        goal = latency_goal(replace(BUDGET, speedup=machine.ms(DENSE) / machine.ms(closed) / 1.02), machine=machine)
         close(goal.model, closed)
         found.append(goal.final_shape())
     assert found[0].num_hidden_layers == 2
     assert (found[1].num_hidden_layers, found[1].num_attention_heads) == (4, 8)
 
 
-def test_effort_and_timing_are_handed_on(machine: Machine) -> None:
-    timing_effort = find_plan_module.Effort(min_rounds=1, max_rounds=1)
-    goal = latency_goal(timing=timing_effort, effort=SearchEffort(top=1, rounds=1, instances=2))
+def test_effort_is_handed_on(machine: Machine) -> None:
+    goal = latency_goal(effort=once(machine, candidates=1, search_rounds=1, instances=2))
     goal.final_shape()
-    assert {effort for _, effort in machine.asked} == {timing_effort}
-    assert max(len(shapes) for shapes, _ in machine.asked) <= 2
+    few = machine.calls
+    goal = latency_goal(effort=once(machine, candidates=4, search_rounds=4, instances=4))
+    goal.final_shape()
+    assert machine.calls - few > few
 
 
 def test_penalty_and_ascent_follow_the_gates() -> None:
     goal = latency_goal()
     goal.penalty(1.0)
-    goal.step()
+    goal.step(1)
     assert goal.constraint.multiplier == pytest.approx(0.5, rel=1e-4)  # dense over the limit, less 1
     close(goal.model, Shape(2, 1, 24, 1))
     assert goal.penalty(1.0).item() < 0
-    goal.step()
+    goal.step(1)
     assert goal.constraint.multiplier < 0.5
 
 
 def test_a_measurement_is_relative_to_the_dense_shape_beside_it(machine: Machine) -> None:
-    goal = latency_goal()
+    goal = latency_goal(machine=machine)
     close(goal.model, Shape(4, 2, 48, 2))
     machine.factor = 1.5
     shape, measured = goal.measure()
@@ -243,20 +240,19 @@ def test_a_measurement_is_relative_to_the_dense_shape_beside_it(machine: Machine
     assert figures["estimate_ms"] == pytest.approx(1.25 * goal.constraint.table.estimate(shape), rel=1e-4)
 
 
-def test_a_measurement_on_the_real_clock() -> None:
-    goal = latency_goal(timing=find_plan_module.Effort(warmup=0, lead_in=0, min_rounds=1, max_rounds=1))
+def test_a_measurement_leaves_the_random_state(machine: Machine) -> None:
+    goal = latency_goal(machine=machine)
     close(goal.model, Shape(4, 2, 48, 2))
     state = torch.get_rng_state()
-    shape, measured = goal.measure()
-    assert shape == Shape(4, 2, 48, 2)
-    assert measured > 0
+    goal.measure()
     assert torch.equal(torch.get_rng_state(), state)  # training draws from it
 
 
 def test_a_latency_survives_json(machine: Machine) -> None:
-    goal, other = latency_goal(), latency_goal(LatencyBudget(speedup=1.1, mode="prefill", seq_len=8))
+    budget = LatencyBudget(speedup=1.1, mode="prefill", seq_len=8)
+    goal, other = latency_goal(machine=machine), latency_goal(budget)
     goal.penalty(1.0)
-    goal.step()
+    goal.step(1)
     goal.anchor(*goal.measure())
     other.load_state_dict(json.loads(json.dumps(goal.state_dict())))
     assert other.state_dict() == goal.state_dict()
@@ -276,5 +272,5 @@ def test_what_cannot_be_trained_is_refused_at_once() -> None:
 
 def test_only_what_has_gates_is_cut(machine: Machine) -> None:
     model = gate(build(LM_ROW), gates=("ffn", "layers"), shuffle=False)
-    shape = LatencyGoal(model, BUDGET, table_of(model)).final_shape()
+    shape = LatencyGoal(model, BUDGET, table_of(model), effort=Effort(clock=machine)).final_shape()
     assert (shape.num_attention_heads, shape.num_key_value_heads) == (8, 4)

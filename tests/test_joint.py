@@ -25,6 +25,7 @@ from conftest import (
 )
 from peft import LoraConfig, PeftModel
 from test_distill_trainer import DATA, arguments, kl_of
+from test_trainer import arguments as gate_arguments
 
 from hawada_peft import HawAdaConfig, HawAdaTrainer, Shape, collect_gates, get_teacher_logits, recover, save_slim
 from hawada_peft.errors import BrokenGatesError, HawAdaError, UnsupportedModelError
@@ -153,10 +154,9 @@ def test_one_folder_holds_both_and_gives_the_same_model_back(tmp_path: Path) -> 
 
 def trainer_of(folder: Path, **options: Any) -> HawAdaTrainer:
     model = gate(build(LM_ROW), shuffle=False, lora=LORA)
-    args = arguments(folder, **({"max_steps": 6, "learning_rate": 0.01} | options))
-    return HawAdaTrainer(
-        model, args, train_dataset=DATA, shape=Shape(4, 2, 40, 2), soft_fraction=0.5, gate_learning_rate=0.3
-    )
+    fixed = {"max_steps": 6, "learning_rate": 0.01, "soft_fraction": 0.5, "gate_learning_rate": 0.3}
+    args = gate_arguments(folder, **(fixed | options))
+    return HawAdaTrainer(model, args, train_dataset=DATA, shape=Shape(4, 2, 40, 2))
 
 
 def test_the_trainer_of_gates_trains_both(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,40 +13,37 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 from hawada_peft.errors import HawAdaError, InvalidRegimeError, UnsettledTimingWarning
-from hawada_peft.latency import clock as module
 from hawada_peft.latency import runner as runner_module
-from hawada_peft.latency.clock import Effort, interleave, measure, measure_built, measure_many
+from hawada_peft.latency.clock import Clock
+from hawada_peft.latency.effort import Effort
+from hawada_peft.latency.measuring import interleave, measure_built, measure_many
 from hawada_peft.latency.regime import Regime
 from hawada_peft.latency.runner import Runner, prepare
 from hawada_peft.latency.timing import Timing, median_errors
+from hawada_peft.latency.toy import ToyClock, toy_law
 
 
-class Machine:
+class Machine(Clock):
     """Time passes when something is called; the calls are written down."""
 
-    def __init__(self) -> None:
-        self.now, self.calls, self.syncs = 0.0, [], 0
+    def __init__(self, seconds: Callable[[Any], float] = lambda model: 1e-3) -> None:
+        self.time, self.calls, self.waits, self.law = 0.0, [], 0, seconds
 
-    def clock(self) -> float:
-        return self.now
+    def now(self) -> float:
+        return self.time
 
-    def sync(self) -> None:
-        self.syncs += 1
+    def wait(self, regime: Regime) -> None:
+        self.waits += 1
 
-    def runner(self, name: str, seconds: Callable[[], float], reset_seconds: float = 0.0) -> Runner:
+    def runner(self, model: Any, regime: Regime, reset_seconds: float = 0.0) -> Runner:
         def call() -> None:
-            self.calls.append(name)
-            self.now += seconds()
+            self.calls.append(model)
+            self.time += self.law(model)
 
         def reset() -> None:
-            self.now += reset_seconds
+            self.time += reset_seconds
 
         return Runner(call, reset)
-
-
-@pytest.fixture
-def machine() -> Machine:
-    return Machine()
 
 
 @pytest.fixture(scope="module")
@@ -82,29 +80,32 @@ def test_a_regime_names_every_problem() -> None:
         Regime.from_dict({"batch": 1})
 
 
-def test_effort_refuses_impossible_numbers() -> None:
-    with pytest.raises(HawAdaError, match="min_rounds <= max_rounds"):
-        Effort(min_rounds=5, max_rounds=4)
-
-
-def test_candidates_are_timed_in_turns(machine: Machine) -> None:
-    runners = [machine.runner(name, lambda: 0.001, reset_seconds=5.0) for name in "abc"]
-    effort = Effort(warmup=1, lead_in=1, min_rounds=4, max_rounds=4, max_seconds=1e9)
-    samples = interleave(runners, effort, clock=machine.clock, sync=machine.sync)
+def test_candidates_are_timed_in_turns() -> None:
+    machine = Machine()
+    runners = [machine.runner(name, Regime(), reset_seconds=5.0) for name in "abc"]
+    effort = Effort(warmup=1, lead_in=1, min_rounds=4, max_rounds=4, max_seconds=1e9, clock=machine)
+    samples = interleave(runners, Regime(), effort)
     assert "".join(machine.calls) == "abc" + "aabbccccbbaa" * 2
     np.testing.assert_allclose(samples, np.ones((3, 4)), rtol=1e-6)  # resets are not timed
-    assert machine.syncs == 2 * 12
+    assert machine.waits == 2 * 12
 
 
-def test_rounds_end_when_medians_have_settled_or_time_is_up(machine: Machine) -> None:
-    steady = [machine.runner("a", lambda: 0.001)]
-    assert interleave(steady, Effort(min_rounds=5), clock=machine.clock, sync=machine.sync).shape == (1, 5)
+def test_rounds_end_when_medians_have_settled_or_time_is_up() -> None:
+    def rounds(machine: Machine, **changes: float) -> int:
+        effort = Effort(**({"min_rounds": 5, "max_rounds": 30, "max_seconds": 1e9, "clock": machine} | changes))
+        return interleave([machine.runner("a", Regime())], Regime(), effort).shape[1]
+
     rng = np.random.default_rng(0)
-    shaky = [machine.runner("a", lambda: float(rng.exponential()))]
-    effort = Effort(min_rounds=5, max_rounds=30, max_seconds=1e9)
-    assert interleave(shaky, effort, clock=machine.clock, sync=machine.sync).shape == (1, 30)
-    effort = Effort(min_rounds=5, max_rounds=30, max_seconds=0.0)
-    assert interleave(shaky, effort, clock=machine.clock, sync=machine.sync).shape == (1, 5)
+    shaky = Machine(lambda model: float(rng.exponential()))
+    assert rounds(Machine()) == 5
+    assert rounds(shaky) == 30
+    assert rounds(shaky, max_seconds=0.0) == 5
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), 0.0, -1.0, float("inf")])
+def test_a_clock_that_tells_no_time_is_refused(seconds: float) -> None:
+    with pytest.raises(HawAdaError, match="no time that passes"):
+        measure_many({"a": nn.Identity()}, Regime(), effort=Effort(clock=Machine(lambda model: seconds)))
 
 
 def test_drift_that_all_candidates_share_is_taken_out() -> None:
@@ -118,15 +119,10 @@ def test_drift_that_all_candidates_share_is_taken_out() -> None:
 
 
 @pytest.mark.parametrize("mode", ["forward", "prefill", "decode"])
-def test_a_language_model_is_timed_in_every_mode(llama: LlamaForCausalLM, machine: Machine, mode: str) -> None:
+def test_a_language_model_is_timed_in_every_mode(llama: LlamaForCausalLM, mode: str) -> None:
     ticks = iter(range(1000))
-    timing = measure(
-        llama,
-        Regime(mode=mode, batch_size=2, seq_len=8),
-        effort=Effort(min_rounds=3),
-        clock=lambda: float(next(ticks)),
-        sync=machine.sync,
-    )
+    effort = Effort(min_rounds=3, clock=Clock(lambda: float(next(ticks))))
+    timing = measure_many({"model": llama}, Regime(mode=mode, batch_size=2, seq_len=8), effort=effort)["model"]
     assert timing.median_ms == pytest.approx(1000.0)
     assert timing.settled
     assert timing.rounds == 3
@@ -180,18 +176,18 @@ def test_what_a_model_cannot_do_is_refused(llama: LlamaForCausalLM, vit: ViTForI
             prepare(model, regime)
 
 
-def test_a_timer_that_never_settles_is_reported_with_its_spread(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_timer_that_never_settles_is_reported_with_its_spread() -> None:
     rng = np.random.default_rng(0)
-    monkeypatch.setattr(module, "prepare", lambda model, regime: machine.runner("a", lambda: float(rng.exponential())))
-    effort = Effort(min_rounds=5, max_rounds=20, max_seconds=1e9)
-    with pytest.warns(UnsettledTimingWarning, match=r"1 of 1 timers did not settle within 20 rounds.*IQR"):
-        timing = measure(nn.Identity(), Regime(), effort=effort, clock=machine.clock, sync=machine.sync)
+    machine = Machine(lambda model: float(rng.exponential()))
+    effort = Effort(min_rounds=5, max_rounds=20, max_seconds=1e9, clock=machine)
+    told = r"1 of 1 timers did not settle within 20 rounds.*IQR"
+    with pytest.warns(UnsettledTimingWarning, match=told) as caught:
+        timing = measure_many({"a": nn.Identity()}, Regime(), effort=effort)["a"]
     assert not timing.settled
+    assert [warning.filename for warning in caught] == [__file__]
 
 
-def test_groups_are_tied_by_their_reference(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_are_tied_by_their_reference() -> None:
     """The machine gets slower with every group; the result does not show it."""
     alive: list[int] = []
     speed = {"now": 1.0}
@@ -209,20 +205,9 @@ def test_groups_are_tied_by_their_reference(machine: Machine, monkeypatch: pytes
         assert len(alive) <= 3
         return Model(size)
 
-    monkeypatch.setattr(
-        module, "prepare", lambda model, regime: machine.runner("a", lambda: 1e-3 * model.size * speed["now"])
-    )
     sizes = [1, 2, 3, 4, 5, 6]
-    timings = measure_built(
-        build,
-        sizes,
-        Regime(),
-        reference=10,
-        effort=Effort(min_rounds=2),
-        group=3,
-        clock=machine.clock,
-        sync=machine.sync,
-    )
+    effort = Effort(min_rounds=2, group=3, clock=Machine(lambda model: 1e-3 * model.size * speed["now"]))
+    timings = measure_built(build, sizes, Regime(), reference=10, effort=effort)
     assert set(timings) == {*sizes, 10}
     for size in sizes:
         assert timings[size].median_ms / timings[10].median_ms == pytest.approx(size / 10, rel=0.01)
@@ -230,9 +215,28 @@ def test_groups_are_tied_by_their_reference(machine: Machine, monkeypatch: pytes
 
 def test_settled_timers_are_silent(llama: LlamaForCausalLM) -> None:
     ticks = iter(range(1000))
+    effort = Effort(min_rounds=2, clock=Clock(lambda: float(next(ticks))))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        timings = measure_many(
-            {"a": llama, "b": llama}, Regime(seq_len=4), clock=lambda: float(next(ticks)), effort=Effort(min_rounds=2)
-        )
+        timings = measure_many({"a": llama, "b": llama}, Regime(seq_len=4), effort=effort)
     assert set(timings) == {"a", "b"}
+
+
+def test_the_toy_clock_is_exact_and_runs_no_model(llama: LlamaForCausalLM, vit: ViTForImageClassification) -> None:
+    with torch.device("meta"):
+        models = {"llama": LlamaForCausalLM(llama.config), "again": LlamaForCausalLM(llama.config)}
+    regime = Regime(mode="prefill", seq_len=8)
+    found = measure_many(models, regime, effort=Effort.quick(clock=ToyClock()))
+    assert found["llama"].median_ms == pytest.approx(toy_law(llama, regime))
+    assert found["llama"].median_ms == pytest.approx(found["again"].median_ms)
+    assert found["llama"].device_name != regime.device_name
+    with pytest.raises(InvalidRegimeError, match="does not generate"):
+        measure_many({"vit": vit}, regime, effort=Effort.quick(clock=ToyClock()))
+
+
+def test_the_toy_clock_tells_the_same_at_any_hour(llama: LlamaForCausalLM) -> None:
+    regime, effort = Regime(seq_len=8), Effort.quick(clock=ToyClock(lambda model, regime: 1 / 3))
+    first, later = (measure_many({"llama": llama}, regime, effort=effort) for _ in range(2))
+    assert first == later
+    with pytest.raises(HawAdaError, match="above 0, got nan"):
+        measure_many({"llama": llama}, regime, effort=Effort(clock=ToyClock(lambda model, regime: float("nan"))))

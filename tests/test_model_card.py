@@ -49,7 +49,7 @@ from hawada_peft import (
     write_card,
 )
 from hawada_peft.errors import HawAdaError, IncompatibleTableError, InvalidPlanError, VerificationError
-from hawada_peft.latency.clock import Effort
+from hawada_peft.latency.effort import Effort
 from hawada_peft.search.result import Candidate
 from hawada_peft.vanilla.family import locate
 
@@ -128,7 +128,7 @@ def table_for(dense: Shape, **fields: Any) -> LatencyTable:
 
 
 def found(plan: Plan, *, measured: bool = True, **fields: Any) -> SearchResult:
-    best = Candidate(plan.shape, 5.0, 0.1, 1000, 1e6, False, measured_ms=6.0 if measured else None)
+    best = Candidate(plan.shape, 5.0, 0.1, 1000, 1e6, measured_ms=6.0 if measured else None)
     return SearchResult(
         budget=LatencyBudget(speedup=1.5, batch_size=8, seq_len=64),
         best=best,

@@ -24,14 +24,13 @@ from conftest import (
 )
 from peft import LoraConfig, PeftModel
 from torch import nn
-from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hawada_peft import BlockAdapter, ChannelAdapter, HawAdaConfig, SigmoidGate, attach_adapters, collect_gates
 from hawada_peft.errors import RowsError
 from hawada_peft.gates.rows import theta_per_row
 from hawada_peft.planning.per_example import example_gradients
-from hawada_peft.vanilla.draws import draw_classes
+from hawada_peft.vanilla.heads import head_of
 
 HEADED = [name for name, row in ROWS.items() if not row.model.endswith("Model")]
 """The rows that take labels."""
@@ -63,8 +62,9 @@ def expected(model: nn.Module, batch: dict[str, torch.Tensor]) -> Gradients:
             logits = output["logits"] if "logits" in output else output["last_hidden_state"]
             flat = logits.flatten(0, -2).float()
             counts = example["attention_mask"][0].bool() if "attention_mask" in example else slice(None)
-            targets = draw_classes(flat.detach(), generator)
-            loss = functional.cross_entropy(flat[counts], targets[counts])
+            head = head_of(model, logits)
+            targets = head.draw(flat.detach(), generator)
+            loss = head.surprise(flat[counts], targets[counts]).mean()
         rows.append(torch.autograd.grad(loss, [each.theta for each in gates.values()]))
     return {name: torch.stack(of) for name, of in zip(gates, zip(*rows, strict=True), strict=True)}
 
@@ -261,3 +261,12 @@ def test_a_gate_with_values_for_each_row() -> None:
     torch.testing.assert_close(y[::2], single(x)[::2])
     single.theta.data -= 1
     torch.testing.assert_close(y[1], single(x)[1])
+
+
+def test_tensors_of_another_length_belong_to_every_example() -> None:
+    model = gate(build(LM_ROW, torch.float64))
+    inputs = inputs_of(model)
+    wanted, (got, number) = expected(model, inputs), found(model, inputs | {"position_ids": torch.arange(16)[None]})
+    assert number == 2
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-9)

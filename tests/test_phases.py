@@ -10,7 +10,6 @@ from conftest import LM_ROW, build, gate, scattered_plan, shuffle_gates
 from peft import PeftModel
 
 from hawada_peft import Plan, Shape, collect_gates
-from hawada_peft.errors import HawAdaError
 from hawada_peft.gates.relaxation import RELAXATIONS
 from hawada_peft.training.goal import ShapeGoal
 from hawada_peft.training.phases import REPLANS, Phases
@@ -150,14 +149,3 @@ def test_state_survives_json() -> None:
     loaded.load_state_dict({"approached": None})  # what was there before is forgotten
     assert loaded.approached is None
     assert masks(other) == [None] * len(masks(other))
-
-
-@pytest.mark.parametrize(("warmup", "soft"), [(0.5, 0.25), (-0.1, 0.5), (0.0, 1.5)])
-def test_bad_fractions_are_refused(warmup: float, soft: float) -> None:
-    with pytest.raises(HawAdaError, match="warmup_fraction and soft_fraction"):
-        Phases(gate(build(LM_ROW)), "closing", warmup, soft)
-
-
-def test_unknown_relaxations_are_refused() -> None:
-    with pytest.raises(HawAdaError, match=r"closing.*got 'hard'"):
-        Phases(gate(build(LM_ROW)), "hard", 0.0, 0.5)

@@ -19,10 +19,11 @@ from conftest import (
     state_of,
 )
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TrainingArguments
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from hawada_peft import (
     GateAdapter,
+    GateTrainingArguments,
     HawAdaConfig,
     HawAdaTrainer,
     Shape,
@@ -96,11 +97,10 @@ def test_gates_train_on_a_quantized_base(dense: Path, scheme: str) -> None:
 @schemes
 def test_trainer_runs_on_a_quantized_base(dense: Path, scheme: str, tmp_path: Path) -> None:
     model = get_peft_model(load_quantized(dense, scheme), HawAdaConfig())
-    arguments = TrainingArguments(
-        str(tmp_path), max_steps=3, learning_rate=0.1, use_cpu=True, report_to="none", disable_tqdm=True
-    )
+    options = {"max_steps": 3, "learning_rate": 0.1, "soft_fraction": 0.7}
+    arguments = GateTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, **options)
     data = [{"input_ids": torch.arange(3, 15)}] * 8
-    HawAdaTrainer(model, arguments, shape=SHAPE, train_dataset=data, soft_fraction=0.7).train()
+    HawAdaTrainer(model, arguments, shape=SHAPE, train_dataset=data).train()
     assert model.applied_plan().shape.intermediate_size == SHAPE.intermediate_size
     assert all((found.theta != found.start.theta).any() for found in collect_gates(model).values())
 

@@ -35,12 +35,10 @@ SHORT = {
     "disable_tqdm": True,
     "lr_scheduler_type": "constant",
 }
-QUICK = {"warmup": 0, "min_rounds": 1, "max_rounds": 1, "max_seconds": 0.0, "tolerance": 1e9}
 SEARCH = {
-    "cache": False,
-    "effort": {"top": 1, "rounds": 1, "instances": 1, "margin": 0.0},
-    "timing": QUICK,
-    "table_plan": {"attention": 2, "ffn": 2, "realised": 0, "depth": 2, "effort": QUICK},
+    "clock": "toy",
+    "quick": True,
+    "effort": {"cache": False, "candidates": 1, "search_rounds": 1, "margin": 0.0, "min_rounds": 1, "max_rounds": 1},
 }
 run = CliRunner().invoke
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import LM_ROW, VISION_ROW, build, gate
 from PIL import Image
-from test_search_export import DENSE, Machine, ToyQuality, toy_space, toy_table
+from test_search_export import DENSE, Machine, ToyQuality, toy_space
 from test_trainer import trainer_of
+from toys import toy_table
 
 from hawada_peft import ExportFacts, LatencyBudget, Plan, QualityChange, save_slim, write_report
 from hawada_peft.errors import HawAdaError

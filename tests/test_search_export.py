@@ -5,72 +5,48 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import EVERYTHING, LM_ROW, ROWS, VISION_ROW, build, difference, gate, inputs_of, logits_of
 from peft import get_peft_model
+from toys import REGIME, StoppedClock, by_shape, by_table, once, timing, toy_table
+from tqdm import tqdm
 
-from hawada_peft import HawAdaConfig, Shape, collect_gates, slim
+from hawada_peft import HawAdaConfig, Shape, collect_gates, rehome
 from hawada_peft.errors import (
     HawAdaError,
     IllegalShapeError,
     InfeasibleBudgetError,
-    InvalidBudgetError,
     InvalidPlanError,
     InvalidRegimeError,
+    UnsettledTimingWarning,
 )
 from hawada_peft.latency.budget import LatencyBudget
-from hawada_peft.latency.build import TablePlan
+from hawada_peft.latency.effort import Effort
 from hawada_peft.latency.regime import Regime
 from hawada_peft.latency.table import LatencyTable
 from hawada_peft.latency.timing import Timing
+from hawada_peft.latency.toy import ToyClock
 from hawada_peft.planning.importance import gate_importance
 from hawada_peft.planning.plan import Plan
-from hawada_peft.search import timed as find_plan_module
 from hawada_peft.search.budgeted import find_plan
-from hawada_peft.search.effort import SearchEffort
 from hawada_peft.search.masked import MaskedQuality
 from hawada_peft.search.result import MOST_POINTS
 from hawada_peft.search.rounds import search
 from hawada_peft.search.space import SearchSpace, narrower_sizes, search_space
-from hawada_peft.search.state import frontier
+from hawada_peft.search.state import SearchState, frontier
 from hawada_peft.search.timed import dense_model, measure_table, regime_of
 from hawada_peft.search.timed_models import realiser
 from hawada_peft.vanilla.family import locate
 from hawada_peft.vanilla.legality import head_shapes
 
 DENSE = Shape(16, 4, 1024, 8)
-REGIME = Regime(mode="prefill", seq_len=8)
-
-
-def toy_table(
-    dense: Shape, *, launch: float, arithmetic: float, model: Mapping[str, int | str] | None = None
-) -> LatencyTable:
-    """Milliseconds per layer: `launch`, and `arithmetic` in equal parts for attention and FFN."""
-    heads, groups, ffn, layers = dense.sizes().values()
-    per_group = dense.heads_per_group
-    grid = [[arithmetic / 2 * g * r / heads for r in range(1, per_group + 1)] for g in range(1, groups + 1)]
-    low = grid[0][0]
-    return LatencyTable(
-        regime=REGIME,
-        device_name=REGIME.device_name,
-        model=model or {"model_type": "toy", "hidden_size": 64, "head_dim": 4, **dense.sizes()},
-        versions={},
-        fixed_ms=0.1,
-        layer_ms=launch + low,
-        kv_groups=tuple(range(1, groups + 1)),
-        heads_per_group=tuple(range(1, per_group + 1)),
-        attention_ms=tuple(tuple(value - low for value in row) for row in grid),
-        ffn_sizes=(0, ffn),
-        ffn_ms=(0.0, arithmetic / 2),
-        interaction_ms=0.0,
-        multiple=8,
-        dense_ms=0.1 + layers * (launch + arithmetic),
-    )
 
 
 def toy_space(dense: Shape = DENSE) -> SearchSpace:
@@ -78,9 +54,7 @@ def toy_space(dense: Shape = DENSE) -> SearchSpace:
     layers = tuple(range(1, 9))
     parameters = np.array([n * (p.num_attention_heads * 100 + f * 10) for n in layers for p in heads for f in sizes])
     shape = (len(layers), len(heads), len(sizes))
-    return SearchSpace(
-        dense, layers, heads, sizes, (False,) * len(heads), parameters.reshape(shape).astype(float), np.zeros(shape)
-    )
+    return SearchSpace(dense, layers, heads, sizes, parameters.reshape(shape).astype(float), np.zeros(shape))
 
 
 class ToyQuality:
@@ -101,8 +75,8 @@ class ToyQuality:
         loss = (1 - heads / 16) ** 2 + (1 - ffn / 1024) ** 2 + (1 - layers / 8) ** 2 + 0.01
         return loss if self.measurable else None
 
-    def plan(self, shape: Shape) -> Plan | None:
-        return None
+    def plan(self, shape: Shape) -> Plan:
+        return Plan.keep_all(shape.complete(DENSE))
 
 
 class Machine:
@@ -123,10 +97,6 @@ class Machine:
         return {shape: timing(self.ms(shape) * speed) for shape in (*shapes, DENSE)}
 
 
-def timing(ms: float) -> Timing:
-    return Timing(ms, ms, 0.0, 0.0, True, 1, REGIME, REGIME.device_name, {})
-
-
 @pytest.mark.parametrize("speedup", [1.25, 1.5, 2.0])
 @pytest.mark.parametrize("factor", [0.8, 1.0, 1.3])
 def test_the_answer_is_measured_and_meets_the_budget(speedup: float, factor: float) -> None:
@@ -145,7 +115,7 @@ def test_the_answer_is_measured_and_meets_the_budget(speedup: float, factor: flo
 
 def test_the_answer_is_the_best_of_all_shapes() -> None:
     table, space, quality = toy_table(DENSE, launch=0.5, arithmetic=1.0), toy_space(), ToyQuality()
-    result = search(space, table, quality, LatencyBudget(speedup=1.5), Machine(table), effort=SearchEffort(margin=0))
+    result = search(space, table, quality, LatencyBudget(speedup=1.5), Machine(table), effort=Effort(margin=0))
     loss = quality.predict(space).ravel()
     every = [space.shape(index) for index in range(len(space))]
     fits = [index for index, shape in enumerate(every) if table.estimate(shape) <= table.dense_ms / 1.5]
@@ -238,12 +208,7 @@ def test_a_machine_that_never_meets_the_budget_is_reported() -> None:
         return {shape: timing(10.0) for shape in (*shapes, DENSE)}
 
     with pytest.raises(InfeasibleBudgetError, match=r"10\.|fastest took"):
-        search(toy_space(), table, ToyQuality(), LatencyBudget(speedup=4), stuck, effort=SearchEffort(rounds=3))
-
-
-def test_search_effort_refuses_impossible_numbers() -> None:
-    with pytest.raises(InvalidBudgetError, match="margin"):
-        SearchEffort(margin=0.7)
+        search(toy_space(), table, ToyQuality(), LatencyBudget(speedup=4), stuck, effort=Effort(search_rounds=3))
 
 
 def test_the_frontier_holds_what_nothing_beats() -> None:
@@ -261,24 +226,20 @@ def test_shapes_and_places_of_a_space_agree() -> None:
 def test_parameters_are_those_of_the_built_model(row: object) -> None:
     model = build(row)
     layout = locate(model)
-    space = search_space(layout, REGIME, multiple=8, allow_rehome=True)
+    space = search_space(layout, REGIME, multiple=8)
     build_shape = realiser(layout, Regime())
     for index in np.linspace(0, len(space) - 1, 7).astype(int):
         shape = space.shape(int(index))
-        if not space.rehomed[space.heads.index(Shape(shape.num_attention_heads, shape.num_key_value_heads))]:
-            assert space.parameters.ravel()[index] == build_shape(shape).num_parameters()
+        assert space.parameters.ravel()[index] == build_shape(shape).num_parameters()
     assert space.shape(len(space) - 1).num_hidden_layers == 4
     assert max(space.ffn) == layout.dense.intermediate_size
 
 
-def test_only_the_twin_takes_more_heads() -> None:
-    model = build(LM_ROW)
-    alone = search_space(locate(model), REGIME)
-    both = search_space(locate(model), REGIME, allow_rehome=True)
-    assert not any(alone.rehomed)
-    assert len(both.heads) > len(alone.heads)
-    assert both.rehomed[both.heads.index(Shape(6, 3))]
-    frozen = search_space(locate(model), REGIME, free=("ffn",))
+def test_a_re_homed_model_takes_more_heads() -> None:
+    alone, both = (search_space(locate(model), REGIME) for model in (build(LM_ROW), rehome(build(LM_ROW))))
+    assert set(both.heads) > set(alone.heads)
+    assert Shape(6, 3) in both.heads
+    frozen = search_space(locate(build(LM_ROW)), REGIME, free=("ffn",))
     assert frozen.layers == (4,)
     assert len(frozen.heads) == 1
     assert (both.memory > both.parameters * 4).all()  # a KV cache comes with prefill
@@ -388,46 +349,114 @@ def test_padding_does_not_count() -> None:
 # -------------------------------------------------------------------------------------------------- all tied together
 
 
-@pytest.mark.parametrize("allow_rehome", [False, True])
-def test_a_plan_is_found_for_a_budget(monkeypatch: pytest.MonkeyPatch, allow_rehome: bool) -> None:
-    model = get_peft_model(build(LM_ROW), HawAdaConfig())
+@pytest.mark.parametrize("twin", [False, True], ids=["as it is", "re-homed"])
+def test_a_plan_is_found_for_a_budget_and_carried_all_the_way(twin: bool) -> None:
+    model = get_peft_model(rehome(build(LM_ROW)) if twin else build(LM_ROW), HawAdaConfig())
     layout = locate(model.get_base_model())
     table = toy_table(layout.dense, launch=0.2, arithmetic=1.0, model=layout.fingerprint())
     budget = LatencyBudget(speedup=1.5, mode="prefill", seq_len=8)
-
-    def timed(build_shape: object, shapes: Sequence[Shape], regime: Regime, **options: object) -> dict[Shape, Timing]:
-        for shape in shapes:
-            assert locate(build_shape(shape)).dense == shape  # every candidate can be built
-        return {shape: timing(table.estimate(shape)) for shape in (*shapes, layout.dense)}
-
-    monkeypatch.setattr(find_plan_module, "measure_built", timed)
-    batches = [inputs_of(model)]
-    result = find_plan(
-        model, budget, batches, importance=gate_importance(model, batches), table=table, allow_rehome=allow_rehome
-    )
+    result = find_plan(model, budget, [inputs_of(model)], table=table, effort=once(by_table(table)))
     assert result.speedup >= 1.5
-    assert result.plan is not None
     assert result.plan.shape == result.best.shape
-    assert all(not candidate.rehomed for candidate in result.frontier) or allow_rehome
-    if not result.best.rehomed:
-        assert locate(slim(model.unload(), result.plan)).dense == result.best.shape
+    model.apply_plan(result.plan)
+    masked = logits_of(model)
+    merged = model.merge_and_unload()
+    assert locate(merged).dense == result.best.shape
+    assert difference(logits_of(merged), masked) <= 1e-5
 
 
-def test_a_table_is_measured_for_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+@pytest.mark.parametrize("refit", [True, False])
+def test_fresh_gates_are_ranked_by_their_importance(refit: bool) -> None:
+    """The first heads and channels are made to count least: keeping the first would be the worst choice."""
+    base = build(LM_ROW)
+    layout = locate(base)
+    for layer in range(4):
+        for end, part in ((layout.attention_out(layer), 32), (layout.ffn_out(layer), 48)):
+            base.get_submodule(end).weight.data[:, :part] *= 1e-3
+    model = get_peft_model(base, HawAdaConfig(gates=("heads", "ffn")))
+    table = toy_table(layout.dense, launch=0.0, arithmetic=1.0, model=layout.fingerprint())
+    budget = LatencyBudget(speedup=1.9, mode="prefill", seq_len=8)
+    options = {"table": table, "effort": once(by_table(table)), "refit": refit}
+    plan = find_plan(model, budget, [inputs_of(model)], **options).plan
+    first = [sum(head < 4 for head in heads) for heads in plan.heads]
+    assert max(len(channels) for channels in plan.channels) < 96
+    assert all(np.mean(np.array(channels) < 48) < 0.3 for channels in plan.channels)
+    assert sum(first) < sum(len(heads) for heads in plan.heads) / 2 or plan.shape.num_attention_heads == 8
+
+
+def test_trained_gates_are_ranked_by_their_values() -> None:
+    model = gate(build(LM_ROW), gates=("heads", "ffn", "layers"))
+    table = toy_table(Shape(8, 4, 96, 4), launch=0.2, arithmetic=1.0)
+    table = replace(table, model=locate(model.get_base_model()).fingerprint())
+    budget = LatencyBudget(speedup=1.5, mode="prefill", seq_len=8)
+    seen: list[str] = []
+
+    def bars(**options: Any) -> Any:
+        seen.append(options["desc"])
+        return tqdm(**options, disable=True)
+
+    options = {"table": table, "effort": once(by_table(table)), "refit": False, "progress": bars}
+    plan = find_plan(model, budget, [inputs_of(model)], **options).plan
+    shape = plan.shape
+    kept = dict(zip(plan.layers, plan.channels, strict=True))
+    by_value = model.plan(replace(shape, num_hidden_layers=4))
+    assert all(by_value.channels[layer] == channels for layer, channels in kept.items())
+    assert seen == [
+        "step 1 of 3: dropping layers",
+        "step 2 of 3: judging widths",
+        "step 3 of 3: building and timing shapes",
+    ]
+
+
+def test_layers_that_no_budget_needs_are_not_judged() -> None:
+    quality = quality_of(LM_ROW)
+    dense = quality.layout.dense
+    table = toy_table(dense, launch=1.0, arithmetic=0.1)
+    space = search_space(quality.layout, REGIME, multiple=8)
+    law = by_table(table)
+    asked: list[int] = []
+    quality.predict = lambda space: asked.append(min(space.layers)) or MaskedQuality.predict(quality, space)
+
+    def machine(shapes: Sequence[Shape]) -> dict[Shape, Timing]:
+        return {shape: timing(table.estimate(shape)) for shape in (*shapes, dense)}
+
+    mild = search(space, table, quality, LatencyBudget(speedup=1.15), machine)
+    assert asked == [3]
+    assert mild.shapes == len(space)
+    hard = search(space, table, quality, LatencyBudget(speedup=2.5), machine)
+    assert asked == [3, 1]
+    assert hard.best.shape.num_hidden_layers == 1
+    assert law.now() == 0.0
+
+
+@pytest.mark.parametrize("speedup", [1.1, 1.3, 1.7, 2.5, 4.0])
+def test_what_is_left_out_by_depth_is_never_the_best(speedup: float) -> None:
+    table, space, quality = toy_table(DENSE, launch=0.5, arithmetic=1.0), toy_space(), ToyQuality()
+    state = SearchState(space, table, LatencyBudget(speedup=speedup), Effort())
+    fits = state.fits()
+    best = space.shape(int(np.where(fits, quality.predict(space).ravel(), np.inf).argmin()))
+    assert best.num_hidden_layers >= min(state.of_worthwhile_depth().spaces[0].layers)
+
+
+def test_two_adapters_are_refused() -> None:
+    model = gate(build(LM_ROW))
+    model.add_adapter("other", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(InvalidPlanError, match="one adapter must be active"):
+        MaskedQuality(model, [inputs_of(model)])
+
+
+def test_a_table_is_measured_for_a_model_and_kept(tmp_path: Path) -> None:
     model = build(LM_ROW)
     law = toy_table(locate(model).dense, launch=0.2, arithmetic=1.0)
-
-    def timed(build_shape: object, shapes: Sequence[Shape], regime: Regime, **options: object) -> dict[Shape, Timing]:
-        wanted = (*shapes, options["reference"])
-        return {shape: timing(law.estimate(shape)) for shape in wanted}
-
-    monkeypatch.setattr("hawada_peft.latency.build.measure_built", timed)
-    table = measure_table(model, REGIME, cache=tmp_path, allow_rehome=True)
+    effort = Effort(clock=by_table(law), cache=tmp_path)
+    table = measure_table(model, REGIME, effort=effort)
     shape = Shape(4, 2, 40, 2)
     assert table.estimate(shape) == pytest.approx(law.estimate(shape), rel=0.02)
-    monkeypatch.setattr("hawada_peft.latency.build.measure_built", None)
-    assert measure_table(model, REGIME, cache=tmp_path, allow_rehome=True) == table
-    assert replace(table, seconds=0.0) != replace(table, seconds=1.0)
+    kept = measure_table(model, REGIME, effort=replace(effort, clock=StoppedClock()))
+    assert kept == table
+    assert str(kept.path) in str(kept)
+    assert measure_table(model, REGIME, effort=replace(effort, fresh=True)).path is None
 
 
 def test_the_regime_comes_from_the_model() -> None:
@@ -455,7 +484,7 @@ def narrowed(size: int) -> tuple[SearchSpace, LatencyTable]:
     return replace(toy_space(), hidden_size=size), slower
 
 
-SMALL_TABLE = TablePlan(attention=4, ffn=4, realised=2)
+SMALL: dict[str, Any] = {"attention_sizes": 4, "ffn_sizes": 4, "whole_shapes": 2}
 
 
 class WideQuality(ToyQuality):
@@ -487,7 +516,7 @@ def test_hidden_sizes_are_searched_together_with_the_rest() -> None:
         LatencyBudget(speedup=2),
         machine,
         narrower=narrower,
-        effort=SearchEffort(margin=0, rounds=40),
+        effort=Effort(margin=0, search_rounds=40),
     )
     assert result.best.shape.hidden_size in (48, 32)
     assert result.best.measured_ms == pytest.approx(ms(result.best.shape))
@@ -534,28 +563,20 @@ def test_the_loss_of_a_hidden_size_is_measured() -> None:
     assert list(kept) == sorted(importance.argsort(descending=True, stable=True)[:48].tolist())
 
 
-def test_a_plan_with_a_hidden_size_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+def test_a_plan_with_a_hidden_size_is_found() -> None:
     """On a machine where nothing but the hidden size saves time."""
     model = get_peft_model(build(LM_ROW), HawAdaConfig(gates=("heads", "ffn", "layers", "hidden")))
-    layout = locate(model.get_base_model())
     seen: set[int | None] = set()
 
     def ms(shape: Shape) -> float:
+        seen.add(shape.hidden_size)
         return 1.0 + (shape.hidden_size or 64) / 8
 
-    def timed(build_shape: object, shapes: Sequence[Shape], regime: Regime, **options: object) -> dict[Shape, Timing]:
-        seen.update(shape.hidden_size for shape in shapes)
-        return {shape: timing(ms(shape)) for shape in (*shapes, options.get("reference", layout.dense))}
-
-    monkeypatch.setattr("hawada_peft.latency.build.measure_built", timed)
-    monkeypatch.setattr(find_plan_module, "measure_built", timed)
     batches = [inputs_of(model)]
     budget = LatencyBudget(speedup=1.2, mode="prefill", seq_len=8)
-    importance = gate_importance(model, batches)
-    result = find_plan(
-        model, budget, batches, importance=importance, hidden_sizes=[48, 32], table_plan=SMALL_TABLE, cache=tmp_path
-    )
-    assert seen == {None, 48, 32}
+    effort = once(by_shape(ms), **SMALL)
+    result = find_plan(model, budget, batches, hidden_sizes=[48, 32], effort=effort)
+    assert seen == {64, 48, 32}
     assert result.best.shape.hidden_size == 48
     assert result.speedup == pytest.approx(9 / 7)
     assert result.plan.shape == result.best.shape
@@ -564,23 +585,43 @@ def test_a_plan_with_a_hidden_size_is_found(monkeypatch: pytest.MonkeyPatch, tmp
     assert difference(logits_of(model.merge_and_unload()), masked) <= 1e-5
 
 
-def test_without_gates_on_it_no_hidden_size_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_gates_on_it_no_hidden_size_is_timed() -> None:
     model = get_peft_model(build(LM_ROW), HawAdaConfig())
     layout = locate(model.get_base_model())
     table = toy_table(layout.dense, launch=0.2, arithmetic=1.0, model=layout.fingerprint())
-    seen: list[Shape] = []
+    seen: set[int | None] = set()
 
-    def timed(build_shape: object, shapes: Sequence[Shape], regime: Regime, **options: object) -> dict[Shape, Timing]:
-        seen.extend(shapes)
-        return {shape: timing(table.estimate(shape)) for shape in (*shapes, layout.dense)}
+    def ms(shape: Shape) -> float:
+        seen.add(shape.hidden_size)
+        return table.estimate(replace(shape, hidden_size=None))
 
-    monkeypatch.setattr("hawada_peft.latency.build.measure_built", None)  # would fail if it were called
-    monkeypatch.setattr(find_plan_module, "measure_built", timed)
     budget = LatencyBudget(speedup=1.5, mode="prefill", seq_len=8)
-    find_plan(model, budget, [inputs_of(model)], table=table, hidden_sizes=[48])
-    assert {shape.hidden_size for shape in seen} == {None}
+    find_plan(model, budget, [inputs_of(model)], table=table, hidden_sizes=[48], effort=once(by_shape(ms)))
+    assert seen == {64}
 
 
 def test_a_hidden_size_that_does_not_exist_is_refused() -> None:
     with pytest.raises(IllegalShapeError, match=r"LlamaConfig refuses.*\n.*nearest.*48"):
         measure_table(build(LM_ROW), REGIME, hidden_size=44)
+
+
+class Shaky(ToyClock):
+    """Every look at it takes another while."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late, self.rng = 0.0, np.random.default_rng(0)
+
+    def now(self) -> float:
+        self.late += 1e-3 * self.rng.exponential()
+        return super().now() + self.late
+
+
+def test_a_search_warns_once_of_what_did_not_settle_and_where_it_was_called() -> None:
+    model = get_peft_model(build(LM_ROW), HawAdaConfig())
+    budget = LatencyBudget(max_parameters=120_000, mode="prefill", seq_len=8)
+    effort = once(Shaky(), min_rounds=3, max_rounds=4, tolerance=1e-4)
+    with pytest.warns(UnsettledTimingWarning, match=r"did not settle.*\. .*did not settle.*Stop other work") as caught:
+        find_plan(model, budget, [inputs_of(model)], effort=effort, refit=False)
+    told = [each.filename for each in caught if each.category is UnsettledTimingWarning]
+    assert told == [__file__]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
 
 from hawada_peft import Shape
 from hawada_peft.errors import IllegalShapeError
+from hawada_peft.vanilla.shape import BY_NAME, LAYERS, SIZES
 
 DENSE, MHA = Shape(8, 4, 96, 4), Shape(8, 8, 96, 4)
 
@@ -54,3 +56,9 @@ def test_all_problems_are_reported_at_once() -> None:
 def test_unknown_sizes_are_named() -> None:
     with pytest.raises(IllegalShapeError, match=r"unknown sizes \['heads'\].*num_attention_heads"):
         Shape.from_dict({"heads": 4})
+
+
+def test_every_size_of_a_shape_has_one_axis() -> None:
+    assert [axis.field for axis in SIZES] == [each.name for each in fields(Shape)]
+    assert len({axis.name for axis in SIZES}) == len({axis.plural for axis in SIZES}) == len(SIZES)
+    assert BY_NAME[LAYERS].field == "num_hidden_layers"

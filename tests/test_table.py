@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,16 +14,15 @@ import torch
 from torch import nn
 
 from hawada_peft import Shape
-from hawada_peft.errors import HawAdaError, IncompatibleTableError
-from hawada_peft.latency import build as build_module
-from hawada_peft.latency import clock as measure_module
-from hawada_peft.latency.build import TablePlan, build_table, choose_pairs, random_shapes
-from hawada_peft.latency.cache import cached_table
-from hawada_peft.latency.clock import Effort
+from hawada_peft.errors import IncompatibleTableError, UncachedTableWarning
+from hawada_peft.latency.build import build_table, choose_pairs, random_shapes
+from hawada_peft.latency.cache import cached_table, table_key
+from hawada_peft.latency.clock import Clock
+from hawada_peft.latency.effort import Effort
 from hawada_peft.latency.interpolate import bilinear, linear, smooth
 from hawada_peft.latency.regime import Regime
-from hawada_peft.latency.runner import Runner
 from hawada_peft.latency.table import LatencyTable, Realised
+from hawada_peft.latency.toy import ToyClock
 from hawada_peft.vanilla.legality import head_shapes
 
 DENSE = Shape(16, 4, 1024, 8)
@@ -45,37 +45,17 @@ class Built(nn.Module):
         self.shape = shape
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[], float]:
-    now = [0.0]
-
-    def prepare(model: Built, regime: Regime) -> Runner:
-        def call() -> None:
-            now[0] += law(model.shape) * 1e-3
-
-        return Runner(call, lambda: None)
-
-    monkeypatch.setattr(measure_module, "prepare", prepare)
-    return lambda: now[0]
+EFFORT = Effort(warmup=0, min_rounds=2, clock=ToyClock(lambda model, regime: law(model.shape)))
 
 
-def make(clock: Callable[[], float], **plan: object) -> LatencyTable:
-    effort = Effort(warmup=0, min_rounds=2)
-    return build_table(
-        Built,
-        dense=DENSE,
-        heads=head_shapes(DENSE),
-        model=MODEL,
-        regime=REGIME,
-        plan=TablePlan(effort=effort, **plan),
-        clock=clock,
-        sync=lambda: None,
-    )
+def make(dense: Shape = DENSE, model: Mapping[str, int | str] = MODEL, **options: Any) -> LatencyTable:
+    heads = head_shapes(dense)
+    return build_table(Built, dense=dense, heads=heads, model=model, regime=REGIME, **({"effort": EFFORT} | options))
 
 
 @pytest.fixture
-def table(clock: Callable[[], float]) -> LatencyTable:
-    return make(clock)
+def table() -> LatencyTable:
+    return make()
 
 
 def test_linear_interpolation_meets_its_knots_and_goes_on() -> None:
@@ -112,19 +92,9 @@ def test_a_table_reproduces_the_law_of_its_machine(table: LatencyTable) -> None:
     assert table.errors["median"] < 0.01
 
 
-def test_a_table_of_a_narrower_stream_is_on_the_scale_of_the_dense_model(clock: Callable[[], float]) -> None:
+def test_a_table_of_a_narrower_stream_is_on_the_scale_of_the_dense_model() -> None:
     widest = replace(DENSE, hidden_size=32)
-    table = build_table(
-        Built,
-        dense=DENSE,
-        heads=head_shapes(DENSE),
-        model=MODEL | {"hidden_size": 32, "dense_hidden_size": 64},
-        regime=REGIME,
-        plan=TablePlan(effort=Effort(warmup=0, min_rounds=2)),
-        widest=widest,
-        clock=clock,
-        sync=lambda: None,
-    )
+    table = make(model=MODEL | {"hidden_size": 32, "dense_hidden_size": 64}, widest=widest)
     shapes = random_shapes(widest, head_shapes(DENSE), table.multiple, 40, seed=7)
     assert {shape.hidden_size for shape in shapes} == {32}
     assert max(abs(table.estimate(shape) / law(shape) - 1) for shape in shapes) < 0.01
@@ -201,7 +171,7 @@ def test_a_table_survives_json(table: LatencyTable, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "no latency table"), ("[1]", "holds a list"), ('{"format": 9}', "format 9"), ('{"format": 1}', "lacks")],
+    [("{", "no latency table"), ("[1]", "holds a list"), ('{"format": 9}', "format 9"), ('{"format": 2}', "lacks")],
 )
 def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "table.json"
@@ -211,36 +181,131 @@ def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> Non
 
 
 def test_a_table_for_something_else_is_refused(table: LatencyTable) -> None:
-    table.check(regime=REGIME, model=MODEL)
+    table.check(regime=REGIME, model=MODEL, device_name=table.device_name)
     for regime, model, message in (
         (replace(REGIME, dtype="bfloat16"), MODEL, "dtype: table float32, asked bfloat16"),
         (replace(REGIME, batch_size=4), MODEL, "batch_size: table 1, asked 4"),
         (REGIME, MODEL | {"hidden_size": 128}, "hidden_size: table 64, asked 128"),
     ):
         with pytest.raises(IncompatibleTableError, match=message):
-            table.check(regime=regime, model=model)
+            table.check(regime=regime, model=model, device_name=table.device_name)
     elsewhere = replace(table, device_name="another device")
     with pytest.raises(IncompatibleTableError, match="device name: table another device"):
         elsewhere.check(regime=REGIME, model=MODEL)
 
 
-def test_tables_are_cached(table: LatencyTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
+# -------------------------------------------------------------------------------------------------------------- cache
 
-    def measure() -> LatencyTable:
-        made.append(1)
+
+def kept(
+    table: LatencyTable | None, effort: Effort, regime: Regime = REGIME, model: Mapping[str, int | str] = MODEL
+) -> LatencyTable:
+    """The table of a key: `table` if one is measured, which must not be if that is None."""
+
+    def make() -> LatencyTable:
+        assert table is not None, "measured again"
         return table
 
-    first = cached_table(measure, {"regime": REGIME.to_dict()}, tmp_path)
-    assert cached_table(measure, {"regime": REGIME.to_dict()}, tmp_path) == first
-    assert len(made) == 1
-    cached_table(measure, {"regime": replace(REGIME, dtype="bfloat16").to_dict()}, tmp_path)
-    assert len(made) == 2
+    return cached_table(make, table_key(regime, model, head_shapes(DENSE), effort), effort)
+
+
+def test_tables_are_kept_by_what_they_depend_on(
+    table: LatencyTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    effort = replace(EFFORT, cache=tmp_path)
+    first = kept(table, effort)
+    assert kept(None, effort) == first
+    assert kept(None, replace(effort, candidates=7)) == first  # no part of a table
+    for other in ({"regime": replace(REGIME, dtype="bfloat16")}, {"model": MODEL | {"hidden_size": 32}}):
+        with pytest.raises(AssertionError, match="measured again"):
+            kept(None, effort, **other)
+    for further in (replace(effort, min_rounds=3), replace(effort, fresh=True), replace(effort, clock=Clock())):
+        with pytest.raises(AssertionError, match="measured again"):
+            kept(None, further)
     monkeypatch.setenv("HAWADA_CACHE", str(tmp_path / "elsewhere"))
-    cached_table(measure, {}, None)
-    files = list((tmp_path / "elsewhere").iterdir())
-    assert len(files) == 1
-    assert json.loads(files[0].read_text())["format"] == 1
+    kept(table, EFFORT)
+    (file,) = (tmp_path / "elsewhere").iterdir()
+    assert LatencyTable.load(file) == table
+
+
+def test_nothing_is_kept_without_a_cache(table: LatencyTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HAWADA_CACHE", str(tmp_path / "cache"))
+    kept(table, replace(EFFORT, cache=False))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_did_not_settle_is_not_kept(table: LatencyTable, tmp_path: Path) -> None:
+    effort = replace(EFFORT, cache=tmp_path)
+    assert kept(replace(table, unsettled="3 of 4 timers"), effort).unsettled
+    assert list(tmp_path.iterdir()) == []
+    assert kept(table, effort) == table
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "binary", "another model's", "unsettled", "not a number"])
+def test_a_damaged_table_is_measured_again(
+    table: LatencyTable, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    effort = replace(EFFORT, cache=tmp_path)
+    kept(table, effort)
+    (file,) = tmp_path.iterdir()
+    text = file.read_text()
+    file.write_bytes(
+        {
+            "cut": text[:-100].encode(),
+            "empty": b"",
+            "binary": b"\xff\xfe\x00",
+            "another model's": text.replace('"hidden_size": 64', '"hidden_size": 32').encode(),
+            "unsettled": text.replace('"unsettled": ""', '"unsettled": "1 of 2"').encode(),
+            "not a number": text.replace('"layer_ms": ', '"layer_ms": NaN, "was": ').encode(),
+        }[damage]
+    )
+    assert kept(table, effort) == table
+    assert ("measured again" in caplog.text) == (damage != "unsettled")
+    assert kept(None, effort) == table
+
+
+@pytest.mark.parametrize("obstacle", ["a file in its place", "no room"])
+def test_a_cache_that_cannot_be_written_costs_nothing_but_a_warning(
+    table: LatencyTable, tmp_path: Path, obstacle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cache"
+    if obstacle == "no room":
+
+        def full(self: LatencyTable, path: str) -> None:
+            Path(path).write_text("{")
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(LatencyTable, "save", full)
+    else:
+        folder.write_text("")
+    with pytest.warns(UncachedTableWarning, match=r"cannot be kept for later.*Effort\(cache=") as caught:
+        assert kept(table, replace(EFFORT, cache=folder)) == table
+    assert [warning.filename for warning in caught] == [__file__]
+    assert list(tmp_path.rglob("*")) == [folder]
+
+
+BROKEN: dict[str, Any] = {
+    "layer_ms": [float("nan"), None, "1", True, 1e9, -1.0],
+    "fixed_ms": [float("inf"), {}],
+    "dense_ms": [0.0, -1.0, float("nan")],
+    "scale": [0.0, -1.0, 100.0],
+    "attention_ms": [[], [[0.0]], [[-5.0] * 4] * 4, "no"],
+    "ffn_ms": [[0.0], None],
+    "ffn_sizes": [[], [3, 2, 1], [1.5]],
+    "kv_groups": [[1, 1], "1234"],
+    "multiple": [0, 1.5],
+    "realised": [[{"shape": {}, "ms": 0.0}], [{"ms": 1.0}], [None]],
+    "errors": [{"median": float("nan")}, []],
+    "model": [{}, None],
+    "regime": [{"mode": "sideways"}, None],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BROKEN.items() for value in values])
+def test_no_table_of_impossible_numbers_is_read(table: LatencyTable, name: str, value: Any) -> None:
+    data = json.loads(json.dumps(table.to_dict())) | {name: value}
+    with pytest.raises(IncompatibleTableError, match="damaged"):
+        LatencyTable.from_dict(data)
 
 
 def test_a_grid_of_heads_is_thinned_with_its_ends_kept() -> None:
@@ -257,22 +322,7 @@ def test_random_shapes_differ_and_are_never_dense() -> None:
     assert all(shape.sizes()["intermediate_size"] % 64 == 0 for shape in shapes)
 
 
-def test_one_layer_is_enough_for_a_table(clock: Callable[[], float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_module, "PROBES", (1, 2, 4, 8))
+def test_one_layer_is_enough_for_a_table() -> None:
     single = Shape(2, 2, 64, 1)
-    table = build_table(
-        Built,
-        dense=single,
-        heads=head_shapes(single),
-        model=MODEL | single.sizes(),
-        regime=REGIME,
-        plan=TablePlan(effort=Effort(warmup=0, min_rounds=2), realised=4),
-        clock=clock,
-        sync=lambda: None,
-    )
+    table = make(single, MODEL | single.sizes(), effort=replace(EFFORT, whole_shapes=4))
     assert table.estimate(Shape(1, 1, 32, 1)) == pytest.approx(law(Shape(1, 1, 32, 1)), rel=0.05)
-
-
-def test_a_table_plan_refuses_impossible_numbers() -> None:
-    with pytest.raises(HawAdaError, match="at least 2"):
-        TablePlan(depth=1)

@@ -10,26 +10,28 @@ import torch
 from conftest import LM_ROW, VISION_ROW, assert_same_state, build, difference, gate, scattered_plan
 from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from hawada_peft import HawAdaTrainer, Shape, collect_gates
 from hawada_peft.distil.divergence import kl_divergence
+from hawada_peft.training.arguments import GATE_OPTIONS, GateTrainingArguments
 
 TARGET = Shape(4, 2, 40, 2)
 DATA = [{"input_ids": torch.randint(3, 128, (12,), generator=torch.Generator().manual_seed(i))} for i in range(8)]
 LABELLED = [row | {"labels": row["input_ids"]} for row in DATA]
 
 
-def arguments(folder: Path, **options: Any) -> TrainingArguments:
+def arguments(folder: Path, **options: Any) -> GateTrainingArguments:
     fixed = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
     defaults = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 0.3, "save_strategy": "no"}
-    return TrainingArguments(str(folder), **(fixed | defaults | {"lr_scheduler_type": "constant"} | options))
+    return GateTrainingArguments(str(folder), **(fixed | defaults | {"lr_scheduler_type": "constant"} | options))
 
 
 def trainer_of(folder: Path, model: PeftModel | None = None, *, args: Any = None, **options: Any) -> HawAdaTrainer:
     model = gate(build(LM_ROW), shuffle=False) if model is None else model
     options = {"shape": TARGET, "train_dataset": DATA, "eval_dataset": LABELLED, "soft_fraction": 0.5} | options
-    return HawAdaTrainer(model, arguments(folder, **(args or {})), **options)
+    named = {name: options.pop(name) for name in list(options) if name in GATE_OPTIONS}
+    return HawAdaTrainer(model, arguments(folder, **named, **(args or {})), **options)
 
 
 def thetas(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -11,30 +11,55 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import TrainingArguments
 
-from hawada_peft import HawAdaConfig, HawAdaTrainer, Shape
+from hawada_peft import HawAdaConfig, HawAdaTrainer, Shape, collect_gates
 from hawada_peft.errors import HawAdaError, IllegalShapeError, InvalidPlanError
+from hawada_peft.training.arguments import GATE_OPTIONS, GateTrainingArguments
 
 
 def trainer_of(folder: Path, model: PeftModel | None = None, **options: Any) -> HawAdaTrainer:
     model = gate(build(LM_ROW)) if model is None else model
-    args = TrainingArguments(str(folder), report_to="none", use_cpu=True)
+    named = {name: options.pop(name) for name in list(options) if name in GATE_OPTIONS}
+    args = GateTrainingArguments(str(folder), report_to="none", use_cpu=True, **named)
     return HawAdaTrainer(model, args, **({"shape": Shape(4, 2, 40, 2)} | options))
 
 
 def test_all_bad_arguments_are_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(HawAdaError) as caught:
-        HawAdaTrainer(nn.Linear(2, 2), None, kd_temperature=0, kl_weight=0.0, size_weight=-1, soft_fraction=2)
+        HawAdaTrainer(nn.Linear(2, 2), None, search_options={"rounds": 3})
     found = str(caught.value)
-    facts = [
-        "get_peft_model",
-        "Linear",
-        "`shape`, `keep_ratio` and `budget`",
-        "kd_temperature",
-        "'size_weight': -1",
-        "soft_fraction",
-    ]
+    facts = ["get_peft_model", "Linear", "`shape`, `keep_ratio` and `budget`", "['rounds']"]
     assert [fact for fact in facts if fact not in found] == []
-    assert len(found.splitlines()) == 6
+    assert len(found.splitlines()) == 3
+
+
+def test_plain_training_arguments_mean_the_defaults(tmp_path: Path) -> None:
+    plain = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, learning_rate=0.07, logging_steps=3)
+    args = HawAdaTrainer(gate(build(LM_ROW)), plain, shape=Shape(4, 2, 40, 2)).args
+    assert {name: getattr(args, name) for name in GATE_OPTIONS} == GATE_OPTIONS
+    assert (args.output_dir, args.learning_rate, args.logging_steps) == (str(tmp_path), 0.07, 3)
+
+
+def frozen(folder: Path, how: str) -> PeftModel:
+    if how == "inference_mode":
+        return gate(build(LM_ROW), inference_mode=True)
+    model = gate(build(LM_ROW), **({"lora": {"r": 2, "target_modules": ["q_proj"]}} if how == "joint" else {}))
+    if how == "frozen by hand":
+        for found in collect_gates(model).values():
+            found.theta.requires_grad_(False)
+        return model
+    model.save_pretrained(folder)
+    return PeftModel.from_pretrained(build(LM_ROW), folder)
+
+
+@pytest.mark.parametrize("how", ["loaded", "joint", "inference_mode", "frozen by hand"])
+def test_gates_that_nothing_would_train_are_refused(tmp_path: Path, how: str) -> None:
+    with pytest.raises(HawAdaError, match=r"no gate of adapter 'default'.*is_trainable=True"):
+        trainer_of(tmp_path / "out", frozen(tmp_path, how))
+
+
+def test_gates_that_were_loaded_to_be_trained_are_not(tmp_path: Path) -> None:
+    gate(build(LM_ROW)).save_pretrained(tmp_path)
+    trainer_of(tmp_path / "out", PeftModel.from_pretrained(build(LM_ROW), tmp_path, is_trainable=True))
 
 
 def test_adapters_of_another_method_are_refused(tmp_path: Path) -> None:

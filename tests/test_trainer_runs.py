@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +12,20 @@ import pytest
 import torch
 from conftest import BARE_ROW, LM_ROW, build, gate, two_processes
 from peft import PeftModel
-from test_search_export import timing, toy_table
 from test_trainer import DATA, LABELLED, TARGET, StopAt, logged, thetas, trainer_of
 from torch.utils.data import IterableDataset
+from toys import StoppedClock, by_table, once, toy_table
 from transformers import TrainerCallback
 
-from hawada_peft import HawAdaTrainer, LatencyBudget, Shape, collect_gates, init_gates
+from hawada_peft import HawAdaTrainer, LatencyBudget, collect_gates, find_plan, init_gates
 from hawada_peft.distil.divergence import kl_divergence
 from hawada_peft.errors import HawAdaError, InfeasibleBudgetError
 from hawada_peft.gates.relaxation import RELAXATIONS
-from hawada_peft.latency.clock import Effort
-from hawada_peft.latency.regime import Regime
+from hawada_peft.latency.effort import Effort
 from hawada_peft.latency.table import LatencyTable
-from hawada_peft.latency.timing import Timing
-from hawada_peft.search import budgeted
-from hawada_peft.search import timed as find_plan_module
-from hawada_peft.search.effort import SearchEffort
-from hawada_peft.search.masked import MaskedQuality
 from hawada_peft.training.trainer import STATE_FILE
 from hawada_peft.vanilla.family import locate
 
-ONCE = Effort(warmup=0, lead_in=0, min_rounds=1, max_rounds=1)
 BUDGET = LatencyBudget(speedup=1.5, mode="prefill", seq_len=8)
 DRAWN = [name for name, each in RELAXATIONS.items() if each.draws_to_size]
 SAVED = {"save_strategy": "steps", "lr_scheduler_type": "linear"}
@@ -51,8 +45,8 @@ def table_of(model: PeftModel) -> LatencyTable:
 
 
 def lagrange(folder: Path, relaxation: str = "sigmoid", **options: Any) -> HawAdaTrainer:
-    search = {"table": table_of(fresh()), "timing": ONCE, "effort": SearchEffort(top=1, rounds=3, instances=1)}
-    options = {"relaxation": relaxation, "search_options": search, "anchor_steps": 2} | options
+    search = {"table": table_of(fresh()), "effort": effort_of(candidates=1, search_rounds=3)}
+    options = {"relaxation": relaxation, "anchor_steps": 2} | search | options
     return small(folder, shape=None, budget=BUDGET, constraint="lagrange", **options)
 
 
@@ -64,17 +58,14 @@ def leaning() -> PeftModel:
     return model
 
 
-def timed(build_shape: Any, shapes: Sequence[Shape], regime: Regime, **options: Any) -> dict[Shape, Timing]:
-    """Timing on a machine on which all but the dense shape take 1.2 times what the table says."""
-    table = toy_table(Shape(8, 4, 96, 4), launch=0.2, arithmetic=1.0)
-    wanted = (*shapes, options["reference"])
-    return {shape: timing(table.estimate(shape) * (1.0 if shape == table.dense else 1.2)) for shape in wanted}
+def effort_of(**changes: Any) -> Effort:
+    """A machine on which all but the dense shape take 1.2 times what the table says."""
+    return once(by_table(table_of(fresh()), 1.2), **changes)
 
 
 @pytest.fixture
-def law(monkeypatch: pytest.MonkeyPatch) -> LatencyTable:
-    """That machine in the place of the clock."""
-    monkeypatch.setattr(find_plan_module, "measure_built", timed)
+def law() -> LatencyTable:
+    """That table."""
     return table_of(fresh())
 
 
@@ -196,7 +187,7 @@ def test_callbacks_see_the_logs(tmp_path: Path) -> None:
 
 
 def test_a_budget_becomes_a_shape_by_the_search(tmp_path: Path, law: LatencyTable) -> None:
-    options = {"search_options": {"table": law, "effort": SearchEffort(top=2, rounds=4, instances=1)}}
+    options = {"table": law, "effort": effort_of(candidates=2, search_rounds=4)}
     trainer = small(tmp_path, shape=None, budget=BUDGET, **options)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(0, abs=1e-5)  # no goal yet: open
     with pytest.raises(HawAdaError, match="when `train` begins"):
@@ -207,30 +198,33 @@ def test_a_budget_becomes_a_shape_by_the_search(tmp_path: Path, law: LatencyTabl
     assert 1.2 * law.estimate(shape) <= law.dense_ms / 1.5
 
 
-def test_a_budget_is_searched_on_the_real_clock(tmp_path: Path) -> None:
+def test_a_limit_on_size_is_kept(tmp_path: Path, law: LatencyTable) -> None:
     budget = LatencyBudget(max_parameters=120_000, mode="prefill", seq_len=8)
-    search = {"table": table_of(fresh()), "timing": ONCE, "effort": SearchEffort(top=1, rounds=2, instances=1)}
-    trainer = small(tmp_path, shape=None, budget=budget, search_options=search)
+    effort = effort_of(candidates=1, search_rounds=2)
+    trainer = small(tmp_path, shape=None, budget=budget, table=law, effort=effort)
     trainer.train()
     assert trainer.model.merge_and_unload().num_parameters() <= 120_000
 
 
-def test_fresh_gates_are_judged_by_their_importance(
-    tmp_path: Path, law: LatencyTable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = []
-    real = MaskedQuality.__init__
+def test_a_trained_budget_keeps_the_layers_that_the_search_kept(tmp_path: Path) -> None:
+    search = {"table": table_of(fresh()), "refit": False, "effort": effort_of(candidates=1, search_rounds=2)}
+    budget = LatencyBudget(max_parameters=110_000, mode="prefill", seq_len=8)
+    model = gate(build(LM_ROW), shuffle=False, gates=("layers",))
+    trainer = small(tmp_path, model=model, shape=None, budget=budget, **search)
+    batches = trainer._calibration()
+    found = find_plan(model, budget, batches, **search)
+    trainer._prepare()
+    assert len(found.plan.layers) < 4
+    assert trainer.model.plan(trainer.target).layers == found.plan.layers
 
-    def record(self: MaskedQuality, model: Any, batches: Any, importance: Any = None, progress: Any = None) -> None:
-        seen.append(importance)
-        real(self, model, batches, importance, progress)
 
-    monkeypatch.setattr(budgeted.MaskedQuality, "__init__", record)
-    for model in (fresh(), gate(build(LM_ROW))):
-        trainer = small(tmp_path, model=model, shape=None, budget=BUDGET, search_options={"table": law})
-        trainer._prepare()
-    assert seen[0] is not None
-    assert seen[-1] is None  # the user's own gates decide
+def test_a_budget_cuts_fresh_gates_by_their_importance(tmp_path: Path) -> None:
+    search = {"table": table_of(fresh()), "refit": False, "effort": effort_of(candidates=1, search_rounds=2)}
+    trainer = small(tmp_path, model=fresh(), shape=None, budget=BUDGET, **search)
+    trainer._prepare()
+    plan = trainer.model.plan(trainer.target)
+    units = [*plan.heads, *plan.channels]
+    assert any(kept != tuple(range(len(kept))) for kept in units)  # alike, all would lose their last ones
 
 
 @pytest.mark.parametrize("relaxation", DRAWN)
@@ -262,7 +256,7 @@ def test_the_latency_ends_within_the_budget(tmp_path: Path, law: LatencyTable) -
     [
         ({"relaxation": "closing"}, r"needs a relaxation of \['sigmoid', 'hard_concrete'\], got 'closing'"),
         ({"budget": LatencyBudget(max_parameters=10)}, "limit on latency"),
-        ({"search_options": {"importance": None}}, r"got \['importance'\]"),
+        ({"refit": True}, "neither hidden_sizes nor refit"),
     ],
 )
 def test_bad_lagrange_arguments_are_refused(tmp_path: Path, options: dict[str, Any], facts: str) -> None:
@@ -271,15 +265,10 @@ def test_bad_lagrange_arguments_are_refused(tmp_path: Path, options: dict[str, A
         small(tmp_path, **given)
 
 
-def test_unknown_search_options_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(HawAdaError, match=r"got \['rounds'\]"):
-        small(tmp_path, shape=None, budget=BUDGET, search_options={"rounds": 3})
-
-
 def test_an_unreachable_latency_fails_before_training(tmp_path: Path) -> None:
-    search = {"table": table_of(fresh())}
+    search = {"table": table_of(fresh()), "effort": effort_of()}
     budget = LatencyBudget(speedup=1000, mode="prefill", seq_len=8)
-    options = {"constraint": "lagrange", "relaxation": "sigmoid", "search_options": search}
+    options = {"constraint": "lagrange", "relaxation": "sigmoid"} | search
     trainer = small(tmp_path, shape=None, budget=budget, **options)
     with pytest.raises(InfeasibleBudgetError, match="binding: latency"):
         trainer.train()
@@ -331,21 +320,18 @@ def test_a_multiplier_resumes_bit_exactly(
     assert expected[1]["constraint"]["scale"] > 1
 
 
-def test_a_searched_shape_is_not_searched_again(
-    tmp_path: Path, law: LatencyTable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_searched_shape_is_not_searched_again(tmp_path: Path) -> None:
     args = SAVED | {"save_steps": 1}
-    options = {"shape": None, "budget": BUDGET, "search_options": {"table": law}, "args": args}
-    whole = small(tmp_path / "whole", **options)
+    options = {"shape": None, "budget": BUDGET, "table": law, "args": args}
+    whole = small(tmp_path / "whole", effort=effort_of(), **options)
     whole.train()
-    monkeypatch.setattr(find_plan_module, "measure_built", None)
-    resumed = small(tmp_path / "resumed", **options)
+    resumed = small(tmp_path / "resumed", effort=once(StoppedClock()), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
     assert resumed.model.applied_plan() == whole.model.applied_plan()
     torch.testing.assert_close(thetas(resumed.model), thetas(whole.model), rtol=0, atol=0)
 
 
-def test_incomplete_and_other_checkpoints_are_refused(tmp_path: Path, law: LatencyTable) -> None:
+def test_incomplete_and_other_checkpoints_are_refused(tmp_path: Path) -> None:
     small(tmp_path / "whole", args=SAVED | {"save_steps": 1}, callbacks=[StopAt(1)]).train()
     checkpoint = tmp_path / "whole" / "checkpoint-1"
     with pytest.raises(HawAdaError, match="another `constraint`"):
@@ -481,33 +467,35 @@ def test_calibration_on_dropped_remainders(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------- processes
 
 PROCESS = """
-import json, os, sys
-sys.path.insert(0, sys.argv[1])
-import torch
-import test_trainer_runs as tests
+import sys
 from pathlib import Path
-torch.set_num_threads(1)
-folder = Path(sys.argv[2])
-# Only the main process has a clock.
-tests.find_plan_module.measure_built = tests.timed if os.environ["RANK"] == "0" else None
-for name in ("shape", "latency"):
-    trainer = tests.parallel(name, folder, {"per_device_train_batch_size": 2, "ddp_backend": "gloo"})
-    trainer.train()
-    found = {"world": trainer.args.world_size, "plan": trainer.model.applied_plan().to_dict()}
-    found |= {"goal": trainer.goal.state_dict(), "eval_loss": trainer.evaluate()["eval_loss"]}
-    found |= {each: tests.logged(trainer, each) for each in ("loss", "kl", "multiplier")}
-    found["thetas"] = {each: theta.tolist() for each, theta in tests.thetas(trainer.model).items()}
-    (folder / f"{name}-{trainer.args.process_index}.json").write_text(json.dumps(found))
-torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter
+sys.path.insert(0, sys.argv[1])
+import test_trainer_runs as tests
+from hawada_peft.processes import run_program
+run_program(lambda: tests.process(Path(sys.argv[2])))
 """
+
+
+def process(folder: Path) -> None:
+    """What each of two processes does."""
+    torch.set_num_threads(1)
+    for name in ("shape", "latency"):
+        trainer = parallel(name, folder, {"per_device_train_batch_size": 2, "ddp_backend": "gloo"})
+        trainer.train()
+        found = {"world": trainer.args.world_size, "plan": trainer.model.applied_plan().to_dict()}
+        found |= {"goal": trainer.goal.state_dict(), "eval_loss": trainer.evaluate()["eval_loss"]}
+        found |= {each: logged(trainer, each) for each in ("loss", "kl", "multiplier")}
+        found["thetas"] = {each: theta.tolist() for each, theta in thetas(trainer.model).items()}
+        (folder / f"{name}-{trainer.args.process_index}.json").write_text(json.dumps(found))
 
 
 def parallel(name: str, folder: Path, args: dict[str, Any]) -> HawAdaTrainer:
     args = {"optim": "sgd", "max_grad_norm": 0.0, "ddp_find_unused_parameters": False} | args
     if name == "shape":
         return small(folder, model=gate(build(LM_ROW)), relaxation="straight_through", args=args)
-    options = {"model": leaning(), "args": args, "anchor_steps": 1}
-    return lagrange(folder, **options)
+    main = os.environ.get("RANK", "0") == "0"  # only the main process has a clock
+    effort = effort_of(candidates=1, search_rounds=3) if main else once(StoppedClock())
+    return lagrange(folder, model=leaning(), args=args, anchor_steps=1, effort=effort)
 
 
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from hawada_peft.errors import InvalidPlanError, UnsupportedModelError
 from hawada_peft.surgery.slicing import slice_linear
-from hawada_peft.vanilla.family import FFN, HEADS, KV_GROUPS, Layout, locate
+from hawada_peft.vanilla.family import Layout, locate
+from hawada_peft.vanilla.shape import FFN, HEADS, KV_GROUPS
 
 ROUNDING = 8
 """FFN channels stay in multiples of it, as kernels want (an odd size can be slower than the dense one)."""

@@ -14,12 +14,11 @@ from transformers import PreTrainedModel
 
 from hawada_peft.errors import InfeasibleBudgetError
 from hawada_peft.latency.budget import LatencyBudget
-from hawada_peft.latency.build import TablePlan
-from hawada_peft.latency.clock import Effort
+from hawada_peft.latency.effort import Effort
 from hawada_peft.latency.regime import Regime
 from hawada_peft.latency.table import LatencyTable
 from hawada_peft.search.space import SearchSpace, search_space
-from hawada_peft.search.timed import measure_table, realise_with
+from hawada_peft.search.timed import Timer, measure_table
 from hawada_peft.vanilla.family import locate
 
 from .presets import Preset
@@ -57,11 +56,11 @@ class Searched:
 
     base: PreTrainedModel
     regime: Regime
-    plan: TablePlan | None
-    timing: Effort | None
+    effort: Effort
+    timing: Effort
 
     def table(self) -> LatencyTable:
-        return measure_table(self.base, self.regime, plan=self.plan, cache=False)
+        return measure_table(self.base, self.regime, effort=self.effort)
 
     def space(self, table: LatencyTable) -> SearchSpace:
         return search_space(locate(self.base), self.regime, multiple=table.multiple)
@@ -73,7 +72,7 @@ class Searched:
         A budget that cannot be met is a result, too.
         """
         space = self.space(table)
-        realise = realise_with(self.base, self.regime, timing=self.timing)
+        realise = Timer(self.base, self.regime, self.timing)
         row: dict[str, Any] = {"asked": str(budget), "losses": str(curves), "shapes": len(space)}
         row["speedup_asked"] = 1 / budget.limit_ms(1.0)
         row["pass_s"] = pass_seconds(space, table, curves.quality.predict(space))
@@ -134,9 +133,10 @@ def timed_search(searched: Searched, budget: LatencyBudget, curves: Curves) -> R
 
 def measure_searches(rows: Rows, preset: Preset, device: str, curves: Curves) -> None:
     """Table and search with the package's own settings."""
+    effort = preset.search_effort
     for text in preset.searches:
         case = parse_case(text, device)
-        searched = Searched(case.load(), case.regime, preset.search_table, preset.search_timing)
+        searched = Searched(case.load(), case.regime, effort, effort.confirming())
         budget = LatencyBudget(speedup=preset.grid.speedup)
         rows.make(
             "search",

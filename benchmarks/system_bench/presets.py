@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from transformers import LlamaConfig
 
-from hawada_peft.latency.build import TablePlan
-from hawada_peft.latency.clock import Effort
+from hawada_peft.latency.effort import Effort
 
 DECODE, PREFILL = "llama-3.2-1b:decode:1x1024:bfloat16:cuda_graph", "llama-3.2-1b:prefill:8x1024:bfloat16:eager"
 VIT, VIT_GRAPH = "vit-b16:forward:64:float32:eager", "vit-b16:forward:64:bfloat16:cuda_graph"
@@ -70,7 +69,7 @@ class Preset:
         budgets (`tuple[str, ...]`): the cases whose budgets are asked for (`latency_cases.parse_case`).
         speedups (`tuple[float, ...]`): what is asked for.
         ancestor (`str`): the case that is asked for the ancestor's part of the latency as well.
-        table (`TablePlan`), timing (`Effort`): of the budgets' tables and searches.
+        table, timing (`Effort`): of the budgets' tables, and of the shapes of their searches.
         again (`int`): how often an answer is built and timed anew.
         steps (`tuple[tuple[str, str, str], ...]`): model, dtype and BATCHxSEQ of the training steps.
         rounds (`int`), warm_up (`int`): training steps of each adapter.
@@ -78,20 +77,20 @@ class Preset:
         repeats (`int`): merges that count, after one that does not; one on the CPU beside a GPU, and in the scaling.
         windows (`int`), seq_len (`int`): calibration of the reconstruction.
         searches (`tuple[str, ...]`): the cases whose table and search are timed as the package does them.
-        search_table (`TablePlan`, *optional*), search_timing (`Effort`, *optional*): the package's if left out.
+        search_effort (`Effort`): of both of these.
         grid (`Grid`): of the scaling.
-        grid_table (`TablePlan`): of its tables.
+        grid_table (`Effort`): of its tables.
     """
 
     budgets: tuple[str, ...]
     ancestor: str
-    table: TablePlan
+    table: Effort
     timing: Effort
     steps: tuple[tuple[str, str, str], ...]
     exports: tuple[tuple[str, str], ...]
     searches: tuple[str, ...]
     grid: Grid
-    grid_table: TablePlan
+    grid_table: Effort
     speedups: tuple[float, ...] = (1.25, 1.5, 2.0, 3.0)
     again: int = 1
     rounds: int = 7
@@ -99,8 +98,7 @@ class Preset:
     repeats: int = 2
     windows: int = 64
     seq_len: int = 512
-    search_table: TablePlan | None = None
-    search_timing: Effort | None = None
+    search_effort: Effort = field(default_factory=lambda: Effort(cache=False))
 
     def quick(self) -> Preset:
         """The same with less of everything."""
@@ -108,15 +106,15 @@ class Preset:
         return replace(self, speedups=self.speedups[1:3], rounds=3, warm_up=1, repeats=1, windows=16, grid=grid)
 
 
-SHORT = Effort(warmup=1, min_rounds=5, max_rounds=40, max_seconds=0.7)
-CHECK = Effort(warmup=1, min_rounds=5, max_rounds=60, max_seconds=0.5, tolerance=0.004)
-INSTANT = Effort(warmup=1, lead_in=0, min_rounds=2, max_rounds=2, max_seconds=0.0)
+SHORT = Effort(warmup=1, min_rounds=5, max_rounds=40, max_seconds=0.7, cache=False)
+CHECK = Effort(warmup=1, min_rounds=5, max_rounds=60, max_seconds=0.5, tolerance=0.004, cache=False)
+INSTANT = Effort(warmup=1, lead_in=0, min_rounds=2, max_rounds=2, max_seconds=0.0, cache=False)
 
 PRESETS = {
     "gpu": Preset(
         budgets=(DECODE, PREFILL, VIT, VIT_GRAPH),
         ancestor=VIT,
-        table=TablePlan(attention=6, ffn=6, realised=4, effort=SHORT),
+        table=replace(SHORT, attention_sizes=6, ffn_sizes=6, whole_shapes=4),
         timing=CHECK,
         steps=(("llama-3.2-1b", "bfloat16", "4x1024"), ("vit-b16", "bfloat16", "64x1")),
         exports=(("llama-3.2-1b", "bfloat16"), ("vit-b16", "float32")),
@@ -131,12 +129,12 @@ PRESETS = {
             step="4x1024",
             regime="prefill:2x512:bfloat16:eager",
         ),
-        grid_table=TablePlan(attention=6, ffn=5, realised=3, depth=4, effort=SHORT),
+        grid_table=replace(SHORT, attention_sizes=6, ffn_sizes=5, whole_shapes=3, depth=4),
     ),
     "cpu": Preset(
         budgets=("llama-small:prefill:1x128:float32:eager", "vit-b16:forward:1:float32:eager"),
         ancestor="vit-b16:forward:1:float32:eager",
-        table=TablePlan(attention=8, ffn=6, realised=4, effort=SHORT),
+        table=replace(SHORT, attention_sizes=8, ffn_sizes=6, whole_shapes=4),
         timing=CHECK,
         steps=(("llama-small", "float32", "2x128"), ("vit-b16", "float32", "2x1")),
         exports=(("llama-small", "float32"), ("vit-b16", "float32")),
@@ -151,7 +149,7 @@ PRESETS = {
             step="2x128",
             regime="prefill:1x128:float32:eager",
         ),
-        grid_table=TablePlan(attention=4, ffn=4, realised=2, depth=4, effort=SHORT),
+        grid_table=replace(SHORT, attention_sizes=4, ffn_sizes=4, whole_shapes=2, depth=4),
         rounds=5,
         warm_up=1,
         windows=16,
@@ -160,13 +158,12 @@ PRESETS = {
     "tiny": Preset(
         budgets=("vit-tiny:forward:1:float32:eager",),
         ancestor="vit-tiny:forward:1:float32:eager",
-        table=TablePlan(attention=2, ffn=2, realised=2, depth=2, effort=INSTANT),
+        table=replace(INSTANT, attention_sizes=2, ffn_sizes=2, whole_shapes=2, depth=2),
         timing=INSTANT,
         steps=(("vit-tiny", "float32", "2x1"),),
         exports=(("llama-tiny", "float32"),),
         searches=("vit-tiny:forward:1:float32:eager",),
-        search_table=TablePlan(attention=2, ffn=2, realised=2, depth=2, effort=INSTANT),
-        search_timing=INSTANT,
+        search_effort=replace(INSTANT, attention_sizes=2, ffn_sizes=2, whole_shapes=2, depth=2),
         grid=Grid(
             layers=(1, 2),
             hidden=(32,),
@@ -178,7 +175,7 @@ PRESETS = {
             regime="prefill:1x8:float32:eager",
             speedup=1.1,
         ),
-        grid_table=TablePlan(attention=2, ffn=2, realised=1, depth=2, effort=INSTANT),
+        grid_table=replace(INSTANT, attention_sizes=2, ffn_sizes=2, whole_shapes=1, depth=2),
         speedups=(1.1, 1000.0),
         rounds=2,
         warm_up=0,

@@ -198,13 +198,14 @@ def train(
     """
     from accelerate import PartialState  # type: ignore[import-untyped]
 
-    result = commands.train(recipe, set=overrides or (), resume=resume, dry_run=dry_run, progress=progress)
+    from ..processes import run_program
+
+    result = run_program(
+        lambda: commands.train(recipe, set=overrides or (), resume=resume, dry_run=dry_run, progress=progress)
+    )
     if dry_run:
         return result
-    processes = PartialState()
-    prints = processes.is_main_process
-    processes.destroy_process_group()  # its threads must not outlive the interpreter
-    return result if prints else None
+    return result if PartialState().is_main_process else None
 
 
 @command(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..latency.budget import LatencyBudget
+from ..latency.effort import Effort
 from ..latency.table import LatencyTable
 from ..progress import Progress
 from ..search.timed import measure_table, regime_of
@@ -51,7 +52,11 @@ class MeasureResult:
 
 
 def measure(
-    model: str | os.PathLike[str], *, progress: Progress | None = None, **regime: Unpack[RegimeOptions]
+    model: str | os.PathLike[str],
+    *,
+    effort: Effort | None = None,
+    progress: Progress | None = None,
+    **regime: Unpack[RegimeOptions],
 ) -> MeasureResult:
     """
     Measure a latency table of a model's shapes on this machine. No weights are loaded.
@@ -60,6 +65,7 @@ def measure(
 
     Args:
         model: folder or id of the dense model.
+        effort: how hard to measure and to look, and by which clock.
         progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
         regime: `mode`, `batch_size`, `seq_len`, `image_size`, `dtype`, `backend`, `device`: see `RegimeOptions`. The
             device is the CPU if left out.
@@ -71,4 +77,4 @@ def measure(
     regime["device"] = checked_device(regime.get("device"))
     asked = LatencyBudget(speedup=1.0, **regime)
     skeleton = load_skeleton(os.fspath(model))
-    return MeasureResult(measure_table(skeleton, regime_of(skeleton, asked), progress=progress))
+    return MeasureResult(measure_table(skeleton, regime_of(skeleton, asked), effort=effort, progress=progress))

@@ -12,12 +12,13 @@ from peft import PeftModel, get_peft_model
 
 from ..config import HawAdaConfig
 from ..latency.budget import LatencyBudget
-from ..planning.importance import gate_importance
-from ..progress import Progress, progress_bar
+from ..latency.effort import Effort
+from ..progress import Progress
 from ..recipes.readers import batches_of, load_examples
 from ..search.budgeted import find_plan
 from ..search.result import FORMAT, SearchResult
-from ..vanilla.loading import load_model
+from ..search.timed import check_regime, regime_of
+from ..vanilla.loading import load_model, load_skeleton
 from ._regime import RegimeOptions, checked_device
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def plan(
     examples: int = 64,
     hidden: bool = False,
     refit: bool | None = None,
+    effort: Effort | None = None,
     progress: Progress | None = None,
     **regime: Unpack[RegimeOptions],
 ) -> PlanResult:
@@ -100,6 +102,7 @@ def plan(
         hidden: without an adapter: cut the hidden size, too.
         refit: judge shapes by slim models that are refitted on the examples, or, with `False`, by closed gates alone;
             refitted where that is possible, if left out. As in `find_plan`.
+        effort: how hard to measure and to look, and by which clock.
         progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
         regime: `mode`, `batch_size`, `seq_len`, `image_size`, `dtype`, `backend`, `device`: see `RegimeOptions`. The
             device is the CPU if left out.
@@ -119,6 +122,8 @@ def plan(
         **regime,
     )
     path, name = Path(output), os.fspath(model)
+    skeleton = load_skeleton(name)
+    check_regime(skeleton, regime_of(skeleton, budget))  # before the data and the weights are read
     path.parent.mkdir(parents=True, exist_ok=True)  # before the work
     length = budget.seq_len or SEQ_LEN
     size = max(1, min(BATCH, BATCH_TOKENS // length))
@@ -127,11 +132,9 @@ def plan(
     if adapter is None:
         kinds = ("heads", "ffn", "layers", "hidden") if hidden else ("heads", "ffn", "layers")
         gated: PeftModel = get_peft_model(base, HawAdaConfig(gates=kinds))
-        watched = progress_bar(progress, iterable=batches, desc="importance", unit="batch", leave=False)
-        importance = gate_importance(gated, watched)
     else:
-        gated, importance = PeftModel.from_pretrained(base, os.fspath(adapter)), None
-    found = find_plan(gated, budget, batches, importance=importance, refit=refit, progress=progress)
+        gated = PeftModel.from_pretrained(base, os.fspath(adapter))
+    found = find_plan(gated, budget, batches, refit=refit, effort=effort, progress=progress)
     result = PlanResult(found, path)
     _write(result)
     return result
@@ -139,6 +142,5 @@ def plan(
 
 def _write(result: PlanResult) -> None:
     """What is kept of a search."""
-    if result.search.plan is not None:
-        result.path.write_text(result.search.plan.to_json(), encoding="utf-8")
+    result.path.write_text(result.search.plan.to_json(), encoding="utf-8")
     result.search_path.write_text(json.dumps({"format": FORMAT} | result.search.to_dict()) + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
 from ..errors import UnsettledTimingWarning
-from ..latency.clock import measure_many
+from ..latency.measuring import measure_many
 from ..search.timed import regime_of
 from ..shipping.facts import ExportFacts, QualityChange
 from ..shipping.save import save_slim
@@ -23,17 +23,17 @@ from ..vanilla.family import locate
 from ..vanilla.shape import Shape
 from .measure import BATCH, agreement, logits_of, one_thread
 from .table import Row
-from .tasks import SEARCH_FILE, TASKS, Effort, Task
+from .tasks import SEARCH_FILE, TASKS, Task, Work
 
 
-def export_task(task: Task, folder: Path, effort: Effort) -> list[Row]:
+def export_task(task: Task, folder: Path, work: Work) -> list[Row]:
     """
     Load a teacher and its adapter, merge, save, reload, and measure.
 
     Args:
         task: which model.
         folder: holds `teacher`, `adapter` and `held_out.safetensors`; gets `slim`.
-        effort: how many forward passes are timed.
+        work: how many forward passes are timed.
 
     Returns:
         Rows for dense, masked, slim.
@@ -60,7 +60,7 @@ def export_task(task: Task, folder: Path, effort: Effort) -> list[Row]:
     regime = regime_of(dense, task.budget)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnsettledTimingWarning)
-        timings = measure_many({"dense": dense, "slim": slim}, regime, effort=effort.final)
+        timings = measure_many({"dense": dense, "slim": slim}, regime, effort=work.final)
     latency = {form: timing.median_ms for form, timing in timings.items()}
 
     quality = QualityChange(

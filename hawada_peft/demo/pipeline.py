@@ -25,7 +25,7 @@ from ..training.trainer import HawAdaTrainer
 from .data import Data, stack
 from .measure import logits_of, one_thread
 from .table import Row
-from .tasks import SEARCH_FILE, TASKS, Effort, Task
+from .tasks import SEARCH_FILE, TASKS, Task, Work
 from .teachers import SEED, no_file_bars, train, train_teacher, training_arguments
 
 logger = logging.getLogger(__name__)
@@ -74,13 +74,13 @@ def clear(output_dir: Path) -> None:
         shutil.rmtree(folder)
 
 
-def train_task(task: Task, effort: Effort, folder: Path, progress: Progress | None = None) -> None:
+def train_task(task: Task, work: Work, folder: Path, progress: Progress | None = None) -> None:
     """
     Train a teacher, find the shape for the budget, then train gates on the saved teacher.
 
     Args:
         task: which model.
-        effort: how long.
+        work: how long.
         folder: gets `teacher`, `adapter`, `search.json`, and `held_out.safetensors` with the held-out examples and
             the logits of the masked model on them.
         progress: makes progress bars; none are shown if left out.
@@ -88,11 +88,11 @@ def train_task(task: Task, effort: Effort, folder: Path, progress: Progress | No
     folder.mkdir(parents=True)
     (folder / MARKER).touch()
     data = task.load()
-    train_teacher(task, data, effort.teacher, folder / "teacher", progress)
+    train_teacher(task, data, work.teacher, folder / "teacher", progress)
     with no_file_bars():
         base = task.auto_class.from_pretrained(folder / "teacher")
     model = get_peft_model(base, HawAdaConfig())
-    batches = calibration_batches(data, effort.calibration)
+    batches = calibration_batches(data, work.calibration)
     watched = progress_bar(progress, iterable=batches, desc=f"{task.title}: importance", unit="batch")
     init_gates(model, watched, criterion="fisher")
     with warnings.catch_warnings():
@@ -101,23 +101,19 @@ def train_task(task: Task, effort: Effort, folder: Path, progress: Progress | No
         found = find_plan(
             model,
             task.budget,
-            batches[: effort.evaluation],
+            batches[: work.evaluation],
             refit=False,  # nor is the slim model: the table shows that it computes what the masked one does
-            table_plan=effort.table,
-            timing=effort.timing,
-            effort=effort.search,
-            cache=False,
+            effort=work.search,
             progress=progress,
         )
     logger.info("%s: %s", task.title, found)
     (folder / SEARCH_FILE).write_text(json.dumps(found.to_dict()), encoding="utf-8")
     trainer = HawAdaTrainer(
         model=model,
-        args=training_arguments(effort.gates, folder),
+        args=training_arguments(work.gates, folder, soft_fraction=SOFT_FRACTION),
         train_dataset=data.train,
         data_collator=default_data_collator,
         shape=found.best.shape,
-        soft_fraction=SOFT_FRACTION,
     )
     train(trainer, f"{task.title}: gates", progress)
     model.save_pretrained(str(folder / "adapter"))

@@ -19,9 +19,8 @@ from transformers import (
 )
 
 from ..latency.budget import LatencyBudget
-from ..latency.build import TablePlan
-from ..latency.clock import Effort as TimingEffort
-from ..search.effort import SearchEffort
+from ..latency.effort import Effort
+from ..latency.toy import ToyClock
 from .data import VOCABULARY, WINDOW, Data, load_digits, load_topics
 from .measure import accuracy, perplexity
 
@@ -39,7 +38,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Effort:
+class Work:
     """
     How long one run of the demo works.
 
@@ -47,7 +46,7 @@ class Effort:
         teacher, gates: the two trainings.
         calibration: batches for the importance of the gates.
         evaluation: how many of them the search closes gates on.
-        table, timing, search: how hard the search for the shape looks and measures.
+        search: how hard the search for the shape looks and measures.
         final: timed forward passes of each model for the table that is printed.
     """
 
@@ -55,10 +54,8 @@ class Effort:
     gates: Schedule
     calibration: int
     evaluation: int
-    table: TablePlan
-    timing: TimingEffort
-    search: SearchEffort
-    final: TimingEffort
+    search: Effort
+    final: Effort
 
 
 @dataclass(frozen=True)
@@ -87,8 +84,8 @@ class Task:
     quality_name: str
     held_out: str
     budget: LatencyBudget
-    full: Effort
-    quick: Effort
+    full: Work
+    quick: Work
 
 
 def build_vit() -> PreTrainedModel:
@@ -130,31 +127,25 @@ def build_llama() -> PreTrainedModel:
 FULL: dict[str, Any] = {
     "calibration": 32,
     "evaluation": 4,
-    "table": TablePlan(
-        attention=4,
-        ffn=4,
-        realised=4,
+    "search": Effort(
+        min_rounds=6,
+        max_rounds=20,
+        max_seconds=2.0,
+        attention_sizes=4,
+        ffn_sizes=4,
+        whole_shapes=4,
         depth=4,
-        effort=TimingEffort(min_rounds=4, max_rounds=20, max_seconds=1.5),
+        candidates=3,
+        search_rounds=6,
+        instances=2,
+        cache=False,
     ),
-    "timing": TimingEffort(min_rounds=9, max_rounds=30, max_seconds=3),
-    "search": SearchEffort(top=3, rounds=6, instances=2),
-    "final": TimingEffort(min_rounds=21, max_rounds=21),
+    "final": Effort(min_rounds=21, max_rounds=21),
 }
-QUICK: dict[str, Any] = {
-    "calibration": 8,
-    "evaluation": 1,
-    "table": TablePlan(
-        attention=2,
-        ffn=2,
-        realised=0,
-        depth=3,
-        effort=TimingEffort(warmup=1, min_rounds=3, max_rounds=8, max_seconds=0.5),
-    ),
-    "timing": TimingEffort(warmup=1, min_rounds=5, max_rounds=10, max_seconds=1),
-    "search": SearchEffort(top=2, rounds=8, instances=1),
-    "final": TimingEffort(min_rounds=7, max_rounds=7),
-}
+REHEARSAL = Effort.quick(clock=ToyClock(), cache=False)
+"""The quick demo shows the way, not a speed: it is the same on every machine, however busy."""
+
+QUICK: dict[str, Any] = {"calibration": 8, "evaluation": 1, "search": REHEARSAL, "final": REHEARSAL}
 
 DIGITS = Task(
     name="digits",
@@ -167,8 +158,8 @@ DIGITS = Task(
     quality_name="accuracy in %",
     held_out="held-out scans",
     budget=LatencyBudget(speedup=1.5, batch_size=64, mode="forward"),
-    full=Effort(Schedule(200, 64, 2e-3), Schedule(200, 32, 0.2), **FULL),
-    quick=Effort(Schedule(80, 32, 2e-3), Schedule(40, 32, 0.2), **QUICK),
+    full=Work(Schedule(200, 64, 2e-3), Schedule(200, 32, 0.2), **FULL),
+    quick=Work(Schedule(80, 32, 2e-3), Schedule(40, 32, 0.2), **QUICK),
 )
 
 TOPICS = Task(
@@ -182,8 +173,8 @@ TOPICS = Task(
     quality_name="perplexity",
     held_out=f"held-out windows of {WINDOW} tokens",
     budget=LatencyBudget(speedup=1.5, batch_size=8, seq_len=WINDOW, mode="forward"),
-    full=Effort(Schedule(400, 8, 3e-3), Schedule(100, 8, 0.1), **FULL),
-    quick=Effort(Schedule(150, 3, 1e-2), Schedule(30, 4, 0.1), **QUICK),
+    full=Work(Schedule(400, 8, 3e-3), Schedule(100, 8, 0.1), **FULL),
+    quick=Work(Schedule(150, 3, 1e-2), Schedule(30, 4, 0.1), **QUICK),
 )
 
 TASKS = {task.name: task for task in (DIGITS, TOPICS)}

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ..progress import Progress, progress_bar
+from ..training.arguments import GateTrainingArguments
 from .data import Data
 from .tasks import Schedule, Task
 
@@ -54,9 +55,9 @@ class NamedProgress(TrainerCallback):
         self.bar.close()
 
 
-def training_arguments(schedule: Schedule, folder: Path) -> TrainingArguments:
+def training_arguments(schedule: Schedule, folder: Path, **more: Any) -> GateTrainingArguments:
     """The arguments that both trainings of the demo share. Nothing is written to the folder."""
-    return TrainingArguments(
+    return GateTrainingArguments(
         output_dir=str(folder),
         max_steps=schedule.steps,
         per_device_train_batch_size=schedule.batch_size,
@@ -69,6 +70,7 @@ def training_arguments(schedule: Schedule, folder: Path) -> TrainingArguments:
         save_strategy="no",
         logging_steps=max(1, schedule.steps // 20),  # printed nowhere: for the history of the gates
         dataloader_pin_memory=False,
+        **more,
     )
 
 

@@ -9,13 +9,17 @@ from __future__ import annotations
 import torch
 from peft import PeftModel
 
-from ..vanilla.outputs import Batch, get_student_logits
-from .sliced_loss import Divergence, SquaredError, mean_over_positions
+from ..vanilla.batches import Batch
+from ..vanilla.heads import Classes, Head, SquaredError
+from ..vanilla.mode import adapters_off, evaluating
+from ..vanilla.outputs import get_student_logits
+from .sliced_loss import mean_over_positions
 
 
 def get_teacher_logits(model: PeftModel, batch: Batch) -> torch.Tensor:
     """
-    The dense model's logits: the same weights with the adapter disabled, in evaluation mode, without gradients.
+    The dense model's logits: the same weights with the adapter disabled, in evaluation mode, without gradients. The
+    mode of every module, and what requires gradients, is put back.
 
     Args:
         model: the PEFT model itself.
@@ -24,13 +28,8 @@ def get_teacher_logits(model: PeftModel, batch: Batch) -> torch.Tensor:
     Returns:
         As `get_student_logits`.
     """
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), model.disable_adapter():
-            return get_student_logits(model, batch)
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad(), adapters_off(model):
+        return get_student_logits(model, batch)
 
 
 def kl_divergence(
@@ -39,6 +38,7 @@ def kl_divergence(
     *,
     temperature: float = 1.0,
     mask: torch.Tensor | None = None,
+    head: Head | None = None,
 ) -> torch.Tensor:
     """
     `T^2 KL(teacher || student)` of the softened distributions, averaged over positions (Hinton et al., 2015).
@@ -49,11 +49,14 @@ def kl_divergence(
         student_logits, teacher_logits: (..., classes); gradients flow to the student's alone.
         temperature: T, above 0.
         mask: (...), nonzero where a position counts; all if left out.
+        head: what the logits stand for, as `head_of` tells of a model: one of several classes if left out. Of labels
+            it is the sum of their divergences; of values, which have no distribution, the mean squared difference.
 
     Returns:
         () in nats, float32 or wider.
     """
-    return mean_over_positions(Divergence(temperature), student_logits, teacher_logits, mask)
+    loss = (head or Classes()).loss(temperature)
+    return mean_over_positions(loss, student_logits, teacher_logits, mask)
 
 
 def mean_squared_error(

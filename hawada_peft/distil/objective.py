@@ -9,6 +9,7 @@ from math import inf
 import torch
 
 from ..errors import HawAdaError
+from ..vanilla.heads import Head
 from .divergence import kl_divergence, mean_squared_error
 
 
@@ -16,7 +17,8 @@ from .divergence import kl_divergence, mean_squared_error
 class Distillation:
     """
     `kl_weight * KL + mse_weight * MSE` of logits: the divergence of Hinton et al. (2015), the squared difference of
-    Ba and Caruana, "Do Deep Nets Really Need to be Deep?" (2014).
+    Ba and Caruana, "Do Deep Nets Really Need to be Deep?" (2014). Outputs that are no distribution (`Values`: of
+    regression, reward models, models without a head) have no KL: theirs is `(kl_weight + mse_weight) * MSE`.
 
     Args:
         kd_temperature (`float`): T of the KL divergence, above 0.
@@ -27,8 +29,9 @@ class Distillation:
 
     Example:
         >>> import torch
+        >>> from hawada_peft.vanilla.heads import Classes
         >>> objective = Distillation(mse_weight=0.5)
-        >>> terms = objective.terms(torch.zeros(2, 3, 8), torch.ones(2, 3, 8))
+        >>> terms = objective.terms(torch.zeros(2, 3, 8), torch.ones(2, 3, 8), head=Classes())
         >>> sorted(terms), objective.loss(terms).item()
         (['kl', 'mse'], 0.5)
     """
@@ -51,7 +54,12 @@ class Distillation:
             raise HawAdaError("\n".join(problems))
 
     def terms(
-        self, student_logits: torch.Tensor, teacher_logits: torch.Tensor, mask: torch.Tensor | None = None
+        self,
+        student_logits: torch.Tensor,
+        teacher_logits: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        *,
+        head: Head,
     ) -> dict[str, torch.Tensor]:
         """
         The terms of the loss before their weights.
@@ -59,16 +67,23 @@ class Distillation:
         Args:
             student_logits, teacher_logits: (..., classes), of any float dtypes.
             mask: (...), nonzero where a position counts; all if left out.
+            head: what the logits stand for, as `head_of` tells of the model.
 
         Returns:
-            "kl", and "mse" if its weight is above 0: () each, averaged over positions, float32 or wider.
+            "kl", and "mse" if its weight is above 0; of values "mse" alone: () each, averaged over positions, float32
+            or wider.
         """
-        terms = {"kl": kl_divergence(student_logits, teacher_logits, temperature=self.kd_temperature, mask=mask)}
-        if self.mse_weight:
+        terms = {}
+        if head.metric == "kl":
+            temperature = self.kd_temperature
+            terms["kl"] = kl_divergence(student_logits, teacher_logits, temperature=temperature, mask=mask, head=head)
+        if self.mse_weight or not terms:
             terms["mse"] = mean_squared_error(student_logits, teacher_logits, mask=mask)
         return terms
 
     def loss(self, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The weighted sum, (), of what `terms` returned."""
+        if "kl" not in terms:
+            return (self.kl_weight + self.mse_weight) * terms["mse"]
         loss = self.kl_weight * terms["kl"]
         return loss + self.mse_weight * terms["mse"] if self.mse_weight else loss

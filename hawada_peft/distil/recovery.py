@@ -15,7 +15,8 @@ from ..planning.plan import Plan
 from ..refit.reconstruction import Reconstruction, reconstruct
 from ..surgery.dense import dense_afterwards
 from ..surgery.slimming import slim
-from ..vanilla.outputs import Batch
+from ..vanilla.batches import Batch
+from .arguments import rate_problems
 from .objective import Distillation
 from .trainer import DistillTrainer
 
@@ -84,6 +85,7 @@ def recover(
         problems.append("the plan narrows the residual stream, which `calibration` cannot refit: leave it out")
     if lora is not None and not isinstance(lora, LoraConfig):
         problems.append(f"lora must be a LoraConfig, got a {type(lora).__name__}")
+    problems += rate_problems({} if args is None else vars(args))
     try:
         Distillation(kd_temperature, kl_weight, mse_weight)
     except HawAdaError as error:

@@ -6,66 +6,17 @@ as a whole: the backward pass computes the gradient by its formula, slice by sli
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from ..errors import HawAdaError
+from ..vanilla.heads import PositionLoss
 
 # Elements of a float32 slice: on the CPU it should stay in the cache, an accelerator wants large kernels (32 MiB).
 _SLICE = {"cpu": 2**18}
 _SLICE_ELSEWHERE = 2**23
-
-
-class PositionLoss(ABC):
-    """A loss at each position between the student's and the teacher's logits, and its gradient by hand."""
-
-    @abstractmethod
-    def value(self, student: torch.Tensor, teacher: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """From logits (positions, classes): (positions,), computed in `dtype`."""
-
-    @abstractmethod
-    def gradient(self, student: torch.Tensor, teacher: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The derivative of `value` by the student's logits: (positions, classes), a new tensor of `dtype`."""
-
-
-@dataclass(frozen=True)
-class Divergence(PositionLoss):
-    """`T^2 KL(teacher || student)` of the distributions softened by the temperature T."""
-
-    temperature: float = 1.0
-
-    def value(self, student: torch.Tensor, teacher: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """`T^2 sum_i p_i (log p_i - log q_i)`."""
-        log_q, log_p = self._soften(student, dtype), self._soften(teacher, dtype)
-        return self.temperature**2 * functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-
-    def gradient(self, student: torch.Tensor, teacher: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """`T (q - p)`."""
-        difference = self._soften(student, dtype).exp_().sub_(self._soften(teacher, dtype).exp_())
-        return difference if self.temperature == 1 else difference.mul_(self.temperature)
-
-    def _soften(self, logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        if self.temperature != 1:
-            logits = logits.to(dtype) / self.temperature
-        return functional.log_softmax(logits, dim=-1, dtype=dtype)
-
-
-@dataclass(frozen=True)
-class SquaredError(PositionLoss):
-    """The squared difference, averaged over classes."""
-
-    def value(self, student: torch.Tensor, teacher: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """`mean_i (s_i - t_i)^2`."""
-        return (student.to(dtype) - teacher.to(dtype)).square().mean(-1)
-
-    def gradient(self, student: torch.Tensor, teacher: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """`2 (s - t) / classes`."""
-        return (student.to(dtype) - teacher.to(dtype)).mul_(2 / student.shape[-1])
 
 
 def mean_over_positions(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +11,11 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..errors import HawAdaError, IncompatibleBaseError
-from ..vanilla.outputs import Batch, get_student_logits, position_mask
+from ..vanilla.batches import Batch, check_batch, main_input, on_device, position_mask, rows_of, without_labels
+from ..vanilla.heads import head_of, is_bare
+from ..vanilla.mode import adapters_off, evaluating
+from ..vanilla.outputs import get_student_logits
+from .arguments import rate_problems
 from .objective import Distillation
 from .unlabelled import UnlabelledTrainer
 
@@ -26,7 +29,9 @@ class DistillTrainer(UnlabelledTrainer):
     Whatever of the student requires gradients is trained. The teacher is moved to the device; it is neither wrapped,
     nor saved, nor changed. The loss is `kl_weight * KL + mse_weight * MSE`, averaged over all positions of a step:
     those of its accumulated batches and of all processes count the same. Evaluation reports the same loss, and its
-    terms as `eval_kl` and `eval_mse`.
+    terms as `eval_kl` and `eval_mse`. What the KL is of depends on the head: classes, independent labels
+    (`problem_type="multi_label_classification"`); one output, regression and hidden states have none, and MSE is
+    their loss (`head_of`).
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): the student.
@@ -62,18 +67,22 @@ class DistillTrainer(UnlabelledTrainer):
         if model is teacher:
             problems.append("model and teacher must be two models, got the same one; for gates use HawAdaTrainer")
         elif isinstance(model, nn.Module) and not any(parameter.requires_grad for parameter in model.parameters()):
-            problems.append("no parameter of the model requires gradients: there is nothing to train")
+            problems.append(
+                "no parameter of the model requires gradients: there is nothing to train. An adapter that was loaded "
+                "for inference is trained with PeftModel.from_pretrained(..., is_trainable=True)"
+            )
+        problems += rate_problems({} if args is None else vars(args))
         try:
             self.objective: Distillation = Distillation(kd_temperature, kl_weight, mse_weight)
         except HawAdaError as error:
             problems.append(str(error))
         if problems:
             raise HawAdaError("\n".join(problems))
-        sizes = _classes(model), _classes(teacher)
+        sizes = _outputs(model), _outputs(teacher)
         if sizes[0] != sizes[1]:
             raise IncompatibleBaseError(
-                f"the student distinguishes {sizes[0]} tokens or classes, the teacher {sizes[1]}: distillation needs "
-                "the same ones. Resize neither, or both."
+                f"the student has {sizes[0]} outputs (tokens, classes, features), the teacher {sizes[1]}: "
+                "distillation needs the same ones. Resize neither, or both."
             )
         self.teacher = teacher
         self.student: Any = model  # `self.model`, typed for what PEFT passes on to the base model
@@ -89,16 +98,13 @@ class DistillTrainer(UnlabelledTrainer):
     def teacher_logits(self, inputs: Batch) -> torch.Tensor:
         """The dense model's logits: in evaluation mode, without gradients, under the autocast of the student."""
         teacher: Any = self.teacher
-        training, use_cache = teacher.training, getattr(teacher.config, "use_cache", None)
-        teacher.eval()
+        use_cache = getattr(teacher.config, "use_cache", None)
         if use_cache is not None:
             teacher.config.use_cache = False  # nobody reads it
-        dense = teacher.disable_adapter() if isinstance(teacher, PeftModel) else nullcontext()
         try:
-            with torch.no_grad(), self.accelerator.autocast(), dense:
+            with evaluating(teacher), torch.no_grad(), self.accelerator.autocast(), adapters_off(teacher):
                 return get_student_logits(teacher, inputs)
         finally:
-            teacher.train(training)
             if use_cache is not None:
                 teacher.config.use_cache = use_cache
 
@@ -117,7 +123,7 @@ class DistillTrainer(UnlabelledTrainer):
                 f"the student gives logits of {tuple(student.shape)}, the teacher of {tuple(teacher.shape)}"
             )
         mask = position_mask(inputs, student.shape[:-1])
-        terms = self.objective.terms(student, teacher, mask)
+        terms = self.objective.terms(student, teacher, mask, head=head_of(self.teacher, teacher))
         loss = self.objective.loss(terms)
         if model.training and num_items_in_batch is not None:
             # Gradients are averaged over processes, so that each counts its share times their number.
@@ -137,17 +143,21 @@ class DistillTrainer(UnlabelledTrainer):
             return batches, None
         self._steps += 1
         if self._per_position is None:
-            row = {name: value[:1] for name, value in batches[0].items() if isinstance(value, torch.Tensor)}
-            self._per_position = self.teacher_logits(self._prepare_inputs(row)).ndim > 2
+            check_batch(self.teacher, batches[0])
+            total = len(main_input(self.teacher, batches[0]))
+            row = on_device(rows_of(without_labels(batches[0]), slice(1), total), self.args.device)
+            given, outputs = main_input(self.teacher, row), self.teacher_logits(row)
+            self._per_position = outputs.ndim > 2 and (given.ndim > 3 or outputs.shape[1] == given.shape[1])
         own = torch.stack([self._items(batch).to(device) for batch in batches]).sum()
         return batches, self.accelerator.reduce(own, reduction="sum").clamp(min=1)
 
     def _items(self, batch: Batch) -> torch.Tensor:
         """What the mean over a batch is a mean over, up to a factor that is the same for all batches."""
-        main = batch[self.teacher.main_input_name]
+        main = main_input(self.teacher, batch)
         if self._per_position:
-            mask = batch.get("attention_mask")
-            return torch.tensor(float(main.numel())) if mask is None else mask.sum().float()
+            mask = position_mask(batch, main.shape[:2])
+            positions = main.numel() if main.ndim > 3 else main.shape[:2].numel()
+            return torch.tensor(float(positions)) if mask is None else mask.sum().float()
         return torch.tensor(float(len(main)))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -188,8 +198,10 @@ def _add(sums: dict[str, torch.Tensor], terms: dict[str, torch.Tensor], weight: 
         sums[name] = sums[name] + added if name in sums else added
 
 
-def _classes(model: Model) -> int:
-    """Size of the vocabulary that is predicted, or number of classes."""
+def _outputs(model: Model) -> int:
+    """Size of the vocabulary that is predicted, or number of classes; of hidden states without a head."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if is_bare(base):
+        return base.config.hidden_size
     head = base.get_output_embeddings()
     return base.config.num_labels if head is None else len(head.weight)

@@ -1,17 +1,44 @@
-"""What trainers that need no labels have in common."""
+"""What trainers that need no labels have in common: a loss for evaluation, and checkpoints that can be relied on."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, cast
 
+import torch
+from filelock import FileLock, Timeout
+from peft import PeftModel
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import has_length
+
+from ..errors import BadDataError, CheckpointError, HawAdaError
+from ..processes import in_main_process
+from ..vanilla.batches import check_batch
+from .checkpoints import check_complete, check_tensors
+from .finite import check_finite
+
+LOCK_FILE = ".training.lock"
+"""In the output folder while a training writes there."""
 
 
 class UnlabelledTrainer(Trainer):
     """
-    `transformers.Trainer` for a loss that a teacher gives: evaluation has one for data without labels, and the model's
-    config keeps its own `use_cache`, which `Trainer` switches off for good.
+    `transformers.Trainer` for a loss that a teacher gives.
+
+    Evaluation has a loss for data without labels, and the model's config keeps its own `use_cache`, which `Trainer`
+    switches off for good. A loss or a weight that becomes NaN or infinite ends the training at that step, before
+    anything is saved. A checkpoint in which something is missing is not resumed. A folder has one training at a time.
+    Data that the model cannot take is refused before the training.
 
     Args:
         model (`nn.Module`): with a transformers `config`.
@@ -22,15 +49,143 @@ class UnlabelledTrainer(Trainer):
     def __init__(self, model: Any, args: TrainingArguments | None = None, **kwargs: Any) -> None:
         self._model_config = model.config
         self._use_cache: bool | None = getattr(model.config, "use_cache", None)
+        self._step_loss: torch.Tensor | None = None
         super().__init__(model=model, args=args, **kwargs)
+        self._checked = False
         self.can_return_loss = True  # the teacher takes the place of labels
+        self.add_callback(_Finite(self))
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`; the config's `use_cache` is put back afterwards."""
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """
+        As in `Trainer`; the config's `use_cache` is put back afterwards.
+
+        Raises:
+            BadDataError: as `check_data`.
+            DivergedError: if the loss or a weight becomes NaN or infinite.
+            CheckpointError: if the checkpoint to resume is not complete.
+            HawAdaError: if another training writes to the output folder.
+        """
+        options = cast(dict[str, Any], self.args.gradient_checkpointing_kwargs or {})
+        reentrant = self.args.gradient_checkpointing and options.get("use_reentrant")
+        with self._output_folder():
+            self.check_data()
+            if not resume_from_checkpoint:
+                self._prepare()
+            try:
+                with _embeddings_with_gradients(cast(nn.Module, self.model)) if reentrant else nullcontext():
+                    return super().train(resume_from_checkpoint, *args, **kwargs)
+            finally:
+                self._set_cache(self._use_cache)
+
+    def _prepare(self) -> None:
+        """Called before a training that is not resumed."""
+
+    @contextmanager
+    def _output_folder(self) -> Iterator[None]:
+        """The output folder, held by the first process for as long as the block runs."""
+        folder = Path(str(self.args.output_dir))
+        lock = FileLock(folder / LOCK_FILE)
+
+        def acquire() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise HawAdaError(
+                    f"another training writes to {folder}; wait for it, or choose another output_dir"
+                ) from None
+
+        in_main_process(acquire)
         try:
-            return super().train(*args, **kwargs)
+            yield
         finally:
-            self._set_cache(self._use_cache)
+            if lock.is_locked:
+                Path(lock.lock_file).unlink(missing_ok=True)
+                lock.release()
+
+    # ------------------------------------------------------- numbers that are none
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As in `Trainer`; the losses of a step are added up, to be looked at once."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        self._step_loss = loss if self._step_loss is None else self._step_loss + loss
+        return loss
+
+    def _check_finite(self, step: int) -> None:
+        loss, self._step_loss = self._step_loss, None
+        model: nn.Module = self.model  # type: ignore[assignment]  # never None here
+        check_finite(model, loss, step, self.accelerator)
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # these name their files otherwise
+            check_complete(folder, self.args)
+        if isinstance(self.model, PeftModel):
+            for name in self.model.active_adapters:
+                check_tensors(adapter_folder(folder, name), self.model, name)
+        with keeping_trainable(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """As in `Trainer`, also of adapters that are not named "default"."""
+        if not isinstance(self.model, PeftModel):
+            super()._load_best_model()
+        elif self.state.best_model_checkpoint is not None:
+            name = self.model.active_adapters[0]
+            folder = adapter_folder(Path(self.state.best_model_checkpoint), name)
+            check_tensors(folder, self.model, name)
+            with keeping_trainable(self.model):
+                self.model.load_adapter(str(folder), name, is_trainable=True)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As in `Trainer`; what is missing in a checkpoint is an error."""
+        tied = set(getattr(self.model, "_keys_to_ignore_on_save", None) or ())
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        if missing:
+            raise CheckpointError(f"the checkpoint lacks {missing[:4]} ({len(missing)} tensors in all)")
+        super()._issue_warnings_after_load(load_result)
+
+    def check_data(self) -> None:
+        """
+        Look once at the first batch to train on, and of each set to evaluate on; the random state is left as it was.
+        Data without a length, which can perhaps be read only once, is not looked at.
+
+        Raises:
+            BadDataError: if there is none, or the model cannot take it.
+        """
+        if self._checked:
+            return
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        found = {"train_dataset": (self.train_dataset, self.get_train_dataloader)} | {
+            f"eval_dataset{f'[{name!r}]' if name else ''}": (data, lambda data=data: self.get_eval_dataloader(data))
+            for name, data in evaluated.items()
+        }
+        for name, (data, loader) in found.items():
+            if data is None or not has_length(data):
+                continue
+            if len(data) == 0:
+                raise BadDataError(f"{name} holds no examples")
+            with torch.random.fork_rng(devices=[]):  # data is drawn on the CPU
+                for batch in loader():
+                    try:
+                        check_batch(cast(nn.Module, self.model), batch)
+                    except BadDataError as error:
+                        raise BadDataError(f"{name}: {error}") from None
+                    break
+        self._checked = True
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """
+        As in `Trainer`.
+
+        Raises:
+            BadDataError: if there are no examples.
+        """
+        if has_length(dataloader) and len(dataloader) == 0:
+            raise BadDataError("the evaluation data holds no examples")
+        return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """As in `Trainer`; the saved config has the model's own `use_cache`."""
@@ -40,6 +195,8 @@ class UnlabelledTrainer(Trainer):
             super().save_model(*args, **kwargs)
         finally:
             self._set_cache(during)
+
+    # ----------------------------------------------------------------- evaluation
 
     def prediction_step(
         self,
@@ -59,3 +216,56 @@ class UnlabelledTrainer(Trainer):
     def _set_cache(self, use_cache: bool | None) -> None:
         if self._use_cache is not None:
             self._model_config.use_cache = use_cache
+
+
+@contextmanager
+def _embeddings_with_gradients(model: nn.Module) -> Iterator[None]:
+    """
+    Embeddings whose outputs require gradients, as reentrant gradient checkpointing asks of what goes into a layer: it
+    passes nothing back through layers whose input does not, and all below the first trained weight is frozen.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(base, PreTrainedModel):
+        yield
+        return
+    hook = base.get_input_embeddings().register_forward_hook(lambda _module, _args, output: output.requires_grad_())
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class _Finite(TrainerCallback):
+    """Looks at the numbers of every step: before the optimizer spreads what is wrong, and before anything is saved."""
+
+    def __init__(self, trainer: UnlabelledTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The loss of a step, and the weights that gave it."""
+        self.trainer._check_finite(state.global_step + 1)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The weights that come of a step, where the next one does not look at them before somebody uses them."""
+        if control.should_save or control.should_evaluate or state.global_step >= state.max_steps:
+            self.trainer._check_finite(state.global_step)
+
+
+def adapter_folder(checkpoint: Path, name: str) -> Path:
+    """Where PEFT saves an adapter within a folder."""
+    return checkpoint if name == "default" else checkpoint / name
+
+
+@contextmanager
+def keeping_trainable(model: Any) -> Iterator[None]:
+    """What requires gradients afterwards is what did before: PEFT's `set_adapter` switches all of an adapter on."""
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(before.get(name, parameter.requires_grad))

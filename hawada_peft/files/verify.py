@@ -16,7 +16,8 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from ..errors import VerificationError
-from ..vanilla.outputs import Batch, example_inputs, output_of
+from ..vanilla.batches import Batch
+from ..vanilla.outputs import example_inputs, output_of
 from ..vanilla.skeleton import auto_class_of, skeleton_of
 from .checkpoint import stored_names, stored_tensors
 from .shards import DTYPES

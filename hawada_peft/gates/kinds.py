@@ -122,14 +122,14 @@ class SigmoidGate(nn.Module):
 
     def _value_at_start(self, value: torch.Tensor) -> torch.Tensor:
         """What `value` was at the start. Kept: a step asks for it hundreds of times."""
+        # It goes through the same operation, element by element, so an untrained gate is exactly 1.
+        if torch.compiler.is_compiling():  # a constant of the graph; what is kept would be one more thing to guard
+            return self._sigmoid(torch.full_like(value, self.start.theta, requires_grad=False))
         known, wanted = self._start_value, (value.dtype, value.device, value.shape)
-        if known is None or (known.dtype, known.device, known.shape) != wanted or torch.compiler.is_compiling():
-            # It goes through the same operation, element by element, so an untrained gate is exactly 1. Never a tensor
-            # of inference mode: training may follow.
-            with torch.inference_mode(False), torch.no_grad():
+        if known is None or (known.dtype, known.device, known.shape) != wanted:
+            with torch.inference_mode(False), torch.no_grad():  # no tensor of inference mode: training may follow
                 known = self._sigmoid(torch.full_like(value, self.start.theta, requires_grad=False))
-            if not torch.compiler.is_compiling():
-                self._start_value = known
+            self._start_value = known
         return known
 
     def factor(self, *, hard: bool) -> torch.Tensor:

@@ -19,6 +19,50 @@ from .kinds import ChannelGate, HeadGate, HiddenGate, SigmoidGate
 
 
 @dataclass(frozen=True)
+class LayerGates:
+    """
+    The gates of one layer, of one or several adapters, each once. Whatever is known of a layer by its gates is a fold
+    over this.
+
+    Args:
+        heads: on its query heads.
+        ffn: on its FFN channels.
+        whole: those whose product says whether the layer stays: the one that both its blocks share, and those on each
+            of them where both have one.
+    """
+
+    heads: tuple[SigmoidGate, ...]
+    ffn: tuple[SigmoidGate, ...]
+    whole: tuple[SigmoidGate, ...]
+
+
+def layers_of(model: nn.Module, layout: Layout, adapter_names: Sequence[str]) -> list[LayerGates]:
+    """
+    The gates of every layer of the dense model.
+
+    Args:
+        model: the base model with adapters in it.
+        layout: its family row and sizes.
+        adapter_names: whose gates.
+    """
+    found = []
+    for layer in range(layout.dense.sizes()["num_hidden_layers"]):
+        heads: list[SigmoidGate] = []
+        ffn: list[SigmoidGate] = []
+        whole: list[SigmoidGate] = []
+        ends = model.get_submodule(layout.attention_out(layer)), model.get_submodule(layout.ffn_out(layer))
+        for name in adapter_names:
+            here, there = (end.gates(name) if isinstance(end, GateAdapter) else {} for end in ends)
+            heads += [here[UNITS]] if UNITS in here else []
+            ffn += [there[UNITS]] if UNITS in there else []
+            shared = here.get(LAYER, there.get(LAYER))
+            whole += [] if shared is None else [shared]
+            whole += [here[BLOCK], there[BLOCK]] if BLOCK in here and BLOCK in there else []
+        found.append(LayerGates(tuple(heads), tuple(ffn), tuple(whole)))
+    return found
+
+
+@dataclass(frozen=True)
 class ExpectedSizes:
     """
     The sizes that gates expect, per layer: sums of the probabilities that units stay. Differentiable.
@@ -43,7 +87,7 @@ class ExpectedSizes:
 def expected_sizes(model: nn.Module, layout: Layout, adapter_name: str) -> ExpectedSizes:
     """
     Read the expected sizes off a model's gates. What has no gates is dense. A KV group stays as likely as the
-    likeliest of its heads, a layer as likely as the product of the gates on its blocks.
+    likeliest of its heads, a layer as likely as the product of the gates on the whole of it.
 
     Args:
         model: the base model with adapters in it.
@@ -52,27 +96,53 @@ def expected_sizes(model: nn.Module, layout: Layout, adapter_name: str) -> Expec
     """
     sizes = layout.dense.sizes()
     device = next(model.parameters()).device
+
+    def stays(gates: Sequence[SigmoidGate], units: int = 1) -> torch.Tensor:
+        product = torch.ones(units, device=device)
+        for gate in gates:
+            product = product * gate.open_probability().to(device)
+        return product
+
     columns: list[list[torch.Tensor]] = [[], [], [], []]
-    for layer in range(sizes["num_hidden_layers"]):
-        attention, ffn = (
-            _open(model.get_submodule(end), adapter_name, device)
-            for end in (layout.attention_out(layer), layout.ffn_out(layer))
-        )
-        heads = attention.get(UNITS, torch.ones(sizes["num_attention_heads"], device=device))
-        channels = ffn.get(UNITS, torch.ones(1, device=device))
-        whole = attention.get(LAYER, ffn.get(LAYER, torch.ones(1, device=device)))
-        if BLOCK in attention and BLOCK in ffn:
-            whole = whole * attention[BLOCK] * ffn[BLOCK]
+    for layer in layers_of(model, layout, [adapter_name]):
+        heads = stays(layer.heads, sizes["num_attention_heads"])
         columns[0].append(heads.sum())
         columns[1].append(heads.reshape(-1, layout.dense.heads_per_group).amax(1).sum())
-        columns[2].append(channels.mean() * sizes["intermediate_size"])
-        columns[3].append(whole.sum())
+        columns[2].append(stays(layer.ffn).mean() * sizes["intermediate_size"])
+        columns[3].append(stays(layer.whole).sum())
     return ExpectedSizes(*(torch.stack(column) for column in columns))
 
 
-def _open(module: nn.Module, adapter_name: str, device: torch.device) -> dict[str, torch.Tensor]:
-    gates: dict[str, SigmoidGate] = module.gates(adapter_name) if isinstance(module, GateAdapter) else {}
-    return {slot: gate.open_probability().to(device) for slot, gate in gates.items()}
+def open_probabilities(model: PeftModel, layout: Layout) -> dict[str, list[torch.Tensor]]:
+    """
+    How likely units stay, by the size that is a count of them: one tensor for each layer that has gates on it, and one
+    for the residual stream. Of layers, whose gates are multiplied, one number each: (1,).
+
+    Args:
+        model: with one active adapter.
+        layout: its family row and sizes.
+    """
+    (name,) = model.active_adapters
+    base = model.get_base_model()
+    found: dict[str, list[torch.Tensor]] = {}
+    for layer in layers_of(base, layout, [name]):
+        for size, gates in (
+            ("num_attention_heads", layer.heads),
+            ("intermediate_size", layer.ffn),
+            ("num_hidden_layers", layer.whole),
+        ):
+            if gates:
+                values = [gate.open_probability() for gate in gates]
+                found.setdefault(size, []).append(math.prod(values[1:], start=values[0]))
+    if (stream := hidden_gate(base, layout, name)) is not None:
+        found["hidden_size"] = [stream.open_probability()]
+    return found
+
+
+def are_fresh(model: PeftModel) -> bool:
+    """Whether every gate of the active adapters is at its start, so that the gates rank no unit before another."""
+    gates = [gate for axis in axes_of(model).values() for gate in axis]
+    return all(bool((gate.theta == gate.start.theta).all()) for gate in gates)
 
 
 def axes_of(model: PeftModel) -> dict[str, list[SigmoidGate]]:
@@ -119,35 +189,17 @@ def gate_scores(model: nn.Module, layout: Layout, adapter_names: Sequence[str]) 
     Raises:
         BrokenGatesError: if a gate is NaN.
     """
-    heads, channels, layers, sizes = [], [], [], {1}
-    for layer in range(layout.dense.sizes()["num_hidden_layers"]):
-        attention = _gates(model.get_submodule(layout.attention_out(layer)), adapter_names)
-        ffn = _gates(model.get_submodule(layout.ffn_out(layer)), adapter_names)
-        heads.append(_product(attention[UNITS]))
-        channels.append(_product(ffn[UNITS]))
-        sizes |= {gate.group_size for gate in ffn[UNITS] if isinstance(gate, ChannelGate)}
-        whole = attention[LAYER] or ffn[LAYER]
-        if not whole and attention[BLOCK] and ffn[BLOCK]:
-            whole = attention[BLOCK] + ffn[BLOCK]
-        layers.append(_product(whole))
+    layers = layers_of(model, layout, adapter_names)
+    sizes = [gate.group_size for layer in layers for gate in layer.ffn if isinstance(gate, ChannelGate)]
     stream = [gate for name in adapter_names if (gate := hidden_gate(model, layout, name)) is not None]
     return UnitScores(
-        heads=tuple(heads),
-        channels=tuple(channels),
-        layers=tuple(layers),
+        heads=tuple(_product(layer.heads) for layer in layers),
+        channels=tuple(_product(layer.ffn) for layer in layers),
+        layers=tuple(_product(layer.whole) for layer in layers),
         group_size=math.lcm(*sizes),
         hidden=_product(stream),
         hidden_group=math.lcm(*(gate.group_size for gate in stream)),
     )
-
-
-def _gates(module: nn.Module, adapter_names: Sequence[str]) -> dict[str, list[SigmoidGate]]:
-    found: dict[str, list[SigmoidGate]] = {UNITS: [], BLOCK: [], LAYER: []}
-    if isinstance(module, GateAdapter):
-        for name in adapter_names:
-            for slot, gate in module.gates(name).items():
-                found[slot].append(gate)
-    return found
 
 
 def _product(gates: Sequence[SigmoidGate]) -> torch.Tensor | None:

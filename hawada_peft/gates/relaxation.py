@@ -1,14 +1,15 @@
 """Relaxations: what a gate multiplies by while training is soft. Evaluation and the hard part never see them.
 
 A relaxation is a pure function of a gate's logits and of the plan that is being approached. The trainer replaces it
-from step to step; `None` is the gate's own sigmoid.
+from step to step; `None` is the gate's own sigmoid. Numbers that change from step to step are tensors as well: a
+compiler would take a number for a constant of its graph, and trace the model anew for the next one.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -66,6 +67,10 @@ class Closing(Relaxation):
     leak: float = 1.0
     straight_through: bool = False
     draws_to_size = False
+    _leak: torch.Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_leak", _number(self.leak))
 
     @property
     def reorders(self) -> bool:
@@ -81,8 +86,7 @@ class Closing(Relaxation):
         value = torch.sigmoid(logits) / torch.sigmoid(torch.full_like(logits, start, requires_grad=False))
         if kept is None:
             return value
-        mask = torch.where(kept.to(value.device), 1.0, self.leak)
-        closed = value * mask
+        closed = torch.where(kept.to(value.device), value, value * self._leak)
         return value + (closed - value).detach() if self.straight_through else closed
 
     def open_probability(self, logits: torch.Tensor, start: float) -> torch.Tensor:
@@ -105,10 +109,12 @@ class Annealed(Relaxation):
 
     temperature: float = 1.0
     last: float = 0.2
+    _temperature: torch.Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not (self.temperature > 0 and self.last > 0):
             raise HawAdaError(f"temperatures must be above 0, got {self.temperature} and {self.last}")
+        object.__setattr__(self, "_temperature", _number(self.temperature))
 
     def at(self, progress: float) -> Annealed:
         """From 1 to `last`, by equal factors."""
@@ -116,8 +122,8 @@ class Annealed(Relaxation):
 
     def factor(self, logits: torch.Tensor, start: float, kept: torch.Tensor | None) -> torch.Tensor:
         """As in the base class."""
-        scaled = torch.full_like(logits, start, requires_grad=False) / self.temperature
-        return torch.sigmoid(logits / self.temperature) / torch.sigmoid(scaled)
+        scaled = torch.full_like(logits, start, requires_grad=False) / self._temperature
+        return torch.sigmoid(logits / self._temperature) / torch.sigmoid(scaled)
 
     def open_probability(self, logits: torch.Tensor, start: float) -> torch.Tensor:
         """The factor, at most 1."""
@@ -158,6 +164,11 @@ class HardConcrete(Relaxation):
     def open_probability(self, logits: torch.Tensor, start: float) -> torch.Tensor:
         """`P(z > 0) = sigmoid(logit - beta log(-gamma / zeta))`."""
         return torch.sigmoid(logits - self.beta * math.log(-self.gamma / self.zeta))
+
+
+def _number(value: float) -> torch.Tensor:
+    """(), on the CPU; it takes part in an operation on any device, and widens nothing."""
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def _at_most_one(ratio: torch.Tensor) -> torch.Tensor:

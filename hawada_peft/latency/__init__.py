@@ -1,20 +1,24 @@
-"""Measured latency: the clock (`latency.measure`), the table of costs, the estimate, the budget."""
+"""Measured latency: the clock, how hard it works (`Effort`), the table of costs, the estimate, the budget."""
 
 from .budget import LatencyBudget
-from .build import TablePlan, build_table
-from .clock import Effort, measure_built, measure_many
+from .build import build_table
+from .clock import Clock
+from .effort import Effort
+from .measuring import measure_built, measure_many
 from .regime import Regime
 from .table import LatencyTable, Realised
 from .timing import Timing
+from .toy import ToyClock
 
 __all__ = [
+    "Clock",
     "Effort",
     "LatencyBudget",
     "LatencyTable",
     "Realised",
     "Regime",
-    "TablePlan",
     "Timing",
+    "ToyClock",
     "build_table",
     "measure_built",
     "measure_many",

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
+from ..errors import InvalidBudgetError
+from .checks import is_number
+from .regime import Conditions
 
-from ..errors import InvalidBudgetError, InvalidRegimeError
-from .regime import DTYPES, Regime
+LATENCIES, SIZES = ("speedup", "latency_ms", "fraction"), ("max_parameters", "max_memory")
 
 
-@dataclass(frozen=True)
-class LatencyBudget:
+@dataclass(frozen=True, kw_only=True)
+class LatencyBudget(Conditions):
     """
-    What the slim model may cost.
+    What the slim model may cost, and under which conditions.
 
     At most one of the three latencies is given; without any, `max_parameters` or `max_memory` must be. All limits hold
     together.
@@ -23,15 +25,9 @@ class LatencyBudget:
         speedup (`float`, *optional*): times faster than the dense model; at least 1.
         latency_ms (`float`, *optional*): milliseconds per call.
         fraction (`float`, *optional*): of the dense model's latency, in (0, 1].
-        batch_size (`int`): rows per call; this and the next are the conditions, see `Regime`.
-        seq_len (`int`, *optional*): tokens per row.
-        image_size (`int`, *optional*): pixels along each side.
-        mode (`str`, *optional*): left out, it is `"prefill"` for models that generate and `"forward"` for others.
-        dtype (`str`, *optional*): the model's if left out.
-        backend (`str`): `"eager"`, `"compile"` or `"cuda_graph"`.
-        device (`str`, *optional*): the model's if left out.
         max_parameters (`int`, *optional*): parameters at most.
         max_memory (`float`, *optional*): bytes of weights and KV cache at most.
+        mode, batch_size, seq_len, image_size, dtype, backend, device: as in `Conditions`.
 
     Raises:
         InvalidBudgetError: with every problem.
@@ -45,70 +41,29 @@ class LatencyBudget:
     speedup: float | None = None
     latency_ms: float | None = None
     fraction: float | None = None
-    batch_size: int = 1
-    seq_len: int | None = None
-    image_size: int | None = None
-    mode: str | None = None
-    dtype: str | None = None
-    backend: str = "eager"
-    device: str | None = None
     max_parameters: int | None = None
     max_memory: float | None = None
 
     def __post_init__(self) -> None:
-        problems = []
-        numbers = ("speedup", "latency_ms", "fraction", "max_parameters", "max_memory")
-        given = {name: getattr(self, name) for name in numbers if getattr(self, name) is not None}
-        latencies = [name for name in numbers[:3] if name in given]
-        if len(latencies) > 1:
-            problems.append(f"give one of speedup, latency_ms and fraction, got {latencies}")
-        if not given:
-            problems.append("give one of speedup, latency_ms and fraction, or max_parameters, or max_memory")
-        for name, value in given.items():
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, (int, float))
-                or not math.isfinite(value)
-                or value <= 0
-            ):
-                problems.append(f"{name} must be a number above 0, got {value!r}")
-            elif name == "speedup" and value < 1:
-                problems.append(f"speedup must be at least 1, got {value}; a slower model needs no budget")
-            elif name == "fraction" and value > 1:
-                problems.append(f"fraction must be in (0, 1], got {value}; a slower model needs no budget")
-        try:
-            self._regime(mode=self.mode or "forward", dtype=self.dtype, device="cuda")
-        except InvalidRegimeError as error:
-            problems.append(str(error))
+        problems = list(self._problems())
         if problems:
             raise InvalidBudgetError("\n".join(problems))
 
-    def _regime(self, *, mode: str, dtype: str | None, device: str) -> Regime:
-        return Regime(
-            mode=mode,
-            batch_size=self.batch_size,
-            seq_len=self.seq_len,
-            image_size=self.image_size,
-            dtype=dtype or "float32",
-            backend=self.backend,
-            device=self.device or device,
-        )
-
-    def regime(self, *, generates: bool, dtype: torch.dtype, device: torch.device | str) -> Regime:
-        """
-        The regime, with what was left out taken from a model.
-
-        Args:
-            generates: whether the model generates tokens.
-            dtype: the model's.
-            device: the model's.
-
-        Raises:
-            InvalidRegimeError: if they do not fit together.
-        """
-        names = {value: name for name, value in DTYPES.items()}
-        mode = self.mode or ("prefill" if generates else "forward")
-        return self._regime(mode=mode, dtype=self.dtype or names.get(dtype, str(dtype)), device=str(device))
+    def _problems(self) -> Iterator[str]:
+        given = {name: getattr(self, name) for name in (*LATENCIES, *SIZES) if getattr(self, name) is not None}
+        latencies = [name for name in LATENCIES if name in given]
+        if len(latencies) > 1:
+            yield f"give one of speedup, latency_ms and fraction, got {latencies}"
+        if not given:
+            yield "give one of speedup, latency_ms and fraction, or max_parameters, or max_memory"
+        for name, value in given.items():
+            if not is_number(value) or value <= 0:
+                yield f"{name} must be a number above 0, got {value!r}"
+            elif name == "speedup" and value < 1:
+                yield f"speedup must be at least 1, got {value}; a slower model needs no budget"
+            elif name == "fraction" and value > 1:
+                yield f"fraction must be in (0, 1], got {value}; a slower model needs no budget"
+        yield from super()._problems()
 
     def limit_ms(self, dense_ms: float) -> float:
         """

@@ -7,7 +7,8 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from datetime import datetime, timezone
 from functools import partial
 
 import numpy as np
@@ -15,12 +16,13 @@ import torch
 import transformers
 from torch import nn
 
-from ..errors import HawAdaError
 from ..progress import Progress
 from ..vanilla.shape import Shape
-from .clock import Clock, Effort, Sync, measure_built
+from .effort import Effort
 from .fit import Observation, fit_costs
+from .measuring import measure_built
 from .regime import Regime
+from .settling import unsettled
 from .table import LatencyTable, Realised
 from .timing import Timing
 
@@ -36,41 +38,11 @@ SMALLEST_FFN = 1 / 16
 ALIGNED = 8
 """FFN sizes are multiples of this wherever the dense size is: a slim model may be run on other devices, too."""
 
+TABLE = "measuring the latency table"
+"""What it is shown as."""
+
 PROBES = (1, 2, 4, 8, 16)
 """How far below the dense FFN size the multiple is looked for, in the smallest multiple allowed."""
-
-
-@dataclass(frozen=True)
-class TablePlan:
-    """
-    What is measured for a table.
-
-    Args:
-        attention (`int`): (KV groups, heads per group) pairs at most.
-        ffn (`int`): FFN sizes at most.
-        bend (`float`): an interval of FFN sizes is halved where its middle is off the straight line by more than this
-            part of a layer.
-        realised (`int`): random shapes that are timed as a whole for the correction.
-        depth (`int`): layers of the deeper of the two models that give a slope, at most.
-        group (`int`): models in memory at a time.
-        effort (`Effort`): how long each is timed.
-        seed (`int`): of the random shapes.
-    """
-
-    attention: int = 40
-    ffn: int = 25
-    bend: float = 0.01
-    realised: int = 12
-    depth: int = 8
-    group: int = 8
-    effort: Effort = field(default_factory=Effort)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if min(self.attention, self.ffn, self.depth, self.group) < 2 or self.realised < 0 or not self.bend > 0:
-            raise HawAdaError(
-                f"a table needs attention, ffn, depth and group of at least 2, realised >= 0 and bend > 0; got {self}"
-            )
 
 
 def build_table(
@@ -81,10 +53,8 @@ def build_table(
     model: Mapping[str, int | str],
     regime: Regime,
     ffn_unit: int = 1,
-    plan: TablePlan | None = None,
+    effort: Effort,
     widest: Shape | None = None,
-    clock: Clock = time.perf_counter,
-    sync: Sync | None = None,
     progress: Progress | None = None,
 ) -> LatencyTable:
     """
@@ -100,36 +70,33 @@ def build_table(
         model: what the table is for: model type, hidden size, head size and dense sizes.
         regime: the conditions.
         ffn_unit: FFN sizes are multiples of it.
-        plan: what is measured.
+        effort: what is measured, how long, and by which clock.
         widest: the sizes that the table's shapes are cut from, complete, if these are not the dense ones: those of a
             narrower residual stream. The dense model is timed beside them, as `dense_ms`.
-        clock, sync: as in `measure`.
         progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
 
     Raises:
         InvalidRegimeError: if the model cannot run that way.
     """
-    plan, whole, dense = plan or TablePlan(), dense, widest or dense
+    whole, dense = dense, widest or dense
+    device_name = effort.clock.device_name(regime)
     started = time.perf_counter()
-    many = min(dense.sizes()["num_hidden_layers"], plan.depth)
+    many = min(dense.sizes()["num_hidden_layers"], effort.depth)
     few = max(1, many // 4)
     timer = partial(
         measure_built,
         build,
         regime=regime,
-        effort=plan.effort,
-        group=plan.group,
-        clock=clock,
-        sync=sync,
+        effort=effort,
         progress=progress,
     )
     reference = replace(whole, num_hidden_layers=many)
     slopes = _Slopes(timer, reference, few)
     multiple = find_multiple(slopes, dense, ffn_unit)
-    logger.info("FFN sizes that are not a multiple of %d are slower on %s", multiple, regime.device_name)
+    logger.info("FFN sizes that are not a multiple of %d are slower on %s", multiple, device_name)
 
-    pairs = [pair.complete(dense) for pair in choose_pairs(heads, plan.attention)]
-    sizes = refine_sizes(slopes, dense, multiple, plan)
+    pairs = [pair.complete(dense) for pair in choose_pairs(heads, effort.attention_sizes)]
+    sizes = refine_sizes(slopes, dense, multiple, effort)
     # Small layers take less time, so they are known better in absolute terms; the corners tie everything together.
     quarter = min(sizes, key=lambda size: abs(4 * size - sizes[-1]))
     smallest = min(pairs, key=lambda shape: (shape.num_attention_heads or 0, shape.num_key_value_heads or 0))
@@ -153,7 +120,7 @@ def build_table(
     costs = fit_costs(seen, dense, groups, per_group, sizes)
     table = LatencyTable(
         regime=regime,
-        device_name=regime.device_name,
+        device_name=device_name,
         model=dict(model),
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
         kv_groups=groups,
@@ -163,11 +130,16 @@ def build_table(
         dense_ms=0.0,
         **vars(costs),
     )
-    shapes = random_shapes(dense, heads, multiple, plan.realised, seed=plan.seed)
+    shapes = random_shapes(dense, heads, multiple, effort.whole_shapes, seed=effort.seed)
     slopes.add_whole([whole, dense, *shapes])
     table = replace(table, dense_ms=slopes.times[whole])
     table = table.with_realised([Realised(shape, slopes.times[shape]) for shape in (dense, *shapes)])
-    table = replace(table, seconds=time.perf_counter() - started)
+    table = replace(
+        table,
+        seconds=time.perf_counter() - started,
+        measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        unsettled=unsettled(slopes.timings, effort),
+    )
     logger.info("%s in %.0f s", table, table.seconds)
     return table
 
@@ -180,6 +152,7 @@ class _Slopes:
         self.many = reference.sizes()["num_hidden_layers"]
         self.times: dict[Shape, float] = {}
         self.errors: dict[Shape, float] = {}
+        self.timings: list[Timing] = []
 
     def deep(self, shape: Shape) -> Shape:
         return replace(shape, num_hidden_layers=self.many)
@@ -194,7 +167,8 @@ class _Slopes:
         missing = [shape for shape in dict.fromkeys(shapes) if shape not in self.times]
         if not missing:
             return
-        timings = self.timer(missing, reference=self.reference, label="measuring the latency table")
+        timings = self.timer(missing, reference=self.reference, label=TABLE)
+        self.timings += timings.values()
         scale = self.times.get(self.reference, timings[self.reference].median_ms) / timings[self.reference].median_ms
         self.times |= {shape: timing.median_ms * scale for shape, timing in timings.items()}
         self.errors |= {shape: timing.error for shape, timing in timings.items()}
@@ -226,7 +200,7 @@ def find_multiple(slopes: _Slopes, dense: Shape, unit: int) -> int:
     return good
 
 
-def refine_sizes(slopes: _Slopes, dense: Shape, multiple: int, plan: TablePlan) -> tuple[int, ...]:
+def refine_sizes(slopes: _Slopes, dense: Shape, multiple: int, effort: Effort) -> tuple[int, ...]:
     """FFN sizes to interpolate between: evenly spaced ones, and more of them where the cost bends."""
     ffn = dense.sizes()["intermediate_size"]
 
@@ -236,24 +210,24 @@ def refine_sizes(slopes: _Slopes, dense: Shape, multiple: int, plan: TablePlan) 
     def cost(size: int) -> float:
         return slopes.times[slopes.deep(at(size))]
 
-    steps = (SMALLEST_FFN, *np.linspace(1 / 8, 1, min(8, plan.ffn - 1)))
+    steps = (SMALLEST_FFN, *np.linspace(1 / 8, 1, min(8, effort.ffn_sizes - 1)))
     sizes = sorted({*(max(1, round(part * ffn / multiple)) * multiple for part in steps), ffn})
     sizes = [size for size in sizes if size <= ffn]
     slopes.add([at(size) for size in sizes])
     intervals = list(itertools.pairwise(sizes))
-    while intervals and len(sizes) < plan.ffn:
+    while intervals and len(sizes) < effort.ffn_sizes:
         middles = {}
         for low, high in intervals:
             middle = round((low + high) / 2 / multiple) * multiple
             if low < middle < high:
                 middles[middle] = (low, high)
-        chosen = dict(list(middles.items())[: plan.ffn - len(sizes)])
+        chosen = dict(list(middles.items())[: effort.ffn_sizes - len(sizes)])
         slopes.add([at(size) for size in chosen])
         intervals = []
         for middle, (low, high) in chosen.items():
             straight = cost(low) + (cost(high) - cost(low)) * (middle - low) / (high - low)
             noise = 2 * slopes.errors[slopes.deep(at(middle))]
-            if abs(cost(middle) / straight - 1) > plan.bend + noise:
+            if abs(cost(middle) / straight - 1) > effort.bend + noise:
                 intervals += [(low, middle), (middle, high)]
         sizes = sorted({*sizes, *chosen})
     return tuple(sizes)

@@ -6,56 +6,66 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
+from ..errors import IncompatibleTableError, UncachedTableWarning
 from ..vanilla.shape import Shape
-from .build import TablePlan
+from .effort import Effort
 from .regime import Regime
+from .settling import warn_caller
 from .table import LatencyTable
 
 logger = logging.getLogger(__name__)
 
 
-def cached_table(
-    make: Callable[[], LatencyTable], key: Mapping[str, object], folder: str | Path | None
-) -> LatencyTable:
+def cached_table(make: Callable[[], LatencyTable], key: Mapping[str, Any], effort: Effort) -> LatencyTable:
     """
     A table from the disk cache, or a new one that is put there.
 
+    A file that cannot be read, or holds the table of something else or one that did not settle, is measured anew. What
+    does not settle is not kept.
+
     Args:
         make: measures it.
-        key: what the table depends on (JSON).
-        folder: the cache; `default_cache()` if left out.
+        key: what the table depends on, as `table_key` gives it.
+        effort: where the cache is, and whether what it holds counts.
+
+    Warns:
+        UncachedTableWarning: if the folder cannot be written.
     """
-    folder = default_cache() if folder is None else Path(folder)
+    if effort.cache is False:
+        return make()
+    folder = default_cache() if effort.cache is True else Path(effort.cache)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
     path = folder / f"table-{digest}.json"
-    if path.is_file():
-        logger.info("latency table from %s", path)
-        return LatencyTable.load(path)
+    found = None if effort.fresh else _read(path, key)
+    if found is not None:
+        logger.info("%s; `Effort(fresh=True)` measures it again", found)
+        return found
     table = make()
-    folder.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_suffix(f".{os.getpid()}.tmp")
-    table.save(partial_path)
-    partial_path.replace(path)
+    if table.unsettled:
+        logger.warning("the latency table is not kept for later, as it did not settle")
+    else:
+        _write(table, path)
     return table
 
 
 def table_key(
-    regime: Regime, model: Mapping[str, int | str], heads: Sequence[Shape], plan: TablePlan
-) -> dict[str, object]:
+    regime: Regime, model: Mapping[str, int | str], heads: Sequence[Shape], effort: Effort
+) -> dict[str, Any]:
     """What a cached table depends on."""
     return {
-        "device_name": regime.device_name,
+        "device_name": effort.clock.device_name(regime),
         "regime": regime.to_dict(),
         "model": dict(model),
         "heads": [shape.to_dict() for shape in heads],
-        "plan": asdict(plan),
+        "effort": effort.of_a_table(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -65,3 +75,36 @@ def default_cache() -> Path:
     """`$HAWADA_CACHE`, else `hawada` in the user's cache folder."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("HAWADA_CACHE") or Path(root) / "hawada")
+
+
+def _read(path: Path, key: Mapping[str, Any]) -> LatencyTable | None:
+    """The table in a file, if it is there and what it should be."""
+    if not path.is_file():
+        return None
+    try:
+        table = LatencyTable.load(path)
+        regime = Regime.from_dict(key["regime"])
+        table.check(regime=regime, model=key["model"], device_name=key["device_name"])
+    except (IncompatibleTableError, OSError) as error:
+        logger.warning("%s is measured again: %s", path, error)
+        return None
+    return None if table.unsettled else table
+
+
+def _write(table: LatencyTable, path: Path) -> None:
+    """Put a table beside the file and move it there; nothing is left of it if that fails."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+        os.close(handle)
+        table.save(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        warn_caller(
+            f"the latency table was measured ({table.seconds:.0f} s), and cannot be kept for later: {error}. It is "
+            "used now; name a folder that can be written as `Effort(cache=...)` or in HAWADA_CACHE",
+            UncachedTableWarning,
+        )

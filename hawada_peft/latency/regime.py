@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import InvalidRegimeError
+from .checks import is_whole
 
 MODES = ("prefill", "decode", "forward")
 BACKENDS = ("eager", "compile", "cuda_graph")
@@ -18,59 +19,102 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass(frozen=True)
-class Regime:
+class Conditions:
     """
-    Under which conditions a latency is measured.
+    Under which conditions a latency is asked for. What is left out is taken from a model.
 
     Args:
-        mode (`str`): `"forward"`, one pass over the whole input with all outputs, for vision models, encoders and
-            scoring; `"prefill"`, what `generate` does before the first new token: fill a KV cache, logits of the last
-            position; `"decode"`, one further token with `seq_len` tokens in the KV cache.
+        mode (`str`, *optional*): `"forward"`, one pass over the whole input with all outputs, for vision models,
+            encoders and scoring; `"prefill"`, what `generate` does before the first new token: fill a KV cache, logits
+            of the last position; `"decode"`, one further token with `seq_len` tokens in the KV cache. Left out, it is
+            `"prefill"` for models that generate and `"forward"` for others.
         batch_size (`int`): rows.
         seq_len (`int`, *optional*): tokens per row; left out for images.
         image_size (`int`, *optional*): pixels along each side; the config's size if left out.
-        dtype (`str`): of weights and activations.
+        dtype (`str`, *optional*): of weights and activations; the model's if left out.
         backend (`str`): `"eager"`, `"compile"` (`torch.compile`) or `"cuda_graph"` (captured and replayed: no launch
             overhead).
-        device (`str`): `"cpu"`, `"cuda"`, `"cuda:1"`.
+        device (`str`, *optional*): `"cpu"`, `"cuda"`, `"cuda:1"`; the model's if left out.
+
+    Raises:
+        InvalidRegimeError: with every problem.
+    """
+
+    mode: str | None = None
+    batch_size: int = 1
+    seq_len: int | None = None
+    image_size: int | None = None
+    dtype: str | None = None
+    backend: str = "eager"
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        problems = list(self._problems())
+        if problems:
+            raise InvalidRegimeError("\n".join(problems))
+
+    def _problems(self) -> Iterator[str]:
+        choices: dict[str, tuple[str, ...]] = {"mode": MODES, "dtype": tuple(DTYPES), "backend": BACKENDS}
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in (allowed if name == "backend" else (*allowed, None)):
+                yield f"{name} must be one of {list(allowed)}, got {value!r}"
+        for name in ("batch_size", "seq_len", "image_size"):
+            value = getattr(self, name)
+            if (value is not None or name == "batch_size") and not is_whole(value, 1):
+                yield f"{name} must be a whole number of at least 1, got {value!r}"
+        if self.mode in ("prefill", "decode") and self.seq_len is None:
+            yield f"mode {self.mode!r} needs seq_len: the tokens per row"
+        kind = None if self.device is None else _kind_of_device(self.device)
+        if kind == "":
+            yield f"device must be one that torch knows, as 'cpu', 'cuda' or 'cuda:1', got {self.device!r}"
+        elif self.backend == "cuda_graph" and kind not in (None, "cuda"):
+            yield f"backend 'cuda_graph' needs a CUDA device, got device={self.device!r}; use 'eager' there"
+
+    def regime(self, *, generates: bool, dtype: torch.dtype, device: torch.device | str) -> Regime:
+        """
+        The regime, with what was left out taken from a model.
+
+        Args:
+            generates: whether the model generates tokens.
+            dtype: the model's.
+            device: the model's.
+
+        Raises:
+            InvalidRegimeError: if they do not fit together.
+        """
+        names = {value: name for name, value in DTYPES.items()}
+        return Regime(
+            mode=self.mode or ("prefill" if generates else "forward"),
+            batch_size=self.batch_size,
+            seq_len=self.seq_len,
+            image_size=self.image_size,
+            dtype=self.dtype or names.get(dtype, str(dtype)),
+            backend=self.backend,
+            device=self.device or str(device),
+        )
+
+
+@dataclass(frozen=True)
+class Regime(Conditions):
+    """
+    Conditions that are complete: a latency is measured under them.
+
+    Args:
+        mode, batch_size, seq_len, image_size, dtype, backend, device: as in `Conditions`; the defaults are one forward
+            pass of float32 on the CPU.
 
     Raises:
         InvalidRegimeError: with every problem.
     """
 
     mode: str = "forward"
-    batch_size: int = 1
-    seq_len: int | None = None
-    image_size: int | None = None
     dtype: str = "float32"
-    backend: str = "eager"
     device: str = "cpu"
 
-    def __post_init__(self) -> None:
-        problems = [
-            f"{name} must be one of {list(allowed)}, got {value!r}"
-            for name, value, allowed in (
-                ("mode", self.mode, MODES),
-                ("dtype", self.dtype, tuple(DTYPES)),
-                ("backend", self.backend, BACKENDS),
-            )
-            if value not in allowed
-        ]
-        problems += [
-            f"{name} must be a whole number of at least 1, got {value!r}"
-            for name, value in (
-                ("batch_size", self.batch_size),
-                ("seq_len", 1 if self.seq_len is None else self.seq_len),
-                ("image_size", 1 if self.image_size is None else self.image_size),
-            )
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1
-        ]
-        if self.mode in ("prefill", "decode") and self.seq_len is None:
-            problems.append(f"mode {self.mode!r} needs seq_len: the tokens per row")
-        if self.backend == "cuda_graph" and torch.device(self.device).type != "cuda":
-            problems.append(f"backend 'cuda_graph' needs a CUDA device, got device={self.device!r}; use 'eager' there")
-        if problems:
-            raise InvalidRegimeError("\n".join(problems))
+    def _problems(self) -> Iterator[str]:
+        yield from (f"{name} must be given" for name in ("mode", "dtype", "device") if getattr(self, name) is None)
+        yield from super()._problems()
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -108,6 +152,14 @@ class Regime:
     def __str__(self) -> str:
         size = f"x{self.seq_len}" if self.seq_len is not None else ""
         return f"{self.mode} {self.batch_size}{size}, {self.dtype}, {self.backend}, {self.device}"
+
+
+def _kind_of_device(device: object) -> str:
+    """`"cpu"`, `"cuda"`, ...; empty if torch knows no such device."""
+    try:
+        return torch.device(device).type if isinstance(device, str) else ""
+    except RuntimeError:
+        return ""
 
 
 def _cpu_name() -> str:

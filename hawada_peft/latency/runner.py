@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from ..errors import InvalidRegimeError
+from ..vanilla.family import locate
 from .regime import Regime
 
 CAPTURE_WARMUP = 3
@@ -31,6 +34,78 @@ class Runner:
     reset: Callable[[], Any]
 
 
+def check_call(model: nn.Module, regime: Regime) -> PreTrainedModel:
+    """
+    Check that a model can be called under a regime; its weights are not looked at, so they may be anywhere.
+
+    Returns:
+        The model.
+
+    Raises:
+        InvalidRegimeError: with every problem.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise InvalidRegimeError(f"only transformers models can be timed by regime, got {type(model).__name__}")
+    name, problems = type(model).__name__, []
+    if regime.mode != "forward" and not model.can_generate():
+        problems.append(f"{name} does not generate; mode {regime.mode!r} needs that: use 'forward'")
+    if model.main_input_name == "pixel_values":
+        if regime.seq_len is not None:
+            problems.append(f"{name} takes images: leave seq_len out (got {regime.seq_len}), or give image_size")
+    elif regime.seq_len is None:
+        problems.append(f"{name} takes tokens: the regime needs seq_len")
+    else:
+        needed = regime.seq_len + (regime.mode == "decode")
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if limit is not None and needed > limit:
+            problems.append(f"{name} has {limit} positions, the regime needs {needed}: ask for a shorter seq_len")
+    if problems:
+        raise InvalidRegimeError("\n".join(problems))
+    return model
+
+
+def check_memory(model: PreTrainedModel, regime: Regime) -> None:
+    """
+    Check that a call of a model under a regime can fit its device.
+
+    Args:
+        model: its class, config and sizes count; its weights may be anywhere.
+        regime: the conditions.
+
+    Raises:
+        InvalidRegimeError: if it cannot.
+        UnsupportedModelError: if the model has no family row.
+    """
+    needs, has = least_bytes(model, regime), device_bytes(regime)
+    if needs > has:
+        raise InvalidRegimeError(
+            f"a call of {type(model).__name__} under {regime} needs {needs / 2**30:,.1f} GiB at least, and the device "
+            f"has {has / 2**30:,.1f}: ask for fewer rows (batch_size) or tokens (seq_len)"
+        )
+
+
+def least_bytes(model: PreTrainedModel, regime: Regime) -> int:
+    """Bytes of the weights, and of one activation, the KV cache and all logits, where the mode has them."""
+    layout, tokens = locate(model), regime.seq_len or 1
+    each = 0 if regime.mode == "decode" else layout.hidden_size
+    if regime.mode == "forward" and model.can_generate():
+        each += model.config.vocab_size
+    if regime.mode != "forward":
+        sizes = layout.dense.sizes()
+        each += 2 * sizes["num_key_value_heads"] * layout.head_dim * sizes["num_hidden_layers"]
+    return (model.num_parameters() + regime.batch_size * tokens * each) * regime.torch_dtype.itemsize
+
+
+def device_bytes(regime: Regime) -> float:
+    """The memory of the regime's device; infinite where it is not known."""
+    device = torch.device(regime.device)
+    if device.type == "cuda" and torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    if device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return math.inf
+
+
 def prepare(model: nn.Module, regime: Regime) -> Runner:
     """
     Make the call of a model under a regime.
@@ -42,17 +117,12 @@ def prepare(model: nn.Module, regime: Regime) -> Runner:
     Raises:
         InvalidRegimeError: if the model is elsewhere, of another dtype, or cannot run that way.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise InvalidRegimeError(f"only transformers models can be timed by regime, got {type(model).__name__}")
+    model = check_call(model, regime)
     weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     if weight.dtype != regime.torch_dtype or weight.device.type != torch.device(regime.device).type:
         raise InvalidRegimeError(
             f"the model is {weight.dtype} on {weight.device}, the regime asks for {regime.dtype} on {regime.device}: "
             "move the model (`model.to(...)`) or change the regime"
-        )
-    if regime.mode != "forward" and not model.can_generate():
-        raise InvalidRegimeError(
-            f"{type(model).__name__} does not generate; mode {regime.mode!r} needs that: use 'forward'"
         )
     model.eval()
     inputs = make_inputs(model, regime)
@@ -68,24 +138,13 @@ def make_inputs(model: PreTrainedModel, regime: Regime) -> torch.Tensor:
     Returns:
         (batch, channels, size, size) of the regime's dtype for a vision model, else token ids (batch, seq).
 
-    Raises:
-        InvalidRegimeError: if the size does not fit the model.
     """
     generator = torch.Generator().manual_seed(0)
     if model.main_input_name == "pixel_values":
-        if regime.seq_len is not None:
-            raise InvalidRegimeError(
-                f"{type(model).__name__} takes images: leave seq_len out (got {regime.seq_len}), or give image_size"
-            )
         size = regime.image_size or model.config.image_size
         pixels = (regime.batch_size, model.config.num_channels, size, size)
         return torch.randn(pixels, generator=generator).to(device=regime.device, dtype=regime.torch_dtype)
-    if regime.seq_len is None:
-        raise InvalidRegimeError(f"{type(model).__name__} takes tokens: the regime needs seq_len")
-    needed, limit = regime.seq_len + (regime.mode == "decode"), model.config.max_position_embeddings
-    if needed > limit:
-        raise InvalidRegimeError(f"{type(model).__name__} has {limit} positions, the regime needs {needed}")
-    shape = (regime.batch_size, regime.seq_len)
+    shape = (regime.batch_size, cast(int, regime.seq_len))
     return torch.randint(model.config.vocab_size, shape, generator=generator).to(regime.device)
 
 

@@ -14,10 +14,11 @@ import torch
 
 from ..errors import IncompatibleTableError
 from ..vanilla.shape import AXES, Shape
+from .checks import disagreements, problems_of
 from .interpolate import bilinear, linear, smooth
 from .regime import Regime
 
-FORMAT = 1
+FORMAT = 2
 KERNEL_WIDTH, KERNEL_PRIOR = 0.15, 0.5
 """How far a realised shape's residual reaches, in parts of the dense sizes, and how much it is trusted."""
 
@@ -69,6 +70,9 @@ class LatencyTable:
         errors (`dict[str, float]`): relative errors of the estimate on the realised shapes, each left out of the fit
             in turn: `median`, `p95`.
         seconds (`float`): what measuring took.
+        measured_at (`str`): when that was, by ISO 8601.
+        unsettled (`str`): what did not settle, in words; empty if everything did.
+        path (`Path`, *optional*): the file that it was read from.
     """
 
     regime: Regime
@@ -90,6 +94,9 @@ class LatencyTable:
     realised: tuple[Realised, ...] = ()
     errors: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    measured_at: str = ""
+    unsettled: str = ""
+    path: Path | None = field(default=None, compare=False)
 
     @cached_property
     def dense(self) -> Shape:
@@ -229,19 +236,20 @@ class LatencyTable:
         parts = [value / size for value, size in zip((heads, groups, ffn, layers), sizes, strict=True)]
         return torch.stack(torch.broadcast_tensors(*parts), dim=-1)
 
-    def check(self, *, regime: Regime, model: Mapping[str, int | str]) -> None:
+    def check(self, *, regime: Regime, model: Mapping[str, int | str], device_name: str | None = None) -> None:
         """
         Check that the table was measured for this device, dtype, regime and model.
 
         Args:
             regime: what is asked for, on this machine.
             model: model type, hidden size, head size and dense sizes.
+            device_name: what is timed on (`Clock.device_name`); the regime's device if left out.
 
         Raises:
             IncompatibleTableError: naming what differs.
         """
         mine = {"device name": self.device_name, **_plain_device(self.regime), **self.model}
-        asked = {"device name": regime.device_name, **_plain_device(regime), **model}
+        asked = {"device name": device_name or regime.device_name, **_plain_device(regime), **model}
         differing = [
             f"{name}: table {mine.get(name)}, asked {asked[name]}" for name in asked if mine.get(name) != asked[name]
         ]
@@ -253,6 +261,7 @@ class LatencyTable:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         data = asdict(self)
+        del data["path"]
         data["realised"] = [{"shape": point.shape.to_dict(), "ms": point.ms} for point in self.realised]
         return {"format": FORMAT, **data}
 
@@ -264,21 +273,31 @@ class LatencyTable:
         Raises:
             IncompatibleTableError: if this is not a table, or one of an unknown format.
         """
-        fields = dict(data)
-        if fields.pop("format", None) != FORMAT:
+        if data.get("format") != FORMAT:
             raise IncompatibleTableError(
                 f"cannot read a latency table of format {data.get('format')!r}; this version reads {FORMAT}: "
                 "measure again"
             )
-        missing = sorted(set(cls.__dataclass_fields__) - set(fields))
-        if missing:
-            raise IncompatibleTableError(f"the latency table lacks {missing}: measure again")
-        for name in ("kv_groups", "heads_per_group", "ffn_sizes", "ffn_ms"):
-            fields[name] = tuple(fields[name])
-        fields["attention_ms"] = tuple(tuple(row) for row in fields["attention_ms"])
-        fields["regime"] = Regime.from_dict(fields["regime"])
-        fields["realised"] = tuple(Realised(Shape.from_dict(p["shape"]), p["ms"]) for p in fields["realised"])
-        return cls(**fields)
+        values = {name: value for name, value in data.items() if name != "format"}
+        known = {name for name in cls.__dataclass_fields__ if name != "path"}
+        if known != set(values):
+            raise IncompatibleTableError(
+                f"the latency table lacks {sorted(known - set(values))} and has the unknown "
+                f"{sorted(set(values) - known)}: measure again"
+            )
+        try:
+            for name in ("kv_groups", "heads_per_group", "ffn_sizes", "ffn_ms"):
+                values[name] = tuple(values[name])
+            values["attention_ms"] = tuple(tuple(row) for row in values["attention_ms"])
+            values["regime"] = Regime.from_dict(values["regime"])
+            values["realised"] = tuple(Realised(Shape.from_dict(p["shape"]), p["ms"]) for p in values["realised"])
+            table = cls(**values)
+            problems = list(problems_of(table)) or list(disagreements(table))
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            problems = [f"{type(error).__name__}: {error}"]
+        if problems:
+            raise IncompatibleTableError(f"the latency table is damaged: {'; '.join(problems)}. Measure again")
+        return table
 
     def save(self, path: str | Path) -> None:
         """Write the table as a JSON file."""
@@ -294,17 +313,21 @@ class LatencyTable:
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise IncompatibleTableError(f"{path} is no latency table: {error}; measure again") from None
         if not isinstance(data, dict):
             raise IncompatibleTableError(
                 f"{path} is no latency table: it holds a {type(data).__name__}; measure again"
             )
-        return cls.from_dict(data)
+        return replace(cls.from_dict(data), path=Path(path))
 
     def __str__(self) -> str:
         quality = f", error {self.errors['median']:.1%} (p95 {self.errors['p95']:.1%})" if self.errors else ""
-        return f"LatencyTable({self.regime} on {self.device_name}, dense {self.dense_ms:.3f} ms{quality})"
+        found = f"; measured {self.measured_at.replace('T', ' ')[:16]} UTC" if self.measured_at else ""
+        where = f", from {self.path}" if self.path else ""
+        return (
+            f"LatencyTable({self.regime} on {self.device_name}, dense {self.dense_ms:.3f} ms{quality}{found}{where})"
+        )
 
 
 def _tensor(value: Any) -> torch.Tensor:

@@ -89,12 +89,11 @@ def median_errors(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.exp(np.median(flat, axis=1)), MEDIAN_ERROR * (high - low) / np.sqrt(flat.shape[1])
 
 
-def summarise(samples: np.ndarray, regime: Regime, tolerance: float) -> list[Timing]:
+def summarise(samples: np.ndarray, regime: Regime, tolerance: float, device_name: str) -> list[Timing]:
     """Timings of samples in milliseconds, (candidates, rounds)."""
     medians, errors = median_errors(samples)
     low, high, p95 = np.percentile(samples, [25, 75, 95], axis=1)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    name = regime.device_name
     return [
         Timing(
             median_ms=float(medians[index]),
@@ -104,7 +103,7 @@ def summarise(samples: np.ndarray, regime: Regime, tolerance: float) -> list[Tim
             settled=bool(errors[index] <= tolerance),
             rounds=samples.shape[1],
             regime=regime,
-            device_name=name,
+            device_name=device_name,
             versions=versions,
         )
         for index in range(len(samples))

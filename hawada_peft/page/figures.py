@@ -11,8 +11,8 @@ from typing import Any
 
 from ..errors import HawAdaError
 from ..planning.plan import Plan
-from ..planning.ranking import LAYERS
 from ..vanilla.family import FFN, HEADS
+from ..vanilla.shape import LAYERS
 from .known import SlimFacts
 from .palette import LIGHT, NAMED, follow_page, mixed
 
@@ -178,22 +178,23 @@ def training(facts: SlimFacts) -> Picture | None:
     """The distillation loss over training, and where a latency was bound the milliseconds."""
     series = {
         name: [(entry["step"], entry["figures"][name]) for entry in facts.entries if name in entry["figures"]]
-        for name in ("kl", "estimate_ms", "measured_ms")
+        for name in ("kl", "mse", "estimate_ms", "measured_ms")
     }
-    if not series["kl"] and not series["estimate_ms"]:
+    loss = "kl" if series["kl"] else "mse"  # of outputs that are no distribution
+    if not series[loss] and not series["estimate_ms"]:
         return None
     hard = _first_hard(facts.entries)
     limit = next((entry["figures"]["limit_ms"] for entry in facts.entries if "limit_ms" in entry["figures"]), None)
-    panels = [name for name in ("kl", "estimate_ms") if series[name]]
+    panels = [name for name in (loss, "estimate_ms") if series[name]]
 
     def draw(figure: Any, colours: Colours) -> None:
         found = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
         for panel, name in zip(found, panels, strict=True):
             if hard is not None:
                 panel.axvline(hard, color=colours["muted"], linestyle=":", linewidth=1)
-            if name == "kl":
-                panel.plot(*_columns(series["kl"]), color=colours["first"], linewidth=1.5)
-                panel.set_ylabel("KL, nats")
+            if name == loss:
+                panel.plot(*_columns(series[loss]), color=colours["first"], linewidth=1.5)
+                panel.set_ylabel("KL, nats" if loss == "kl" else "mean squared error")
                 continue
             panel.plot(*_columns(series["estimate_ms"]), color=colours["first"], label="estimate")
             if series["measured_ms"]:
@@ -212,7 +213,7 @@ def training(facts: SlimFacts) -> Picture | None:
 
     parts = [
         f"{name} from {values[0][1]:.4g} to {values[-1][1]:.4g}"
-        for name, values in (("divergence", series["kl"]), ("estimated latency in ms", series["estimate_ms"]))
+        for name, values in (("divergence", series[loss]), ("estimated latency in ms", series["estimate_ms"]))
         if values
     ]
     return _picture("training", f"Over training: {'; '.join(parts)}.", draw, 0.9 + 2.0 * len(panels))

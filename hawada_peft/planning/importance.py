@@ -10,7 +10,8 @@ from torch import nn
 
 from ..errors import HawAdaError
 from ..gates.attach import collect_gates
-from ..vanilla.outputs import Batch
+from ..vanilla.batches import Batch, check_batch
+from ..vanilla.mode import evaluating
 from .per_example import example_gradients
 from .plan import Plan
 
@@ -21,7 +22,8 @@ def gate_importance(model: nn.Module, batches: Iterable[Batch], plan: Plan | Non
     gradient of the loss.
 
     Where a batch has labels the loss is the model's own; otherwise targets are drawn from the model's own predictions
-    (the true Fisher).
+    (the true Fisher): a class, labels independent of each other, or normal numbers around the outputs of a model whose
+    outputs are no distribution (`head_of`).
 
     Args:
         model: a gated model in any mode; its gates are put back afterwards.
@@ -37,6 +39,7 @@ def gate_importance(model: nn.Module, batches: Iterable[Batch], plan: Plan | Non
 
     Raises:
         HawAdaError: if there are no batches or no trainable gates.
+        BadDataError: if a batch holds what the model cannot take.
     """
     gates = {name: gate for name, gate in collect_gates(model).items() if gate.theta.requires_grad}
     if not gates:
@@ -46,24 +49,24 @@ def gate_importance(model: nn.Module, batches: Iterable[Batch], plan: Plan | Non
     plans = [(gate.kept, gate.hard_in_training) for gate in gates.values()]
     totals = [torch.zeros(theta.shape, dtype=torch.float64) for theta in thetas]
     generator = torch.Generator().manual_seed(0)  # the caller's random state stays
-    training, count = model.training, 0
-    model.eval()
-    try:
-        for gate in gates.values():
-            gate.set_plan(None)
-            nn.init.constant_(gate.theta, gate.start.theta)
-        if plan is not None:
-            cast(Any, model).set_masks(plan)
-        for batch in batches:
-            for gradients in example_gradients(model, list(gates.values()), batch, generator):
-                count += len(gradients[0])
-                for total, gradient in zip(totals, gradients, strict=True):
-                    total += gradient.double().square().sum(0).cpu()
-    finally:
-        model.train(training)
-        for theta, value, gate, (kept, hard) in zip(thetas, before, gates.values(), plans, strict=True):
-            theta.data.copy_(value)
-            gate.set_plan(kept, in_training=hard)
+    count = 0
+    with evaluating(model):
+        try:
+            for gate in gates.values():
+                gate.set_plan(None)
+                nn.init.constant_(gate.theta, gate.start.theta)
+            if plan is not None:
+                cast(Any, model).set_masks(plan)
+            for batch in batches:
+                check_batch(model, batch, labels=True)
+                for gradients in example_gradients(model, list(gates.values()), batch, generator):
+                    count += len(gradients[0])
+                    for total, gradient in zip(totals, gradients, strict=True):
+                        total += gradient.double().square().sum(0).cpu()
+        finally:
+            for theta, value, gate, (kept, hard) in zip(thetas, before, gates.values(), plans, strict=True):
+                theta.data.copy_(value)
+                gate.set_plan(kept, in_training=hard)
     if count == 0:
         raise HawAdaError("no calibration batches were given; pass at least one")
     return {name: total / count for name, total in zip(gates, totals, strict=True)}

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import (
     LOSS_MAPPING,
@@ -20,8 +19,9 @@ from transformers.loss.loss_utils import (
 from ..errors import RowsError
 from ..gates.kinds import SigmoidGate
 from ..gates.rows import theta_per_row
-from ..vanilla.draws import draw_classes
-from ..vanilla.outputs import Batch, get_student_logits, masked_mean, position_mask
+from ..vanilla.batches import Batch, main_input, masked_mean, on_device, position_mask, rows_of, without_labels
+from ..vanilla.heads import Head, head_of, is_bare
+from ..vanilla.outputs import get_student_logits
 
 LossOfLogits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Of logits (rows, ..., classes) and labels (rows, ...): ()."""
@@ -55,9 +55,10 @@ def example_gradients(
         For some of the examples at a time, until all have been, for each gate: (examples, ...), with theta's axes.
     """
     device = gates[0].theta.device
-    batch = {name: value.to(device) if _has_rows(value) else value for name, value in batch.items()}
+    batch = without_labels(batch, device) if is_bare(model) else on_device(batch, device)
+    batch = {name: value for name, value in batch.items() if value is not None}
     sizes = {len(value) for value in batch.values() if _has_rows(value)}
-    rows = min(sizes, default=0)
+    rows = len(main_input(model.get_base_model() if isinstance(model, PeftModel) else model, batch))
     together, fits, drawn = None, True, generator.get_state()
     if rows > 0 and len(sizes) == 1:
         try:
@@ -102,8 +103,8 @@ def _forward(model: nn.Module, batch: Batch, generator: torch.Generator) -> tupl
     """A batch's logits, and a row's loss by its logits; None if that is not known."""
     if "labels" not in batch:
         logits = get_student_logits(model, batch)
-        mask = position_mask(batch, logits.shape[:-1])
-        return logits, lambda one, row: _loss_of_draw(one, None if mask is None else mask[row], generator)
+        mask, head = position_mask(batch, logits.shape[:-1]), head_of(model, logits)
+        return logits, lambda one, row: _loss_of_draw(one, None if mask is None else mask[row], generator, head)
     loss, labels = _loss_function(model), batch["labels"]
     if loss is None:
         return None
@@ -135,15 +136,16 @@ def _loss(model: nn.Module, example: Batch, generator: torch.Generator) -> torch
     if "labels" in example:
         return model(**example)["loss"]
     logits = get_student_logits(model, example)
-    return _loss_of_draw(logits, position_mask(example, logits.shape[:-1]), generator)
+    return _loss_of_draw(logits, position_mask(example, logits.shape[:-1]), generator, head_of(model, logits))
 
 
-def _loss_of_draw(logits: torch.Tensor, mask: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor:
-    """The cross-entropy of targets drawn by one example's logits."""
+def _loss_of_draw(
+    logits: torch.Tensor, mask: torch.Tensor | None, generator: torch.Generator, head: Head
+) -> torch.Tensor:
+    """The negative log-likelihood of targets drawn by one example's logits."""
     flat = logits.reshape(-1, logits.shape[-1]).float()
-    targets = draw_classes(flat.detach(), generator)  # one example after the other: the same in every batching
-    losses = functional.cross_entropy(flat, targets, reduction="none")
-    return masked_mean(losses, None if mask is None else mask.flatten())
+    targets = head.draw(flat.detach(), generator)  # one example after the other: the same in every batching
+    return masked_mean(head.surprise(flat, targets), None if mask is None else mask.flatten())
 
 
 def _has_rows(value: Any) -> bool:
@@ -151,7 +153,6 @@ def _has_rows(value: Any) -> bool:
 
 
 def _parts(batch: Batch, rows: int, size: int) -> Iterator[dict[str, Any]]:
-    """The first `rows` rows of a batch, in batches of at most `size`."""
+    """The rows of a batch, in batches of at most `size`."""
     for start in range(0, rows, size):
-        part = slice(start, min(start + size, rows))
-        yield {name: value[part] if _has_rows(value) else value for name, value in batch.items()}
+        yield rows_of(batch, slice(start, start + size), rows)

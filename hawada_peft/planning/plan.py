@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import IncompatibleBaseError, InvalidPlanError
-from ..vanilla.family import FFN, HEADS, KV_GROUPS
-from ..vanilla.shape import Shape
+from ..vanilla.shape import FFN, HEADS, KV_GROUPS, Shape
 from .rounding import Rounding
 
 FORMAT = 1

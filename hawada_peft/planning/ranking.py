@@ -6,12 +6,9 @@ import torch
 
 from ..errors import InvalidPlanError
 from ..gates.reading import UnitScores
-from ..vanilla.family import FFN, HEADS, Layout
-from ..vanilla.shape import Shape
+from ..vanilla.family import Layout
+from ..vanilla.shape import FFN, HEADS, LAYERS, Shape
 from .plan import Plan
-
-LAYERS = "layers"
-"""The axis of depth, beside those of width."""
 
 
 def rank(layout: Layout, scores: UnitScores, shape: Shape) -> Plan:

@@ -9,13 +9,17 @@ import torch
 
 from ..errors import InvalidPlanError
 from ..gates.reading import UnitScores
-from ..vanilla.family import FFN, HEADS, HIDDEN, Layout
-from ..vanilla.shape import Shape
-from .ranking import LAYERS
+from ..latency.build import SMALLEST_FFN
+from ..vanilla.family import Layout
+from ..vanilla.legality import build_sizes
+from ..vanilla.shape import BY_NAME, FFN, HEADS, HIDDEN, LAYERS, Shape
 
 PER_GROUP = "heads_per_group"
 """Query heads per KV group, beside the names of `Shape`."""
 
+
+MOST_FFN_SIZES = 256
+"""FFN sizes that are searched at most; finer steps than that change nothing that can be measured."""
 
 OPEN = 0.5
 """A unit whose gate is below this is one that the gates ask to close."""
@@ -71,18 +75,12 @@ def ratio_sizes(layout: Layout, keep_ratio: float | Mapping[str, float]) -> dict
     problems += [
         f"keep_ratio of {axis} must be a number in (0, 1], got {ratio!r}"
         for axis, ratio in ratios.items()
-        if not isinstance(ratio, (int, float)) or not 0 < ratio <= 1
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1
     ]
     if problems:
         raise InvalidPlanError("\n".join(problems))
     full = layout.full.to_dict()
-    names = {
-        HEADS: "num_attention_heads",
-        FFN: "intermediate_size",
-        LAYERS: "num_hidden_layers",
-        HIDDEN: "hidden_size",
-    }
-    return {names[axis]: ratio * full[names[axis]] for axis, ratio in ratios.items()}
+    return {BY_NAME[axis].field: ratio * full[BY_NAME[axis].field] for axis, ratio in ratios.items()}
 
 
 def open_shape(layout: Layout, scores: UnitScores, legal_heads: Sequence[Shape]) -> Shape:
@@ -156,6 +154,33 @@ def size_steps(group_size: int, unit: str | None, unit_size: int) -> dict[str, i
     return {"channels per gate": group_size} | (
         {f"the config states it in units of {unit}": unit_size} if unit else {}
     )
+
+
+def ffn_choices(
+    layout: Layout, dense: Shape, *, multiple: int, group_size: int
+) -> tuple[tuple[int, ...], dict[str, int]]:
+    """
+    The FFN sizes that a search chooses from, the dense one last, and what they are multiples of, by the reason.
+
+    Args:
+        layout: the dense model's.
+        dense: the widest sizes, complete; of another hidden size, perhaps.
+        multiple: of the device: `LatencyTable.multiple`.
+        group_size: channels per gate.
+    """
+    size, unit = dense.sizes()["intermediate_size"], layout.family.ffn_unit
+    steps = {"other sizes are slower on this device": multiple}
+    steps |= size_steps(group_size, unit, dense.hidden_size or layout.hidden_size if unit else 1)
+    fine = step = math.lcm(*steps.values())
+    while size // step > MOST_FFN_SIZES:
+        step *= 2
+    if step > fine:
+        steps[f"at most {MOST_FFN_SIZES} sizes are searched"] = step
+    smallest = max(1, round(SMALLEST_FFN * size / step)) * step
+    found = tuple(range(smallest, size, step))
+    if unit:
+        found = tuple(f for f in found if build_sizes(layout, Shape(intermediate_size=f).complete(dense)) is None)
+    return (*found, size), steps
 
 
 def hidden_multiple(layout: Layout, group_size: int) -> int:

@@ -7,33 +7,32 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from peft import LoraConfig
 from transformers import TrainingArguments
 
 from ..config import HawAdaConfig
+from ..distil.arguments import rate_problems
 from ..distil.objective import Distillation
 from ..errors import HawAdaError
 from ..latency.budget import LatencyBudget
-from ..latency.build import TablePlan
-from ..latency.clock import Effort
+from ..latency.clock import Clock
+from ..latency.effort import Effort
 from ..latency.regime import DTYPES
-from ..search.effort import SearchEffort
-from ..training.phases import Phases
-from ..training.trainer import HawAdaTrainer
+from ..latency.toy import ToyClock
+from ..training.arguments import GateTrainingArguments, gate_problems
 from ..vanilla.shape import Shape
-from .schema import checked, sections, unknown_names
+from .schema import checked, fields_of, sections, unknown_names
 from .settings import DataSource, ReconstructionStep
 
 GOALS = ("budget", "shape", "keep_ratio")
+CLOCKS: dict[str, Callable[[], Clock]] = {"real": Clock, "toy": ToyClock}
+"""What a recipe may name as the clock."""
+
 DEFAULTS: dict[str, Any] = {"save_total_limit": 2, "logging_steps": 10}
 """Of both trainings, where the recipe and `TrainingArguments` differ."""
-
-
-_INIT: dict[str, Any] = HawAdaTrainer.__init__.__kwdefaults__ or {}
-PHASES = {name: _INIT[name] for name in ("relaxation", "warmup_fraction", "soft_fraction")}
 
 
 class _Loader(yaml.SafeLoader):
@@ -57,10 +56,11 @@ class Recipe:
         budget (`dict`, *optional*): fields of `LatencyBudget`. One of `budget`, `shape` and `keep_ratio` is given.
         shape (`dict`, *optional*): fields of `Shape`.
         keep_ratio (`float` or `dict`, *optional*): as in `HawAdaModel.plan`.
-        search (`dict`, *optional*): how a budget becomes a shape: `effort` (fields of `SearchEffort`), `timing`,
-            `table_plan`, `hidden_sizes`, `refit`, `cache`, as in `find_plan`.
+        search (`dict`, *optional*): how a budget becomes a shape: `effort` (fields of `Effort`), `quick` (what it
+            leaves out is as in `Effort.quick`), `clock` (`"real"`, or `"toy"`, by which nothing depends on the
+            machine), `hidden_sizes` and `refit` of `find_plan`.
         gates (`dict`, *optional*): fields of `HawAdaConfig`; `lora` holds those of PEFT's `LoraConfig`.
-        training (`dict`, *optional*): options of `HawAdaTrainer` and fields of `TrainingArguments`.
+        training (`dict`, *optional*): fields of `GateTrainingArguments`.
         reconstruction (`dict`, *optional*): `examples` and `batch_size` of the least squares; none if left out.
         recovery (`dict`, *optional*): options of `recover` and fields of `TrainingArguments`; none if left out.
             `lora` holds fields of `LoraConfig`; all weights are trained without it.
@@ -175,10 +175,10 @@ class Recipe:
         """The gates' configuration."""
         return HawAdaConfig(**(self.gates or {}))
 
-    def options(self, section: str) -> dict[str, Any]:
-        """What of `training` or `recovery` is no training argument."""
-        given = getattr(self, section) or {}
-        return {name: value for name, value in given.items() if name not in _arguments() and name != "lora"}
+    def options(self) -> dict[str, Any]:
+        """What of `recovery` is no training argument."""
+        allowed = TrainingArguments.__dataclass_fields__
+        return {name: value for name, value in (self.recovery or {}).items() if name not in allowed and name != "lora"}
 
     def lora(self) -> LoraConfig | None:
         """LoRA of the recovery."""
@@ -192,20 +192,31 @@ class Recipe:
         Raises:
             HawAdaError: if transformers refuses them on this machine.
         """
-        given = getattr(self, section) or {}
-        values = DEFAULTS | {"seed": self.seed} | {name: given[name] for name in given if name in _arguments()}
+        cls = GateTrainingArguments if section == "training" else TrainingArguments
+        given = {name: value for name, value in (getattr(self, section) or {}).items() if name in fields_of(cls)}
         try:
-            return TrainingArguments(output_dir=str(folder), **values)
+            return cls(output_dir=str(folder), **(DEFAULTS | {"seed": self.seed} | given))
         except (TypeError, ValueError, ImportError) as error:
             raise HawAdaError(f"{section}: {error}") from None
 
-    def search_options(self) -> dict[str, Any]:
-        """Further arguments of `find_plan`."""
-        options = dict(self.search or {})
-        for name, make in (("effort", SearchEffort), ("timing", Effort), ("table_plan", _table_plan)):
-            if options.get(name) is not None:
-                options[name] = make(**options[name])
-        return options
+    def effort(self) -> Effort:
+        """
+        How hard latency is measured and the shape for a budget searched.
+
+        Raises:
+            HawAdaError: with every impossible number.
+        """
+        search = self.search or {}
+        name = search.get("clock") or "real"
+        if name not in CLOCKS:
+            raise HawAdaError(f"search.clock must be one of {list(CLOCKS)}, got {name!r}")
+        make = Effort.quick if search.get("quick") else Effort
+        return make(clock=CLOCKS[name](), **(search.get("effort") or {}))
+
+    def searching(self) -> dict[str, Any]:
+        """The arguments of `HawAdaTrainer` that say how a budget becomes a shape."""
+        search = self.search or {}
+        return {"effort": self.effort()} | {name: search[name] for name in ("hidden_sizes", "refit") if name in search}
 
     def steps(self) -> list[str]:
         """What will be done, in words."""
@@ -262,31 +273,23 @@ class Recipe:
         return {
             "data": self.source,
             "budget" if self.budget is not None else "shape": self.goal,
-            "search": self.search_options,
+            "search": self.effort,
             "gates": self.config,
             "reconstruction": lambda: ReconstructionStep(**(self.reconstruction or {})),
             "recovery.lora": self.lora,
-            "training": lambda: _objective(self.options("training")),
-            "training phases": lambda: _phases(self.options("training")),
-            "recovery": lambda: _objective(self.options("recovery")),
+            "training": lambda: _refuse(gate_problems(self.training or {}) + rate_problems(self.training or {})),
+            "recovery": lambda: _refuse(rate_problems(self.recovery or {})),
+            "recovery loss": lambda: _objective(self.options()),
         }
 
 
-def _arguments() -> Mapping[str, Any]:
-    return TrainingArguments.__dataclass_fields__
-
-
-def _table_plan(effort: Mapping[str, Any] | None = None, **options: Any) -> TablePlan:
-    return TablePlan(**options) if effort is None else TablePlan(effort=Effort(**effort), **options)
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise HawAdaError("\n".join(problems))
 
 
 def _objective(options: Mapping[str, Any]) -> Distillation:
     return Distillation(**{name: options[name] for name in Distillation.__dataclass_fields__ if name in options})
-
-
-def _phases(options: Mapping[str, Any]) -> Phases:
-    values = {name: options.get(name, default) for name, default in PHASES.items()}
-    return Phases(cast(Any, None), **values)  # judged without a model
 
 
 def _checked_deep(name: str, given: Any, allowed: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from transformers import (
 from ..distil.recovery import recover
 from ..errors import HawAdaError
 from ..latency.budget import LatencyBudget
-from ..latency.clock import measure_many
+from ..latency.measuring import measure_many
 from ..latency.regime import DTYPES, Regime
 from ..latency.timing import Timing
 from ..planning.plan import Plan
@@ -155,9 +155,8 @@ def _train_gates(
         args,
         train_dataset=train,
         eval_dataset=held_out,
-        search_options=recipe.search_options(),
+        **recipe.searching(),
         **recipe.goal(),
-        **recipe.options("training"),
     )
     trainer.train(resume_from_checkpoint=record.checkpoint("gates"))
     record.keep_history()
@@ -206,7 +205,7 @@ def _cut(
         on_reconstruction=note,
         callbacks=[_Evaluations(facts)],
         resume_from_checkpoint=record.checkpoint("recovery"),
-        **recipe.options("recovery"),
+        **recipe.options(),
     )
     return slim, base
 
@@ -282,7 +281,7 @@ def _time(recipe: Recipe, dense: PreTrainedModel, slim: PreTrainedModel) -> dict
         name: cast(PreTrainedModel, nn.Module.to(model, regime.device, regime.torch_dtype))
         for name, model in (("dense", dense), ("slim", small))
     }
-    return measure_many(timed, regime, effort=recipe.search_options().get("timing"))
+    return measure_many(timed, regime, effort=recipe.effort())
 
 
 def _latency(timings: Mapping[str, Timing]) -> dict[str, Any]:

@@ -16,11 +16,8 @@ from transformers import TrainingArguments
 from ..config import HawAdaConfig
 from ..distil.recovery import recover
 from ..latency.budget import LatencyBudget
-from ..latency.build import TablePlan
-from ..latency.clock import Effort
-from ..search.budgeted import find_plan
-from ..search.effort import SearchEffort
-from ..training.trainer import HawAdaTrainer
+from ..latency.effort import Effort
+from ..training.arguments import GATE_OPTIONS, GateTrainingArguments
 from ..vanilla.shape import Shape
 from .settings import DataSource, ReconstructionStep
 
@@ -29,10 +26,9 @@ Hints = dict[str, Any]
 MANY = 40
 """From so many names on a message names the near misses, and not all that is allowed."""
 
-_TRAINING = {"shape", "keep_ratio", "budget", "search_options", "train_dataset", "plan", "calibration"}
+_TRAINING = {"train_dataset", "plan", "calibration"}
 _WRITTEN = {"plan", "plan_in_training", "base_sizes", "peft_type", "auto_mapping", "peft_version", "init_weights"}
 _PLACES = {"output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "local_rank"}
-_SEARCH = {"effort", "timing", "table_plan", "hidden_sizes", "refit", "cache"}
 
 
 def keywords(function: Any, *, leave_out: Collection[str] = ()) -> Hints:
@@ -53,20 +49,23 @@ def fields_of(cls: type, *, leave_out: Collection[str] = ()) -> Hints:
 def sections() -> dict[str, Hints]:
     """The names that each section of a recipe takes, with their types; nested sections with a dot."""
     arguments = fields_of(TrainingArguments, leave_out=_PLACES)
+    own = {name: hint for name, hint in fields_of(GateTrainingArguments).items() if name in GATE_OPTIONS}
     mapping = dict[str, Any] | None
     return {
         "data": fields_of(DataSource),
         "budget": fields_of(LatencyBudget),
         "shape": fields_of(Shape),
-        "search": {name: hint for name, hint in keywords(find_plan).items() if name in _SEARCH}
-        | {"effort": mapping, "timing": mapping, "table_plan": mapping},
-        "search.effort": fields_of(SearchEffort),
-        "search.timing": fields_of(Effort),
-        "search.table_plan": fields_of(TablePlan) | {"effort": mapping},
-        "search.table_plan.effort": fields_of(Effort),
+        "search": {
+            "effort": mapping,
+            "quick": bool | None,
+            "clock": str | None,
+            "hidden_sizes": list[int] | None,
+            "refit": bool | None,
+        },
+        "search.effort": fields_of(Effort, leave_out={"clock"}),
         "gates": fields_of(HawAdaConfig, leave_out=_WRITTEN) | {"lora": mapping},
         "gates.lora": fields_of(LoraConfig),
-        "training": keywords(HawAdaTrainer.__init__, leave_out=_TRAINING) | arguments,
+        "training": own | arguments,
         "reconstruction": fields_of(ReconstructionStep),
         "recovery": keywords(recover, leave_out=_TRAINING | _PLACES | {"on_reconstruction"})
         | {"lora": mapping}

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import distributed
-from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ..vanilla.outputs import Batch, output_of, position_mask
+from ..vanilla.batches import Batch, position_mask
+from ..vanilla.heads import head_of
+from ..vanilla.outputs import output_of
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 """What makes one sum of those of all ranks."""
@@ -39,29 +40,18 @@ def divergence(
         reduce: sums over ranks.
 
     Returns:
-        `"kl"` and KL(dense || slim) in nats for a model with a head of two or more outputs, otherwise `"mse"` and the
-        mean squared difference of the outputs.
+        The head's metric (`head_of`): `"kl"` and KL(dense || slim) in nats, of classes or of independent labels;
+        `"mse"` and the mean squared difference of outputs that are no distribution.
     """
     name, sums = "kl", torch.zeros(2, dtype=torch.float64, device=dense.device)
     for batch in batches:
         expected, found = output_of(dense, batch), output_of(slim, batch)
-        name = "kl" if dense.base_model is not dense and expected.shape[-1] > 1 else "mse"
-        difference = _kl if name == "kl" else _squares
-        mask = position_mask(batch, expected.shape[:-1])
+        head = head_of(dense, expected)
+        name, loss = head.metric, head.loss()
+        mask, dtype = position_mask(batch, expected.shape[:-1]), torch.promote_types(expected.dtype, torch.float32)
         for row in range(len(expected)):  # wider copies of a whole batch's logits could be larger than the model
-            values = difference(found[row], expected[row])
+            values = loss.value(found[row], expected[row], dtype).clamp(min=0)
             weights = torch.ones_like(values) if mask is None else mask[row].to(values.dtype)
             sums += torch.stack([(values * weights).sum(), weights.sum()]).double()
     total, count = reduce(sums).tolist()
     return name, total / count
-
-
-def _kl(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    dtype = torch.promote_types(expected.dtype, torch.float32)
-    log_found, log_expected = (functional.log_softmax(logits.to(dtype), dim=-1) for logits in (found, expected))
-    return functional.kl_div(log_found, log_expected, reduction="none", log_target=True).sum(-1).clamp(min=0)
-
-
-def _squares(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    dtype = torch.promote_types(expected.dtype, torch.float32)
-    return (found.to(dtype) - expected.to(dtype)).square().mean(-1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +14,10 @@ from transformers import PreTrainedModel
 from ..errors import HawAdaError, IncompatibleBaseError, UnsupportedModelError
 from ..planning.plan import Plan
 from ..progress import Progress, progress_bar
+from ..vanilla.batches import Batch, check_batch, main_input, position_mask, rows_of, without_labels
 from ..vanilla.family import locate
+from ..vanilla.mode import evaluating
 from ..vanilla.modules import parameters_of
-from ..vanilla.outputs import Batch, position_mask
 from .fidelity import Reduce, all_reduced, divergence
 from .layerwise import Gains, Stream, residual_gains
 from .projections import Refit, as_projection, choose, new_moments
@@ -41,7 +41,8 @@ class Reconstruction:
 
     Args:
         refits (`tuple[Refit, ...]`): one per output projection, in the order of the slim model.
-        metric (`str`): `"kl"` in nats per prediction, or `"mse"` of the last hidden states of a model without a head.
+        metric (`str`): `"kl"` in nats per prediction, of classes or labels; or `"mse"`, the mean squared difference of
+            one output, of regression, of the last hidden states of a model without a head.
         before (`float`): divergence from the dense model on held-out batches, of the plain slim model.
         after (`float`): the same, reconstructed.
         applied (`bool`): whether the slim model has the reconstructed weights; False if they were not better.
@@ -104,6 +105,7 @@ def reconstruct(
     Raises:
         IncompatibleBaseError: if the plan does not lead from the dense model's sizes to the slim model's.
         HawAdaError: if there is too little calibration data to hold some out, or an option out of its range.
+        BadDataError: if a batch holds what the models cannot take.
         UnsupportedModelError: if a model has adapters in it or no family row, or its projections are not linear.
 
     References:
@@ -171,8 +173,8 @@ def refit_model(
             f"the plan leads to {plan.shape.to_dict()}, the slim model has {layout.dense.to_dict()}; pass the plan "
             "that it was made with"
         )
-    fitted, held = _split(calibration, slim.device, slim.main_input_name, held_out, reduce)
-    with _evaluating(dense, slim), torch.no_grad():
+    fitted, held = _split(calibration, slim, held_out, reduce)
+    with evaluating(dense, slim), torch.no_grad():
         metric, before = divergence(dense, slim, held, reduce)
         teacher, student = (
             Stream.start(model, row, [*fitted, *held]) for model, row in ((dense, teacher_layout), (slim, layout))
@@ -286,42 +288,23 @@ def _local(
     return gains[which].float() * output.float()
 
 
-@contextmanager
-def _evaluating(*models: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode inside the block."""
-    before = [model.training for model in models]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for model, training in zip(models, before, strict=True):
-            model.train(training)
-
-
 def _split(
-    calibration: Iterable[Batch], device: torch.device, main_input: str, held_out: float, reduce: Reduce
+    calibration: Iterable[Batch], slim: PreTrainedModel, held_out: float, reduce: Reduce
 ) -> tuple[list[Batch], list[Batch]]:
     """The batches to fit and those to hold out, on the device, without labels; the rows, if there is one batch."""
-    batches: list[Batch] = [
-        {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if k != "labels"}
-        for batch in calibration
-    ]
+    batches: list[Batch] = []
+    for batch in calibration:
+        check_batch(slim, batch)
+        batches.append(without_labels(batch, slim.device))
     if len(batches) == 1:
-        total = len(batches[0][main_input])
+        total = len(main_input(slim, batches[0]))
         cut = total - max(1, round(held_out * total))
-        batches = [
-            {
-                k: v[rows] if isinstance(v, torch.Tensor) and v.ndim and len(v) == total else v
-                for k, v in batches[0].items()
-            }
-            for rows in (slice(cut), slice(cut, total))
-            if rows.stop > (rows.start or 0)
-        ]
+        parts = [rows for rows in (slice(cut), slice(cut, total)) if rows.stop > (rows.start or 0)]
+        batches = [rows_of(batches[0], rows, total) for rows in parts]
     period = max(2, round(1 / held_out))
     held = [batch for index, batch in enumerate(batches) if index % period == period - 1] or batches[-1:]
     fitted = [batch for batch in batches if all(batch is not other for other in held)]
-    counts = torch.tensor([len(fitted), len(held), not batches], device=device)
+    counts = torch.tensor([len(fitted), len(held), not batches], device=slim.device)
     if min(reduce(counts)[:2].tolist()) == 0 or counts[2]:
         raise HawAdaError(
             f"{len(batches)} calibration batch(es) here; reconstruction needs at least one on every rank, and two "

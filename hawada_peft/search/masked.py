@@ -14,16 +14,18 @@ from peft import PeftModel
 from torch import nn
 
 from ..errors import HawAdaError, InvalidPlanError
-from ..gates.adapter import BLOCK, HIDDEN_UNITS, LAYER, UNITS, GateAdapter
 from ..gates.attach import collect_gates
 from ..gates.kinds import SigmoidGate
-from ..gates.reading import UnitScores, gate_scores
+from ..gates.reading import UnitScores, gate_scores, hidden_gate, layers_of
 from ..planning.plan import Plan
 from ..planning.ranking import rank
 from ..progress import Progress, progress_bar
+from ..vanilla.batches import Batch, check_batch, position_mask, without_labels
 from ..vanilla.family import HIDDEN, Layout
-from ..vanilla.outputs import Batch
-from ..vanilla.shape import Shape
+from ..vanilla.heads import Classes, Head, head_of
+from ..vanilla.mode import adapters_off, evaluating
+from ..vanilla.outputs import get_student_logits
+from ..vanilla.shape import BY_NAME, FFN, HEADS, LAYERS, Shape
 from .space import SearchSpace
 
 logger = logging.getLogger(__name__)
@@ -32,17 +34,30 @@ RESCORED = 8
 """Layers whose loss is measured anew after each drop: those that were cheapest to drop before it."""
 
 
+DEPTH, WIDTHS_OF = "dropping layers", "judging widths"
+"""What these are shown as."""
+
 WIDTHS = (0.75, 0.5, 0.25)
 """Parts of an axis of width at which the predicted loss is held against a measured one."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A calibration batch without labels, one outcome per prediction drawn from the dense model, and its log-odds."""
+    """
+    A calibration batch, and what the dense model predicts on it.
+
+    Args:
+        batch: without labels, on the device.
+        head: what the outputs stand for.
+        dense: of classes one per prediction, drawn from the dense model: (rows, ...); otherwise its outputs.
+        surprise: the dense model's, of what was drawn: (rows, ...); None where nothing was.
+        mask: (rows, ...), 1 where a prediction counts.
+    """
 
     batch: Batch
-    outcomes: torch.Tensor
-    log_dense: torch.Tensor
+    head: Head
+    dense: torch.Tensor
+    surprise: torch.Tensor | None
     mask: torch.Tensor
 
 
@@ -50,9 +65,11 @@ class MaskedQuality:
     """
     The quality of a gated model's shapes, by closing gates.
 
-    The loss is the divergence KL(dense, slim) on calibration batches, without labels: outcomes y are drawn once from
-    the dense model, and KL is the mean of `q/p - 1 - log(q/p)` at y, with p the dense and q the masked model's
-    probability.
+    The loss is the divergence of the masked model from the dense one on calibration batches, without labels, as the
+    model's head says (`head_of`). Of several classes, whose logits are too many to keep, outcomes y are drawn once
+    from the dense model, and KL(dense, masked) is the mean of `q/p - 1 - log(q/p)` at y, with p the dense and q the
+    masked model's probability. Of independent labels it is the exact KL; of one output, regression and hidden states
+    the mean squared difference.
 
     Depth: after each drop the layers that remain are scored anew, and the cheapest goes. Width: what is cut in each
     layer is the sum of its units' scores, and how much loss that means is measured at a few widths of each axis.
@@ -66,14 +83,15 @@ class MaskedQuality:
 
     Raises:
         HawAdaError: if there are no batches.
-        InvalidPlanError: if the model's gates were not placed by a family row.
+        BadDataError: if a batch holds what the model cannot take.
+        InvalidPlanError: if not one adapter is active, or its gates were not placed by a family row.
 
     References:
         Schulman, "Approximating KL Divergence" (2020), the third estimator. Kwon et al., "A Fast Post-Training Pruning
         Framework for Transformers" (2022), for sums of scores as a loss.
     """
 
-    meaning = "nats per prediction over the dense model's, gates closed, before any recovery"
+    before_recovery = "gates closed, before any recovery"
 
     def __init__(
         self,
@@ -87,7 +105,9 @@ class MaskedQuality:
         self.model, self._progress = model, progress
         self.tuner = cast(Any, model.base_model)
         self.names = list(self.tuner.active_adapters)
-        self.layout: Layout = self.tuner._layout(self.names)
+        if len(self.names) != 1:
+            raise InvalidPlanError(f"one adapter must be active, got {self.names}; see `model.set_adapter`")
+        self.layout: Layout = self.tuner.layout_of(self.names)
         self.scores = unit_scores(model, self.layout, self.names, importance)
         self.references = [self._reference(batch, index) for index, batch in enumerate(batches)]
         self.measured: dict[Plan, float] = {}
@@ -95,9 +115,14 @@ class MaskedQuality:
         self._depth_loss: list[float] = []
 
     @property
+    def meaning(self) -> str:
+        """What the losses are, for people."""
+        return f"{self.references[0].head.unit}, {self.before_recovery}"
+
+    @property
     def free(self) -> tuple[str, ...]:
         """What the gates allow to cut."""
-        scores = {"heads": self.scores.heads, "ffn": self.scores.channels, "layers": self.scores.layers}
+        scores = {HEADS: self.scores.heads, FFN: self.scores.channels, LAYERS: self.scores.layers}
         free = tuple(axis for axis, values in scores.items() if all(value is not None for value in values))
         return free if self.scores.hidden is None else (*free, HIDDEN)
 
@@ -113,11 +138,11 @@ class MaskedQuality:
         return rank(self.layout, scores, shape.complete(self.layout.dense))
 
     def evaluate(self, shape: Shape) -> float:
-        """The measured loss of a shape before any recovery, in nats per prediction."""
+        """The measured loss of a shape before any recovery, in what `meaning` says."""
         return self.loss(self.plan(shape))
 
     def loss(self, plan: Plan) -> float:
-        """KL(dense, masked) of a plan on the calibration batches, in nats per prediction."""
+        """The divergence of the masked model from the dense one on the calibration batches, for a plan."""
         if plan not in self.measured:
             with self._masked(plan), torch.inference_mode():
                 sums = np.sum([self._divergence(reference) for reference in self.references], axis=0)
@@ -133,9 +158,9 @@ class MaskedQuality:
         depth_loss = self.depth_losses(min(space.layers))
         heads = np.stack([self._heads_cut(layer, space.heads) for layer in range(total)])
         ffn = np.stack([self._channels_cut(layer, space.ffn) for layer in range(total)])
-        heads_loss = self._measured_curve(heads.sum(0), [replace(pair) for pair in space.heads], "num_attention_heads")
+        heads_loss = self._measured_curve(heads.sum(0), space.heads, BY_NAME[HEADS].field)
         sizes = [Shape(intermediate_size=size) for size in space.ffn]
-        ffn_loss = self._measured_curve(ffn.sum(0), sizes, "intermediate_size")
+        ffn_loss = self._measured_curve(ffn.sum(0), sizes, BY_NAME[FFN].field)
         hidden = 0.0 if space.hidden_size is None else max(0.0, self.evaluate(Shape(hidden_size=space.hidden_size)))
         result = np.empty((len(space.layers), len(space.heads), len(space.ffn)))
         for row, count in enumerate(space.layers):
@@ -161,33 +186,27 @@ class MaskedQuality:
         """The plan that drops those and nothing else."""
         return self._without(self.drop_order(layers))
 
-    def depth_gates(self, layer: int) -> list[SigmoidGate]:
-        """The gates on the blocks and on the whole of a layer."""
-        ends = self.layout.attention_out(layer), self.layout.ffn_out(layer)
-        adapters = [cast(nn.Module, self.model.base_model.model).get_submodule(end) for end in ends]
-        return [
-            gate
-            for adapter in adapters
-            if isinstance(adapter, GateAdapter)
-            for name in self.names
-            for slot, gate in adapter.gates(name).items()
-            if slot in (BLOCK, LAYER)
-        ]
-
     def _drop_layers(self, least: int) -> None:
         """Drop one layer after the other, the cheapest first, scoring those that remain anew each time."""
         total = self.layout.dense.sizes()["num_hidden_layers"]
         last: dict[int, float] = {}
-        steps = range(len(self._order), total - least)
-        for _ in progress_bar(self._progress, iterable=steps, desc="dropping layers", leave=False):
-            remaining = [layer for layer in range(total) if layer not in self._order]
-            asked = sorted(remaining, key=lambda layer: last.get(layer, 0.0))
-            asked = asked[:RESCORED] if last else asked
-            scores = {layer: self.loss(self._without([*self._order, layer])) for layer in asked}
-            last |= scores
-            cheapest = min(scores, key=scores.__getitem__)
-            self._order.append(cheapest)
-            self._depth_loss.append(max([scores[cheapest], *self._depth_loss[-1:]]))
+        kept = range(total - len(self._order), least, -1)  # before each drop
+        if not kept:
+            return
+        count = sum(min(RESCORED, each) if index else each for index, each in enumerate(kept))
+        logger.info("dropping %d of %d layers takes %d evaluations of the calibration data", len(kept), total, count)
+        with progress_bar(self._progress, total=count, desc=DEPTH, unit="evaluation", leave=False) as bar:
+            for _ in kept:
+                remaining = [layer for layer in range(total) if layer not in self._order]
+                asked = sorted(remaining, key=lambda layer: last.get(layer, 0.0))
+                scores: dict[int, float] = {}
+                for layer in asked[:RESCORED] if last else asked:
+                    scores[layer] = self.loss(self._without([*self._order, layer]))
+                    bar.update(1)
+                last |= scores
+                cheapest = min(scores, key=scores.__getitem__)
+                self._order.append(cheapest)
+                self._depth_loss.append(max([scores[cheapest], *self._depth_loss[-1:]]))
         logger.info("layers in the order of dropping: %s", self._order)
 
     def _without(self, dropped: Sequence[int]) -> Plan:
@@ -219,7 +238,7 @@ class MaskedQuality:
         dense = self.layout.dense.sizes()[field]
         values = np.array([getattr(shape, field) for shape in shapes])
         points: dict[float, float] = {}
-        for part in WIDTHS:
+        for part in progress_bar(self._progress, iterable=WIDTHS, desc=WIDTHS_OF, leave=False):
             at = int(np.argmin(np.abs(values - part * dense) + 1e-6 * cut / (cut.max() + 1e-30)))
             if values[at] < dense and cut[at] > 0:
                 points[float(cut[at])] = max(self.evaluate(shapes[at]), 1e-9)
@@ -239,48 +258,49 @@ class MaskedQuality:
     @contextmanager
     def _masked(self, plan: Plan) -> Iterator[None]:
         """Close what a plan removes, whatever its legality, and put everything back."""
-        name = self.tuner._one_name(None)
+        (name,) = self.names
         gates = list(collect_gates(self.model, name).values())
         before = [(gate.kept, gate.hard_in_training) for gate in gates]
-        training = self.model.training
-        self.model.eval()
-        try:
-            self.tuner.set_masks(plan, name)
-            yield
-        finally:
-            for gate, (kept, hard) in zip(gates, before, strict=True):
-                gate.set_plan(kept, in_training=hard)
-            self.model.train(training)
+        with evaluating(self.model):
+            try:
+                self.tuner.set_masks(plan, name)
+                yield
+            finally:
+                for gate, (kept, hard) in zip(gates, before, strict=True):
+                    gate.set_plan(kept, in_training=hard)
 
     def _reference(self, batch: Batch, seed: int) -> Reference:
-        device = next(self.model.parameters()).device
-        inputs = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()
-            if name != "labels"
-        }
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.inference_mode(), self.model.disable_adapter():
-                logits = _logits(self.model(**inputs))
-        finally:
-            self.model.train(training)
-        log_dense = logits.float().log_softmax(-1)
-        flat = log_dense.reshape(-1, log_dense.shape[-1])
-        # Drawn on the CPU by a generator of our own: the same on every device, and the caller's random state stays.
-        drawn = torch.multinomial(flat.exp().cpu(), 1, generator=torch.Generator().manual_seed(seed)).to(device)
-        given = inputs.get("attention_mask")
-        positions = log_dense.shape[:-1]
-        mask = given if given is not None and given.shape == positions else torch.ones(positions, device=device)
-        return Reference(inputs, drawn.reshape(*positions, 1), flat.gather(-1, drawn).reshape(positions), mask.float())
+        check_batch(self.model, batch)
+        inputs = without_labels(batch, next(self.model.parameters()).device)
+        with evaluating(self.model), torch.inference_mode(), adapters_off(self.model):
+            logits = get_student_logits(self.model, inputs)
+        head, given = head_of(self.model, logits), position_mask(inputs, logits.shape[:-1])
+        mask = torch.ones(logits.shape[:-1], device=logits.device) if given is None else given.float()
+        if not isinstance(head, Classes):
+            return Reference(inputs, head, logits, None, mask)
+        # By a generator of our own: the same on every device, and the caller's random state stays. Row by row, as
+        # wider copies of a whole batch's logits could be larger than the model.
+        generator = torch.Generator().manual_seed(seed)
+        rows = [row.reshape(-1, row.shape[-1]) for row in logits]
+        drawn = torch.stack([head.draw(row, generator) for row in rows]).reshape(mask.shape)
+        return Reference(inputs, head, drawn, _surprise(head, logits, drawn), mask)
 
     def _divergence(self, reference: Reference) -> tuple[float, float]:
-        logits = _logits(self.model(**reference.batch)).float()
-        log_slim = logits.gather(-1, reference.outcomes).squeeze(-1) - logits.logsumexp(-1)
-        ratio = log_slim - reference.log_dense
-        divergence = (ratio.exp() - 1 - ratio) * reference.mask
+        logits, head = get_student_logits(self.model, reference.batch), reference.head
+        if reference.surprise is None:
+            dtype, loss = torch.promote_types(logits.dtype, torch.float32), head.loss()
+            divergence = loss.value(logits, reference.dense, dtype) * reference.mask
+        else:
+            ratio = reference.surprise - _surprise(head, logits, reference.dense)
+            divergence = (ratio.exp() - 1 - ratio) * reference.mask
         return float(divergence.double().sum()), float(reference.mask.double().sum())
+
+
+def _surprise(head: Head, logits: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """The negative log-likelihood of each outcome, in float32, formed row by row: like `drawn`."""
+    pairs = zip(logits, drawn, strict=True)
+    found = [head.surprise(row.reshape(-1, row.shape[-1]).float(), targets.reshape(-1)) for row, targets in pairs]
+    return torch.stack(found).reshape(drawn.shape)
 
 
 def unit_scores(
@@ -306,29 +326,23 @@ def unit_scores(
         )
     by_gate = {id(gates[name]): value for name, value in importance.items()}
 
-    def scores(end: str, slot: str = UNITS) -> torch.Tensor | None:
-        adapter = base.get_submodule(end)
-        found = [adapter.gates(name).get(slot) for name in adapter_names] if isinstance(adapter, GateAdapter) else []
+    def scores(gates: Sequence[SigmoidGate]) -> torch.Tensor | None:
         total: torch.Tensor | None = None
-        for gate in found:
-            if gate is not None and id(gate) in by_gate:
+        for gate in gates:
+            if id(gate) in by_gate:
                 value = by_gate[id(gate)].double().cpu() * gate.factor(hard=False).detach().double().cpu().square()
                 total = value if total is None else total + value
         return total
 
-    layers = range(layout.dense.sizes()["num_hidden_layers"])
+    layers = layers_of(base, layout, adapter_names)
     size = layout.dense.sizes()["intermediate_size"]
+    stream = [gate for name in adapter_names if (gate := hidden_gate(base, layout, name)) is not None]
     return replace(
         plain,
-        heads=tuple(scores(layout.attention_out(layer)) for layer in layers),
-        channels=tuple(_spread(scores(layout.ffn_out(layer)), size) for layer in layers),
-        hidden=None if plain.hidden is None else _spread(scores(layout.norms[0], HIDDEN_UNITS), layout.hidden_size),
+        heads=tuple(scores(layer.heads) for layer in layers),
+        channels=tuple(_spread(scores(layer.ffn), size) for layer in layers),
+        hidden=None if plain.hidden is None else _spread(scores(stream), layout.hidden_size),
     )
-
-
-def _logits(output: Mapping[str, Any]) -> torch.Tensor:
-    """What is predicted; by a model without a head its last hidden states, taken for logits."""
-    return output["logits" if "logits" in output else "last_hidden_state"]
 
 
 def _spread(scores: torch.Tensor | None, size: int) -> torch.Tensor | None:

@@ -12,7 +12,7 @@ from .space import SearchSpace
 
 
 class Quality(Protocol):
-    """What the search asks about quality. Losses are in nats per prediction; 0 is the dense model."""
+    """What the search asks about quality. Losses are in what `meaning` says; 0 is the dense model."""
 
     @property
     def meaning(self) -> str:
@@ -24,5 +24,5 @@ class Quality(Protocol):
     def evaluate(self, shape: Shape) -> float | None:
         """The measured loss of a shape before any recovery; None if it cannot be measured."""
 
-    def plan(self, shape: Shape) -> Plan | None:
-        """What stays at a shape; None if there is nothing to choose from."""
+    def plan(self, shape: Shape) -> Plan:
+        """What stays at a shape."""

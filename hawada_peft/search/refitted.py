@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import cast
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from ..errors import HawAdaError, IllegalShapeError
+from ..errors import HawAdaError
 from ..gates.adapter import HIDDEN_UNITS
 from ..gates.attach import collect_gates
 from ..planning.plan import Plan
@@ -21,9 +20,7 @@ from ..refit.fidelity import of_this_rank
 from ..refit.reconstruction import refit_model
 from ..surgery.dense import dense_view
 from ..surgery.slimming import slim
-from ..vanilla.legality import check_legal
-from ..vanilla.outputs import Batch
-from ..vanilla.rehoming import rehome
+from ..vanilla.batches import Batch, main_input
 from ..vanilla.shape import Shape
 from .masked import MaskedQuality
 
@@ -31,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 LORA_OUT = {"lora_B", "lora_embedding_B"}
 """PEFT's second factors, zero until they are trained."""
+
+REFITS = "refitting depths"
+"""What it is shown as."""
 
 DEPTHS = 6
 """Numbers of layers at which a refitted model is measured; between them the ratio to the masked loss is followed."""
@@ -40,9 +40,9 @@ class RefittedQuality(MaskedQuality):
     """
     The quality of a gated model's shapes, by building each one and refitting it to the dense model (`reconstruct`).
 
-    Which layers and units stay is decided as in `MaskedQuality`. A shape's loss is KL(dense, slim) of the refitted
-    slim model on calibration batches that it was not fitted to. Closing gates alone makes narrow shapes look worse
-    than shallow ones; least squares, and training after it, win back much more of width than of depth.
+    Which layers and units stay is decided as in `MaskedQuality`. A shape's loss is the divergence of the refitted slim
+    model from the dense one on calibration batches that it was not fitted to. Closing gates alone makes narrow shapes
+    look worse than shallow ones; least squares, and training after it, win back much more of width than of depth.
 
     Args:
         model (`PeftModel`): with gates placed by a family row, none of them on the residual stream, without LoRA, its
@@ -56,7 +56,7 @@ class RefittedQuality(MaskedQuality):
         InvalidPlanError: if the model's gates were not placed by a family row.
     """
 
-    meaning = "nats per prediction over the dense model's, refitted, before any training"
+    before_recovery = "refitted, before any training"
 
     def __init__(
         self,
@@ -72,13 +72,8 @@ class RefittedQuality(MaskedQuality):
         self.dense = dense_view(cast(PreTrainedModel, model.get_base_model()))
         self._refitted: dict[Plan, float] = {}
 
-    @cached_property
-    def _twin(self) -> PreTrainedModel:
-        """The dense model under the class that takes more head counts."""
-        return rehome(self.dense)
-
     def evaluate(self, shape: Shape) -> float:
-        """The measured loss of a shape after reconstruction and before any training, in nats per prediction."""
+        """The measured loss of a shape after reconstruction and before any training, in what `meaning` says."""
         return self._refitted_loss(self.plan(shape))
 
     def depth_losses(self, least: int) -> dict[int, float]:
@@ -89,7 +84,7 @@ class RefittedQuality(MaskedQuality):
             return masked
         places = np.unique(np.linspace(0, len(counts) - 1, min(DEPTHS, len(counts))).round().astype(int))
         known = [counts[place] for place in places]
-        steps = progress_bar(self._progress, iterable=known, desc="refitting depths", leave=False)
+        steps = progress_bar(self._progress, iterable=known, desc=REFITS, leave=False)
         ratios = [
             np.log(max(self._refitted_loss(self.without_layers(count)), 1e-9) / masked[count]) for count in steps
         ]
@@ -101,19 +96,12 @@ class RefittedQuality(MaskedQuality):
         if plan.keeps_all:
             return 0.0
         if plan not in self._refitted:
-            small = slim(self._home(plan), plan)
+            small = slim(self.dense, plan)
             batches = [reference.batch for reference in self.references]
             report = refit_model(self.dense, small, plan, batches, reduce=of_this_rank)
             logger.debug("%s: %s", plan, report)
             self._refitted[plan] = min(report.before, report.after)
         return self._refitted[plan]
-
-    def _home(self, plan: Plan) -> PreTrainedModel:
-        try:
-            check_legal(self.layout, plan.shape)
-        except IllegalShapeError:
-            return self._twin
-        return self.dense
 
 
 def obstacle(model: PeftModel, batches: Sequence[Batch]) -> str:
@@ -130,6 +118,6 @@ def obstacle(model: PeftModel, batches: Sequence[Batch]) -> str:
         return "what LoRA has learned is not in the dense weights"
     if not all(parameter.is_floating_point() for parameter in model.parameters()):
         return "quantized weights cannot be sliced"
-    if len(batches) == 1 and len(next(v for v in batches[0].values() if isinstance(v, torch.Tensor) and v.ndim)) < 2:
+    if len(batches) == 1 and len(main_input(model.get_base_model(), batches[0])) < 2:
         return "one row of calibration data is too little: none can be held out"
     return ""

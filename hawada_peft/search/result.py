@@ -30,7 +30,6 @@ class Candidate:
         predicted_loss (`float`): nats per prediction over the dense model's, before any recovery, corrected likewise.
         parameters (`int`): of the slim model.
         memory (`float`): bytes of its weights and KV cache.
-        rehomed (`bool`): whether only the family's twin takes it.
         measured_ms (`float`, *optional*): on the scale of `SearchResult.dense_ms`.
         measured_loss (`float`, *optional*): of the refitted slim model, or by closing the gates of what goes.
         expected_ms, expected_loss (`float`, *optional*): what was expected before it was timed and evaluated.
@@ -42,7 +41,6 @@ class Candidate:
     predicted_loss: float
     parameters: int
     memory: float
-    rehomed: bool
     measured_ms: float | None = None
     measured_loss: float | None = None
     expected_ms: float | None = None
@@ -62,14 +60,15 @@ class SearchResult:
     Args:
         budget (`LatencyBudget`): what was asked for.
         best (`Candidate`): the shape; its latency is measured, not estimated.
-        plan (`Plan`, *optional*): what of the model stays at that shape.
+        plan (`Plan`): what of the model stays at that shape.
         dense_ms (`float`): the dense model, timed side by side with `best`.
         limit_ms (`float`): what the budget allows on that scale; infinite if it does not limit latency.
-        frontier (`tuple[Candidate, ...]`): for every latency the shape of least predicted loss, slowest first.
+        frontier (`tuple[Candidate, ...]`): for every latency the shape of least predicted loss, slowest first;
+            none of fewer layers than the budget may need.
         measured (`tuple[Candidate, ...]`): every shape that was timed.
         table (`LatencyTable`): of the dense hidden size, corrected by all of it that was timed.
         rounds (`int`): rounds it took.
-        margin (`float`): how far below the budget it stayed: `SearchEffort.margin`.
+        margin (`float`): how far below the budget it stayed: `Effort.margin`.
         shapes (`int`): how many there were to choose from.
         steps (`dict[str, str]`): by size, which values were there to choose from, and why.
         loss (`str`): what the losses are: `Quality.meaning`.
@@ -77,7 +76,7 @@ class SearchResult:
 
     budget: LatencyBudget
     best: Candidate
-    plan: Plan | None
+    plan: Plan
     dense_ms: float
     limit_ms: float
     frontier: tuple[Candidate, ...]
@@ -130,11 +129,11 @@ class SearchResult:
         }
 
     def __str__(self) -> str:
-        sizes, home = self.best.shape.to_dict(), " (re-homed)" if self.best.rehomed else ""
         loss = self.best.predicted_loss if self.best.measured_loss is None else self.best.measured_loss
         return (
-            f"{sizes}{home}: {self.ms:.3f} ms measured, budget {self.limit_ms:.3f} ms, dense {self.dense_ms:.3f} ms "
-            f"({self.speedup:.2f}x); {loss:.4f} nats before recovery; {self.best.parameters:,} parameters"
+            f"{self.best.shape.to_dict()}: {self.ms:.3f} ms measured, budget {self.limit_ms:.3f} ms, "
+            f"dense {self.dense_ms:.3f} ms ({self.speedup:.2f}x); {loss:.4f} nats before recovery; "
+            f"{self.best.parameters:,} parameters"
         )
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..latency.budget import LatencyBudget
+from ..latency.effort import Effort
 from ..latency.table import LatencyTable
-from .effort import SearchEffort
 from .quality import Quality
 from .result import SearchResult
 from .space import SearchSpace
@@ -26,15 +26,15 @@ def search(
     budget: LatencyBudget,
     realise: Realise,
     *,
-    effort: SearchEffort | None = None,
+    effort: Effort | None = None,
     narrower: Sequence[tuple[SearchSpace, LatencyTable]] = (),
 ) -> SearchResult:
     """
     Find the shape of least loss that meets a budget.
 
-    All shapes are estimated and scored. The best are built with random weights and timed, and evaluated with their
-    gates closed; table and scores are corrected by that and the search is repeated, until the best shape is one that
-    was timed, evaluated, timed once more on its own and found to meet the budget.
+    All shapes that the budget may need are estimated and scored. The best are built with random weights and timed, and
+    evaluated with their gates closed; table and scores are corrected by that and the search is repeated, until the
+    best shape is one that was timed, evaluated, timed once more on its own and found to meet the budget.
 
     Args:
         space: the shapes.
@@ -48,12 +48,13 @@ def search(
     Raises:
         InfeasibleBudgetError: if no shape meets the budget, with the range that can be reached and what binds.
     """
-    effort = effort or SearchEffort()
+    effort = effort or Effort()
     state = SearchState(space, table, budget, effort, narrower)
     state.check_feasible()
+    state = state.of_worthwhile_depth()
     state.predict(quality)
     confirmed: set[int] = set()
-    for number in range(1, effort.rounds + 1):
+    for number in range(1, effort.search_rounds + 1):
         fits = np.flatnonzero(state.fits())
         if len(fits) == 0:
             break
@@ -68,8 +69,8 @@ def search(
             state.evaluate([best], quality)
             confirmed.add(best)
             continue
-        chosen = state.choose(ranked, effort.top)
+        chosen = state.choose(ranked, effort.candidates)
         logger.info("round %d: realising %s", number, [state.shape(index).to_dict() for index in chosen])
         state.evaluate(chosen, quality)
         state.time(chosen, realise)
-    return state.settle(quality, effort.rounds)
+    return state.settle(quality, effort.search_rounds)

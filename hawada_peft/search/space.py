@@ -10,24 +10,19 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from ..latency.build import SMALLEST_FFN
 from ..latency.regime import Regime
 from ..planning.reasons import multiples
-from ..planning.sizes import hidden_multiple, size_steps
-from ..vanilla.family import Layout, locate
-from ..vanilla.legality import build_sizes, fit_hidden, head_shapes, legal_head_shapes
-from ..vanilla.rehoming import has_twin, twin_skeleton
+from ..planning.sizes import ffn_choices, hidden_multiple
+from ..vanilla.family import Layout
+from ..vanilla.legality import fit_hidden, head_shapes, legal_head_shapes
 from ..vanilla.resize import edit_config
-from ..vanilla.shape import Shape
+from ..vanilla.shape import FFN, HEADS, LAYERS, Shape
 
 HIDDEN = (7 / 8, 3 / 4, 5 / 8, 1 / 2)
 """Hidden sizes that are searched, in parts of the dense one. Each needs a latency table of its own."""
 
 FIXED = "has no gates: stays as it is"
 """Why a size has one value."""
-
-MOST_FFN_SIZES = 256
-"""FFN sizes that are searched at most; finer steps than that change nothing that can be measured."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,6 @@ class SearchSpace:
         layers (`tuple[int, ...]`): numbers of layers.
         heads (`tuple[Shape, ...]`): (query heads, KV groups).
         ffn (`tuple[int, ...]`): FFN sizes.
-        rehomed (`tuple[bool, ...]`): which of `heads` only the family's twin takes.
         parameters (`np.ndarray`): of the slim model, over the space.
         cache_bytes (`np.ndarray`): of its KV cache under the regime, over the space.
         weight_bytes (`int`): per parameter.
@@ -52,7 +46,6 @@ class SearchSpace:
     layers: tuple[int, ...]
     heads: tuple[Shape, ...]
     ffn: tuple[int, ...]
-    rehomed: tuple[bool, ...]
     parameters: np.ndarray
     cache_bytes: np.ndarray
     weight_bytes: int = 4
@@ -75,6 +68,16 @@ class SearchSpace:
         ffn = np.array(self.ffn, dtype=float)[None, None, :]
         layers = np.array(self.layers, dtype=float)[:, None, None]
         return groups, per_group, ffn, layers
+
+    def of_depth(self, least: int) -> SearchSpace:
+        """The shapes of so many layers at least."""
+        keep = [row for row, count in enumerate(self.layers) if count >= least]
+        return replace(
+            self,
+            layers=tuple(self.layers[row] for row in keep),
+            parameters=self.parameters[keep],
+            cache_bytes=self.cache_bytes[keep],
+        )
 
     def shape(self, index: int) -> Shape:
         """The shape at a position of the flattened space."""
@@ -103,12 +106,11 @@ def search_space(
     *,
     multiple: int = 1,
     group_size: int = 1,
-    free: Sequence[str] = ("heads", "ffn", "layers"),
-    allow_rehome: bool = False,
+    free: Sequence[str] = (HEADS, FFN, LAYERS),
     hidden_size: int | None = None,
 ) -> SearchSpace:
     """
-    The space of a model: what its class (or its family's twin) builds as asked.
+    The space of a model: what its class builds as asked.
 
     Args:
         layout: the dense model's, with its class and config.
@@ -116,35 +118,23 @@ def search_space(
         multiple: FFN sizes are multiples of it: `LatencyTable.multiple`.
         group_size: and of this: the channels per gate.
         free: what may be cut.
-        allow_rehome: also take heads that only the twin takes.
         hidden_size: of all shapes; the dense one if left out.
     """
     dense = layout.narrowed(hidden_size)
     size = dense.sizes()["intermediate_size"]
-    heads = legal_head_shapes(layout, hidden_size) if "heads" in free else [_pair(dense)]
-    twin = locate(twin_skeleton(layout)) if allow_rehome and "heads" in free and has_twin(layout) else None
-    more = [] if twin is None else [pair for pair in legal_head_shapes(twin, hidden_size) if pair not in heads]
-    unit = layout.family.ffn_unit
-    parts = {"other sizes are slower on this device": multiple}
-    parts |= size_steps(group_size, unit, dense.hidden_size or layout.hidden_size if unit else 1)
-    fine = step = math.lcm(*parts.values())
-    while size // step > MOST_FFN_SIZES:
-        step *= 2
-    if step > fine:
-        parts[f"at most {MOST_FFN_SIZES} sizes are searched"] = step
-    smallest = max(1, round(SMALLEST_FFN * size / step)) * step
-    ffn = tuple(range(smallest, size, step)) if "ffn" in free else ()
-    if layout.family.ffn_unit:
-        ffn = tuple(f for f in ffn if build_sizes(layout, Shape(intermediate_size=f).complete(dense)) is None)
-    ffn = (*ffn, size)
+    heads = legal_head_shapes(layout, hidden_size) if HEADS in free else [_pair(dense)]
+    ffn: tuple[int, ...] = (size,)
+    parts: dict[str, int] = {}
+    if FFN in free:
+        ffn, parts = ffn_choices(layout, dense, multiple=multiple, group_size=group_size)
     total = dense.sizes()["num_hidden_layers"]
-    layers = tuple(range(1, total + 1)) if "layers" in free else (total,)
-    pairs = (*heads, *more)
+    layers = tuple(range(1, total + 1)) if LAYERS in free else (total,)
+    pairs = tuple(heads)
     tokens = regime.batch_size * ((regime.seq_len or 0) + (regime.mode == "decode")) if regime.mode != "forward" else 0
     bytes_each = regime.torch_dtype.itemsize
     cache = 2.0 * tokens * layout.head_dim * bytes_each * np.array([p.num_key_value_heads for p in pairs])
     plain = replace(dense, num_hidden_layers=1)
-    per_pair = [_parameters(layout if p in heads else twin or layout, p.complete(plain)) for p in pairs]
+    per_pair = [_parameters(layout, p.complete(plain)) for p in pairs]
     one, two = (_parameters(layout, replace(plain, num_hidden_layers=count)) for count in (1, 2))
     low = _parameters(layout, replace(plain, intermediate_size=ffn[0]))
     per_channel = (one - low) / (size - ffn[0]) if len(ffn) > 1 else 0.0
@@ -156,18 +146,17 @@ def search_space(
         layers=layers,
         heads=pairs,
         ffn=ffn,
-        rehomed=(False,) * len(heads) + (True,) * len(more),
         parameters=fixed + count * layer,
         cache_bytes=np.broadcast_to(count * cache[None, :, None], (len(layers), len(pairs), len(ffn))),
         weight_bytes=bytes_each,
         hidden_size=dense.hidden_size,
         steps={
             "num_attention_heads": f"{len(pairs)} of {len(head_shapes(layout.dense))} pairs of query heads and KV "
-            f"groups are legal in {layout.model_class.__name__}{f' or {twin.model_class.__name__}' if twin else ''}"
-            if "heads" in free
+            f"groups are legal in {layout.model_class.__name__}"
+            if HEADS in free
             else FIXED,
-            "intermediate_size": multiples(parts) if "ffn" in free else FIXED,
-            "num_hidden_layers": "whole layers" if "layers" in free else FIXED,
+            "intermediate_size": multiples(parts) if FFN in free else FIXED,
+            "num_hidden_layers": "whole layers" if LAYERS in free else FIXED,
         },
     )
 

@@ -11,11 +11,11 @@ import torch
 
 from ..errors import InfeasibleBudgetError
 from ..latency.budget import LatencyBudget
+from ..latency.effort import Effort
 from ..latency.interpolate import smooth
 from ..latency.table import LatencyTable, Realised
 from ..latency.timing import Timing
 from ..vanilla.shape import Shape
-from .effort import SearchEffort
 from .quality import Quality
 from .result import Candidate, SearchResult
 from .space import SearchSpace
@@ -23,6 +23,9 @@ from .space import SearchSpace
 logger = logging.getLogger(__name__)
 Realise = Callable[[Sequence[Shape]], Mapping[Shape, Timing]]
 """Builds shapes with random weights and times them side by side, the dense shape among them."""
+
+SLACK = 0.1
+"""How far a table may be off, in parts of a latency, where shapes are left out by it."""
 
 KERNEL_WIDTH, KERNEL_PRIOR = 0.15, 0.3
 """How far a measured loss reaches, in parts of the dense sizes, and how much it is trusted."""
@@ -39,7 +42,7 @@ class SearchState:
         space: SearchSpace,
         table: LatencyTable,
         budget: LatencyBudget,
-        effort: SearchEffort,
+        effort: Effort,
         narrower: Sequence[tuple[SearchSpace, LatencyTable]] = (),
     ) -> None:
         self.budget, self.effort = budget, effort
@@ -55,6 +58,7 @@ class SearchState:
         self.expected_loss: dict[int, float] = {}
         self.dense_ms = table.dense_ms
         self._estimates: np.ndarray | None = None
+        self.shapes = len(self.parameters)  # that there were to choose from
 
     @property
     def table(self) -> LatencyTable:
@@ -153,6 +157,28 @@ class SearchState:
             "give the search more to cut (the config's `gates`)."
         )
 
+    def of_worthwhile_depth(self) -> SearchState:
+        """
+        The same without the shapes that are shallower than any budget of these sizes asks for.
+
+        Of two shapes of the same widths the deeper one loses less. So no shape matters that has fewer layers than the
+        deepest one of its widths that meets the budget, by the table and `SLACK`; the widest shapes need fewest. That
+        spares measuring the loss of depths which are not needed.
+        """
+        parts, start = [], 0
+        fits, surely = self.fits(), self.ms() <= self.limit * (1 - self.effort.margin) * (1 - SLACK)
+        for space, end in zip(self.spaces, self.ends, strict=True):
+            layers = np.array(space.layers)[:, None]
+            some = fits[start:end].reshape(len(layers), -1)
+            sure = (fits & surely)[start:end].reshape(len(layers), -1) if math.isfinite(self.limit) else some
+            deepest = np.where(sure, layers, 0).max(axis=0)[some.any(axis=0)]
+            parts.append(space.of_depth(max(int(deepest.min(initial=layers.max())), min(space.layers))))
+            start = end
+        narrower = list(zip(parts[1:], self.tables[1:], strict=True))
+        state = SearchState(parts[0], self.table, self.budget, self.effort, narrower)
+        state.shapes = self.shapes
+        return state
+
     def choose(self, ranked: np.ndarray, count: int) -> list[int]:
         """The best shapes that were not timed yet: first the best of each of several depths, then the best at all."""
         untimed = [int(index) for index in ranked if int(index) not in self.times]
@@ -226,7 +252,6 @@ class SearchState:
                 predicted_loss=float(loss[place]),
                 parameters=int(self.parameters[place]),
                 memory=float(self.memory[place]),
-                rehomed=space.rehomed[np.unravel_index(local, space.parameters.shape)[1]],
                 measured_ms=None if timed is None else timed * scale,
                 measured_loss=self.losses.get(place),
                 expected_ms=None if expected is None else expected * scale,
@@ -245,7 +270,7 @@ class SearchState:
             table=self.table,
             rounds=rounds,
             margin=self.effort.margin,
-            shapes=len(self.parameters),
+            shapes=self.shapes,
             steps=self.spaces[0].steps,
             loss=quality.meaning,
         )

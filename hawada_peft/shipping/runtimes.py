@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 
 from ..errors import HawAdaError
 from ..files.verify import TOLERANCE
-from ..vanilla.outputs import Batch, example_inputs, output_of
+from ..vanilla.batches import Batch
+from ..vanilla.mode import evaluating
+from ..vanilla.outputs import example_inputs, output_of
 from .passport import PassportLine
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -41,15 +43,11 @@ def check_compile(
     runtime = "torch.compile" if name == "inductor" else f"torch.compile, backend {name}"
     where = f"torch {torch.__version__}, {model.device.type}"
     compiled = torch.compile(_Outputs(model, list(inputs)), backend=backend)
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             found = compiled(*inputs.values())
     except RuntimeError as error:  # torch's compilers raise subclasses of it
         return _failed(runtime, where, error)
-    finally:
-        model.train(training)
     return _compared(runtime, where, found, expected)
 
 
@@ -79,15 +77,13 @@ def check_onnx(model: PreTrainedModel, inputs: Batch | None = None, *, keep: str
         ) from None
     inputs = example_inputs(model) if inputs is None else inputs
     where = ", ".join(f"{name} {version(name)}" for name in ("torch", *ONNX_PACKAGES))
-    training = model.training
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx" if keep is None else Path(keep)
         try:
-            _export(model.eval(), inputs, file)
+            with evaluating(model):
+                _export(model, inputs, file)
         except (RuntimeError, torch.onnx.OnnxExporterError) as error:
             return _failed("ONNX", where, error)
-        finally:
-            model.train(training)
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         for batch in ({name: _part(tensor) for name, tensor in inputs.items()}, inputs):
             arrays = {name: tensor.numpy() for name, tensor in batch.items()}

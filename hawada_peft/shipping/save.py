@@ -12,7 +12,7 @@ from transformers import AutoProcessor, PreTrainedModel
 
 from ..files.folder import new_folder
 from ..files.verify import Verification, logger, verify_slim
-from ..vanilla.outputs import Batch
+from ..vanilla.batches import Batch
 from .facts import ExportFacts, known_base
 from .write import checked_report, write_card
 

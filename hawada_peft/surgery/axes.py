@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import UnsupportedModelError
-from ..vanilla.family import FFN, HEADS, HIDDEN, KV_GROUPS, Layout
+from ..vanilla.family import Layout
 from ..vanilla.legality import build_sizes
 from ..vanilla.resize import edit_config
-from ..vanilla.shape import Shape
+from ..vanilla.shape import FFN, HEADS, HIDDEN, KV_GROUPS, Shape
 
 
 @dataclass(frozen=True)

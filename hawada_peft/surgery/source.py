@@ -7,7 +7,8 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..planning.plan import Plan
-from ..vanilla.family import FFN, HEADS, HIDDEN, KV_GROUPS, Layout
+from ..vanilla.family import Layout
+from ..vanilla.shape import FFN, HEADS, HIDDEN, KV_GROUPS
 from .axes import SliceRule
 
 

@@ -6,6 +6,7 @@ from ..distil.recovery import recover
 from ..distil.trainer import DistillTrainer
 from ..planning.importance import gate_importance
 from ..vanilla.outputs import get_student_logits
+from .arguments import GateTrainingArguments
 from .penalties import size_penalty
 from .start import init_gates
 from .trainer import HawAdaTrainer
@@ -13,6 +14,7 @@ from .trainer import HawAdaTrainer
 __all__ = [
     "DistillTrainer",
     "Distillation",
+    "GateTrainingArguments",
     "HawAdaTrainer",
     "gate_importance",
     "get_student_logits",

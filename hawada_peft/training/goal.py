@@ -2,44 +2,40 @@
 
 from __future__ import annotations
 
-import logging
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from peft import PeftModel
 
-from ..gates.reading import axes_of
+from ..gates.reading import open_probabilities
 from ..planning.rounding import Rounding
 from ..search.timed import dense_model
 from ..vanilla.family import locate
 from ..vanilla.shape import Shape
 from .penalties import size_penalty
 
-logger = logging.getLogger(__name__)
 
-
-class Goal(ABC):
+class Goal(Protocol):
     """
     Where the gates are to end, and what draws them there.
 
+    `term` is the name of its penalty in the log. `shape` is known where the gates only choose which units stay.
     `roundings` says what became of the sizes that were asked for, and `search` how the final shape was searched, for
     JSON, once that is known.
     """
 
-    roundings: Sequence[Rounding] = ()
-    search: Mapping[str, Any] | None = None
+    term: str
+    shape: Shape | None
+    roundings: Sequence[Rounding]
+    search: Mapping[str, Any] | None
 
-    @abstractmethod
     def current_shape(self) -> Shape:
         """The legal shape that the gates would get now."""
 
-    @abstractmethod
     def final_shape(self) -> Shape:
         """The shape of the plan that is exported."""
 
-    @abstractmethod
     def penalty(self, progress: float) -> torch.Tensor:
         """
         What draws the gates there: (), differentiable.
@@ -48,24 +44,20 @@ class Goal(ABC):
             progress: of the soft part of training, in (0, 1].
         """
 
-    @abstractmethod
-    def step(self) -> None:
-        """Called once per optimizer step of the soft part."""
+    def step(self, step: int) -> None:
+        """Called in every process after each optimizer step of the soft part, with the steps done."""
 
-    @abstractmethod
     def figures(self) -> dict[str, float]:
         """For the log."""
 
-    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs, for JSON."""
 
-    @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
 
 
-class ShapeGoal(Goal):
+class ShapeGoal:
     """
     A fixed shape. Each axis is drawn to its keep ratio by `size_penalty`, against ratios that fall from 1 as training
     proceeds.
@@ -76,30 +68,33 @@ class ShapeGoal(Goal):
         roundings (`Sequence[Rounding]`): what was asked for instead.
     """
 
+    term = "size"
+    search: Mapping[str, Any] | None = None
+
     def __init__(self, model: PeftModel, shape: Shape, roundings: Sequence[Rounding] = ()) -> None:
-        self.model, self.shape, self.roundings = model, shape, tuple(roundings)
-        layout = locate(dense_model(model))
-        wanted, dense = shape.complete(layout.full).to_dict(), layout.full.to_dict()
-        self._ratios = {name: wanted[name] / dense[name] for name in dense}
+        self.model, self.layout = model, locate(dense_model(model))
+        self.shape: Shape | None = shape
+        self.roundings: Sequence[Rounding] = tuple(roundings)
 
     def current_shape(self) -> Shape:
         """The fixed one."""
-        return self.shape
+        return cast(Shape, self.shape)
 
     def final_shape(self) -> Shape:
         """The fixed one."""
-        return self.shape
+        return cast(Shape, self.shape)
 
     def penalty(self, progress: float) -> torch.Tensor:
         """The sum of the axes' size penalties."""
+        wanted, dense = self.final_shape().complete(self.layout.full).to_dict(), self.layout.full.to_dict()
         penalties = [
-            size_penalty([gate.open_probability() for gate in gates], 1 - progress * (1 - self._ratios[name]))
-            for name, gates in axes_of(self.model).items()
-            if self._ratios[name] < 1
+            size_penalty(probabilities, 1 - progress * (1 - wanted[name] / dense[name]))
+            for name, probabilities in open_probabilities(self.model, self.layout).items()
+            if wanted[name] < dense[name]
         ]
         return torch.stack(penalties).sum() if penalties else torch.zeros(())
 
-    def step(self) -> None:
+    def step(self, step: int) -> None:
         """Nothing changes."""
 
     def figures(self) -> dict[str, float]:
@@ -108,9 +103,9 @@ class ShapeGoal(Goal):
 
     def state_dict(self) -> dict[str, Any]:
         """The shape, and where it came from."""
-        return {"shape": self.shape.to_dict(), "roundings": [each.to_dict() for each in self.roundings]}
+        return {"shape": self.final_shape().to_dict(), "roundings": [each.to_dict() for each in self.roundings]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        asked = [Rounding(**each) for each in state.get("roundings", ())]
-        self.__init__(self.model, Shape.from_dict(state["shape"]), asked)  # type: ignore[misc]  # all follows from it
+        self.shape = Shape.from_dict(state["shape"])
+        self.roundings = tuple(Rounding(**each) for each in state.get("roundings", ()))

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 
-from ..gates.adapter import BLOCK, LAYER, UNITS, GateAdapter
+from ..files.atomic import write_text
 from ..gates.kinds import SigmoidGate
-from ..gates.reading import expected_sizes
+from ..gates.reading import expected_sizes, layers_of
 from ..planning.plan import Plan
-from ..planning.ranking import LAYERS
 from ..search.timed import dense_model
-from ..vanilla.family import FFN, HEADS, Layout, locate
+from ..vanilla.family import FFN, HEADS, locate
+from ..vanilla.shape import LAYERS
 
 HISTORY_FILE = "gate_history.json"
 FORMAT = 1
@@ -68,9 +67,7 @@ class GateHistory:
             facts: what is written beside the entries.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{HISTORY_FILE}"
-        temporary.write_text(json.dumps({"format": FORMAT, **facts, "entries": self.entries}), encoding="utf-8")
-        os.replace(temporary, folder / HISTORY_FILE)
+        write_text(folder / HISTORY_FILE, json.dumps({"format": FORMAT, **facts, "entries": self.entries}))
 
 
 @torch.no_grad()
@@ -88,8 +85,7 @@ def layer_means(model: PeftModel, plan: Plan | None) -> dict[str, dict[str, list
     """
     base, name = dense_model(model), model.active_adapters[0]
     layout = locate(base)
-    values = _gate_values(base, layout, name)
-    count = len(values)
+    layers = layers_of(base, layout, [name])
     if plan is None:
         sizes, dense = expected_sizes(base, layout, name), layout.dense.sizes()
         keep = {
@@ -98,39 +94,25 @@ def layer_means(model: PeftModel, plan: Plan | None) -> dict[str, dict[str, list
             LAYERS: sizes.layers.tolist(),
         }
     else:
-        dense = plan.dense.sizes()
+        dense, count = plan.dense.sizes(), range(len(layers))
         totals = {HEADS: dense["num_attention_heads"], FFN: dense["intermediate_size"]}
-        keep = {axis: [len(plan.kept(axis, i) or ()) / total for i in range(count)] for axis, total in totals.items()}
-        keep[LAYERS] = [float(layer in plan.layers) for layer in range(count)]
+        keep = {axis: [len(plan.kept(axis, i) or ()) / total for i in count] for axis, total in totals.items()}
+        keep[LAYERS] = [float(layer in plan.layers) for layer in count]
+    gates = {
+        HEADS: [layer.heads for layer in layers],
+        FFN: [layer.ffn for layer in layers],
+        LAYERS: [layer.whole for layer in layers],
+    }
     return {
-        axis: {"gate": _short(layer[axis] for layer in values), "keep": _short(keep[axis])}
-        for axis in (HEADS, FFN, LAYERS)
-        if all(axis in layer for layer in values)
+        axis: {"gate": _short(map(_mean_product, found)), "keep": _short(keep[axis])}
+        for axis, found in gates.items()
+        if all(found)
     }
 
 
-def _gate_values(base: torch.nn.Module, layout: Layout, name: str) -> list[dict[str, float]]:
-    """Per layer the mean of its gates on heads and on channels, and the product of those on the whole of it."""
-    values = []
-    for layer in range(layout.dense.sizes()["num_hidden_layers"]):
-        attention, ffn = (
-            _gates(base.get_submodule(end), name) for end in (layout.attention_out(layer), layout.ffn_out(layer))
-        )
-        here = {
-            axis: gates[UNITS].value().mean() for axis, gates in ((HEADS, attention), (FFN, ffn)) if UNITS in gates
-        }
-        whole = attention.get(LAYER, ffn.get(LAYER))
-        if whole is not None:
-            here[LAYERS] = whole.value().prod()
-        if BLOCK in attention and BLOCK in ffn:
-            blocks = attention[BLOCK].value().prod() * ffn[BLOCK].value().prod().to(attention[BLOCK].theta.device)
-            here[LAYERS] = here.get(LAYERS, torch.ones((), device=blocks.device)) * blocks
-        values.append({axis: float(value) for axis, value in here.items()})
-    return values
-
-
-def _gates(module: torch.nn.Module, name: str) -> dict[str, SigmoidGate]:
-    return module.gates(name) if isinstance(module, GateAdapter) else {}
+def _mean_product(gates: Sequence[SigmoidGate]) -> float:
+    """The mean over the units of the product of gates."""
+    return float(torch.stack([gate.value().cpu() for gate in gates]).prod(0).mean())
 
 
 def _short(values: Any) -> list[float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,26 +12,25 @@ from peft import PeftModel
 from ..errors import InvalidPlanError
 from ..gates.reading import expected_sizes, gate_scores
 from ..latency.budget import LatencyBudget
-from ..latency.clock import Effort
+from ..latency.effort import Effort
+from ..latency.settling import warn_unsettled
 from ..latency.table import LatencyTable
 from ..planning.reasons import roundings
 from ..planning.rounding import Rounding
-from ..search.effort import SearchEffort
+from ..processes import in_main_process
 from ..search.rounds import search
 from ..search.space import search_space
-from ..search.state import Realise, SearchState
-from ..search.timed import dense_model, realise_with, regime_of
+from ..search.state import SearchState
+from ..search.timed import Timer, check_regime, dense_model, regime_of
 from ..vanilla.family import Layout, locate
-from ..vanilla.shape import Shape
+from ..vanilla.shape import FFN, HEADS, LAYERS, Shape
 from .constraint import LatencyConstraint
 from .gate_quality import GateQuality
-from .goal import Goal, logger
 
-ANCHOR = Effort(min_rounds=5, max_rounds=20, max_seconds=5.0, tolerance=0.01)
-"""How long the current shape is timed while training runs."""
+logger = logging.getLogger(__name__)
 
 
-class LatencyGoal(Goal):
+class LatencyGoal:
     """
     A latency, whatever the shape: the gates find it under a `LatencyConstraint`, and the search at the end only
     rounds.
@@ -40,14 +40,18 @@ class LatencyGoal(Goal):
         budget (`LatencyBudget`): what the slim model may cost.
         table (`LatencyTable`): measured here.
         rate (`float`): of the ascent.
-        timing (`Effort`, *optional*): how long shapes are timed.
-        effort (`SearchEffort`, *optional*): how hard the search at the end looks.
+        anchor_steps (`int`): after how many steps the current shape is timed.
+        effort (`Effort`, *optional*): how long shapes are timed, by which clock, and how hard the search at the end
+            looks.
 
     Raises:
         InfeasibleBudgetError: if no shape meets the budget.
         InvalidPlanError: if the residual stream has gates.
         IncompatibleTableError: if the table is for another device, regime or model.
     """
+
+    term = "latency"
+    shape: Shape | None = None
 
     def __init__(
         self,
@@ -56,22 +60,27 @@ class LatencyGoal(Goal):
         table: LatencyTable,
         *,
         rate: float = 1.0,
-        timing: Effort | None = None,
-        effort: SearchEffort | None = None,
+        anchor_steps: int = 50,
+        effort: Effort | None = None,
     ) -> None:
-        self.model, self.budget = model, budget
+        self.model, self.budget, self.anchor_steps = model, budget, anchor_steps
+        self.roundings: Sequence[Rounding] = ()
+        self.search: Mapping[str, Any] | None = None
         self.base = dense_model(model)
         self.layout: Layout = locate(self.base)
         self.name: str = model.active_adapters[0]
         scores = gate_scores(self.base, self.layout, [self.name])
-        axes = {"heads": scores.heads, "ffn": scores.channels, "layers": scores.layers}
+        axes = {HEADS: scores.heads, FFN: scores.channels, LAYERS: scores.layers}
         if scores.hidden is not None:
             raise InvalidPlanError(
                 "gates on 'hidden' cannot be trained under a latency constraint: the table has one hidden size. Leave "
                 "them out of the config's `gates`, or let the search choose the shape (constraint='search')"
             )
         self.regime = regime_of(model, budget)
-        table.check(regime=self.regime, model=self.layout.fingerprint())
+        check_regime(self.base, self.regime)
+        self.effort = effort = effort or Effort()
+        device_name = effort.clock.device_name(self.regime)
+        table.check(regime=self.regime, model=self.layout.fingerprint(), device_name=device_name)
         self.space = search_space(
             self.layout,
             self.regime,
@@ -79,8 +88,7 @@ class LatencyGoal(Goal):
             group_size=scores.group_size,
             free=[axis for axis, values in axes.items() if all(value is not None for value in values)],
         )
-        self.timing, self.effort = timing, effort
-        SearchState(self.space, table, budget, effort or SearchEffort()).check_feasible()
+        SearchState(self.space, table, budget, effort).check_feasible()
         self.constraint = LatencyConstraint(table, budget.limit_ms(table.dense_ms), rate=rate)
         self._violation = 0.0
 
@@ -95,8 +103,9 @@ class LatencyGoal(Goal):
         Raises:
             InfeasibleBudgetError: if none does.
         """
-        realise = self._realise(self.timing)
-        result = search(self.space, self.constraint.table, self._quality(), self.budget, realise, effort=self.effort)
+        timer = Timer(self.base, self.regime, self.effort.confirming())
+        result = search(self.space, self.constraint.table, self._quality(), self.budget, timer, effort=self.effort)
+        warn_unsettled(timer.unsettled)
         self.constraint.measured_ms = self.constraint.table.dense_ms / result.speedup  # as in `measure`
         self.search = result.to_dict()
         self.roundings = self._roundings(result.best.shape)
@@ -109,14 +118,16 @@ class LatencyGoal(Goal):
         self._violation = float(violation.detach())
         return self.constraint.penalty(violation)
 
-    def step(self) -> None:
-        """Let the multiplier climb."""
+    def step(self, step: int) -> None:
+        """Let the multiplier climb; every `anchor_steps` the first process times the current shape for all."""
         self.constraint.ascend(self._violation)
+        if step % self.anchor_steps == 0:
+            self.anchor(*in_main_process(self.measure))
 
     def measure(self) -> tuple[Shape, float]:
         """The current shape and its milliseconds, timed beside the dense one with random weights."""
         shape = self.current_shape()
-        times = self._realise(self.timing or ANCHOR)([shape])
+        times = Timer(self.base, self.regime, self.effort.glancing())([shape])
         measured = self.constraint.table.dense_ms * times[shape].median_ms / times[self.layout.dense].median_ms
         logger.info("measured %.3f ms for %s", measured, shape.to_dict())
         return shape, measured
@@ -160,6 +171,3 @@ class LatencyGoal(Goal):
 
     def _quality(self) -> GateQuality:
         return GateQuality(self.base, self.layout, self.name, self.constraint.table)
-
-    def _realise(self, timing: Effort | None) -> Realise:
-        return realise_with(self.base, self.regime, timing=timing)

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 from peft import PeftModel
 
-from ..errors import HawAdaError
 from ..gates.attach import collect_gates
 from ..gates.relaxation import RELAXATIONS, Relaxation
 from ..planning.plan import Plan
@@ -31,22 +30,9 @@ class Phases:
         relaxation (`str`): one of `RELAXATIONS`.
         warmup_fraction, soft_fraction (`float`): the parts of the steps before the gates move, and before the plan is
             made, in [0, 1].
-
-    Raises:
-        HawAdaError: listing everything that is wrong with the arguments.
     """
 
     def __init__(self, model: PeftModel, relaxation: str, warmup_fraction: float, soft_fraction: float) -> None:
-        problems = []
-        if relaxation not in RELAXATIONS:
-            problems.append(f"relaxation must be one of {list(RELAXATIONS)}, got {relaxation!r}")
-        if not 0 <= warmup_fraction <= soft_fraction <= 1:
-            problems.append(
-                "warmup_fraction and soft_fraction must be in [0, 1], the first not above the second, got "
-                f"{warmup_fraction} and {soft_fraction}"
-            )
-        if problems:
-            raise HawAdaError("\n".join(problems))
         self.model: Any = model  # its tuner's methods come through PEFT
         self.relaxation = RELAXATIONS[relaxation]
         self.warmup_fraction, self.soft_fraction = warmup_fraction, soft_fraction

@@ -8,7 +8,8 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -19,9 +20,13 @@ from ..errors import HawAdaError
 from ..gates.adapter import UNITS
 from ..gates.attach import collect_gates
 from ..gates.kinds import SigmoidGate
+from ..gates.reading import layers_of
 from ..planning.importance import gate_importance
+from ..planning.plan import Plan
 from ..search.masked import MaskedQuality
-from ..vanilla.outputs import Batch
+from ..search.timed import dense_model
+from ..vanilla.batches import Batch
+from ..vanilla.family import locate
 from ..vanilla.shape import Shape
 
 SPREAD = 0.5
@@ -34,6 +39,8 @@ def init_gates(
     criterion: str = "fisher",
     *,
     shape: Shape | None = None,
+    plan: Plan | None = None,
+    importance: Mapping[str, torch.Tensor] | None = None,
     spread: float = SPREAD,
 ) -> None:
     """
@@ -50,6 +57,8 @@ def init_gates(
         shape: the shape that is aimed at. If it has fewer layers, those to go are found by dropping one after the
             other and measuring the loss (`MaskedQuality`), and everything else is ordered by its importance without
             them. A squared gradient says little about something as large as a layer.
+        plan: instead of a shape, where a search has found already which layers go (`SearchResult.plan`).
+        importance: of `gate_importance(model, batches)`, where it is known already; used if no layers go.
         spread: see above.
 
     Raises:
@@ -59,17 +68,19 @@ def init_gates(
         raise HawAdaError(f"criterion must be 'fisher', got {criterion!r}")
     batches = list(batches)
     gates = collect_gates(model)
-    without, places = None, {}
-    if shape is not None and shape.num_hidden_layers is not None:
-        quality, layers = MaskedQuality(cast(PeftModel, model), batches), shape.num_hidden_layers
-        if layers < quality.layout.dense.sizes()["num_hidden_layers"]:
-            without, places = quality.without_layers(layers), _places(quality, layers)
+    if plan is None:
+        dropped = _dropped(cast(PeftModel, model), batches, shape)
+    else:
+        dropped = [layer for layer in range(plan.dense.sizes()["num_hidden_layers"]) if layer not in plan.layers]
+    without, places = _without(cast(PeftModel, model), dropped) if dropped else (None, {})
+    if importance is None or dropped:
+        importance = gate_importance(model, batches, without)
     pooled: dict[str, list[tuple[SigmoidGate, torch.Tensor]]] = {}
-    for name, importance in gate_importance(model, batches, without).items():
+    for name, value in importance.items():
         slot, adapter = name.split(".")[-2:]
         if id(gates[name]) in places:
-            importance = torch.full_like(importance, places[id(gates[name])])
-        pooled.setdefault(name if slot == UNITS else f"{slot}.{adapter}", []).append((gates[name], importance))
+            value = torch.full_like(value, places[id(gates[name])])
+        pooled.setdefault(name if slot == UNITS else f"{slot}.{adapter}", []).append((gates[name], value))
     with torch.no_grad():
         for members in pooled.values():
             flat = torch.cat([importance.flatten() for _, importance in members])
@@ -82,9 +93,24 @@ def init_gates(
                 gate.theta.copy_(gate.start.theta + offset)
 
 
-def _places(quality: MaskedQuality, layers: int) -> dict[int, float]:
-    """For the gates on whole blocks of the dropped layers, by their identity: below any importance, in that order."""
-    order = quality.drop_order(layers)
-    return {
-        id(gate): float(place - len(order)) for place, layer in enumerate(order) for gate in quality.depth_gates(layer)
+def _dropped(model: PeftModel, batches: Sequence[Batch], shape: Shape | None) -> list[int]:
+    """The layers to go at a shape, the cheapest first."""
+    if shape is None or shape.num_hidden_layers is None:
+        return []
+    if shape.num_hidden_layers == locate(dense_model(model)).dense.sizes()["num_hidden_layers"]:
+        return []
+    return MaskedQuality(model, batches).drop_order(shape.num_hidden_layers)
+
+
+def _without(model: PeftModel, dropped: Sequence[int]) -> tuple[Plan, dict[int, float]]:
+    """The plan that drops layers and nothing else; places of their gates by identity, below any importance."""
+    base = dense_model(model)
+    layout = locate(base)
+    full = Plan.keep_all(layout.dense)
+    keep = [layer for layer in full.layers if layer not in dropped]
+    plan = replace(full, layers=tuple(keep), heads=full.heads[: len(keep)], channels=full.channels[: len(keep)])
+    layers = layers_of(base, layout, model.active_adapters)
+    places = {
+        id(gate): float(place - len(dropped)) for place, layer in enumerate(dropped) for gate in layers[layer].whole
     }
+    return plan, places

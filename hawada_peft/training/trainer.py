@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
@@ -22,21 +21,26 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..distil.divergence import get_teacher_logits
 from ..distil.objective import Distillation
-from ..distil.unlabelled import UnlabelledTrainer
-from ..errors import HawAdaError
+from ..distil.unlabelled import UnlabelledTrainer, adapter_folder
+from ..errors import CheckpointError, HawAdaError
+from ..files.atomic import write_text
 from ..gates.adapter import GateAdapter
 from ..gates.attach import collect_gates
-from ..gates.reading import axes_of
-from ..gates.relaxation import RELAXATIONS
+from ..gates.reading import are_fresh, axes_of, open_probabilities
 from ..latency.budget import LatencyBudget
+from ..latency.effort import Effort
 from ..latency.table import LatencyTable
-from ..planning.importance import gate_importance
 from ..planning.plan import Plan
 from ..planning.rounding import Rounding
-from ..search.budgeted import find_plan
-from ..search.timed import measure_table, regime_of
-from ..vanilla.outputs import Batch, get_student_logits, position_mask
+from ..processes import in_main_process
+from ..search.budgeted import search_plan
+from ..search.timed import dense_model, measure_table, regime_of
+from ..vanilla.batches import Batch, main_input, position_mask
+from ..vanilla.family import locate
+from ..vanilla.heads import head_of
+from ..vanilla.outputs import get_student_logits
 from ..vanilla.shape import Shape
+from .arguments import GateTrainingArguments
 from .goal import Goal, ShapeGoal
 from .history import GateHistory
 from .latency_goal import LatencyGoal
@@ -49,9 +53,6 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "hawada_state.json"
 """Beside the adapter in a checkpoint: the goal (shape; or multiplier, moving average, table), the approached plan, the
 history."""
-
-LAGRANGE_OPTIONS = ("cache", "effort", "table", "table_plan", "timing")
-"""What a training under a multiplier takes of the arguments of `find_plan`."""
 
 
 class HawAdaTrainer(UnlabelledTrainer):
@@ -69,28 +70,13 @@ class HawAdaTrainer(UnlabelledTrainer):
 
     Args:
         model (`PeftModel`): made by `get_peft_model(base, HawAdaConfig(...))`.
-        args (`TrainingArguments`): as in `Trainer`.
-        shape (`Shape`, *optional*): the sizes of the slim model.
+        args (`GateTrainingArguments`): how gates are trained; plain `TrainingArguments` mean the defaults.
+        shape (`Shape`, *optional*): the sizes of the slim model. One of `shape`, `keep_ratio` and `budget` is given.
         keep_ratio (`float` or `dict`, *optional*): instead of a shape, as in `HawAdaModel.plan`.
         budget (`LatencyBudget`, *optional*): instead of a shape.
-        constraint (`str`): `"search"` or `"lagrange"`, for budgets.
-        relaxation (`str`): `"hard_concrete"` or `"sigmoid"`, which are drawn to a shape or a latency by penalties;
-            `"closing"`, which keeps the order of the start, or `"straight_through"`, which approach a shape.
-        kd_temperature (`float`): T of the KL divergence.
-        kl_weight (`float`): weight of the divergence.
-        mse_weight (`float`): weight of the squared difference of logits.
-        size_weight (`float`): weight of the penalty on the size, where the relaxation needs one.
-        bimodality_weight (`float`): weight of `bimodality_penalty`.
-        floor_weight (`float`): weight of `floor_penalty`.
-        keep_floor (`float`): the least keep ratio of a layer, in that penalty.
-        warmup_fraction (`float`): the part of the steps before the gates move, in [0, 1].
-        soft_fraction (`float`): the part of the steps before the plan is made, in [0, 1].
-        gate_learning_rate (`float`, *optional*): of the gates, where other weights (LoRA) are trained with
-            `args.learning_rate`.
-        calibration_examples (`int`): how many examples start the gates and judge shapes; 0 leaves gates as they are.
-        anchor_steps (`int`): after how many steps the current shape is timed, with `constraint="lagrange"`.
-        search_options (`dict`, *optional*): further arguments of `find_plan`; with `constraint="lagrange"` of
-            `table`, `table_plan`, `cache`, `timing` and `effort`.
+        effort (`Effort`, *optional*): how hard latency is measured and the shape for a budget searched.
+        table (`LatencyTable`, *optional*): measured here before; measured or taken from the disk cache if left out.
+        hidden_sizes, refit (*optional*): as in `find_plan`; not with `constraint="lagrange"`.
         kwargs: as in `Trainer`.
 
     Attributes:
@@ -100,8 +86,10 @@ class HawAdaTrainer(UnlabelledTrainer):
             folder holds them.
 
     Raises:
-        HawAdaError: listing everything that is wrong with the arguments.
+        HawAdaError: listing everything that is wrong with the arguments; if no gate can be trained.
     """
+
+    args: GateTrainingArguments
 
     def __init__(
         self,
@@ -111,85 +99,39 @@ class HawAdaTrainer(UnlabelledTrainer):
         shape: Shape | None = None,
         keep_ratio: float | Mapping[str, float] | None = None,
         budget: LatencyBudget | None = None,
-        constraint: str = "search",
-        relaxation: str = "hard_concrete",
-        kd_temperature: float = 1.0,
-        kl_weight: float = 1.0,
-        mse_weight: float = 0.0,
-        size_weight: float = 10.0,
-        bimodality_weight: float = 0.0,
-        floor_weight: float = 0.0,
-        keep_floor: float = 0.25,
-        warmup_fraction: float = 0.0,
-        soft_fraction: float = 0.25,
-        gate_learning_rate: float | None = None,
-        calibration_examples: int = 64,
-        anchor_steps: int = 50,
-        search_options: Mapping[str, Any] | None = None,
+        effort: Effort | None = None,
+        table: LatencyTable | None = None,
+        hidden_sizes: Sequence[int] | None = None,
+        refit: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        problems = []
-        tuner = model.base_model if isinstance(model, PeftModel) else None
-        if not isinstance(tuner, BaseTuner) or tuner.tuner_layer_cls is not GateAdapter:
-            problems.append(
-                f"model must be made by get_peft_model(base, HawAdaConfig(...)), got {type(model).__name__}"
-            )
-        elif len(model.active_adapters) != 1:
-            problems.append(f"one adapter must be active, got {model.active_adapters}; see `model.set_adapter`")
+        problems = _model_problems(model)
         if sum(given is not None for given in (shape, keep_ratio, budget)) != 1:
             problems.append("give one of `shape`, `keep_ratio` and `budget`: what the gates are trained towards")
-        if constraint == "lagrange" and relaxation in RELAXATIONS and not RELAXATIONS[relaxation].draws_to_size:
-            drawn = [name for name, each in RELAXATIONS.items() if each.draws_to_size]
-            problems.append(f"constraint='lagrange' needs a relaxation of {drawn}, got {relaxation!r}")
-        if constraint not in ("search", "lagrange") or (constraint == "lagrange" and budget is None):
-            problems.append(f"constraint must be 'search', or 'lagrange' with a budget, got {constraint!r}")
-        if constraint == "lagrange" and budget is not None and math.isinf(budget.limit_ms(1.0)):
-            problems.append(f"constraint='lagrange' needs a budget with a limit on latency, got {budget}")
-        options = LAGRANGE_OPTIONS if constraint == "lagrange" else sorted(find_plan.__kwdefaults__ or {})
-        unknown = sorted(set(search_options or {}) - set(options))
-        if unknown:
-            problems.append(f"search_options are {list(options)} with constraint={constraint!r}, got {unknown}")
-        weights = {
-            "size_weight": size_weight,
-            "bimodality_weight": bimodality_weight,
-            "floor_weight": floor_weight,
-            "calibration_examples": calibration_examples,
-        }
-        negative = {name: weight for name, weight in weights.items() if weight < 0}
-        if negative:
-            problems.append(f"these must not be negative: {negative}")
-        if not 0 <= keep_floor <= 1 or anchor_steps < 1:
-            problems.append(
-                f"keep_floor must be in [0, 1], and anchor_steps at least 1, got {keep_floor}, {anchor_steps}"
-            )
-        parts: list[Any] = []
-        for make in (
-            lambda: Distillation(kd_temperature, kl_weight, mse_weight),
-            lambda: Phases(model, relaxation, warmup_fraction, soft_fraction),
-        ):
-            try:
-                parts.append(make())
-            except HawAdaError as error:
-                problems.append(str(error))
-        if problems:
+        options: GateTrainingArguments | None = None
+        try:
+            options = GateTrainingArguments.of(args)
+        except HawAdaError as error:
+            problems.append(str(error))
+        if options is not None:
+            problems += _constraint_problems(options.constraint, budget, hidden_sizes, refit)
+        if problems or options is None:
             raise HawAdaError("\n".join(problems))
-        self.objective: Distillation = parts[0]
-        self.phases: Phases = parts[1]
+        self.objective: Distillation = Distillation(options.kd_temperature, options.kl_weight, options.mse_weight)
+        self.phases: Phases = Phases(model, options.relaxation, options.warmup_fraction, options.soft_fraction)
         self._goal: Goal | None = None
         if budget is None:
             # A shape that is illegal or has no gates fails here, before any training.
             plan = model.plan(shape, keep_ratio=keep_ratio)
             self._goal = ShapeGoal(model, plan.shape, plan.roundings)
-        self.budget, self.constraint = budget, constraint
-        self.size_weight, self.bimodality_weight = size_weight, bimodality_weight
-        self.floor_weight, self.keep_floor = floor_weight, keep_floor
-        self.gate_learning_rate, self.calibration_examples = gate_learning_rate, calibration_examples
-        self.anchor_steps, self.search_options = anchor_steps, dict(search_options or {})
+        self.budget, self.effort, self.table = budget, effort or Effort(), table
+        self.hidden_sizes, self.refit = hidden_sizes, refit
         self._terms: dict[str, list[torch.Tensor]] = {}
         self.gated: Any = model  # `self.model`, typed for what PEFT passes on to the tuner
         self.history = GateHistory(model)
+        self.layout = locate(dense_model(model))
         self.search: Mapping[str, Any] | None = None
-        super().__init__(model, args, **kwargs)
+        super().__init__(model, options, **kwargs)
         applied = self.gated.applied_plan()
         if applied is not None and (self._goal is None or applied.shape != self._goal.final_shape()):
             logger.warning("the applied plan has another shape than the goal; it is opened: %s", applied)
@@ -209,7 +151,8 @@ class HawAdaTrainer(UnlabelledTrainer):
         """The distillation loss, and while the gates are soft the penalties; arguments as in `Trainer`."""
         teacher = get_teacher_logits(self.accelerator.unwrap_model(model), inputs)
         student = get_student_logits(model, inputs)
-        terms = self.objective.terms(student, teacher, position_mask(inputs, student.shape[:-1]))
+        mask = position_mask(inputs, student.shape[:-1])
+        terms = self.objective.terms(student, teacher, mask, head=head_of(self.gated, student))
         loss = self.objective.loss(terms)
         if model.training and not self.decided:
             for name, (weight, term) in self._penalties().items():
@@ -225,31 +168,27 @@ class HawAdaTrainer(UnlabelledTrainer):
         found: dict[str, tuple[float, torch.Tensor]] = {}
         gates = [gate for axis in axes_of(self.gated).values() for gate in axis]
         if self.phases.relaxation.draws_to_size and self._progress() > 0:
-            name = "size" if isinstance(self.goal, ShapeGoal) else "latency"
-            weight = self.size_weight if name == "size" else 1.0
+            weight = 1.0 if self.goal.shape is None else self.args.size_weight  # a multiplier weighs by itself
             if weight:
-                found[name] = (weight, self.goal.penalty(self._progress()))
-        if self.bimodality_weight:
-            found["bimodality"] = (
-                self.bimodality_weight,
-                bimodality_penalty([gate.open_probability() for gate in gates]),
-            )
-        if self.floor_weight:
+                found[self.goal.term] = (weight, self.goal.penalty(self._progress()))
+        if weight := self.args.bimodality_weight:
+            found["bimodality"] = (weight, bimodality_penalty([gate.open_probability() for gate in gates]))
+        if weight := self.args.floor_weight:
             layers = [gate.open_probability() for gate in gates if gate.units > 1]
-            found["floor"] = (self.floor_weight, floor_penalty(layers, self.keep_floor))
+            found["floor"] = (weight, floor_penalty(layers, self.args.keep_floor))
         return found
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As in `Trainer`; the gates get a learning rate of their own, and no weight decay, if one is given."""
         new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        if new and self.gate_learning_rate is not None:
+        if new and self.args.gate_learning_rate is not None:
             thetas = [gate.theta for gate in collect_gates(self.gated).values() if gate.theta.requires_grad]
             known = {id(theta) for theta in thetas}
             for group in optimizer.param_groups:
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in known]
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-            optimizer.add_param_group({"params": thetas, "lr": self.gate_learning_rate, "weight_decay": 0.0})
+            optimizer.add_param_group({"params": thetas, "lr": self.args.gate_learning_rate, "weight_decay": 0.0})
         return optimizer
 
     # ---------------------------------------------------------------- phases
@@ -280,7 +219,7 @@ class HawAdaTrainer(UnlabelledTrainer):
     def decide(self) -> None:
         """Make the plan from the gates as they are, and apply it in training as well."""
         self.phases.relax(None)
-        shape, roundings, search = self._in_main_process(self._settle)
+        shape, roundings, search = in_main_process(self._settle)
         plan = dataclasses.replace(self.phases.plan(shape), roundings=tuple(roundings))
         self.search = search or self.search
         self.gated.apply_plan(plan, in_training=True)
@@ -295,21 +234,12 @@ class HawAdaTrainer(UnlabelledTrainer):
     def _end_step(self) -> None:
         if self.decided or self.phases.progress(self.state.global_step - 1, self.state.max_steps) == 0:
             return
-        self.goal.step()
-        if isinstance(self.goal, LatencyGoal) and self.state.global_step % self.anchor_steps == 0:
-            self.goal.anchor(*self._in_main_process(self.goal.measure))
-
-    def _in_main_process(self, function: Any) -> Any:
-        """The result of a function that only the main process calls, in every process."""
-        found = [function() if self.accelerator.is_main_process else None]
-        return broadcast_object_list(found)[0]
+        self.goal.step(self.state.global_step)
 
     # ----------------------------------------------------------------- start
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`, after the start: the shape for a budget, and gates in the order of their importance."""
-        if not resume_from_checkpoint:
-            self._prepare()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -317,36 +247,45 @@ class HawAdaTrainer(UnlabelledTrainer):
 
     def _prepare(self) -> None:
         """Find the shape for a budget, and start gates that nobody has started."""
-        gates = [gate for axis in axes_of(self.gated).values() for gate in axis]
-        fresh = all(bool((gate.theta == gate.start.theta).all()) for gate in gates)
-        start = fresh and self.calibration_examples > 0 and not self.decided
+        start = are_fresh(self.gated) and self.args.calibration_examples > 0 and not self.decided
         batches = self._calibration() if start or self._goal is None else []
-        self._goal = self._goal or self._goal_of_budget(cast(LatencyBudget, self.budget), batches, fresh)
+        importance, plan = None, None
+        if self._goal is None:
+            self._goal, importance, plan = self._goal_of_budget(cast(LatencyBudget, self.budget), batches)
         if start:
-            fixed = isinstance(self.goal, ShapeGoal)
-            init_gates(self.gated, batches, shape=self.goal.final_shape() if fixed else None)
+            init_gates(self.gated, batches, shape=self.goal.shape, plan=plan, importance=importance)
 
-    def _goal_of_budget(self, budget: LatencyBudget, batches: Sequence[Batch], fresh: bool) -> Goal:
-        options, progress = self.search_options, None if self.args.disable_tqdm else partial(tqdm, disable=None)
+    def _goal_of_budget(
+        self, budget: LatencyBudget, batches: Sequence[Batch]
+    ) -> tuple[Goal, Mapping[str, torch.Tensor] | None, Plan | None]:
+        """The goal, and what a search for it has learnt: the importance of fresh gates, and its plan."""
+        progress = None if self.args.disable_tqdm else partial(tqdm, disable=None)
 
-        def find_shape() -> tuple[Shape, dict[str, Any]]:
-            # Fresh gates are all the same: shapes would be judged by cutting whatever comes last.
-            importance = gate_importance(self.gated, batches) if fresh else None
-            defaults = {"importance": importance, "progress": progress}
-            found = find_plan(self.gated, budget, batches, **(defaults | options))
-            return found.best.shape, found.to_dict()
+        def find_shape() -> tuple[Mapping[str, torch.Tensor] | None, Plan, Shape, dict[str, Any]]:
+            found, importance = search_plan(
+                self.gated,
+                budget,
+                batches,
+                table=self.table,
+                hidden_sizes=self.hidden_sizes,
+                refit=self.refit,
+                effort=self.effort,
+                progress=progress,
+            )
+            return importance, found.plan, found.best.shape, found.to_dict()
 
-        if self.constraint == "search":
-            shape, self.search = self._in_main_process(find_shape)
-            return ShapeGoal(self.gated, shape)
-        named = {name: options[key] for key, name in (("cache", "cache"), ("table_plan", "plan")) if key in options}
-        named["progress"], regime = progress, regime_of(self.gated, budget)
-        table = options.get("table") or self._in_main_process(lambda: measure_table(self.gated, regime, **named))
-        return self._latency_goal(table)
+        if self.args.constraint == "search":
+            importance, plan, shape, self.search = in_main_process(find_shape)
+            return ShapeGoal(self.gated, shape), importance, plan
+        regime, effort = regime_of(self.gated, budget), self.effort
+        table = self.table or in_main_process(
+            lambda: measure_table(self.gated, regime, effort=effort, progress=progress)
+        )
+        return self._latency_goal(table), None, None
 
     def _latency_goal(self, table: LatencyTable) -> LatencyGoal:
-        budget, options = cast(LatencyBudget, self.budget), self.search_options
-        return LatencyGoal(self.gated, budget, table, timing=options.get("timing"), effort=options.get("effort"))
+        budget = cast(LatencyBudget, self.budget)
+        return LatencyGoal(self.gated, budget, table, anchor_steps=self.args.anchor_steps, effort=self.effort)
 
     def _calibration(self) -> list[Batch]:
         """
@@ -360,9 +299,9 @@ class HawAdaTrainer(UnlabelledTrainer):
         with torch.random.fork_rng(devices=[]):  # data is drawn on the CPU
             torch.default_generator.manual_seed(self.args.seed)
             for batch in self.get_train_dataloader():
-                batches.append({name: value for name, value in batch.items() if isinstance(value, torch.Tensor)})
-                count += next((len(value) for value in batches[-1].values() if value.ndim), 1)
-                if count >= max(1, self.calibration_examples):
+                batches.append(batch)
+                count += len(main_input(self.gated.get_base_model(), batch))
+                if count >= max(1, self.args.calibration_examples):
                     break
         if not batches:
             raise HawAdaError(
@@ -403,9 +342,9 @@ class HawAdaTrainer(UnlabelledTrainer):
         names = {"num_attention_heads": "heads", "intermediate_size": "ffn", "num_hidden_layers": "layers"}
         ratios = {}
         plan = self.gated.applied_plan() or self.phases.approached
-        for axis, gates in axes_of(self.gated).items():
+        for axis, probabilities in open_probabilities(self.gated, self.layout).items():
             if plan is None:
-                ratio = torch.cat([gate.open_probability().flatten() for gate in gates]).mean().item()
+                ratio = torch.cat([each.flatten().cpu() for each in probabilities]).mean().item()
             else:
                 kept, dense = plan.shape.to_dict(), plan.dense.to_dict()
                 ratio = kept[axis] / dense[axis] if axis in kept else 1.0
@@ -426,19 +365,28 @@ class HawAdaTrainer(UnlabelledTrainer):
             "history": self.history.entries,
             "search": self.search,
         }
-        (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+        write_text(folder / STATE_FILE, json.dumps(state))
 
     def _load_state(self, folder: Path) -> None:
-        path = folder / STATE_FILE
-        if not path.exists():
-            raise HawAdaError(f"{path} is missing: the checkpoint is not one of this trainer, or not complete")
-        state = json.loads(path.read_text(encoding="utf-8"))
-        if ("constraint" in state["goal"]) != (self.constraint == "lagrange"):
-            raise HawAdaError(f"{path} is of a training with another `constraint` than {self.constraint!r}")
+        path, state = folder / STATE_FILE, self._read_state(folder)
+        if ("constraint" in state["goal"]) != (self.args.constraint == "lagrange"):
+            raise CheckpointError(f"{path} is of a training with another `constraint` than {self.args.constraint!r}")
         self._goal = self._goal or self._goal_of_state(state["goal"])
         self.goal.load_state_dict(state["goal"])
         self.phases.load_state_dict(state["phases"])
         self.history.entries, self.search = state.get("history", []), state.get("search")
+
+    def _read_state(self, folder: Path) -> dict[str, Any]:
+        path = folder / STATE_FILE
+        if not path.exists():
+            raise CheckpointError(f"{path} is missing: the checkpoint is not one of this trainer, or not complete")
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from None
+        if not isinstance(state, dict) or not {"goal", "phases"} <= set(state):
+            raise CheckpointError(f"{path} holds no 'goal' and 'phases': it is not of this trainer")
+        return state
 
     def _goal_of_state(self, state: Mapping[str, Any]) -> Goal:
         if "shape" in state:
@@ -453,18 +401,50 @@ class HawAdaTrainer(UnlabelledTrainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         if self.state.best_model_checkpoint is not None:
-            self._load_plan(self.state.best_model_checkpoint)
+            self._load_plan(Path(self.state.best_model_checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        self._read_state(folder)  # before anything is loaded
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_plan(resume_from_checkpoint)
-        self._load_state(Path(resume_from_checkpoint))
+        self._load_plan(folder)
+        self._load_state(folder)
 
-    def _load_plan(self, checkpoint: str) -> None:
+    def _load_plan(self, checkpoint: Path) -> None:
         """PEFT loads the weights of an adapter that exists already, but not its config, where the plan is."""
-        config = PeftConfig.from_pretrained(checkpoint)
+        (name,) = self.gated.active_adapters
+        config = PeftConfig.from_pretrained(str(adapter_folder(checkpoint, name)))
         plan = None if config.plan is None else Plan.from_dict(config.plan)
         self.gated.apply_plan(plan, in_training=config.plan_in_training)
+
+
+def _model_problems(model: Any) -> list[str]:
+    tuner = model.base_model if isinstance(model, PeftModel) else None
+    if not isinstance(tuner, BaseTuner) or tuner.tuner_layer_cls is not GateAdapter:
+        return [f"model must be made by get_peft_model(base, HawAdaConfig(...)), got {type(model).__name__}"]
+    if len(model.active_adapters) != 1:
+        return [f"one adapter must be active, got {model.active_adapters}; see `model.set_adapter`"]
+    (name,) = model.active_adapters
+    if any(gate.theta.requires_grad for gate in collect_gates(model, name).values()):
+        return []
+    return [
+        f"no gate of adapter {name!r} requires gradients: nothing would be trained. The adapter was loaded for "
+        "inference: PeftModel.from_pretrained(..., is_trainable=True); or its config says inference_mode=True; or its "
+        "gates were frozen"
+    ]
+
+
+def _constraint_problems(
+    constraint: str, budget: LatencyBudget | None, hidden_sizes: Sequence[int] | None, refit: bool | None
+) -> list[str]:
+    problems, lagrange = [], constraint == "lagrange"
+    if lagrange and budget is None:
+        problems.append("constraint='lagrange' needs a budget")
+    if lagrange and budget is not None and math.isinf(budget.limit_ms(1.0)):
+        problems.append(f"constraint='lagrange' needs a budget with a limit on latency, got {budget}")
+    if lagrange and (hidden_sizes is not None or refit is not None):
+        problems.append("constraint='lagrange' takes neither hidden_sizes nor refit: no shapes are judged")
+    return problems
 
 
 class _Phases(TrainerCallback):

@@ -3,10 +3,6 @@
 from . import llama, vit
 from .family import (
     FAMILIES,
-    FFN,
-    HEADS,
-    HIDDEN,
-    KV_GROUPS,
     TARGET_MODULES,
     Family,
     Layout,
@@ -14,7 +10,7 @@ from .family import (
     locate,
     register_family,
 )
-from .shape import Shape
+from .shape import FFN, HEADS, HIDDEN, KV_GROUPS, LAYERS, SIZES, Axis, Shape
 
 __all__ = [
     "FAMILIES",
@@ -22,7 +18,10 @@ __all__ = [
     "HEADS",
     "HIDDEN",
     "KV_GROUPS",
+    "LAYERS",
+    "SIZES",
     "TARGET_MODULES",
+    "Axis",
     "Family",
     "Layout",
     "Shape",

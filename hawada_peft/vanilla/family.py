@@ -12,10 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from .modules import feature_sizes
-from .shape import Shape
-
-HEADS, KV_GROUPS, FFN, HIDDEN = "heads", "kv_groups", "ffn", "hidden"
-"""The axes of width. In a fused layout they name what a stretch of rows belongs to."""
+from .shape import FFN, HEADS, HIDDEN, Shape
 
 
 @dataclass(frozen=True)

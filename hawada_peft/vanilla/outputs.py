@@ -1,17 +1,14 @@
-"""What goes into a model and what comes out: example inputs, logits, the positions that count."""
+"""What goes into a model and what comes out: example inputs, logits."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import UnsupportedModelError
-
-Batch = Mapping[str, Any]
+from .batches import Batch, on_device, without_labels
+from .heads import prediction_of
+from .mode import evaluating
 
 
 def get_student_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -23,26 +20,12 @@ def get_student_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
         batch: keyword arguments of its forward pass; labels are left out.
 
     Returns:
-        (batch, ..., classes); last hidden states for a model without a head.
+        (batch, ..., classes), as `prediction_of` says; last hidden states for a model without a head.
 
     Raises:
-        UnsupportedModelError: if the model gives neither.
+        UnsupportedModelError: if the model gives nothing that can be compared.
     """
-    output = model(**{name: value for name, value in batch.items() if name != "labels"})
-    for name in ("logits", "last_hidden_state"):
-        if name in output:
-            return output[name]
-    raise UnsupportedModelError(
-        f"{type(model).__name__} gives {sorted(output)}; distillation needs `logits` or `last_hidden_state`"
-    )
-
-
-def masked_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The mean where the mask is nonzero; 0 where it is zero everywhere."""
-    if mask is None:
-        return values.mean()
-    weights = mask.to(values.dtype)
-    return (values * weights).sum() / weights.sum().clamp(min=1)
+    return prediction_of(model(**without_labels(batch)), model)
 
 
 def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -65,23 +48,8 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def output_of(model: nn.Module, inputs: Batch) -> torch.Tensor:
     """
-    The model's logits (else last hidden states, else last feature map) in evaluation mode; the mode is put back.
-    Inputs are taken to the model's device.
+    What the model predicts (`prediction_of`) in evaluation mode; the mode is put back. Inputs are taken to the model's
+    device.
     """
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    try:
-        with torch.inference_mode():
-            output = model(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()})
-    finally:
-        model.train(training)
-    for name in ("logits", "last_hidden_state"):
-        if name in output:
-            return output[name]
-    return output["feature_maps"][-1]
-
-
-def position_mask(batch: Batch, positions: torch.Size) -> torch.Tensor | None:
-    """Where a batch holds tokens and not padding: (batch, seq), bool; None where positions are not tokens."""
-    mask = batch.get("attention_mask")
-    return mask.bool() if isinstance(mask, torch.Tensor) and mask.shape == positions else None
+    with evaluating(model), torch.inference_mode():
+        return prediction_of(model(**on_device(inputs, next(model.parameters()).device)), model)

@@ -12,6 +12,7 @@ from transformers.models.auto import modeling_auto
 
 from ..errors import UnsupportedModelError
 from .family import FAMILIES, Family, Layout, locate
+from .mode import evaluating
 from .resize import add_v4_rope_keys
 
 logger = logging.getLogger(__name__)
@@ -124,13 +125,8 @@ def _compare(model: PreTrainedModel, twin: PreTrainedModel) -> None:
     """Both on the same random tokens, in evaluation mode: every output must be the same bit for bit."""
     device = next(model.parameters()).device
     tokens = torch.randint(model.config.vocab_size, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
-    training = model.training
-    try:
-        with torch.inference_mode():
-            outputs = [each.eval()(tokens.to(device), use_cache=False)[0] for each in (model, twin)]
-    finally:
-        model.train(training)
-        twin.train(training)
+    with evaluating(model, twin), torch.inference_mode():
+        outputs = [each(tokens.to(device), use_cache=False)[0] for each in (model, twin)]
     if not torch.equal(*outputs):
         gap = float((outputs[0] - outputs[1]).abs().max())
         raise UnsupportedModelError(

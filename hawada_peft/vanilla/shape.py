@@ -7,7 +7,37 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from ..errors import IllegalShapeError
 
-AXES = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "num_hidden_layers")
+
+@dataclass(frozen=True)
+class Axis:
+    """
+    A size that slimming may change: what it is called, and where.
+
+    Args:
+        name (`str`): in gates, keep ratios and plans.
+        field (`str`): of a `Shape`.
+        word (`str`): one unit, for people.
+        plural (`str`): several.
+    """
+
+    name: str
+    field: str
+    word: str
+    plural: str
+
+
+SIZES = (
+    Axis("heads", "num_attention_heads", "query head", "query heads"),
+    Axis("kv_groups", "num_key_value_heads", "KV group", "KV groups"),
+    Axis("ffn", "intermediate_size", "FFN channel", "FFN channels"),
+    Axis("layers", "num_hidden_layers", "layer", "layers"),
+    Axis("hidden", "hidden_size", "channel of the residual stream", "channels of the residual stream"),
+)
+"""Every axis, in the order of the fields of `Shape`."""
+
+BY_NAME = {axis.name: axis for axis in SIZES}
+HEADS, KV_GROUPS, FFN, LAYERS, HIDDEN = BY_NAME
+AXES = tuple(axis.field for axis in SIZES if axis.name != HIDDEN)
 """The sizes that every complete shape states."""
 
 

@@ -1,0 +1,37 @@
+"""What is wrong with training arguments that `transformers` takes without a word."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+RATES = (
+    "learning_rate",
+    "weight_decay",
+    "adam_epsilon",
+    "max_grad_norm",
+    "warmup_steps",
+    "logging_steps",
+    "save_steps",
+    "eval_steps",
+)
+COUNTS = ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size")
+
+
+def rate_problems(given: Mapping[str, Any]) -> list[str]:
+    """
+    One line for each kind of number that no training can mean.
+
+    Args:
+        given: values by the names of `TrainingArguments`; what is left out is not judged.
+    """
+    numbers = {
+        name: given[name] for name in (*RATES, *COUNTS) if isinstance(given.get(name), int | float)
+    }  # words are left to `TrainingArguments`
+    problems = []
+    if wrong := {name: value for name, value in numbers.items() if name in RATES and not 0 <= value < math.inf}:
+        problems.append(f"these must be finite and not negative: {wrong}")
+    if wrong := {name: value for name, value in numbers.items() if name in COUNTS and not value >= 1}:
+        problems.append(f"these must be at least 1: {wrong}")
+    return problems

@@ -1,0 +1,167 @@
+"""Timing models: medians of interleaved runs, with their spread."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import HawAdaError
+from ..progress import Progress, progress_bar
+from .effort import Effort
+from .regime import Regime
+from .runner import Runner
+from .settling import unsettled, warn_unsettled
+from .timing import Timing, median_errors, summarise
+
+Key = TypeVar("Key", bound=Hashable)
+
+INSTANCE_SPREAD = 0.01
+"""How far two models of one shape differ in speed anyway, by where their weights lie in memory (relative)."""
+
+
+def measure_many(
+    models: Mapping[Key, nn.Module], regime: Regime, *, effort: Effort | None = None
+) -> dict[Key, Timing]:
+    """
+    Time several models side by side: round after round, each model once, so that a machine that slows down does so for
+    all of them.
+
+    Args:
+        models: transformers models in the regime's dtype on its device, all in memory at the same time.
+        regime: the conditions.
+        effort: how long to measure, and by which clock.
+
+    Raises:
+        InvalidRegimeError: if a model cannot run that way.
+        HawAdaError: if the clock tells no time that passes.
+
+    Warns:
+        UnsettledTimingWarning: if a median is known less well than the effort asks for.
+    """
+    effort = effort or Effort()
+    timings = _time(models, regime, effort)
+    warn_unsettled(unsettled(timings.values(), effort))
+    return timings
+
+
+def measure_built(
+    build: Callable[[Key], nn.Module],
+    keys: Sequence[Key],
+    regime: Regime,
+    *,
+    reference: Key,
+    effort: Effort,
+    label: str = "timing",
+    progress: Progress | None = None,
+) -> dict[Key, Timing]:
+    """
+    Build and time many candidates, a group at a time, so that only one group is in memory.
+
+    Every group holds the reference as well, which ties the groups together: where it takes different times in
+    different groups, by more than models of one shape differ anyway, the group's times are scaled by that.
+
+    Args:
+        build: makes the model of a key.
+        keys: the candidates.
+        regime: the conditions.
+        reference: the candidate that ties the groups together; it is in the result.
+        effort: how long to measure, by which clock, and how many models are in memory at a time, with the reference.
+        label: of the progress bar.
+        progress: makes it, as `tqdm.tqdm`; none is shown if left out.
+
+    Returns:
+        Timings, which say whether they have settled; `unsettled` sums that up.
+
+    Raises:
+        InvalidRegimeError: if a model cannot run that way.
+        HawAdaError: if the clock tells no time that passes.
+    """
+    wanted = [key for key in dict.fromkeys(keys) if key != reference]
+    step = effort.group - 1
+    chunks = [wanted[start : start + step] for start in range(0, len(wanted), step)] or [[]]
+    measured: list[dict[Key, Timing]] = []
+    with progress_bar(progress, total=len(wanted), desc=label, leave=False) as bar:
+        for chunk in chunks:
+            models = {key: build(key) for key in (reference, *chunk)}
+            measured.append(_time(models, regime, effort))
+            del models
+            if torch.device(regime.device).type == "cuda":
+                torch.cuda.empty_cache()
+            bar.update(len(chunk))
+    seen = np.log([timings[reference].median_ms for timings in measured])
+    off = seen - np.median(seen)
+    trust = off.var() / (off.var() + INSTANCE_SPREAD**2)
+    result: dict[Key, Timing] = {}
+    for timings, drift in zip(measured, off, strict=True):
+        result |= {key: timing.scaled(float(np.exp(-trust * drift))) for key, timing in timings.items()}
+    result[reference] = result[reference].scaled(float(np.exp(np.median(seen))) / result[reference].median_ms)
+    return result
+
+
+def interleave(runners: Sequence[Runner], regime: Regime, effort: Effort) -> np.ndarray:
+    """
+    Time each runner once per round, until all medians have settled or the rounds are used up.
+
+    Returns:
+        Milliseconds: (runners, rounds).
+    """
+    rows: list[list[float]] = []
+    clock = effort.clock
+    begun = clock.now()
+    with torch.inference_mode():
+        for runner in runners:
+            for _ in range(effort.warmup):
+                runner.call()
+                runner.reset()
+        while len(rows) < effort.max_rounds:
+            row = [0.0] * len(runners)
+            order = range(len(runners)) if len(rows) % 2 == 0 else reversed(range(len(runners)))
+            for index in order:
+                runner = runners[index]
+                for _ in range(effort.lead_in):
+                    runner.call()
+                    runner.reset()
+                clock.wait(regime)
+                start = clock.now()
+                runner.call()
+                clock.wait(regime)
+                row[index] = (clock.now() - start) * 1e3
+                runner.reset()
+            rows.append(row)
+            if len(rows) >= effort.min_rounds:
+                samples = np.asarray(rows).T
+                if median_errors(samples)[1].max() <= effort.tolerance or clock.now() - begun > effort.max_seconds:
+                    break
+    return np.asarray(rows).T
+
+
+def _time(models: Mapping[Key, nn.Module], regime: Regime, effort: Effort) -> dict[Key, Timing]:
+    with _many_compilations(len(models)) if regime.backend == "compile" else contextlib.nullcontext():
+        runners = [effort.clock.runner(model, regime) for model in models.values()]
+        samples = interleave(runners, regime, effort)
+    if not (np.isfinite(samples).all() and (samples > 0).all()):
+        raise HawAdaError(
+            f"the clock tells no time that passes: a call took {float(samples.ravel()[_first_bad(samples)])!r} ms; "
+            "give one that does, as `Effort(clock=...)`"
+        )
+    name = effort.clock.device_name(regime)
+    return dict(zip(models, summarise(samples, regime, effort.tolerance, name), strict=True))
+
+
+def _first_bad(samples: np.ndarray) -> int:
+    return int(np.argmin(np.isfinite(samples.ravel()) & (samples.ravel() > 0)))
+
+
+@contextlib.contextmanager
+def _many_compilations(count: int) -> Iterator[None]:
+    """Let `torch.compile` keep all candidates; beyond its limit it would run the rest eagerly without a word."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=count + 8, fail_on_recompile_limit_hit=True):
+        yield
