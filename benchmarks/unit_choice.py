@@ -8,8 +8,8 @@ Which units go, and what a recovery learns from: criteria, gates and objectives 
 A case is the layers that go (`13-18`, `2+4`, `none`) and the sizes that stay (query heads x KV groups x FFN channels).
 `criteria`: every contestant chooses which heads and channels go in the model without these layers; the result is
 measured sliced, refitted by least squares, and after `--steps` of recovery from either. Steps that gates were trained
-for are taken off the recovery's. `objectives`: one start, several losses of the recovery. A row that stands in --out is
-not made again; with --shard I/N only every N-th run is made.
+for are taken off the recovery's. `objectives`: one start, several losses of the recovery. A row that stands in --out
+is not made again; with --shard I/N only every N-th run is made.
 """
 
 from __future__ import annotations
@@ -180,8 +180,8 @@ def collect_units(model: PeftModel, end: str) -> int:
 
 def swaps(model: PeftModel, batches: Sequence[Batch], without: Plan, case: Case, layout: Layout) -> Scores:
     """
-    Block-Fisher selection with compensation: in each module the units P go for which `min_m |G_P 1 + G_K m|^2 + l|m|^2`
-    is least, G the per-example gradients of the KL: greedily, one after the other, by the block of the inverse.
+    Block-Fisher selection with compensation: in each module the units P go for which
+    `min_m |G_P 1 + G_K m|^2 + l|m|^2` is least, G the per-example gradients of the KL: greedily, one after the other.
 
     Backward elimination of OBS (Hassibi, Stork, 1993) on the gates: with H = GᵀG + l I the unit of least
     `m_q^2 / [H^-1]_qq` goes, and the others' scales m take up what it did.

@@ -17,6 +17,7 @@ from ..surgery.dense import dense_afterwards
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch
 from .arguments import rate_problems
+from .muon import optimizer_problems
 from .objective import Distillation
 from .trainer import DistillTrainer
 
@@ -33,6 +34,7 @@ def recover(
     kd_temperature: float = 1.0,
     kl_weight: float = 1.0,
     mse_weight: float = 0.0,
+    optimizer: str = "auto",
     resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
@@ -55,6 +57,9 @@ def recover(
         kd_temperature (`float`): T of the KL divergence.
         kl_weight (`float`): weight of the divergence.
         mse_weight (`float`): weight of the squared difference of logits.
+        optimizer (`str`): `"muon"` for Muon on the matrices of the layers and AdamW on the rest (`MuonAdamW`);
+            `"args"` for the one that `args.optim` names, AdamW unless set otherwise; or `"auto"`: Muon where all
+            weights are trained, torch has it (from 2.9), nothing is sharded and `args.optim` is left at AdamW.
         resume_from_checkpoint (*optional*): as in `Trainer.train`, of a run that started from the same model.
         kwargs: as in `Trainer`: `eval_dataset`, `data_collator`, `callbacks`, ...
 
@@ -85,7 +90,7 @@ def recover(
         problems.append("the plan narrows the residual stream, which `calibration` cannot refit: leave it out")
     if lora is not None and not isinstance(lora, LoraConfig):
         problems.append(f"lora must be a LoraConfig, got a {type(lora).__name__}")
-    problems += rate_problems({} if args is None else vars(args))
+    problems += rate_problems({} if args is None else vars(args)) + optimizer_problems(optimizer, args)
     try:
         Distillation(kd_temperature, kl_weight, mse_weight)
     except HawAdaError as error:
@@ -109,6 +114,7 @@ def recover(
         kd_temperature=kd_temperature,
         kl_weight=kl_weight,
         mse_weight=mse_weight,
+        optimizer=optimizer,
         **kwargs,
     )
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)

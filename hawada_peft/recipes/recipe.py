@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from ..config import HawAdaConfig
 from ..distil.arguments import rate_problems
+from ..distil.muon import optimizer_problems
 from ..distil.objective import Distillation
 from ..errors import HawAdaError
 from ..latency.budget import LatencyBudget
@@ -278,7 +279,9 @@ class Recipe:
             "reconstruction": lambda: ReconstructionStep(**(self.reconstruction or {})),
             "recovery.lora": self.lora,
             "training": lambda: _refuse(gate_problems(self.training or {}) + rate_problems(self.training or {})),
-            "recovery": lambda: _refuse(rate_problems(self.recovery or {})),
+            "recovery": lambda: _refuse(
+                rate_problems(self.recovery or {}) + optimizer_problems(self.options().get("optimizer", "auto"))
+            ),
             "recovery loss": lambda: _objective(self.options()),
         }
 
