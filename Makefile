@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quality docs peft-suite clean
+.PHONY: demo test test-benchmarks quality docs peft-suite clean
 
 # Markers: made when the installation succeeded, older than the files that it depends on when it must be repeated.
 $(VENV)/.made:
@@ -18,6 +18,10 @@ $(VENV)/.dev: $(VENV)/.made setup.cfg pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+$(VENV)/.bench: $(VENV)/.made setup.cfg pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	touch $@
+
 $(VENV)/.docs: $(VENV)/.made setup.cfg pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
@@ -28,6 +32,10 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+# The benchmarks' own tests: they run on tiny models, and time nothing.
+test-benchmarks: $(VENV)/.bench
+	$(BIN)/python -m pytest benchmarks/tests
 
 quality: $(VENV)/.dev
 	$(BIN)/ruff check .

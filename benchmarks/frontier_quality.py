@@ -18,7 +18,8 @@ from sizing import sizes_of
 from transformers import PreTrainedModel
 from work import Bench
 
-from hawada_peft import Plan, Shape, reconstruct
+from hawada_peft import Plan, Shape
+from hawada_peft.refit import reconstruct
 
 HAWADA = {
     "hawada_one_shot": Recipe(),

@@ -30,7 +30,8 @@ from recipes import Recipe, gated
 from transformers import AutoConfig
 from work import Bench
 
-from hawada_peft import Plan, Shape, reconstruct
+from hawada_peft import Plan, Shape
+from hawada_peft.refit import reconstruct
 
 CONTESTANTS = {
     "fisher": Recipe(aimed=False),

@@ -40,7 +40,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hawada_peft import HawAdaConfig, Shape, check_compile, check_onnx, save_slim
+from hawada_peft import HawAdaConfig, Shape, save_slim
+from hawada_peft.shipping import check_compile, check_onnx
 from hawada_peft.vanilla.family import FAMILIES
 from hawada_peft.vanilla.outputs import example_inputs, output_of
 

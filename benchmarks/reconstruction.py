@@ -36,7 +36,8 @@ from peft import get_peft_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
 
-from hawada_peft import HawAdaConfig, Plan, Shape, init_gates, reconstruct, slim
+from hawada_peft import HawAdaConfig, Plan, Shape, init_gates, slim
+from hawada_peft.refit import reconstruct
 from hawada_peft.refit.projections import as_projection, choose, new_moments
 from hawada_peft.refit.reconstruction import DAMPINGS, HELD_OUT
 from hawada_peft.vanilla.family import locate

@@ -34,7 +34,8 @@ from latency_cases import PRESETS, random_inputs, random_model
 from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hawada_peft import HawAdaConfig, get_student_logits, get_teacher_logits
+from hawada_peft import HawAdaConfig
+from hawada_peft.distil import get_student_logits, get_teacher_logits
 from hawada_peft.distil.divergence import kl_divergence
 from hawada_peft.vanilla.family import locate
 

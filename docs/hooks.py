@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -26,23 +27,22 @@ if TYPE_CHECKING:
 
 FAMILIES_MARK = "<!-- families -->"
 
-STAGES = {
-    "config": "PEFT tuner",
-    "model": "PEFT tuner",
-    "gates": "Gates, adapters, families",
-    "vanilla": "Gates, adapters, families",
-    "planning": "Plans",
-    "latency": "Latency",
-    "search": "Search",
-    "surgery": "Export",
-    "refit": "Export",
-    "files": "Export",
-    "shipping": "Export",
-    "distil": "Training",
-    "training": "Training",
-    "recipes": "Recipes",
-}
-"""The page of the reference by the part of the package that a name is defined in; other parts get one of their own."""
+TOP = "The package"
+FOLDERS = (
+    "gates",
+    "latency",
+    "planning",
+    "search",
+    "distil",
+    "training",
+    "surgery",
+    "refit",
+    "shipping",
+    "page",
+    "recipes",
+    "vanilla",
+)
+"""Each has a page of the reference, for those of its names that the package does not have itself."""
 
 ROOT_PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
 """Pages of the site that stand for files of the repository's root."""
@@ -53,11 +53,15 @@ BEYOND = {"Errors": ["hawada_peft.errors"], "Extension points": ["hawada_peft.ga
 
 def reference() -> dict[str, list[str]]:
     """The pages of the reference, and what stands on them: every public name once."""
-    pages: dict[str, list[str]] = {title: [] for title in STAGES.values()}
-    for name in hawada_peft.__all__:
-        part = getattr(hawada_peft, name).__module__.split(".")[1]
-        pages.setdefault(STAGES.get(part, part.capitalize()), []).append(f"hawada_peft.{name}")
-    return {title: names for title, names in pages.items() if names} | BEYOND
+    pages = {TOP: [f"hawada_peft.{name}" for name in hawada_peft.__all__]}
+    seen = set(hawada_peft.__all__)
+    for folder in FOLDERS:
+        found = importlib.import_module(f"hawada_peft.{folder}")
+        names = [each for each in found.__all__ if each not in seen and callable(getattr(found, each))]
+        seen |= set(names)
+        if names:
+            pages[folder.capitalize()] = [f"hawada_peft.{folder}.{name}" for name in names]
+    return pages | BEYOND
 
 
 def file_of(title: str) -> str:

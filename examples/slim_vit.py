@@ -10,6 +10,7 @@ Training uses no labels. They only tell the quality, so they must be those that 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,9 @@ import torch
 from peft import get_peft_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
-from hawada_peft import (
-    DistillTrainer,
-    ExportFacts,
-    HawAdaConfig,
-    HawAdaTrainer,
-    QualityChange,
-    calibration_facts,
-    measure_many,
-    push_to_hub,
-    save_slim,
-)
+from hawada_peft import DistillTrainer, HawAdaConfig, HawAdaTrainer, QualityChange
+from hawada_peft.latency import measure_many
+from hawada_peft.shipping import push_to_hub
 
 
 @dataclass
@@ -101,12 +94,11 @@ def main() -> None:
     print(plan)
 
     # Merge: what the plan closes is removed, what stays is refitted by least squares.
-    reports: list[Any] = []
-    slim = model.merge_and_unload(calibration=calibration, on_reconstruction=reports.append)
-    print(reports[0])
+    slimmed = dataclasses.replace(model.slim(calibration=calibration), search=trainer.search)
+    dense, slim = slimmed.dense, slimmed.model
+    print(slimmed.reconstruction)
 
     # Recovery: the dense model teaches the slim one.
-    dense = AutoModelForImageClassification.from_pretrained(args.model, dtype=torch.float32).to(args.device)
     if args.recover_steps:
         arguments = common.training_arguments(args, "recovery", args.recover_steps, args.recover_learning_rate, **raw)
         DistillTrainer(slim, arguments, teacher=dense, **data).train()
@@ -118,17 +110,14 @@ def main() -> None:
     quality = QualityChange("accuracy in %", accuracy(dense, held_out), accuracy(slim, held_out), what)
     regime = budget.regime(generates=dense.can_generate(), dtype=dtype, device=args.device)
     timings = measure_many({"dense": dense, "slim": slim}, regime, effort=tiny.EFFORT if args.tiny else None)
-    facts = ExportFacts(
+    slimmed.save(
+        folder / "slim",
+        processor=processor,
         base=args.model,
-        plan=plan,
         latency=timings,
-        search=trainer.search,
         quality=[quality],
-        reconstruction=reports[0],
-        calibration=calibration_facts(calibration),
         repo_id=args.push_to_hub,
     )
-    save_slim(slim, folder / "slim", processor=processor, card=facts)
     ms = {name: timing.median_ms for name, timing in timings.items()}
     print(f"dense: {dense.num_parameters():,} parameters, {ms['dense']:.2f} ms, accuracy {quality.dense:.1f} %")
     print(f"slim:  {slim.num_parameters():,} parameters, {ms['slim']:.2f} ms, accuracy {quality.slim:.1f} %")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from peft import LoraConfig, PeftConfig, PeftType
 
@@ -13,6 +15,7 @@ from .errors import HawAdaError
 from .files.adapter_card import write_adapter_card
 from .gates.kinds import GateStart
 from .gates.lora import lora_fields, lora_problems
+from .gates.saved import check_adapter_file
 
 GATES = ("heads", "ffn", "blocks", "layers", "hidden")
 """What can be gated: attention heads, FFN channels, attention and FFN as a whole, layers, the residual stream."""
@@ -87,6 +90,9 @@ class HawAdaConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        problems = list(self._type_problems())
+        if problems:
+            raise HawAdaError("\n".join(problems))
         self.peft_type = PeftType(NAME)
         self.gates = [self.gates] if isinstance(self.gates, str) else list(self.gates)  # as JSON gives it back
         if isinstance(self.target_modules, list):
@@ -98,6 +104,21 @@ class HawAdaConfig(PeftConfig):
         problems = list(self._problems())
         if problems:
             raise HawAdaError("\n".join(problems))
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> HawAdaConfig:
+        """
+        As in PEFT, which calls it before it reads an adapter's weights.
+
+        Raises:
+            HawAdaError: if a field is of another type than it should be, or the weights beside it are not in a file
+                that can be read.
+        """
+        config = cast(HawAdaConfig, super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs))
+        check_adapter_file(Path(pretrained_model_name_or_path, subfolder or ""), config.modules_to_save or ())
+        return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """
@@ -111,6 +132,40 @@ class HawAdaConfig(PeftConfig):
         """
         super().save_pretrained(save_directory, **kwargs)
         write_adapter_card(save_directory, self.to_dict())
+
+    def _type_problems(self) -> Iterator[str]:
+        """Fields of a type that JSON, or a slip, may have brought: `_problems` takes them for granted."""
+        strings = "a string, or a list of strings"
+        for name in ("gates", "target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            value = getattr(self, name)
+            if value is None and name != "gates":
+                continue
+            if isinstance(value, str):
+                pattern = name in ("target_modules", "exclude_modules")
+                yield from _pattern_problems(name, value) if pattern else ()
+            elif not isinstance(value, Sequence | set) or not all(isinstance(entry, str) for entry in value):
+                yield f"{name} must be {strings}, got {_short(value)}"
+        layers = self.layers_to_transform
+        several = isinstance(layers, Sequence) and all(_is_int(layer) for layer in layers)
+        if layers is not None and not _is_int(layers) and not several:
+            yield f"layers_to_transform must be a whole number, or a list of them, got {_short(layers)}"
+        for name in ("temperature", "init_value"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                yield f"{name} must be a number, got {_short(value)}"
+        for name in ("init_weights", "plan_in_training", "inference_mode"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                yield f"{name} must be true or false, got {_short(value)}"
+        if self.lora is not None and not isinstance(self.lora, LoraConfig | Mapping):
+            yield f"lora must be a LoraConfig, or an object with its fields, got {_short(self.lora)}"
+        if self.plan is not None and not isinstance(self.plan, Mapping):
+            yield f"plan must be an object with the fields of a Plan, got {_short(self.plan)}"
+        sizes = self.base_sizes
+        if sizes is not None and not (
+            isinstance(sizes, Mapping) and all(isinstance(size, str | int | float | None) for size in sizes.values())
+        ):
+            yield f"base_sizes must be an object of sizes by name, got {_short(sizes)}"
 
     def _problems(self) -> Any:
         unknown = [gate for gate in self.gates if not isinstance(gate, str) or gate not in GATES]
@@ -143,3 +198,23 @@ class HawAdaConfig(PeftConfig):
     def start(self) -> GateStart:
         """How this configuration's gates start."""
         return GateStart(temperature=self.temperature, value=self.init_value, random=not self.init_weights)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _pattern_problems(name: str, pattern: str) -> Iterator[str]:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        yield f"{name} must be a regular expression (or a list of names), got {_short(pattern)}: {error}"
+
+
+def _short(value: Any) -> str:
+    """A value for a message, at most 80 characters of it; nested too deep for that, its type."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:80]}..."

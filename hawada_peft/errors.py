@@ -38,7 +38,7 @@ class RowsError(HawAdaError):
 
 
 class VerificationError(RuntimeError):
-    """A saved slim model does not reload to the model that was exported."""
+    """A slim model computes something else than the gated one, or a saved one does not reload to what was exported."""
 
 
 class RegistrationError(RuntimeError):

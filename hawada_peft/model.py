@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -28,17 +28,34 @@ from .gates.lora import inject_lora, lora_layers, merge_lora
 from .gates.placement import Masks, family_gates, masks_of
 from .gates.reading import gate_scores, hidden_gate
 from .gates.rows import adapter_per_row
+from .gates.saved import check_adapter_tensors
 from .planning.plan import Plan
 from .planning.ranking import rank
 from .planning.reasons import explained
 from .planning.sizes import hidden_multiple, open_shape, ratio_shape
-from .refit.reconstruction import Reconstruction, reconstruct
-from .surgery.dense import dense_afterwards
+from .refit.reconstruction import reconstruct
+from .shipping.facts import calibration_facts
+from .shipping.save import Slimmed
+from .surgery.conformity import check_conforms, vanilla_tensors
+from .surgery.dense import dense_view, put_back, take_off, unshare
+from .surgery.merge import Reference, check_computes, check_finite, check_gates, reference_of
 from .surgery.slimming import slim
+from .vanilla.batches import Batch
 from .vanilla.family import FAMILIES, FFN, HEADS, HIDDEN, TARGET_MODULES, Layout, find_module, hidden_home, locate
-from .vanilla.legality import check_legal, fit_hidden, legal_head_shapes
-from .vanilla.modules import check_unquantized, feature_dim, feature_sizes
+from .vanilla.legality import check_layers, check_legal, fit_hidden, legal_head_shapes
+from .vanilla.modules import (
+    check_loaded,
+    check_own_weights,
+    check_unquantized,
+    feature_dim,
+    feature_sizes,
+    quantized_weight,
+)
 from .vanilla.shape import Shape
+from .vanilla.skeleton import check_constructor
+
+_Options = tuple[bool, bool, Sequence[str]]
+"""PEFT's `progressbar`, `safe_merge`, `adapter_names`."""
 
 
 class HawAdaModel(BaseTuner):
@@ -62,11 +79,22 @@ class HawAdaModel(BaseTuner):
     peft_config: dict[str, HawAdaConfig]  # type: ignore[assignment]
     _place: Layout  # of the model into which gates are injected
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """As in PEFT; what is no tensor of this adapter is refused before any of it is loaded."""
+        found: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        check_adapter_tensors(model, adapter_name, found)
+        return found
+
     def _prepare_adapter_config(  # type: ignore[override]  # only this tuner's config arrives here
         self, peft_config: HawAdaConfig, model_config: dict[str, Any]
     ) -> HawAdaConfig:
         if peft_config.base_sizes is not None:
-            self._place = locate(self.model)
+            self._place = self._located()
             _check_base(peft_config, self._place)
         if peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             # PEFT tells tuner layers on linear modules by the name of their class; ours wrap convolutions too.
@@ -82,7 +110,7 @@ class HawAdaModel(BaseTuner):
             model_type in self.target_module_mapping and model_type not in FAMILIES
         ):
             return cast(HawAdaConfig, super()._prepare_adapter_config(peft_config, model_config))
-        layout = self._place = locate(self.model)
+        layout = self._place = self._located()
         ends = {HEADS: layout.family.attention_out, FFN: layout.family.ffn_out}
         whole = {"blocks", "layers"} & set(peft_config.gates)
         names = {end for axis, end in ends.items() if whole or axis in peft_config.gates}
@@ -92,6 +120,15 @@ class HawAdaModel(BaseTuner):
         peft_config.target_modules = names  # type: ignore[assignment]
         peft_config.base_sizes = layout.fingerprint()
         return peft_config
+
+    def _located(self) -> Layout:
+        """The base model's layout. What no slim model of its class could hold is refused before any training."""
+        layout = locate(self.model)
+        check_loaded(self.model)
+        check_constructor(layout.model_class)
+        if quantized_weight(self.model) is None:
+            check_conforms(layout, vanilla_tensors(self.model))
+        return layout
 
     def _prepare_model(self, peft_config: HawAdaConfig, model: nn.Module) -> None:  # type: ignore[override]
         if peft_config.lora is not None:
@@ -206,6 +243,7 @@ class HawAdaModel(BaseTuner):
         if shape is not None and not isinstance(shape, Shape):
             raise InvalidPlanError(f"shape must be a Shape, got {shape!r}; for a ratio use `plan(keep_ratio=...)`")
         names = self._names(adapter_names)
+        self._check_gated()
         layout = self.layout_of(names)
         scores, given = gate_scores(self.model, layout, names), shape is not None
         if shape is None:
@@ -241,6 +279,7 @@ class HawAdaModel(BaseTuner):
             InvalidPlanError: if it closes something without gates, several adapters are active, or they are merged.
         """
         name = self._one_name(adapter_name)
+        self._check_gated()
         config = copy.copy(self.peft_config[name])
         if plan is not None and not isinstance(plan, Plan):
             raise InvalidPlanError(f"plan must be a Plan, got a {type(plan).__name__}; see `Plan.from_dict`")
@@ -250,6 +289,7 @@ class HawAdaModel(BaseTuner):
             layout = self.layout_of([name])
             plan.check_base(layout.full)
             check_legal(layout, plan.shape)
+            check_layers(layout, plan.layers)
         self.set_masks(plan, name, in_training=in_training)
         config.plan = None if plan is None else plan.to_dict()
         config.plan_in_training = in_training and plan is not None
@@ -336,6 +376,97 @@ class HawAdaModel(BaseTuner):
 
     # ---------------------------------------------------------------- export
 
+    def slim(
+        self,
+        *,
+        adapter_names: Sequence[str] | None = None,
+        plan: Plan | None = None,
+        fold: bool = True,
+        calibration: Iterable[Batch] | None = None,
+        verify: bool = True,
+        inputs: Batch | None = None,
+        safe_merge: bool = False,
+        progressbar: bool = False,
+    ) -> Slimmed:
+        """
+        Fold the gates into the weights and remove what the plan closes, all or nothing.
+
+        The slim model is built beside the gated one and compared with it; then the gates are taken off. Whatever fails
+        before that leaves the gated model as it was. Afterwards the base model is the dense one again, bit for bit,
+        and shares no memory with the slim model.
+
+        Args:
+            adapter_names (`list[str]`, *optional*): adapters to merge; the active ones if left out.
+            plan (`Plan`, *optional*): what to keep, instead of the applied plan.
+            fold (`bool`): `False` leaves the soft values out and only removes.
+            calibration (*optional*): batches, keyword arguments of the forward pass. The slim model's output
+                projections are refitted on them to the dense model (`reconstruct`), if held-out ones say it is better.
+            verify (`bool`): run the gated and the slim model once, before any refitting, and compare their logits.
+                Not done for a `plan` that closes what has no gates.
+            inputs (*optional*): what to compare them on, keyword arguments of the forward pass; drawn if left out.
+            safe_merge (`bool`): as in PEFT: also check the folded weights that are not kept for NaN.
+            progressbar (`bool`): show progress, also of the reconstruction.
+
+        Returns:
+            `Slimmed`: the slim model, the dense one, the plan, the reconstruction; `.save(folder)` writes it. If the
+            plan keeps everything the model is the base model with the gates in its weights, and there is no dense one.
+
+        Raises:
+            InvalidPlanError: if there is no plan, or no gates any more; if `calibration` is given and the plan narrows
+                the residual stream.
+            IncompatibleBaseError, IllegalShapeError: as `apply_plan`.
+            BrokenGatesError: if gates or weights hold NaN or infinity.
+            UnsupportedModelError: if weights are quantized, offloaded or not those of the model's class.
+            VerificationError: if the slim model computes something else than the gated one.
+            HawAdaError: if the model does not run on drawn inputs; as `reconstruct`.
+        """
+        names = self._names(adapter_names)
+        self._check_gated()
+        chosen = self.applied_plan(names) if plan is None else plan
+        if not isinstance(chosen, Plan):
+            raise InvalidPlanError(
+                "there is no plan: `model.apply_plan(model.plan(keep_ratio=0.5))` (or `plan(shape=Shape(...))`) "
+                "before it, or pass one as `plan`"
+                if chosen is None
+                else f"plan must be a Plan, got a {type(chosen).__name__}; see `Plan.from_dict`"
+            )
+        layout = self.layout_of(names)
+        chosen.check_base(layout.full)
+        check_legal(layout, chosen.shape)
+        check_layers(layout, chosen.layers)
+        if calibration is not None and chosen.hidden is not None:
+            raise InvalidPlanError(
+                "reconstruction compares residual streams of one width, and this plan narrows it: leave `calibration` "
+                "out, or cut no hidden channels"
+            )
+        base = cast(PreTrainedModel, self.model)
+        check_unquantized(base)
+        self._check_merge_allowed()
+        check_gates(base)
+        masks = None if plan is None else (plan,)
+        options = (progressbar, safe_merge, names)
+        if chosen.keeps_all:
+            model = self._merged_in_place(options, fold=fold, masks=masks, verify=verify, inputs=inputs)
+            return Slimmed(model=cast(PreTrainedModel, model), plan=chosen)
+        batches = None if calibration is None else list(calibration)
+        with put_back(base, always=True):
+            self._restore()
+            dense = dense_view(base)
+            reference = self._reference(names, masks, fold, inputs, dense) if verify else None
+            with put_back(base, always=True):
+                self._fold(options, fold, masks)
+                small = slim(base, chosen)
+            check_finite(small)
+            if reference is not None:
+                check_computes(small, reference, base, dense)
+            progress = tqdm if progressbar else None
+            report = None if batches is None else reconstruct(dense, small, chosen, batches, progress=progress)
+        with put_back(base, always=False):
+            self._restore()
+            take_off(base)
+        facts = None if batches is None else calibration_facts(batches)
+        return Slimmed(small, chosen, dense=base, reconstruction=report, calibration=facts, reference=reference)
+
     def merge_and_unload(
         self,
         progressbar: bool = False,
@@ -344,82 +475,124 @@ class HawAdaModel(BaseTuner):
         *,
         plan: Plan | None = None,
         fold: bool = True,
-        calibration: Iterable[Mapping[str, Any]] | None = None,
-        on_reconstruction: Callable[[Reconstruction], None] | None = None,
+        calibration: Iterable[Batch] | None = None,
+        verify: bool = True,
+        inputs: Batch | None = None,
     ) -> nn.Module:
         """
         Fold the gates into the weights and remove what the plan closes: a vanilla model, without any adapter.
 
-        What the model computes does not change, except by reconstruction, when that is asked for. As in PEFT the base
-        model is used up; with a plan the result is a new model of the same class.
+        The `.model` of `slim`: what it computes is what the gated model computes, except by reconstruction, when that
+        is asked for. All or nothing, and the base model is the dense one again. Without a plan nothing is removed: as
+        in PEFT the base model is used up then, and returned with the gates in its weights.
 
         Args:
-            progressbar (`bool`): show progress, also of the reconstruction.
-            safe_merge (`bool`): check the folded weights for NaN first.
-            adapter_names (`list[str]`, *optional*): adapters to merge; the active ones if left out.
-            plan (`Plan`, *optional*): what to keep, instead of the applied plan.
-            fold (`bool`): `False` leaves the soft values out and only removes.
-            calibration (*optional*): batches, keyword arguments of the forward pass. The slim model's output
-                projections are refitted on them to the dense model (`reconstruct`), if held-out ones say it is better.
-            on_reconstruction (*optional*): called with the `Reconstruction`, which tells what that did.
+            progressbar, safe_merge, adapter_names: as in PEFT.
+            plan, fold, calibration, verify, inputs: as in `slim`.
 
         Returns:
             `nn.Module`: the vanilla model.
 
         Raises:
-            IncompatibleBaseError, IllegalShapeError: as `apply_plan`; nothing has been changed then.
-            BrokenGatesError: if gates hold NaN.
-            UnsupportedModelError: if weights are quantized; nothing has been changed then.
-            HawAdaError: as `reconstruct`.
+            HawAdaError, VerificationError: as `slim`; nothing has been changed then.
         """
         names = self._names(adapter_names)
-        chosen = self.applied_plan(names) if plan is None else plan
-        if chosen is None:
-            warnings.warn(
-                "merge_and_unload folded the gates and removed nothing, because no plan is applied. To get a smaller "
-                "model: `model.apply_plan(model.plan(keep_ratio=0.5))` (or `plan(shape=Shape(...))`) before it.",
-                stacklevel=2,
-            )
-            merge_lora(self.model, names)
-            return super().merge_and_unload(progressbar, safe_merge, adapter_names)
-        check_unquantized(self.model)
-        layout = self.layout_of(names)
-        chosen.check_base(layout.full)
-        check_legal(layout, chosen.shape)
-        if calibration is not None and chosen.hidden is not None:
-            raise InvalidPlanError(
-                "reconstruction compares residual streams of one width, and this plan narrows it: leave `calibration` "
-                "out, or cut no hidden channels"
-            )
-        gate_scores(self.model, layout, names)  # refuses broken gates before anything is touched
-        self._restore()
-        if plan is not None:
-            for name in names:
+        self._check_gated()
+        if plan is not None or self.applied_plan(names) is not None:
+            return self.slim(
+                adapter_names=names,
+                plan=plan,
+                fold=fold,
+                calibration=calibration,
+                verify=verify,
+                inputs=inputs,
+                safe_merge=safe_merge,
+                progressbar=progressbar,
+            ).model
+        warnings.warn(
+            "merge_and_unload folded the gates and removed nothing, because no plan is applied. To get a smaller "
+            "model: `model.apply_plan(model.plan(keep_ratio=0.5))` (or `plan(shape=Shape(...))`) before it.",
+            stacklevel=2,
+        )
+        self._check_merge_allowed()
+        options = (progressbar, safe_merge, names if adapter_names is None else adapter_names)
+        placed = all(self.peft_config[name].base_sizes is not None for name in names)
+        return self._merged_in_place(options, fold=True, masks=None, verify=verify and placed, inputs=inputs)
+
+    def _merged_in_place(
+        self, options: _Options, *, fold: bool, masks: tuple[Plan | None] | None, verify: bool, inputs: Batch | None
+    ) -> nn.Module:
+        """The base model with the gates in its weights and without adapters, or as it was."""
+        base, reference, dense = cast(PreTrainedModel, self.model), None, None
+        with put_back(base, always=False):
+            if verify:
+                with put_back(base, always=True):
+                    self._restore()
+                    dense = dense_view(base)
+                    reference = self._reference(options[2], masks, fold, inputs, dense)
+            merged = self._fold(options, fold, masks)
+            if reference is not None:
+                check_computes(cast(PreTrainedModel, merged), reference, base, dense)
+        return merged
+
+    def _fold(self, options: _Options, fold: bool, masks: tuple[Plan | None] | None) -> nn.Module:
+        """Merge LoRA and gates into the weights, and take them off; with `fold=False` the gates are only taken off."""
+        if masks is not None:
+            self._restore()
+            for name in options[2]:
                 self.set_masks(None, name)  # another plan's closed units must not be folded away
-        base = cast(PreTrainedModel, self.model)
-        refit = calibration is not None and not chosen.keeps_all
-        with dense_afterwards(base) if refit else nullcontext():
-            merge_lora(base, names)
-            merged = super().merge_and_unload(progressbar, safe_merge, adapter_names) if fold else super().unload()
-            if chosen.keeps_all:
-                return merged
-            small = slim(base, chosen)
-        if calibration is not None:
-            report = reconstruct(base, small, chosen, calibration, progress=tqdm if progressbar else None)
-            if on_reconstruction is not None:
-                on_reconstruction(report)
-        return small
+        unshare(self.model)
+        merge_lora(self.model, options[2])
+        if fold:
+            return super().merge_and_unload(options[0], options[1], list(options[2]))
+        self._restore()
+        return super().unload()
+
+    def _reference(
+        self,
+        names: Sequence[str],
+        masks: tuple[Plan | None] | None,
+        fold: bool,
+        inputs: Batch | None,
+        dense: PreTrainedModel,
+    ) -> Reference | None:
+        """What the gated model computes under a plan; None if it closes what has no gates. Within `put_back`."""
+        try:
+            for name in names if masks is not None else ():
+                self.set_masks(masks[0], name)  # type: ignore[index]
+        except InvalidPlanError:
+            return None
+        if not fold:
+            for module in self.model.modules():
+                if isinstance(module, SigmoidGate):
+                    module.theta.data = torch.full_like(module.theta, module.start.theta)
+        return reference_of(cast(PreTrainedModel, self.model), names, inputs, fresh=dense)
+
+    def _check_gated(self) -> None:
+        if not any(isinstance(module, GateAdapter) for module in self.model.modules()):
+            raise InvalidPlanError(
+                "there are no gates in this model any more: they were taken off by `slim`, `merge_and_unload` or "
+                "`unload`. Use the model that these returned, or load the adapter on the base model again"
+            )
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in torch; refused once the gates are taken off, so that no adapter without gates is saved."""
+        self._check_gated()
+        return super().state_dict(*args, **kwargs)
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
+        check_loaded(self.model)
         for module in self.model.modules():
-            if isinstance(module, GateAdapter):
-                check_unquantized(module.get_base_layer())  # before the first module is folded
+            if isinstance(module, GateAdapter):  # before the first module is folded
+                check_unquantized(module.get_base_layer())
+                check_own_weights(module.get_base_layer())
 
     def unload(self) -> nn.Module:
         """The dense model's own weights, bit for bit, also after `merge_adapter`."""
-        self._restore()
-        return super().unload()
+        with put_back(self.model, always=False):
+            self._restore()
+            return super().unload()
 
     def _restore(self) -> None:
         for module in self.model.modules():

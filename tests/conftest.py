@@ -20,7 +20,9 @@ import transformers
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from hawada_peft import HawAdaConfig, Plan, Shape, Verification, collect_gates, save_slim
+from hawada_peft import HawAdaConfig, Plan, Shape, collect_gates, save_slim
+from hawada_peft.latency import Clock, ToyClock
+from hawada_peft.shipping import Verification
 from hawada_peft.vanilla.family import FAMILIES, TARGET_MODULES, locate
 from hawada_peft.vanilla.outputs import example_inputs, output_of
 
@@ -98,7 +100,7 @@ def start_two(*arguments: str) -> subprocess.CompletedProcess[str]:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    return subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=300)
+    return subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=1800)
 
 
 def two_processes(*arguments: str) -> str:
@@ -215,3 +217,17 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def row(request: pytest.FixtureRequest) -> Row:
     """Every row of the table."""
     return ROWS[request.param]
+
+
+@pytest.fixture
+def toy_machine(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Where no `Effort` can be given, as on the command line: every clock is a toy's, and no table is the user's."""
+    toy = ToyClock()
+    for name in ("now", "wait", "runner", "device_name"):
+        monkeypatch.setattr(Clock, name, _of_the_toy(getattr(Clock, name), getattr(toy, name)))
+    monkeypatch.setenv("HAWADA_CACHE", str(tmp_path_factory.getbasetemp() / "toy-cache"))
+
+
+def _of_the_toy(real: Any, toys: Any) -> Any:
+    """A method of the real clock alone."""
+    return lambda self, *given: toys(*given) if type(self) is Clock else real(self, *given)

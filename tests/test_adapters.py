@@ -10,8 +10,8 @@ from conftest import assert_same_state, state_of
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hawada_peft import AttentionHeadAdapter, BlockAdapter, ChannelAdapter, GateAdapter
 from hawada_peft.errors import UnsupportedModelError
+from hawada_peft.gates import AttentionHeadAdapter, BlockAdapter, ChannelAdapter, GateAdapter
 from hawada_peft.gates.adapter import BLOCK, UNITS
 from hawada_peft.vanilla.modules import feature_dim, feature_sizes
 

@@ -7,19 +7,18 @@ import torch
 from conftest import Row, assert_same_state, build, difference, gate, logits_of, state_of
 from torch import nn
 
-from hawada_peft import (
+from hawada_peft import attach_adapters, collect_gates
+from hawada_peft.errors import UnsupportedModelError
+from hawada_peft.gates import (
     AttentionHeadAdapter,
     BlockAdapter,
     ChannelAdapter,
     GateAdapter,
     HeadGate,
-    attach_adapters,
-    collect_gates,
     detach_adapters,
     is_attention_layer,
     is_ffn_layer,
 )
-from hawada_peft.errors import UnsupportedModelError
 from hawada_peft.vanilla.family import locate
 
 

@@ -22,11 +22,11 @@ from hawada_peft import (
     collect_gates,
     find_plan,
     init_gates,
-    reconstruct,
     recover,
 )
 from hawada_peft.errors import BadDataError
 from hawada_peft.planning.importance import gate_importance
+from hawada_peft.refit import reconstruct
 from hawada_peft.search.masked import MaskedQuality
 from hawada_peft.surgery.slimming import slim
 from hawada_peft.vanilla.batches import check_batch, main_input, position_mask, rows_of, without_labels

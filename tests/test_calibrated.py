@@ -16,11 +16,12 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from hawada_peft import Plan, calibration_facts, slim_calibrated, slim_checkpoint
+from hawada_peft import Plan, slim_checkpoint
 from hawada_peft.cli.program import app
 from hawada_peft.errors import HawAdaError, InvalidPlanError
 from hawada_peft.files.names import CARD_NAME, REPORT_NAME
 from hawada_peft.recipes.readers import batches_of, load_examples
+from hawada_peft.shipping import calibration_facts
 from hawada_peft.vanilla.family import locate
 from hawada_peft.vanilla.loading import load_model
 
@@ -57,7 +58,9 @@ def run(folder: Path, *options: str) -> Any:
 def test_weights_are_those_of_the_export_in_memory(fold: bool, options: dict[str, Any], tmp_path: Path) -> None:
     prepared(LM_ROW, tmp_path, **options)
     batches = batches_of(examples_of(LM_ROW), 8)
-    written = slim_calibrated(tmp_path / "base", tmp_path / "adapter", tmp_path / "slim", batches, fold=fold)
+    written = slim_checkpoint(
+        tmp_path / "base", tmp_path / "adapter", tmp_path / "slim", calibration=batches, fold=fold
+    )
     gated: Any = PeftModel.from_pretrained(load_model(str(tmp_path / "base")), tmp_path / "adapter")
     gated.merge_and_unload(calibration=batches, fold=fold).save_pretrained(tmp_path / "expected")
     for name in ("model.safetensors", "config.json", "generation_config.json"):
@@ -75,7 +78,7 @@ def test_weights_are_those_of_the_export_in_memory(fold: bool, options: dict[str
 
 def test_the_report_tells_what_reconstruction_did_and_on_what(folder: Path) -> None:
     batches = batches_of(examples_of(LM_ROW), 16)
-    written = slim_calibrated(folder / "base", folder / "adapter", folder / "slim", iter(batches))
+    written = slim_checkpoint(folder / "base", folder / "adapter", folder / "slim", calibration=iter(batches))
     report = json.loads((folder / "slim" / REPORT_NAME).read_text())
     assert written.reconstruction
     assert written.verification
@@ -87,7 +90,7 @@ def test_the_report_tells_what_reconstruction_did_and_on_what(folder: Path) -> N
     card = (folder / "slim" / CARD_NAME).read_text()
     assert "## Reconstruction" in card
     assert "## Calibration data" in card
-    slim_calibrated(folder / "base", folder / "adapter", folder / "bare", batches, card=None)
+    slim_checkpoint(folder / "base", folder / "adapter", folder / "bare", calibration=batches, card=None)
     assert not (folder / "bare" / CARD_NAME).exists()
 
 
@@ -155,9 +158,9 @@ def test_bad_input_is_refused_before_the_model_is_loaded(folder: Path) -> None:
     gate(build(LM_ROW)).save_pretrained(folder / "bare")
     get_peft_model(build(LM_ROW), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder / "lora")
     with pytest.raises(InvalidPlanError, match="there is no plan: apply one"):
-        slim_calibrated(folder / "base", folder / "bare", folder / "slim", batches)
+        slim_checkpoint(folder / "base", folder / "bare", folder / "slim", calibration=batches)
     with pytest.raises(HawAdaError, match="type LORA, needed is one of type HAWADA"):
-        slim_calibrated(folder / "base", folder / "lora", folder / "slim", batches)
+        slim_checkpoint(folder / "base", folder / "lora", folder / "slim", calibration=batches)
     with pytest.raises(FileExistsError, match="not empty"):
-        slim_calibrated(folder / "base", folder / "adapter", folder / "base", batches)
+        slim_checkpoint(folder / "base", folder / "adapter", folder / "base", calibration=batches)
     assert not (folder / "slim").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import configparser
-import inspect
 import json
 import os
 import re
@@ -19,7 +18,7 @@ import typer
 from conftest import LM_ROW, build, gate, scattered_plan
 from typer.testing import CliRunner
 
-from hawada_peft import __version__, commands
+from hawada_peft import __version__
 from hawada_peft.cli import errors
 from hawada_peft.cli.program import app
 from hawada_peft.cli.streams import working
@@ -44,12 +43,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def words(command: Any) -> dict[str, Any]:
-    """A command's options and arguments by their names as people write them, but `_` for `-`; with their defaults."""
-    named = {each.opts[0].lstrip("-").replace("-", "_"): each for each in command.params}
-    return {name: each.default for name, each in named.items() if name not in PRINTING}
-
-
 def separate(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A process of its own, whose streams are no terminals."""
     return subprocess.run(
@@ -57,27 +50,11 @@ def separate(*arguments: str, **environment: str) -> subprocess.CompletedProcess
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        timeout=300,
+        timeout=1800,
     )
 
 
 # -------------------------------------------------------------------------------------------------- words and examples
-
-
-def test_every_call_is_a_command_of_the_same_words() -> None:
-    calls = {name: call for name, call in vars(commands).items() if inspect.isfunction(call)}
-    assert calls.keys() == COMMANDS.keys()
-    shared = words(COMMANDS["measure"]).keys() - {"model"}
-    assert shared == commands._regime.RegimeOptions.__annotations__.keys()
-    for name, call in calls.items():
-        parameters = dict(inspect.signature(call).parameters)
-        parameters.pop("progress", None)
-        regime = set() if parameters.pop("regime", None) is None else shared
-        found = words(COMMANDS[name])
-        assert found.keys() == parameters.keys() | regime, name
-        for parameter, each in parameters.items():
-            if each.default is not each.empty:
-                assert str(found[parameter] or "") == str(each.default or ""), (name, parameter)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -143,10 +120,11 @@ def test_demo_does_not_overwrite(tmp_path: Path) -> None:
     [
         (["train", "nowhere.yaml"], errors.FAILED, "nowhere.yaml"),
         (["verify", "nowhere"], errors.FAILED, "there is no folder nowhere"),
-        (["verify", "."], errors.FAILED, "there is no config.json"),
         (["measure", "no/such/model"], errors.FAILED, "no/such/model"),
         (["plan", "m", "data.npy", "--speedup", "0.5"], errors.FAILED, "speedup must be at least 1"),
-        (["plan", "m", "data.npy", "--backend", "magic"], errors.FAILED, "backend must be one of"),
+        (["plan", "m", "data.npy", "--backend", "magic"], errors.WRONG_USAGE, "--backend"),
+        (["measure", "m", "--mode", "idle"], errors.WRONG_USAGE, "'prefill'"),
+        (["measure", "m", "--seq-len", "0"], errors.WRONG_USAGE, "--seq-len"),
         (["plan", "m"], errors.WRONG_USAGE, "calibration"),
         (["plan", "m", "data.npy", "--examples", "0"], errors.WRONG_USAGE, "--examples"),
         (["measure", "m", "--nonsense"], errors.WRONG_USAGE, "--nonsense"),
@@ -204,7 +182,7 @@ def test_results_go_to_stdout_and_nothing_else(made: Path, tmp_path: Path) -> No
     found = run(app, ["verify", str(tmp_path / "slim"), "--json"])
     assert found.exit_code == errors.FAILED
     assert not json.loads(found.stdout)["ok"]
-    assert found.stderr == "error: files: modeling.py is custom code\n"
+    assert found.stderr == ""
 
 
 @pytest.mark.filterwarnings("always:doubtful")
@@ -215,10 +193,11 @@ def test_what_libraries_print_does_not_reach_stdout(capsys: pytest.CaptureFixtur
         with working(quiet=quiet) as progress:
             assert progress is None  # stderr is no terminal here
             print("chatter")
-            warnings.warn("doubtful", UserWarning, stacklevel=1)
+            for number in (3, 4):  # the same, but for its numbers: once
+                warnings.warn(f"doubtful by {number}.5%", UserWarning, stacklevel=1)
         out, err = capsys.readouterr()
         assert out == ""
-        assert err == ("" if quiet else "chatter\n") + "warning: doubtful\n"
+        assert err == ("" if quiet else "chatter\n") + "warning: doubtful by 3.5%\n"
 
 
 def test_bars_are_made_for_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,7 +236,7 @@ def test_ctrl_c_ends_a_process_without_a_traceback(made: Path, tmp_path: Path) -
         assert process.stdout.readline() == "ready\n"
         with (tmp_path / "plan.json").open("w"):  # opens once the other side reads
             process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=300)
+            _, err = process.communicate(timeout=1800)
     assert process.returncode == errors.INTERRUPTED
     assert err.splitlines()[-1] == "interrupted"
     assert "Traceback" not in err
@@ -265,6 +244,6 @@ def test_ctrl_c_ends_a_process_without_a_traceback(made: Path, tmp_path: Path) -
 
 def test_without_typer_the_extra_is_named() -> None:
     code = "import sys; sys.modules['typer'] = None; from hawada_peft.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1800)
     assert done.returncode == errors.FAILED
     assert done.stderr == "error: the command line needs typer: pip install 'hawada_peft[cli]'\n"

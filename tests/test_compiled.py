@@ -10,7 +10,8 @@ from conftest import EVERYTHING, LM_ROW, VISION_ROW, Row, build, gate, inputs_of
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from hawada_peft import collect_gates, get_teacher_logits, slim
+from hawada_peft import collect_gates, slim
+from hawada_peft.distil import get_teacher_logits
 from hawada_peft.gates.relaxation import RELAXATIONS
 
 STEPS = 4

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hawada_peft import get_student_logits, get_teacher_logits
+from hawada_peft.distil import get_student_logits, get_teacher_logits
 from hawada_peft.distil.divergence import kl_divergence, mean_squared_error
 from hawada_peft.errors import HawAdaError, UnsupportedModelError
 from hawada_peft.vanilla.batches import position_mask

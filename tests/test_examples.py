@@ -20,7 +20,7 @@ QUICK = ["--steps", "4", "--recover-steps", "2", "--held-out", "8", "--calibrati
 def start(script: str, *options: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(EXAMPLES / f"{script}.py"), *map(str, options)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800)
 
 
 def check(script: str, output: Path, dense: Path, printed: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from filelock import FileLock
 
 from hawada_peft.files import folder as new_folder_module
-from hawada_peft.files.folder import new_folder
+from hawada_peft.files.folder import check_free, new_folder
 
 DIE = """
 import os, runpy, signal, sys  # the file itself: importing the package takes seconds
@@ -94,3 +95,62 @@ def test_others_may_read_it(tmp_path: Path) -> None:
     with new_folder(tmp_path / "new"):
         pass
     assert os.stat(tmp_path / "new").st_mode == os.stat(tmp_path / "plain").st_mode
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "file"])
+def test_what_no_folder_can_replace_is_refused_before_the_work(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "there").mkdir()
+    if kind == "file":
+        (tmp_path / "new").write_text("mine")
+    else:
+        (tmp_path / "new").symlink_to(tmp_path / ("there" if kind == "link" else "nowhere"))
+    before = names(tmp_path)
+    for enter in (lambda: check_free(tmp_path / "new"), lambda: new_folder(tmp_path / "new").__enter__()):
+        with pytest.raises(FileExistsError, match=r"is a (link|file)"):
+            enter()
+    assert names(tmp_path) == before
+
+
+INTERRUPTED = """
+import json, os, runpy, shutil, signal, sys  # the file itself: importing the package takes seconds
+from pathlib import Path
+new_folder = runpy.run_path(sys.argv[2])["new_folder"]
+target = Path(sys.argv[1])
+
+def fill(at):
+    "Interrupted at the at-th use of a path."
+    seen = []
+    def watch(event, arguments):
+        if watching and arguments and str(target.parent) in str(arguments[0]):
+            seen.append(event)
+            if len(seen) == at:
+                os.kill(os.getpid(), signal.SIGINT)
+    watching.append(True)
+    sys.addaudithook(watch)
+    try:
+        with new_folder(target) as folder:
+            (folder / "file").write_text("whole")
+        return False
+    except KeyboardInterrupt:
+        return True
+    finally:
+        watching.clear()
+
+watching = []
+found, at, interrupted = [], 1, True
+while interrupted:
+    interrupted = fill(at)
+    left = sorted(str(path.relative_to(target.parent)) for path in target.parent.rglob("*"))
+    found.append(left)
+    shutil.rmtree(target, ignore_errors=True)
+    at += 1
+print(json.dumps(found))
+"""
+
+
+def test_interrupted_at_any_moment_it_leaves_nothing_or_everything(tmp_path: Path) -> None:
+    arguments = [str(tmp_path / "new"), new_folder_module.__file__]
+    ran = subprocess.run([sys.executable, "-c", INTERRUPTED, *arguments], check=True, stdout=subprocess.PIPE)
+    found = json.loads(ran.stdout)
+    assert len(found) > 10
+    assert {tuple(left) for left in found} == {(), ("new", "new/file")}

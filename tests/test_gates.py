@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from hawada_peft import BlockGate, ChannelGate, HeadGate, SigmoidGate
 from hawada_peft.errors import HawAdaError
+from hawada_peft.gates import BlockGate, ChannelGate, HeadGate, SigmoidGate
 from hawada_peft.gates.kinds import GateStart
 
 

@@ -16,7 +16,8 @@ from conftest import LM_ROW, build, scattered_plan
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
-from hawada_peft import ExportFacts, push_to_hub, save_slim, slim, verify_slim
+from hawada_peft import ExportFacts, save_slim, slim, verify_slim
+from hawada_peft.shipping import push_to_hub
 
 
 @dataclass
@@ -94,7 +95,7 @@ def test_a_folder_arrives_whole_in_one_commit(hub: Hub, folder: Path, tmp_path: 
     for name, content in contents.items():
         (arrived / name).write_bytes(content)
     model = build(LM_ROW)
-    assert verify_slim(arrived, slim(model, scattered_plan(model, LM_ROW.slim))).max_difference == 0
+    assert verify_slim(arrived, reference=slim(model, scattered_plan(model, LM_ROW.slim))).max_difference == 0
     assert 'from_pretrained("me/slim")' in ModelCard.load(arrived / "README.md").text
 
 

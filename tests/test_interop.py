@@ -13,8 +13,9 @@ from conftest import scattered_plan as plan_for
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from hawada_peft import check_onnx, save_slim, slim
+from hawada_peft import save_slim, slim
 from hawada_peft.errors import HawAdaError
+from hawada_peft.shipping import check_onnx
 from hawada_peft.shipping.runtimes import ONNX_PACKAGES
 from hawada_peft.vanilla.outputs import output_of
 

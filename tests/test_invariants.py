@@ -23,7 +23,8 @@ from conftest import (
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from hawada_peft import HeadGate, Plan, collect_gates, verify_slim
+from hawada_peft import Plan, collect_gates, verify_slim
+from hawada_peft.gates import HeadGate
 from hawada_peft.gates.adapter import BLOCK, LAYER, UNITS
 from hawada_peft.surgery.axes import find_axes
 from hawada_peft.vanilla.family import locate
@@ -112,7 +113,7 @@ def test_another_unit_would_be_noticed(row: Row) -> None:
 
 def test_gated_model_verifies_the_folder(exported: Export) -> None:
     model = PeftModel.from_pretrained(build(exported.row), exported.adapter).eval()
-    found = verify_slim(exported.folder, model)
+    found = verify_slim(exported.folder, reference=model).require()
     assert found.max_difference <= 1e-5 * found.scale
     assert found.parameters == exported.slim.num_parameters() < build(exported.row).num_parameters()
 

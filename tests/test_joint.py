@@ -27,7 +27,8 @@ from peft import LoraConfig, PeftModel
 from test_distill_trainer import DATA, arguments, kl_of
 from test_trainer import arguments as gate_arguments
 
-from hawada_peft import HawAdaConfig, HawAdaTrainer, Shape, collect_gates, get_teacher_logits, recover, save_slim
+from hawada_peft import HawAdaConfig, HawAdaTrainer, Shape, collect_gates, recover, save_slim
+from hawada_peft.distil import get_teacher_logits
 from hawada_peft.errors import BrokenGatesError, HawAdaError, UnsupportedModelError
 
 LORA = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1)
@@ -196,21 +197,22 @@ def test_recovery_starts_with_lora_merged_and_leaves_the_dense_model(tmp_path: P
     plan = scattered_plan(model, LM_ROW.slim)
     model.apply_plan(plan)
     masked, base = logits_of(model), model.get_base_model()
-    slim = recover(model, arguments(tmp_path, max_steps=1, learning_rate=0.0), train_dataset=DATA)
+    slim = recover(model, arguments(tmp_path, max_steps=1, learning_rate=0.0), train_dataset=DATA).model
     assert difference(logits_of(slim), masked) <= 1e-5
     assert_same_state(base.state_dict(), build(LM_ROW).state_dict())
 
 
 def test_reconstruction_refits_to_the_dense_model_without_lora() -> None:
-    model, reports = joint(), []
+    model = joint()
     model.apply_plan(scattered_plan(model, LM_ROW.slim))
     base = model.get_base_model()
     tokens = torch.randint(3, 128, (64, 16), generator=torch.Generator().manual_seed(9))
-    slim = model.merge_and_unload(calibration=[{"input_ids": tokens}], on_reconstruction=reports.append)
+    slimmed = model.slim(calibration=[{"input_ids": tokens}])
+    slim = slimmed.model
     plain = joint()
     plain.apply_plan(scattered_plan(plain, LM_ROW.slim))
     dense = build(LM_ROW)
-    assert reports[0].applied
+    assert slimmed.reconstruction.applied
     assert kl_of(slim, dense) < kl_of(plain.merge_and_unload(), dense)
     assert_same_state(base.state_dict(), dense.state_dict())
 

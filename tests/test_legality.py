@@ -15,7 +15,6 @@ from conftest import (
     build,
     difference,
     gate,
-    scattered_plan,
 )
 
 from hawada_peft import Shape
@@ -111,7 +110,9 @@ def test_stages_of_a_backbone_follow_the_kept_layers() -> None:
 def test_a_slim_backbone_gives_the_masked_feature_maps() -> None:
     model = gate(build(BACKBONE, torch.float64))
     pixels = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    model.apply_plan(scattered_plan(model, Shape(4, 4, 64, 2)))
+    plan = model.plan(keep_ratio={"heads": 0.5, "ffn": 0.5, "layers": 0.5})
+    assert len(plan.layers) == 3  # one before each stage
+    model.apply_plan(plan)
     with torch.no_grad():
         masked = model(pixel_values=pixels).feature_maps
         found = model.merge_and_unload()(pixel_values=pixels).feature_maps

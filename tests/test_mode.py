@@ -10,7 +10,8 @@ from conftest import LM_ROW, build, gate, inputs_of, logits_of, scattered_plan
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainingArguments
 
-from hawada_peft import DistillTrainer, HawAdaConfig, get_teacher_logits, slim
+from hawada_peft import DistillTrainer, HawAdaConfig, slim
+from hawada_peft.distil import get_teacher_logits
 from hawada_peft.search.masked import MaskedQuality
 from hawada_peft.vanilla.mode import adapters_off, evaluating
 from hawada_peft.vanilla.outputs import output_of

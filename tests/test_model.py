@@ -24,8 +24,9 @@ from conftest import (
 )
 from peft import PeftModel, get_peft_model
 
-from hawada_peft import GateAdapter, HawAdaConfig, Plan, Shape, collect_gates
+from hawada_peft import HawAdaConfig, Plan, Shape, collect_gates
 from hawada_peft.errors import HawAdaError, IncompatibleBaseError
+from hawada_peft.gates import GateAdapter
 from hawada_peft.vanilla.family import locate
 
 DENSE = Shape(8, 4, 96, 4)

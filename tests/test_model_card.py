@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from dataclasses import dataclass, replace
@@ -33,24 +32,19 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from hawada_peft import (
     ExportFacts,
     LatencyBudget,
-    LatencyTable,
-    PassportLine,
     Plan,
     QualityChange,
-    Regime,
     SearchResult,
     Shape,
-    Timing,
-    calibration_facts,
-    measure_many,
     save_slim,
     slim,
     verify_slim,
-    write_card,
 )
 from hawada_peft.errors import HawAdaError, IncompatibleTableError, InvalidPlanError, VerificationError
+from hawada_peft.latency import LatencyTable, Regime, Timing, measure_many
 from hawada_peft.latency.effort import Effort
 from hawada_peft.search.result import Candidate
+from hawada_peft.shipping import PassportLine, calibration_facts, write_card
 from hawada_peft.vanilla.family import locate
 
 SECTIONS = ["What was cut", "Latency", "Quality", "Reconstruction", "Calibration data"]
@@ -214,7 +208,7 @@ def test_a_base_in_the_cache_gives_its_card(made: Slimmed, tmp_path: Path, monke
     (cached / "refs" / "main").write_text("abc")
     shutil.copytree(made.base, cached / "snapshots" / "abc")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    model = copy.deepcopy(made.model)
+    model = build(LM_ROW)
     model.name_or_path = "org/base"  # as from_pretrained leaves it
     save_slim(model, tmp_path / "slim", card=ExportFacts())
     card = card_in(tmp_path / "slim")
@@ -260,7 +254,7 @@ def test_the_example_runs(made: Slimmed, tmp_path: Path) -> None:
 def test_without_facts_there_are_no_sections_about_them(folder: Path) -> None:
     write_card(folder)
     assert not set(sections(card_in(folder))) & set(SECTIONS)
-    assert set(report_in(folder)) == {"format", "versions", "model", "alignment", "passport"}
+    assert set(report_in(folder)) == {"format", "versions", "model", "alignment", "passport", "files"}
     assert report_in(folder)["passport"][0]["evidence"] == "not checked"
 
 
@@ -276,7 +270,7 @@ def test_with_all_facts_there_is_every_section(made: Slimmed, folder: Path) -> N
         checked=(checked,),
         license="mit",
     )
-    write_card(folder, facts, verify_slim(folder, made.model))
+    write_card(folder, facts, verify_slim(folder, reference=made.model))
     card, report = card_in(folder), report_in(folder)
     assert [name for name in sections(card) if name in SECTIONS] == SECTIONS
     assert (card.data.base_model, card.data.license) == ("org/base", "mit")
@@ -293,6 +287,7 @@ def test_no_weights_are_needed(folder: Path) -> None:
     before = report_in(folder)
     (folder / "model.safetensors").unlink()
     write_card(folder)
+    assert before["files"].pop("model.safetensors")
     assert report_in(folder) == before
 
 
@@ -470,3 +465,88 @@ def test_saving_an_adapter_does_not_touch_its_files(tmp_path: Path) -> None:
         "adapter_model.safetensors",
     }
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+# ------------------------------------------------------------------ text from outside
+
+
+BAIT = (
+    "<script>alert(1)</script> <img src=x onerror=y> [here](https://evil.example) ![p](https://evil.example/p.png) "
+    "https://evil.example www.evil.example a@evil.example <!-- hidden --> \n\n# A heading\n---\nlicense: stolen\n---\n"
+    "| a | b |\n```python\nimport os\n```\n*stars* `ticks` ~~gone~~"
+)
+
+
+@pytest.mark.parametrize("renderer", ["commonmark", "gfm-like"])
+def test_text_from_outside_does_nothing_in_a_card(made: Slimmed, folder: Path, renderer: str) -> None:
+    parser = pytest.importorskip("markdown_it").MarkdownIt(renderer, {"html": True} | {"linkify": False})
+    timed = {name: replace(timing, device_name=BAIT) for name, timing in timings().items()}
+    plain, baited = (
+        ExportFacts(
+            base="org/base",
+            plan=made.plan,
+            latency={name: replace(timing, device_name=text) for name, timing in timed.items()},
+            quality=(QualityChange(text, 1.0, 2.0, text),),
+            reconstruction={text: text},
+            calibration={text: text},
+            checked=(PassportLine(text, "yes", "run", text),),
+            license="mit",
+            repo_id=text,
+        )
+        for text in ("words", BAIT)
+    )
+    found = []
+    for facts in (plain, baited):
+        write_card(folder, facts)
+        card = card_in(folder)
+        tokens = [token for block in parser.parse(card.text) for token in (block, *(block.children or []))]
+        kinds = [token.type for token in tokens if token.type not in ("text", "softbreak", "text_special", "entity")]
+        found.append([kind for kind in kinds if kind != "code_inline"])
+        assert card.data.license == "mit"
+    assert found[0] == found[1]
+    assert not any("html" in kind or "link" in kind or "image" in kind for kind in found[1])
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"license": ["mit"]}, "license must be a string"),
+        ({"repo_id": 3}, "repo_id must be a string"),
+        ({"base": 3}, "base must be an id or a path"),
+        ({"plan": {}}, "plan must be a Plan"),
+        ({"latency": 3.0}, "latency must be"),
+        ({"search": "search.json"}, "search must be"),
+        ({"calibration": [1]}, "calibration must be"),
+        ({"quality": [("perplexity", 1, 2)]}, "quality must be a list of QualityChange"),
+        ({"quality": QualityChange("a", 1.0, 2.0, "")}, "quality must be a list"),
+        ({"checked": ["ONNX"]}, "checked must be a list of PassportLine"),
+    ],
+    ids=str,
+)
+def test_facts_of_another_type_are_refused_when_they_are_given(facts: dict[str, Any], words: str) -> None:
+    with pytest.raises(HawAdaError, match=words):
+        ExportFacts(**facts)
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        "---\nlicense: [\n---\n# Base\n",
+        "---\n- a\n- b\n---\n",
+        "---\nlicense: {a: 1}\nlanguage: 3\n---\n",
+        "---\n\x00\n---",
+    ],
+)
+def test_a_broken_card_of_the_base_is_no_obstacle(made: Slimmed, tmp_path: Path, card: str) -> None:
+    shutil.copytree(made.base, tmp_path / "base")
+    (tmp_path / "base" / "README.md").write_text(card)
+    save_slim(made.model, tmp_path / "slim", card=ExportFacts(base=tmp_path / "base"))
+    assert report_in(tmp_path / "slim")["base"] == {"name": "base"}
+
+
+def test_an_adapters_card_names_no_folder_of_its_maker(tmp_path: Path) -> None:
+    build(LM_ROW).save_pretrained(tmp_path / "someone" / "teacher")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "someone" / "teacher")
+    gate(model, task_type="CAUSAL_LM").save_pretrained(tmp_path / "adapter")
+    assert "someone" not in (tmp_path / "adapter" / "README.md").read_text()
+    assert "someone" in (tmp_path / "adapter" / "adapter_config.json").read_text()  # PEFT's, by which it loads

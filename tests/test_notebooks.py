@@ -1,4 +1,4 @@
-"""The notebooks: stripped in the repository, and run from top to bottom by a kernel of their own."""
+"""The notebooks: stripped in the repository; run from top to bottom by a kernel of their own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from nbformat import NotebookNode
 
 FOLDER = Path(__file__).parents[1] / "examples" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+TIMEOUT = 1800
+"""Seconds per cell: a cell that hangs ends, one on a busy machine does not."""
 
 # asyncio warns of sockets that jupyter's own clean-up leaves to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
@@ -39,9 +41,8 @@ def test_runs(notebook: NotebookNode, tmp_path: Path, monkeypatch: pytest.Monkey
     for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
         monkeypatch.setenv(name, str(tmp_path / ".jupyter"))
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
-    client = NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-    )
+    where = {"metadata": {"path": str(tmp_path)}}
+    client = NotebookClient(notebook, timeout=TIMEOUT, kernel_name="python3", resources=where)
     ran = client.execute()
     outputs = [output for cell in ran.cells if cell.cell_type == "code" for output in cell.outputs]
     assert [output for output in outputs if output.output_type == "error"] == []

@@ -10,8 +10,9 @@ import transformers
 from conftest import LM_ROW, ROWS, VISION_ROW, Export, Row, build, scattered_plan
 from transformers import PreTrainedModel
 
-from hawada_peft import PassportLine, Shape, check_compile, slim
+from hawada_peft import Shape, slim
 from hawada_peft.errors import HawAdaError
+from hawada_peft.shipping import PassportLine, check_compile
 from hawada_peft.shipping.passport import alignment, passport_of
 from hawada_peft.shipping.runtime_rules import RULES, VERSIONS_TRIED
 from hawada_peft.vanilla.family import FAMILIES, locate, register_family

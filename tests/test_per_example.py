@@ -26,8 +26,9 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hawada_peft import BlockAdapter, ChannelAdapter, HawAdaConfig, SigmoidGate, attach_adapters, collect_gates
+from hawada_peft import HawAdaConfig, attach_adapters, collect_gates
 from hawada_peft.errors import RowsError
+from hawada_peft.gates import BlockAdapter, ChannelAdapter, SigmoidGate
 from hawada_peft.gates.rows import theta_per_row
 from hawada_peft.planning.per_example import example_gradients
 from hawada_peft.vanilla.heads import head_of

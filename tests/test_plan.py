@@ -10,7 +10,7 @@ import pytest
 from conftest import Export
 
 from hawada_peft import Plan, Shape
-from hawada_peft.errors import IncompatibleBaseError, InvalidPlanError
+from hawada_peft.errors import HawAdaError, IncompatibleBaseError, InvalidPlanError
 
 DENSE = Shape(8, 4, 12, 3)
 PLAN = Plan(DENSE, layers=(0, 2), heads=((0, 3), (4, 6)), channels=((0, 5, 11), (1, 2, 3)))
@@ -101,3 +101,43 @@ def test_damaged_plans_are_refused(change: dict[str, Any]) -> None:
 def test_text_that_is_not_json_is_refused() -> None:
     with pytest.raises(InvalidPlanError, match="not JSON"):
         Plan.from_json("channels: all")
+
+
+def nested(depth: int) -> Any:
+    value: Any = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+NO_JSON_OF_A_PLAN = [5, 2.5, True, "abc", [], {}, [[]], [1.5], ["a"], [True], {"a": 1}, [-1], nested(50), nested(5000)]
+
+
+@pytest.mark.parametrize("value", NO_JSON_OF_A_PLAN, ids=range(len(NO_JSON_OF_A_PLAN)))
+@pytest.mark.parametrize("field", ["dense", "layers", "heads", "channels", "hidden", "roundings", "format"])
+def test_fields_of_other_types_are_refused_with_what_is_allowed(field: str, value: Any) -> None:
+    data = Plan.keep_all(DENSE).to_dict() | {field: value}
+    if (field, value) in (("roundings", []), ("format", True)):
+        return
+    with pytest.raises(HawAdaError) as caught:
+        Plan.from_dict(data)
+    assert field.removesuffix("s") in str(caught.value) or "sizes" in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_masks_that_are_none_are_refused() -> None:
+    data = Plan.keep_all(DENSE).to_dict()
+    for mask in ("-1", "0x1", "", " 1", "f" * 10_000, "g"):
+        with pytest.raises(InvalidPlanError, match="channels must be a list of bit masks"):
+            Plan.from_dict(data | {"channels": [mask] * len(data["layers"])})
+
+
+def test_json_that_is_nested_too_deep_is_refused() -> None:
+    with pytest.raises(InvalidPlanError, match="not JSON"):
+        Plan.from_json("[" * 100_000)
+
+
+def test_what_a_notebook_shows_of_a_plan_is_short() -> None:
+    dense = Shape(32, 8, 8192, 16)
+    assert len(repr(Plan.keep_all(dense))) < 300
+    assert repr(Plan.keep_all(dense)) == str(Plan.keep_all(dense))

@@ -22,19 +22,18 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from hawada_peft import (
-    GateAdapter,
     GateTrainingArguments,
     HawAdaConfig,
     HawAdaTrainer,
     Shape,
     collect_gates,
-    get_student_logits,
-    get_teacher_logits,
     save_slim,
     slim,
 )
+from hawada_peft.distil import get_student_logits, get_teacher_logits
 from hawada_peft.distil.divergence import kl_divergence
 from hawada_peft.errors import UnsupportedModelError
+from hawada_peft.gates import GateAdapter
 
 SHAPE = Shape(4, 4, 64)
 SCHEMES: dict[str, dict[str, Any]] = {

@@ -18,11 +18,13 @@ from sklearn.datasets import load_digits
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, ViTImageProcessorPil
 from typer.testing import CliRunner
 
-from hawada_peft import Recipe, RecipeResult, train_recipe
+from hawada_peft import train_recipe
 from hawada_peft.cli.program import app
 from hawada_peft.errors import HawAdaError
+from hawada_peft.recipes import Recipe, RecipeResult
+from hawada_peft.recipes.digests import recipe_digests
 from hawada_peft.recipes.examples import batches_from, load_data
-from hawada_peft.recipes.record import RESULT
+from hawada_peft.recipes.record import RESULT, Record
 from hawada_peft.recipes.settings import DataSource
 from hawada_peft.training.history import HISTORY_FILE
 
@@ -106,6 +108,7 @@ def test_a_language_model_from_recipe_to_verified_folder(whole: Path) -> None:
     assert all(str(size) in str(result) for size in LM_ROW.slim.to_dict().values())
 
 
+@pytest.mark.usefixtures("toy_machine")
 def test_digits_under_a_budget_with_lora_in_both_trainings(tmp_path: Path) -> None:
     build(VISION_ROW, image_size=8, patch_size=4, num_channels=1, num_labels=10).save_pretrained(tmp_path / "teacher")
     scans, labels = load_digits(return_X_y=True)
@@ -181,6 +184,66 @@ def test_a_folder_of_another_run_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(HawAdaError, match=r"differs in \['seed'\]"):
         done(recipe | {"seed": 3}, resume=True)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["recipe.json"]
+
+
+@pytest.mark.parametrize("changed", ["teacher/model.safetensors", "tokens.npy"])
+def test_a_run_is_resumed_on_the_same_model_and_data_only(tmp_path: Path, whole: Path, changed: str) -> None:
+    shutil.copytree(whole.parent, tmp_path, dirs_exist_ok=True)
+    recipe = json.loads((whole / "recipe.json").read_text())["recipe"]
+    recipe |= {"output": str(tmp_path / "out"), "model": str(tmp_path / "teacher")}
+    recipe["data"]["files"] = str(tmp_path / "tokens.npy")
+    record = tmp_path / "out" / "recipe.json"
+    (tmp_path / "out" / RESULT).unlink()
+    content = {"recipe": Recipe.from_dict(recipe).to_dict(), "digests": recipe_digests(Recipe.from_dict(recipe))}
+    record.write_text(json.dumps(content))
+    with (tmp_path / changed).open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(HawAdaError, match="begun with other content"):
+        done(recipe, resume=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
+    recipe = Recipe.from_dict(language(tmp_path))
+    first, second = (Record(recipe, resume=True, main=True) for _ in range(2))
+    first.begin()
+    with pytest.raises(FileExistsError, match="another process works in"):
+        second.begin()
+    first.end()
+    second.begin()
+    second.end()
+    assert {path.name for path in tmp_path.iterdir()} == {"teacher", "tokens.npy", "out"}
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "1", '{"recipe": 3}'])
+def test_a_damaged_record_is_refused(tmp_path: Path, text: str) -> None:
+    recipe = language(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "recipe.json").write_text(text)
+    with pytest.raises(HawAdaError):
+        done(recipe, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training": SHORT | {"fp16": True}}, "training.fp16 needs a GPU"),
+        ({"training": SHORT | {"report_to": "clearml"}}, "training.report_to"),
+        ({"shape": None, "budget": {"speedup": 1.2, "seq_len": 8, "image_size": 16}}, "budget.image_size is not for"),
+        ({"shape": None, "budget": {"speedup": 1.2}}, "needs seq_len"),
+        ({"model": "nosuch"}, "there is no folder nosuch"),
+    ],
+)
+def test_what_cannot_be_done_here_is_refused_before_any_work(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((HawAdaError, FileNotFoundError), match=message):
+        done(language(tmp_path, **changes))
+    assert not (tmp_path / "out").exists()
 
 
 def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:

@@ -29,9 +29,11 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
-from hawada_peft import Plan, Shape, reconstruct, register_family, rehome, save_slim, slim
+from hawada_peft import Plan, Shape, register_family, save_slim, slim
 from hawada_peft.errors import HawAdaError, IncompatibleBaseError, UnsupportedModelError
+from hawada_peft.refit import reconstruct
 from hawada_peft.refit.layerwise import Stream, residual_gains
+from hawada_peft.vanilla import rehome
 from hawada_peft.vanilla.family import FAMILIES, locate
 
 NARROW = Shape(intermediate_size=40)
@@ -130,11 +132,11 @@ def test_merge_folds_the_same_bits_when_nothing_is_applied(dtype: torch.dtype) -
         model.apply_plan(scattered_plan(model, LM_ROW.slim))
     constant = {"input_ids": torch.full((4, 16), 5)}  # says nothing about the batch that is held out
     held_out = batches_of(models[0].get_base_model(), count=1)
-    reports: list[Any] = []
     expected = models[0].merge_and_unload()
     with pytest.warns(UserWarning, match="keeps its plain weights"):
-        found = models[1].merge_and_unload(calibration=[constant, *held_out], on_reconstruction=reports.append)
-    assert not reports[0].applied
+        slimmed = models[1].slim(calibration=[constant, *held_out])
+    found = slimmed.model
+    assert not slimmed.reconstruction.applied
     assert_same_state(state_of(found), state_of(expected))
 
 
@@ -143,11 +145,12 @@ def test_merge_reconstructs_towards_the_dense_model_from_the_folded_weights(row:
     plan = scattered_plan(dense, row.slim)
     for model in models:
         model.apply_plan(plan)
-    batches, reports = batches_of(dense, count=4), []
+    batches = batches_of(dense, count=4)
     expected = models[0].merge_and_unload()
     result = reconstruct(dense, expected, plan, batches)
-    found = models[1].merge_and_unload(calibration=batches, on_reconstruction=reports.append)
-    assert reports == [result]
+    slimmed = models[1].slim(calibration=batches)
+    found = slimmed.model
+    assert slimmed.reconstruction == result
     assert result.applied
     assert_same_state(state_of(found), state_of(expected))
 
@@ -159,11 +162,12 @@ def test_merge_keeps_trained_modules_and_compares_with_the_original_ones() -> No
     trained.weight.data += 1
     plan = scattered_plan(model, NARROW)
     model.apply_plan(plan)
-    expected, reports = slim(dense, plan), []
-    small = model.merge_and_unload(calibration=batches_of(dense), fold=False, on_reconstruction=reports.append)
+    expected = slim(dense, plan)
+    slimmed = model.slim(calibration=batches_of(dense), fold=False)
+    small = slimmed.model
     assert torch.equal(small.classifier.weight, dense.classifier.weight + 1)
     expected.classifier.weight.data += 1
-    assert reconstruct(dense, expected, plan, batches_of(dense)) == reports[0]
+    assert reconstruct(dense, expected, plan, batches_of(dense)) == slimmed.reconstruction
 
 
 def test_padding_does_not_count() -> None:
@@ -298,7 +302,8 @@ import sys, torch
 from torch import distributed
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
-from hawada_peft import Plan, reconstruct, slim
+from hawada_peft import Plan, slim
+from hawada_peft.refit import reconstruct
 torch.set_num_threads(1)
 rank, folder = int(sys.argv[1]), sys.argv[2]
 distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)

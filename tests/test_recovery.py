@@ -49,7 +49,7 @@ def test_training_starts_at_the_masked_model_and_comes_closer_to_the_dense_one(
     model = planned()
     masked, dense, start = logits_of(model), model.get_base_model(), AtStart()
     args = arguments(tmp_path / "out", max_steps=12, learning_rate=0.01)
-    slim = recover(model, args, train_dataset=DATA, lora=lora, callbacks=[start])
+    slim = recover(model, args, train_dataset=DATA, lora=lora, callbacks=[start]).model
     assert difference(start.logits, masked) <= 1e-5
     before = planned().merge_and_unload()
     assert kl_of(slim, dense) < 0.8 * kl_of(before, dense)
@@ -82,7 +82,7 @@ def test_the_base_is_the_dense_model_again_bit_for_bit(tmp_path: Path, merged: b
 def test_a_dense_model_and_a_plan_will_do(tmp_path: Path) -> None:
     dense = build(LM_ROW)
     plan, before = scattered_plan(dense, LM_ROW.slim), state_of(dense)
-    slim = recover(dense, arguments(tmp_path), train_dataset=DATA, plan=plan)
+    slim = recover(dense, arguments(tmp_path), train_dataset=DATA, plan=plan).model
     assert slim.config.num_hidden_layers == LM_ROW.slim.num_hidden_layers
     assert_same_state(dense.state_dict(), before)
     assert all(parameter.requires_grad for parameter in dense.parameters())
@@ -103,7 +103,7 @@ def test_images_and_a_trained_head(tmp_path: Path) -> None:
     with torch.no_grad():
         base.classifier.modules_to_save["default"].bias += 1.0
     masked, start = logits_of(model), AtStart()
-    slim = recover(model, arguments(tmp_path / "out"), train_dataset=IMAGES, callbacks=[start])
+    slim = recover(model, arguments(tmp_path / "out"), train_dataset=IMAGES, callbacks=[start]).model
     assert difference(start.logits, masked) <= 1e-5
     assert_same_state(base.state_dict(), build(VISION_ROW).state_dict())
     slim.save_pretrained(tmp_path / "slim")
@@ -118,7 +118,7 @@ def test_calibration_gives_a_better_start(tmp_path: Path, gated: bool) -> None:
     tokens = torch.randint(3, 128, (64, 16), generator=torch.Generator().manual_seed(9))
     args = arguments(tmp_path, max_steps=1, learning_rate=0.0)
     batches = [{"input_ids": rows} for rows in tokens.split(8)]
-    slim = recover(model, args, train_dataset=DATA, plan=plan, calibration=batches)
+    slim = recover(model, args, train_dataset=DATA, plan=plan, calibration=batches).model
     plain = planned().merge_and_unload(plan=plan) if gated else planned().merge_and_unload(plan=plan, fold=False)
     dense = build(LM_ROW)
     assert kl_of(slim, dense) < kl_of(plain, dense)
@@ -129,7 +129,7 @@ def test_calibration_gives_a_better_start(tmp_path: Path, gated: bool) -> None:
 @pytest.mark.parametrize("lora", [None, LORA], ids=["weights", "lora"])
 def test_an_interrupted_recovery_is_resumed(tmp_path: Path, lora: LoraConfig | None) -> None:
     options = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear"}
-    whole = recover(planned(), arguments(tmp_path / "whole", **options), train_dataset=DATA, lora=lora)
+    whole = recover(planned(), arguments(tmp_path / "whole", **options), train_dataset=DATA, lora=lora).model
     resumed = recover(
         planned(),
         arguments(tmp_path / "resumed", **options),
@@ -137,7 +137,7 @@ def test_an_interrupted_recovery_is_resumed(tmp_path: Path, lora: LoraConfig | N
         lora=lora,
         resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"),
     )
-    assert_same_state(resumed.state_dict(), whole.state_dict())
+    assert_same_state(resumed.model.state_dict(), whole.state_dict())
 
 
 def test_all_that_is_wrong_is_said_before_anything_is_changed(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_narrower_stream_recovers_but_is_not_refitted(tmp_path: Path) -> None:
     with pytest.raises(HawAdaError, match="calibration"):
         recover(model, train_dataset=DATA, calibration=[])
     masked, base = logits_of(model), model.get_base_model()
-    slim = recover(model, arguments(tmp_path, max_steps=1, learning_rate=0.0), train_dataset=DATA)
+    slim = recover(model, arguments(tmp_path, max_steps=1, learning_rate=0.0), train_dataset=DATA).model
     assert difference(logits_of(slim), masked) <= 1e-5
     assert_same_state(base.state_dict(), build(LM_ROW).state_dict())
 
@@ -174,3 +174,20 @@ def test_broken_gates_leave_the_model_as_it_was() -> None:
         recover(model, train_dataset=DATA)
     found = model.state_dict()
     assert_same_state({name: found[name] for name in base}, base)
+
+
+class Stop(TrainerCallback):
+    """Ctrl-C in the middle of training."""
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_recovery_leaves_the_gated_model(tmp_path: Path) -> None:
+    model = planned()
+    expected, state = logits_of(model), state_of(model)
+    with pytest.raises(KeyboardInterrupt):
+        recover(model, arguments(tmp_path, max_steps=2), train_dataset=DATA, callbacks=[Stop()])
+    assert torch.equal(logits_of(model), expected)
+    assert_same_state(state_of(model), state)
+    recover(model, arguments(tmp_path, max_steps=1), train_dataset=DATA)

@@ -11,7 +11,7 @@ import torch
 from conftest import LM_ROW, VISION_ROW, build, difference, inputs_of, logits_of
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from hawada_peft import HawAdaConfig, Reconstruction, Shape
+from hawada_peft import HawAdaConfig, Shape
 from hawada_peft.errors import HawAdaError, IllegalShapeError
 from hawada_peft.latency.regime import Regime
 from hawada_peft.search.masked import MaskedQuality
@@ -51,10 +51,9 @@ def test_the_loss_is_that_of_a_merge_with_calibration(row: Any) -> None:
     shape = Shape(4, None if row is LM_ROW else 4, 40, 3)
     quality = RefittedQuality(model, batches)
     found = quality.evaluate(shape)
-    reports: list[Reconstruction] = []
     plan = quality.plan(shape)
-    copy.deepcopy(model).merge_and_unload(plan=plan, fold=False, calibration=batches, on_reconstruction=reports.append)
-    assert found == pytest.approx(min(reports[0].before, reports[0].after), rel=1e-6)
+    report = copy.deepcopy(model).slim(plan=plan, fold=False, calibration=batches).reconstruction
+    assert found == pytest.approx(min(report.before, report.after), rel=1e-6)
     assert quality.evaluate(locate(model.get_base_model()).dense) == 0
 
 

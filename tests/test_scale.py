@@ -8,7 +8,8 @@ from conftest import LM_ROW, VISION_ROW, build, gate, inputs_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hawada_peft import BlockGate, ChannelGate, HeadGate, SigmoidGate, collect_gates
+from hawada_peft import collect_gates
+from hawada_peft.gates import BlockGate, ChannelGate, HeadGate, SigmoidGate
 from hawada_peft.gates.adapter import BLOCK, LAYER
 from hawada_peft.gates.concrete import BlockAdapter, ChannelAdapter
 from hawada_peft.gates.kinds import GateStart

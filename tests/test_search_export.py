@@ -18,7 +18,7 @@ from peft import get_peft_model
 from toys import REGIME, StoppedClock, by_shape, by_table, once, timing, toy_table
 from tqdm import tqdm
 
-from hawada_peft import HawAdaConfig, Shape, collect_gates, rehome
+from hawada_peft import HawAdaConfig, Shape, collect_gates
 from hawada_peft.errors import (
     HawAdaError,
     IllegalShapeError,
@@ -43,6 +43,7 @@ from hawada_peft.search.space import SearchSpace, narrower_sizes, search_space
 from hawada_peft.search.state import SearchState, frontier
 from hawada_peft.search.timed import dense_model, measure_table, regime_of
 from hawada_peft.search.timed_models import realiser
+from hawada_peft.vanilla import rehome
 from hawada_peft.vanilla.family import locate
 from hawada_peft.vanilla.legality import head_shapes
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hawada_peft import slice_conv, slice_embedding, slice_linear
 from hawada_peft.errors import InvalidPlanError
+from hawada_peft.surgery import slice_conv, slice_embedding, slice_linear
 from hawada_peft.surgery.slicing import slice_tensor
 
 IN, OUT = [5, 0, 2], [1, 3]

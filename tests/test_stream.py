@@ -236,7 +236,7 @@ def test_broken_lora_is_refused(tmp_path: Path) -> None:
     weights = load_file(file)
     name = next(name for name in weights if "lora_A" in name)
     save_file(weights | {name: torch.full_like(weights[name], torch.nan)}, file)
-    with pytest.raises(BrokenGatesError, match="NaNs detected in the LoRA"):
+    with pytest.raises(BrokenGatesError, match=r"NaNs detected.*lora_A"):
         slim_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "slim")
     assert names_in(tmp_path) == ["adapter", "base"]
 

@@ -6,28 +6,40 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from conftest import (
     LM_ROW,
+    ROWS,
     VISION,
     VISION_ROW,
     Row,
     build,
+    gate,
     inputs_of,
     logits_of,
     scattered_plan,
 )
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from hawada_peft import Shape, save_slim, slim, verify_slim
-from hawada_peft.errors import VerificationError
+from hawada_peft import ExportFacts, Plan, Shape, save_slim, slim, slim_checkpoint, verify_slim
+from hawada_peft.errors import HawAdaError, UnsupportedModelError, VerificationError
+from hawada_peft.files.names import REPORT_NAME
 from hawada_peft.files.verify import verify_files
+from hawada_peft.shipping import Verification
+from hawada_peft.vanilla.outputs import outputs_of
+from hawada_peft.vanilla.resize import LEFT_OVER
 from hawada_peft.vanilla.skeleton import auto_class_of
+
+
+def verified(folder: Path, reference: Any, inputs: Any = None, **options: Any) -> Verification:
+    return verify_slim(folder, reference=reference, inputs=inputs, **options).require()
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +67,7 @@ def edit_config(folder: Path, **fields: object) -> None:
 
 
 def test_an_untouched_folder_verifies(small: PreTrainedModel, folder: Path) -> None:
-    found = verify_slim(folder, small)
+    found = verified(folder, small)
     assert found.max_difference == 0
     assert found.auto_class == "AutoModelForCausalLM"
     assert found.parameters == small.num_parameters()
@@ -66,24 +78,24 @@ def test_logits_and_inputs_of_the_users_own(small: PreTrainedModel, folder: Path
     inputs = {"input_ids": torch.arange(6)[None]}
     with torch.no_grad():
         logits = small(**inputs).logits
-    assert verify_slim(folder, logits, inputs).max_difference == 0
+    assert verified(folder, logits, inputs).max_difference == 0
     with pytest.raises(VerificationError, match="computes something else"):
-        verify_slim(folder, logits + 0.1, inputs)
-    assert verify_slim(folder, logits + 0.1, inputs, tolerance=1.0).max_difference > 0
+        verified(folder, logits + 0.1, inputs)
+    assert verified(folder, logits + 0.1, inputs, tolerance=1.0).max_difference > 0
 
 
 def test_logits_need_their_inputs(small: PreTrainedModel, folder: Path) -> None:
-    with pytest.raises(VerificationError, match="pass the `inputs`"):
-        verify_slim(folder, logits_of(small))
+    with pytest.raises(HawAdaError, match="pass the `inputs`"):
+        verified(folder, logits_of(small))
 
 
 def test_logits_of_another_shape_are_refused(small: PreTrainedModel, folder: Path) -> None:
-    with pytest.raises(VerificationError, match=r"\(2, 16, 128\), expected \(2, 16, 5\)"):
-        verify_slim(folder, logits_of(small)[..., :5], inputs_of(small))
+    with pytest.raises(VerificationError, match=r"\(2, 16, 128\), expected are \(2, 16, 5\)"):
+        verified(folder, logits_of(small)[..., :5], inputs_of(small))
 
 
 def test_mode_of_the_reference_is_put_back(small: PreTrainedModel, folder: Path) -> None:
-    verify_slim(folder, small.train())
+    verified(folder, small.train())
     assert small.training
     small.eval()
 
@@ -94,7 +106,7 @@ NAME = "model.layers.1.mlp.down_proj.weight"
 @pytest.mark.parametrize(
     ("edit", "facts"),
     [
-        (lambda weights: weights[NAME].mul_(1.5), "computes something else.*Do not use this folder"),
+        (lambda weights: weights[NAME].mul_(1.5), "do not use.*computes something else"),
         (lambda weights: weights[NAME].fill_(float("nan")), "computes something else"),
         (lambda weights: weights.pop(NAME), "exactly the weights.*layers.1.mlp.down_proj"),
         (lambda weights: weights.update(extra=torch.zeros(1)), "exactly the weights.*extra"),
@@ -105,7 +117,7 @@ NAME = "model.layers.1.mlp.down_proj.weight"
 def test_tampered_weights_are_refused(small: PreTrainedModel, folder: Path, edit, facts: str) -> None:
     edit_weights(folder, edit)
     with pytest.raises(VerificationError, match=facts):
-        verify_slim(folder, small)
+        verified(folder, small)
 
 
 def test_files_of_an_untouched_folder_are_as_expected(small: PreTrainedModel, folder: Path) -> None:
@@ -138,7 +150,7 @@ def test_truncated_files_are_not_as_expected(small: PreTrainedModel, folder: Pat
 
 
 def test_files_of_another_class_are_refused(folder: Path) -> None:
-    with pytest.raises(VerificationError, match="loads as LlamaForCausalLM, saved was ViT"):
+    with pytest.raises(VerificationError, match="as LlamaForCausalLM, saved was ViT"):
         verify_files(folder, build(VISION_ROW))
 
 
@@ -146,14 +158,14 @@ def test_a_truncated_file_is_refused(small: PreTrainedModel, folder: Path) -> No
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(VerificationError, match="does not load"):
-        verify_slim(folder, small)
+        verified(folder, small)
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
 def test_missing_files_are_refused(small: PreTrainedModel, folder: Path, missing: str) -> None:
     (folder / missing).unlink()
     with pytest.raises(VerificationError, match="does not load with transformers"):
-        verify_slim(folder, small)
+        verified(folder, small)
 
 
 @pytest.mark.parametrize(
@@ -162,12 +174,12 @@ def test_missing_files_are_refused(small: PreTrainedModel, folder: Path, missing
 def test_damaged_configs_are_refused(small: PreTrainedModel, folder: Path, fields: dict[str, object]) -> None:
     edit_config(folder, **fields)
     with pytest.raises(VerificationError):
-        verify_slim(folder, small)
+        verified(folder, small)
 
 
 def test_another_class_is_refused(small: PreTrainedModel, folder: Path) -> None:
-    with pytest.raises(VerificationError, match="loads as LlamaForCausalLM, saved was ViT"):
-        verify_slim(folder, build(VISION_ROW), inputs_of(small))
+    with pytest.raises(VerificationError, match="as LlamaForCausalLM, saved was ViT"):
+        verified(folder, build(VISION_ROW), inputs_of(small))
 
 
 @pytest.mark.parametrize(
@@ -241,3 +253,178 @@ def test_a_backbone_is_verified_by_its_feature_maps(tmp_path: Path) -> None:
     row = Row("Dinov2Backbone", "Dinov2Config", VISION | {"mlp_ratio": 2}, VISION_ROW.slim)
     model = build(row)
     assert save_slim(slim(model, scattered_plan(model, Shape(4, 4, 64, 2))), tmp_path / "slim").scale > 0
+
+
+# ------------------------------------------------------------------ every head, every output
+
+
+HEADS = {
+    "answers": Row("LlamaForQuestionAnswering", "LlamaConfig", LM_ROW.fields, LM_ROW.slim),
+    "classes of sequences": Row("LlamaForSequenceClassification", "LlamaConfig", LM_ROW.fields, LM_ROW.slim),
+    "no padding": Row(
+        "Qwen2ForSequenceClassification", "Qwen2Config", ROWS["qwen2"].fields | {"pad_token_id": None}, LM_ROW.slim
+    ),
+    "classes of tokens": Row("LlamaForTokenClassification", "LlamaConfig", LM_ROW.fields, LM_ROW.slim),
+    "masked images": Row(
+        "ViTForMaskedImageModeling", "ViTConfig", VISION_ROW.fields | {"encoder_stride": 8}, VISION_ROW.slim
+    ),
+    "two heads": Row("DeiTForImageClassificationWithTeacher", "DeiTConfig", ROWS["deit"].fields, VISION_ROW.slim),
+    "feature maps": Row(
+        "Dinov2Backbone",
+        "Dinov2Config",
+        VISION | {"mlp_ratio": 2, "out_indices": [1, 2, 4]},
+        Shape(4, 4, 64, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_output_of_every_head_is_compared(tmp_path: Path, head: str) -> None:
+    row = HEADS[head]
+    model = gate(build(row))
+    model.apply_plan(scattered_plan(model, row.slim))
+    inputs = inputs_of(model)
+    expected = outputs_of(model, inputs)
+    small = model.merge_and_unload()
+    save_slim(small, tmp_path / "slim", reference=expected, inputs=inputs)
+    assert verify_slim(tmp_path / "slim", reference=small).ok
+    for name, tensor in expected.items():
+        changed = expected | {name: tensor + 1}
+        with pytest.raises(VerificationError, match=name):
+            verified(tmp_path / "slim", changed, inputs)
+    fewer = dict(list(expected.items())[1:])
+    with pytest.raises(VerificationError, match="gives the outputs"):
+        verified(tmp_path / "slim", fewer, inputs)
+
+
+def test_one_row_where_no_token_is_padding_and_the_head_looks_for_the_end() -> None:
+    rows = {head: len(inputs_of(build(HEADS[head]))["input_ids"]) for head in ("no padding", "classes of sequences")}
+    assert rows == {"no padding": 1, "classes of sequences": 2}
+
+
+# ------------------------------------------------------------------ what only looking at every byte tells
+
+
+def touch_no_example(weights: dict[str, torch.Tensor]) -> None:
+    used = set(inputs_of(build(LM_ROW))["input_ids"].flatten().tolist())
+    row = next(token for token in range(128) if token not in used)
+    weights["model.embed_tokens.weight"][row] += 1
+
+
+def break_what_no_example_touches(weights: dict[str, torch.Tensor]) -> None:
+    used = set(inputs_of(build(LM_ROW))["input_ids"].flatten().tolist())
+    row = next(token for token in range(128) if token not in used)
+    weights["model.embed_tokens.weight"][row] = torch.nan
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a row that no example touches": (
+        lambda folder: edit_weights(folder, touch_no_example),
+        "model.safetensors is not the file",
+    ),
+    "another field": (lambda folder: edit_config(folder, rms_norm_eps=1e-3), "config.json is not the file"),
+    "a file that is gone": (lambda folder: (folder / "words.txt").unlink(), "words.txt is gone"),
+    "an empty report": (lambda folder: (folder / REPORT_NAME).write_text(""), "is no JSON"),
+    "a report of nothing": (lambda folder: (folder / REPORT_NAME).write_text("{}"), "of format None"),
+    "a report of another format": (
+        lambda folder: (folder / REPORT_NAME).write_text('{"format": 7}'),
+        "of format 7",
+    ),
+    "a report that is a list": (lambda folder: (folder / REPORT_NAME).write_text("[]"), "must hold an object"),
+    "a report without files": (
+        lambda folder: (folder / REPORT_NAME).write_text('{"format": 1}'),
+        "lists no files",
+    ),
+}
+
+
+class Words:
+    """A tokenizer of one file."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "words.txt").write_text("some words")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_since_it_was_written_are_told(small: PreTrainedModel, tmp_path: Path, change: str) -> None:
+    save_slim(small, tmp_path / "slim", processor=Words(), card=ExportFacts())
+    assert verify_slim(tmp_path / "slim").ok
+    make, words = CHANGES[change]
+    make(tmp_path / "slim")
+    found = verify_slim(tmp_path / "slim")
+    assert not found.ok
+    assert words in " ".join(found.problems)
+
+
+def test_a_missing_report_is_said(small: PreTrainedModel, tmp_path: Path) -> None:
+    save_slim(small, tmp_path / "slim", card=ExportFacts())
+    (tmp_path / "slim" / REPORT_NAME).unlink()
+    (check,) = [check for check in verify_slim(tmp_path / "slim").checks if check.ok is None]
+    assert check.name == "report"
+    assert "cannot be told" in check.detail
+
+
+def test_a_weight_that_is_no_number_is_found_where_no_example_goes(small: PreTrainedModel, tmp_path: Path) -> None:
+    broken = copy.deepcopy(small)
+    state = broken.state_dict()
+    break_what_no_example_touches(state)
+    with pytest.raises(VerificationError, match=r"finite: model\.embed_tokens\.weight holds NaN"):
+        save_slim(broken, tmp_path / "slim")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------ what a base brings along
+
+
+@pytest.mark.parametrize("cuts", [True, False], ids=["cut", "as it is"])
+@pytest.mark.parametrize("field", LEFT_OVER)
+def test_fields_of_other_files_are_left_out(tmp_path: Path, field: str, cuts: bool) -> None:
+    model = build(LM_ROW)
+    setattr(model.config, field, {"quant_method": "gguf", "AutoConfig": "configuration_custom.Config"})
+    made = slim(model, scattered_plan(model, LM_ROW.slim)) if cuts else model
+    save_slim(made, tmp_path / "slim")
+    assert field not in json.loads((tmp_path / "slim" / "config.json").read_text())
+    assert verify_slim(tmp_path / "slim").ok
+
+
+def test_a_slim_model_has_no_name_until_it_is_saved(tmp_path: Path) -> None:
+    build(LM_ROW).save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    made = slim(model, scattered_plan(model, LM_ROW.slim))
+    assert made.name_or_path == ""
+    save_slim(made, tmp_path / "slim", card=ExportFacts())
+    assert made.name_or_path == str(tmp_path / "slim")
+    assert json.loads((tmp_path / "slim" / REPORT_NAME).read_text())["base"] == {"name": "base"}
+    lora = get_peft_model(made, LoraConfig(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    lora.save_pretrained(tmp_path / "lora")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora")
+    assert loaded.config.num_hidden_layers == LM_ROW.slim.num_hidden_layers
+
+
+class Unserializable:
+    """What transformers leaves on a model out of a GGUF file: a quantizer that refuses to save plain weights."""
+
+    def is_serializable(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("fold_only", [False, True])
+def test_a_model_out_of_a_gguf_file_is_slimmed_and_saved_as_any(tmp_path: Path, fold_only: bool) -> None:
+    base: Any = build(LM_ROW)
+    base.config.quantization_config = {"quant_method": "gguf"}
+    base.hf_quantizer, base.is_quantized, base.quantization_method = Unserializable(), True, "gguf"
+    model: Any = gate(base)
+    plan = Plan.keep_all(scattered_plan(model, LM_ROW.slim).dense) if fold_only else scattered_plan(model, LM_ROW.slim)
+    model.apply_plan(plan)
+    expected, inputs = logits_of(model), inputs_of(model)
+    save_slim(model.merge_and_unload(), tmp_path / "slim", reference=expected, inputs=inputs)
+    assert verify_slim(tmp_path / "slim").ok
+    assert "quantization_config" not in json.loads((tmp_path / "slim" / "config.json").read_text())
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "slim").save_pretrained(tmp_path / "again")
+
+
+def test_a_folder_with_a_gguf_file_is_told_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UnsupportedModelError, match=r"gguf_file=.*merge_and_unload.*save_slim"):
+        slim_checkpoint(tmp_path / "base", None, tmp_path / "slim")

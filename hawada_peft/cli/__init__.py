@@ -1,4 +1,8 @@
-"""The command line, `hawada`: it parses, calls `hawada_peft.commands`, and prints."""
+"""
+The command line, `hawada`: each command parses, calls the library, and says what came of it.
+
+A command imports what it needs when it runs.
+"""
 
 from __future__ import annotations
 

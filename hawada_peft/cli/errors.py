@@ -21,7 +21,7 @@ DONE, FAILED, WRONG_USAGE, INFEASIBLE, INTERRUPTED = 0, 1, 2, 3, 130
 EXIT_CODES = {
     DONE: "done",
     FAILED: "an error that the message explains; or verify found something wrong",
-    WRONG_USAGE: "wrong usage: an unknown option, a missing argument",
+    WRONG_USAGE: "wrong usage: an unknown option or choice, a missing argument, options that do not go together",
     INFEASIBLE: "no shape meets the budget; the message gives the range that can be reached",
     INTERRUPTED: "interrupted by Ctrl-C",
 }

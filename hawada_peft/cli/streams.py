@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 
@@ -43,7 +44,7 @@ def working(*, quiet: bool = False, debug: bool = False) -> Iterator[Progress | 
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", FutureWarning)  # of one library to another
-        warnings.showwarning = _show
+        warnings.showwarning = _show_once()
         try:
             yield partial(tqdm, file=sys.stderr) if shown else None
         finally:
@@ -71,6 +72,16 @@ def _other_libraries(*, shown: bool, quiet: bool) -> Iterator[None]:
             enable_progress_bars()
 
 
-def _show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-    """A warning in one line, without the place in the code."""
-    say(f"warning: {message}")
+def _show_once() -> Callable[..., None]:
+    """
+    Shows warnings in one line, without the place in the code; of those that differ only in their numbers the first.
+    """
+    seen = set()
+
+    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        words = category, re.sub(r"[\d.]+", "", str(message).partition("(")[0])
+        if words not in seen:
+            seen.add(words)
+            say(f"warning: {message}")
+
+    return show

@@ -18,6 +18,7 @@ from transformers import default_data_collator
 
 from ..config import HawAdaConfig
 from ..errors import UnsettledTimingWarning
+from ..files.atomic import write_text
 from ..progress import Progress, progress_bar
 from ..search.budgeted import find_plan
 from ..training.start import init_gates
@@ -107,7 +108,7 @@ def train_task(task: Task, work: Work, folder: Path, progress: Progress | None =
             progress=progress,
         )
     logger.info("%s: %s", task.title, found)
-    (folder / SEARCH_FILE).write_text(json.dumps(found.to_dict()), encoding="utf-8")
+    write_text(folder / SEARCH_FILE, json.dumps(found.to_dict()))
     trainer = HawAdaTrainer(
         model=model,
         args=training_arguments(work.gates, folder, soft_fraction=SOFT_FRACTION),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -12,8 +13,10 @@ from transformers import PreTrainedModel, TrainingArguments
 from ..errors import HawAdaError
 from ..gates.adapter import GateAdapter
 from ..planning.plan import Plan
-from ..refit.reconstruction import Reconstruction, reconstruct
-from ..surgery.dense import dense_afterwards
+from ..refit.reconstruction import reconstruct
+from ..shipping.facts import calibration_facts
+from ..shipping.save import Slimmed
+from ..surgery.dense import put_back
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch
 from .arguments import rate_problems
@@ -30,20 +33,22 @@ def recover(
     plan: Plan | None = None,
     lora: LoraConfig | None = None,
     calibration: Iterable[Batch] | None = None,
-    on_reconstruction: Callable[[Reconstruction], None] | None = None,
+    verify: bool = True,
+    inputs: Batch | None = None,
     kd_temperature: float = 1.0,
     kl_weight: float = 1.0,
     mse_weight: float = 0.0,
     optimizer: str = "auto",
     resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
     **kwargs: Any,
-) -> PreTrainedModel:
+) -> Slimmed:
     """
     Remove what the plan closes, then distil the dense model into what is left.
 
     The slim model starts as what `merge_and_unload` gives: gates folded, equal to the gated model under its plan. The
     dense model is the teacher; memory holds both. Afterwards it is as it was before there were gates: `model` is used
-    up, as by `merge_and_unload`, and its base model is the dense model again, bit for bit.
+    up, as by `merge_and_unload`, and its base model is the dense model again, bit for bit. Whatever fails, or Ctrl-C,
+    leaves the gated model as it was.
 
     Args:
         model (`PeftModel` or `PreTrainedModel`): a gated model under a plan; or a dense one, with `plan`.
@@ -53,7 +58,7 @@ def recover(
         lora (`LoraConfig`, *optional*): train LoRA on the slim model, merged at the end; all weights if left out.
         calibration (*optional*): batches to refit the slim model on by least squares first, as `reconstruct` does. It
             costs no training and gives a better start.
-        on_reconstruction (*optional*): called with the `Reconstruction`, which tells what that did.
+        verify, inputs: as in `HawAdaModel.slim`, for the comparison of the gated and the slim model.
         kd_temperature (`float`): T of the KL divergence.
         kl_weight (`float`): weight of the divergence.
         mse_weight (`float`): weight of the squared difference of logits.
@@ -64,8 +69,8 @@ def recover(
         kwargs: as in `Trainer`: `eval_dataset`, `data_collator`, `callbacks`, ...
 
     Returns:
-        `PreTrainedModel`: the slim vanilla model, trained, in the mode and with the config that it would have without
-        the training.
+        `Slimmed`: its `model` is the slim vanilla model, trained, in the mode and with the config that it would have
+        without the training; `dense` is the dense one.
 
     Raises:
         HawAdaError: listing everything that is wrong with the arguments; nothing has been changed then. Also as
@@ -97,39 +102,38 @@ def recover(
         problems.append(str(error))
     if problems:
         raise HawAdaError("\n".join(problems))
-    if isinstance(model, PeftModel):
-        dense, small = _split(model, plan)
-    else:
-        dense, small = model, slim(model, cast(Plan, chosen))
-    if calibration is not None:
-        report = reconstruct(dense, small, cast(Plan, chosen), calibration)
-        if on_reconstruction is not None:
-            on_reconstruction(report)
-    training = dense.training
-    trainer = DistillTrainer(
-        small if lora is None else get_peft_model(small, lora),
-        args,
-        teacher=dense,
-        train_dataset=train_dataset,
-        kd_temperature=kd_temperature,
-        kl_weight=kl_weight,
-        mse_weight=mse_weight,
-        optimizer=optimizer,
-        **kwargs,
-    )
-    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-    student = cast(Any, trainer.student)
-    trained: PreTrainedModel = student if lora is None else student.merge_and_unload()
-    trained.requires_grad_(True)  # as of a model that was just loaded
-    return trained.train(training)
+    base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+    with put_back(base, always=False):  # until the end the gates may still be needed
+        if isinstance(model, PeftModel):
+            slimmed = cast(Any, model).slim(
+                plan=plan, safe_merge=True, calibration=calibration, verify=verify, inputs=inputs
+            )
+        else:
+            slimmed = _cut(model, cast(Plan, chosen), calibration)
+        training, small = base.training, slimmed.model
+        trainer = DistillTrainer(
+            small if lora is None else get_peft_model(small, lora),
+            args,
+            teacher=base,
+            train_dataset=train_dataset,
+            kd_temperature=kd_temperature,
+            kl_weight=kl_weight,
+            mse_weight=mse_weight,
+            optimizer=optimizer,
+            **kwargs,
+        )
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+        student = cast(Any, trainer.student)
+        trained: PreTrainedModel = student if lora is None else student.merge_and_unload()
+        trained.requires_grad_(True)  # as of a model that was just loaded
+    return replace(slimmed, model=trained.train(training))
 
 
-def _split(model: PeftModel, plan: Plan | None) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The dense model and the slim one that `merge_and_unload` gives, side by side."""
-    dense: Any = model.get_base_model()
-    for module in dense.modules():
-        if isinstance(module, GateAdapter) and module.merged:
-            module.unmerge()
-    with dense_afterwards(dense):
-        small = cast(Any, model).merge_and_unload(plan=plan, safe_merge=True)
-    return dense, small
+def _cut(dense: PreTrainedModel, plan: Plan, calibration: Iterable[Batch] | None) -> Slimmed:
+    """A dense model's slim one by a plan that did not come from gates."""
+    small = slim(dense, plan)
+    if calibration is None:
+        return Slimmed(small, plan, dense=dense)
+    batches = list(calibration)
+    report = reconstruct(dense, small, plan, batches)
+    return Slimmed(small, plan, dense=dense, reconstruction=report, calibration=calibration_facts(batches))

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError  # type: ignore[import-untyped]
 
+from .atomic import write_text
+from .markdown import code, place_of, prose, quoted
 from .names import CARD_NAME
+
+logger = logging.getLogger(__name__)
 
 TAG = "hawada"
 """In the tags of every card that this package writes, so that it knows its own."""
@@ -33,26 +39,43 @@ def write_adapter_card(folder: str | os.PathLike[str], config: Mapping[str, Any]
     """
     path = Path(folder) / CARD_NAME
     fresh = ModelCardData(base_model=_base_id(config), library_name="peft").to_yaml()
-    card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{fresh}\n---\n")
+    try:
+        card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{fresh}\n---\n")
+    except (ValueError, YAMLError) as error:
+        logger.warning("%s is left as it is, its metadata cannot be read: %s", path, error)
+        return
     card.data["tags"] = sorted({*(card.data.get("tags") or []), TAG})
+    _hide_places(card, config)
     lines = card.text.splitlines()
     if ADAPTER_HEADING not in lines:
         title = next((index + 1 for index, line in enumerate(lines) if line.startswith("# ")), 0)
         lines[title:title] = ["", *_adapter_lines(config)]
         card.text = "\n".join(lines) + "\n"
-    card.save(path)
+    write_text(path, str(card))
+
+
+def _hide_places(card: ModelCard, config: Mapping[str, Any]) -> None:
+    """Of a base that is a folder PEFT writes the whole path into the metadata and its tags: a card is for others."""
+    base = config.get("base_model_name_or_path")
+    if not base or _base_id(config) is not None:
+        return
+    if card.data.get("base_model") == base:
+        card.data.pop("base_model")
+    card.data["tags"] = [tag for tag in card.data["tags"] if base not in tag]
+    card.text = card.text.replace(base, code(place_of(base)))
 
 
 def _base_id(config: Mapping[str, Any]) -> str | None:
+    """The base model's id; None if it is a folder, or not known."""
     base: str | None = config.get("base_model_name_or_path")
-    return None if not base or Path(base).is_dir() else base
+    return base if base and place_of(base) == base and not Path(base).is_dir() else None
 
 
 def _adapter_lines(config: Mapping[str, Any]) -> list[str]:
     base = _base_id(config) or "path/to/the/base/model"
     sizes = config.get("base_sizes")
     made_for = (
-        [f"The base model must have these sizes: {', '.join(f'{k} {v}' for k, v in sizes.items())}.", ""]
+        [f"The base model must have these sizes: {', '.join(prose(f'{k} {v}') for k, v in sizes.items())}.", ""]
         if sizes
         else []
     )
@@ -72,7 +95,7 @@ def _adapter_lines(config: Mapping[str, Any]) -> list[str]:
         "from peft import PeftModel",
         "from transformers import AutoModel  # or the AutoModelFor... class of the task",
         "",
-        f'base = AutoModel.from_pretrained("{base}")',
+        f"base = AutoModel.from_pretrained({quoted(base)})",
         'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
         "slim = model.merge_and_unload()  # a vanilla transformers model",
         "```",

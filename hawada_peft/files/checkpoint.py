@@ -21,6 +21,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..errors import UnsupportedModelError
+from ..vanilla.loading import check_source
 from ..vanilla.skeleton import skeleton_of
 from .names import CARD_NAME, REPORT_NAME
 from .shards import FLOATS, Stored, read_header, read_rows
@@ -33,6 +34,12 @@ asked for again every time.
 
 WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".gguf")
 """Ends the names of files with weights, in this or other formats."""
+
+PICKLED = "load it with `from_pretrained`, and save it again with `save_pretrained`, which writes safetensors"
+GGUF = (
+    "load it with `from_pretrained(folder, gguf_file=...)`, which makes plain weights of it, and slim it in memory: "
+    "`merge_and_unload` and `save_slim`"
+)
 
 OF_THE_DENSE_MODEL = {
     "config.json",
@@ -61,8 +68,8 @@ class Checkpoint:
 
     Raises:
         OSError: if there is no such folder or model.
-        UnsupportedModelError: if the weights are not in safetensors files, are quantised, or are not exactly those of
-            the model's class under the names that transformers gives them.
+        UnsupportedModelError: if the folder holds no model, or its weights are not in safetensors files, are
+            quantised, or are not exactly those of the model's class under the names that transformers gives them.
     """
 
     def __init__(self, base: str | os.PathLike[str]) -> None:
@@ -144,10 +151,10 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / SAFE_WEIGHTS_NAME]
     if not (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
         other = sorted(path.name for path in folder.iterdir() if path.name.endswith(WEIGHTS))
+        gguf = any(name.endswith(".gguf") for name in other)
         raise UnsupportedModelError(
             f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}"
-            f"{f', only {other}' if other else ''}: load it with `from_pretrained`, and save it again with "
-            "`save_pretrained`, which writes safetensors"
+            f"{f', only {other}' if other else ''}: {GGUF if gguf else PICKLED}"
         )
     index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
     return [folder / name for name in sorted(set(index["weight_map"].values()))]
@@ -188,6 +195,7 @@ def stored_names(model: PreTrainedModel, *, tied: bool = False) -> dict[str, str
 
 
 def _folder_of(base: str | os.PathLike[str]) -> Path:
+    check_source(base)
     if Path(base).is_dir():
         return Path(base)
     other = [f"*{ending}" for ending in WEIGHTS if ending not in (".safetensors", ".index.json")]

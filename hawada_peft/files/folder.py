@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,37 +28,33 @@ def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         folder: must not exist yet, or be empty.
 
     Raises:
-        FileExistsError: if the folder holds something, or another process is writing it.
+        FileExistsError: as `check_free`; or if another process is writing it.
     """
     target = Path(folder).absolute()
     work = target.with_name(f".{target.name}{MARK}")
-    occupied = target.exists() and any(target.iterdir())
-    if occupied and not work.exists():
-        raise _occupied(folder)
-    work.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(work / "lock")
+    inside, lock = work / target.name, FileLock(work / "lock")
+    if not work.exists():
+        check_free(folder)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise FileExistsError(f"another process is writing {folder}; wait for it, or choose another folder") from None
-    inside = work / target.name
-    try:
+        _lock(work, lock, folder)
         _remove(inside)  # of a process that was killed
-        if occupied:
-            raise _occupied(folder)
+        check_free(folder)
         inside.mkdir()
         yield inside
         _flush(inside)
-        if target.exists():
-            target.rmdir()
-        inside.rename(target)
+        with _uninterrupted():
+            if target.exists():
+                target.rmdir()
+            inside.rename(target)
         _flush_entry(target.parent)
     finally:
-        _remove(inside)
-        Path(lock.lock_file).unlink(missing_ok=True)
-        with suppress(OSError):  # another process may have come to look
-            work.rmdir()
-        lock.release()
+        with _uninterrupted():
+            if lock.is_locked:
+                _remove(inside)
+                Path(lock.lock_file).unlink(missing_ok=True)
+                with suppress(OSError):  # another process may have come to look
+                    work.rmdir()
+                lock.release()
 
 
 def check_free(folder: str | os.PathLike[str]) -> None:
@@ -64,14 +62,43 @@ def check_free(folder: str | os.PathLike[str]) -> None:
     Check that `new_folder` could make this one, before long work.
 
     Raises:
-        FileExistsError: if the folder holds something.
+        FileExistsError: if the folder holds something, or is a file or a link.
     """
-    if Path(folder).exists() and any(Path(folder).iterdir()):
-        raise _occupied(folder)
+    path = Path(folder)
+    if path.is_symlink():
+        raise FileExistsError(f"{folder} is a link, and a new folder cannot take its place; name the folder itself")
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{folder} is a file; choose another folder")
+    if path.exists() and any(path.iterdir()):
+        raise FileExistsError(f"{folder} exists and is not empty; choose another folder, or empty it first")
 
 
-def _occupied(folder: str | os.PathLike[str]) -> FileExistsError:
-    return FileExistsError(f"{folder} exists and is not empty; choose another folder, or empty it first")
+def _lock(work: Path, lock: FileLock, folder: str | os.PathLike[str]) -> None:
+    with _uninterrupted():
+        work.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise FileExistsError(
+                f"another process is writing {folder}; wait for it, or choose another folder"
+            ) from None
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the block, which is short, is left. Only the main thread is ever interrupted by it."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield
+        return
+    waiting: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: waiting.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if waiting:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _remove(folder: Path) -> None:

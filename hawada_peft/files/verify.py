@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,83 +11,57 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from ..errors import VerificationError
-from ..vanilla.batches import Batch
-from ..vanilla.outputs import example_inputs, output_of
 from ..vanilla.skeleton import auto_class_of, skeleton_of
 from .checkpoint import stored_names, stored_tensors
+from .foreign import config_problems, file_problems, tensor_problems
 from .shards import DTYPES
-
-logger = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference of logits, relative to their largest magnitude, that counts as rounding."""
 
 
-@dataclass(frozen=True)
-class Verification:
-    """
-    What a verified folder was found to be.
-
-    Args:
-        auto_class (`str`): the class that loaded it.
-        max_difference (`float`): largest difference of logits (or hidden states) to the reference.
-        scale (`float`): largest magnitude of the reference.
-        parameters (`int`): in the reloaded model.
-    """
-
-    auto_class: str
-    max_difference: float
-    scale: float
-    parameters: int
-
-
-def verify_slim(
-    folder: str | os.PathLike[str],
-    reference: nn.Module | torch.Tensor,
-    inputs: Batch | None = None,
-    *,
+def compare(
+    found: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
     tolerance: float | None = None,
-) -> Verification:
+) -> tuple[float, float]:
     """
-    Reload a saved model through its Auto class, and compare it with what it was saved from.
+    Compare all that two models compute.
 
     Args:
-        folder: what `save_pretrained` wrote.
-        reference: the model in memory (slim, or gated under its plan), or the logits of one for `inputs`.
-        inputs: what to compare on; drawn at random if left out. Needed with logits.
-        tolerance: allowed difference relative to the largest logit; by dtype (`TOLERANCE`) if left out.
+        found, expected: outputs by name, as `outputs_of` gives them.
+        dtype: of the weights.
+        tolerance: allowed difference relative to the largest magnitude; by dtype (`TOLERANCE`) if left out.
 
     Returns:
-        `Verification`: what was measured.
+        The largest difference and the largest magnitude expected, of the output that differs most.
 
     Raises:
-        VerificationError: if the folder does not load without custom code, lacks or has unexpected weights, or
-            computes something else.
+        VerificationError: if there are other outputs, of other sizes, or they differ by more than rounding.
     """
-    folder = Path(folder)
-    auto, loaded = reload(folder)
-    _check_class(folder, loaded, reference)
-    if inputs is None:
-        if isinstance(reference, torch.Tensor):
-            raise VerificationError("pass the `inputs` that the reference logits were computed from")
-        inputs = example_inputs(loaded)
-    expected = reference if isinstance(reference, torch.Tensor) else output_of(reference, inputs)
-    found = output_of(nn.Module.to(loaded, expected.device), inputs)
-    if found.shape != expected.shape:
-        raise VerificationError(f"{folder} gives logits of {tuple(found.shape)}, expected {tuple(expected.shape)}")
-    difference = (found.double() - expected.double()).abs().max().item()
-    scale = expected.double().abs().max().item()
-    allowed = (TOLERANCE[loaded.dtype] if tolerance is None else tolerance) * scale
-    if not difference <= allowed:  # NaN fails too
-        raise VerificationError(
-            f"{folder} computes something else than the model it was saved from: logits differ by {difference:.3g}, "
-            f"allowed is {allowed:.3g} ({loaded.dtype}, largest logit {scale:.3g}). Do not use this folder."
-        )
-    return Verification(auto.__name__, difference, scale, loaded.num_parameters())
+    if found.keys() != expected.keys():
+        raise VerificationError(f"it gives the outputs {sorted(found)}, expected are {sorted(expected)}")
+    worst = (0.0, 0.0)
+    for name, tensor in expected.items():
+        if found[name].shape != tensor.shape:
+            raise VerificationError(
+                f"it gives {name} of {tuple(found[name].shape)}, expected are {tuple(tensor.shape)}"
+            )
+        difference = (found[name].double() - tensor.double()).abs().max().item()
+        scale = tensor.double().abs().max().item()
+        allowed = (TOLERANCE[dtype] if tolerance is None else tolerance) * scale
+        if not difference <= allowed:  # NaN fails too
+            raise VerificationError(
+                f"it computes something else than the model it was saved from: {name} differ by {difference:.3g}, "
+                f"allowed is {allowed:.3g} ({dtype}, largest magnitude {scale:.3g})"
+            )
+        if not worst[1] or difference * worst[1] >= worst[0] * scale:
+            worst = difference, scale
+    return worst
 
 
 def verify_files(folder: str | os.PathLike[str], expected: PreTrainedModel) -> None:
@@ -104,7 +77,12 @@ def verify_files(folder: str | os.PathLike[str], expected: PreTrainedModel) -> N
             do not list exactly the expected tensors, with their shapes and dtypes.
     """
     folder = Path(folder)
-    _check_class(folder, reload(folder, device_map="meta")[1], expected)
+    loaded = reload(folder, device_map="meta")[1]
+    if type(loaded) is not type(expected):
+        raise VerificationError(f"{folder} loads as {type(loaded).__name__}, saved was {type(expected).__name__}")
+    problems = [*file_problems(folder), *config_problems(folder), *tensor_problems(folder)]
+    if problems:
+        raise VerificationError(f"{folder} is not vanilla: {'; '.join(problems)}")
     state = expected.state_dict()
     wanted = {
         key: (DTYPES[state[name].dtype], tuple(state[name].shape)) for key, name in stored_names(expected).items()
@@ -147,8 +125,3 @@ def reload(folder: Path, **options: Any) -> tuple[Any, PreTrainedModel]:
     if wrong:
         raise VerificationError(f"{folder} does not hold exactly the weights of {type(loaded).__name__}: {wrong}")
     return auto, loaded
-
-
-def _check_class(folder: Path, loaded: PreTrainedModel, reference: nn.Module | torch.Tensor) -> None:
-    if isinstance(reference, PreTrainedModel) and type(loaded) is not type(reference):
-        raise VerificationError(f"{folder} loads as {type(loaded).__name__}, saved was {type(reference).__name__}")

@@ -1,4 +1,4 @@
-"""Gates and the adapters that carry them, for any `nn.Module`."""
+"""For whoever builds on gates: gates and the adapters that carry them, for any `nn.Module`."""
 
 from .adapter import GateAdapter
 from .attach import attach_adapters, collect_gates, detach_adapters, is_attention_layer, is_ffn_layer

@@ -62,6 +62,7 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
         self.base_layer = base_layer
         for slot in self.adapter_layer_names:
             setattr(self, slot, nn.ModuleDict())
+        self.training = base_layer.training
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
@@ -76,9 +77,9 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
         """The gates this class of adapter places by itself: slot to gate."""
 
     def update_layer(self, adapter_name: str, gates: Mapping[str, SigmoidGate], inference_mode: bool = False) -> None:
-        """Add the gates of one more adapter name, or replace those it has."""
+        """Add the gates of one more adapter name, or replace those it has. They get the mode of the module."""
         for slot, gate in gates.items():
-            getattr(self, slot)[adapter_name] = gate
+            getattr(self, slot)[adapter_name] = gate.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 

@@ -80,6 +80,8 @@ def inject_lora(model: nn.Module, fields: Mapping[str, Any], adapter_name: str, 
         vars(model).pop("peft_config", None)
         if kept is not None:
             model.peft_config = kept
+    for _, layer in lora_layers(model):
+        layer.train(layer.get_base_layer().training)
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     tied = [name for name, layer in lora_layers(model) if owners[id(layer.get_base_layer().weight)] > 1]
     if tied:

@@ -1,4 +1,4 @@
-"""Measured latency: the clock, how hard it works (`Effort`), the table of costs, the estimate, the budget."""
+"""For whoever measures: the clock, how hard it works (`Effort`), the table of costs, the estimate, the budget."""
 
 from .budget import LatencyBudget
 from .build import build_table

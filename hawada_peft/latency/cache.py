@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,17 +91,11 @@ def _read(path: Path, key: Mapping[str, Any]) -> LatencyTable | None:
 
 
 def _write(table: LatencyTable, path: Path) -> None:
-    """Put a table beside the file and move it there; nothing is left of it if that fails."""
-    temporary = None
+    """Keep a table, or warn that it is not kept."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-        os.close(handle)
-        table.save(temporary)
-        os.replace(temporary, path)
+        table.save(path)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         warn_caller(
             f"the latency table was measured ({table.seconds:.0f} s), and cannot be kept for later: {error}. It is "
             "used now; name a folder that can be written as `Effort(cache=...)` or in HAWADA_CACHE",

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import IncompatibleTableError
+from ..files.atomic import write_text
 from ..vanilla.shape import AXES, Shape
 from .checks import disagreements, problems_of
 from .interpolate import bilinear, linear, smooth
@@ -301,7 +302,7 @@ class LatencyTable:
 
     def save(self, path: str | Path) -> None:
         """Write the table as a JSON file."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyTable:

@@ -1,7 +1,8 @@
-"""The pictures: drawn once in the page's colours for the page, once in light for the PNG files."""
+"""The pictures, in light colours: as SVG for the page, and as PNG files."""
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from ..planning.plan import Plan
 from ..vanilla.family import FFN, HEADS
 from ..vanilla.shape import LAYERS
 from .known import SlimFacts
-from .palette import LIGHT, NAMED, follow_page, mixed
 
 WIDTH = 4.8
 """Inches: with text of 10 points this can be read on a phone, where it is as wide as the screen."""
@@ -25,8 +25,18 @@ BINS = 12
 MOST_STEPS = 100
 """Moments of a training that are drawn at most."""
 
+COLOURS = {
+    "paper": "#ffffff",
+    "ink": "#1b1f24",
+    "muted": "#57606a",
+    "line": "#d0d7de",
+    "first": "#0072b2",
+    "second": "#d55e00",
+    "third": "#009e73",
+}
+"""After Okabe and Ito, "Color Universal Design" (2008): told apart with any kind of colour vision."""
+
 AXES = {HEADS: "heads", FFN: "FFN channels", LAYERS: "layers"}
-Colours = Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -37,14 +47,19 @@ class Picture:
     Args:
         name (`str`): of its file, without the ending.
         text (`str`): what it shows, for those who do not see it.
-        svg (`str`): for inside the page.
-        png (`bytes`): in light colours.
+        svg (`bytes`): for the page.
+        png (`bytes`): for a file.
     """
 
     name: str
     text: str
-    svg: str
+    svg: bytes
     png: bytes
+
+    @property
+    def source(self) -> str:
+        """The SVG as an address: the page needs no other file."""
+        return f"data:image/svg+xml;base64,{base64.b64encode(self.svg).decode()}"
 
 
 def frontier(facts: SlimFacts) -> Picture | None:
@@ -60,19 +75,19 @@ def frontier(facts: SlimFacts) -> Picture | None:
     top = 1.6 * max([loss for _, loss, _ in [*timed, chosen]]) or 1.0
     hidden = sum(loss > top for _, loss, _ in points)
 
-    def draw(figure: Any, colours: Colours) -> None:
+    def draw(figure: Any) -> None:
         axes = figure.subplots()
         shown = [point for point in guessed if point[1] <= top]
-        axes.plot(*_columns(shown), "o-", color=colours["muted"], markersize=3, linewidth=1, label="estimated only")
-        axes.plot(*_columns(timed), "o", color=colours["first"], markersize=6, label="timed and evaluated")
-        axes.plot(dense_ms, 0, "s", color=colours["ink"], markersize=8, label="dense")
-        axes.plot(*chosen[:2], "D", color=colours["second"], markersize=9, label="chosen")
+        axes.plot(*_columns(shown), "o-", color=COLOURS["muted"], markersize=3, linewidth=1, label="estimated only")
+        axes.plot(*_columns(timed), "o", color=COLOURS["first"], markersize=6, label="timed and evaluated")
+        axes.plot(dense_ms, 0, "s", color=COLOURS["ink"], markersize=8, label="dense")
+        axes.plot(*chosen[:2], "D", color=COLOURS["second"], markersize=9, label="chosen")
         if limit is not None:
-            axes.axvline(limit, color=colours["third"], linestyle="--", linewidth=1.5, label="budget")
+            axes.axvline(limit, color=COLOURS["third"], linestyle="--", linewidth=1.5, label="budget")
         axes.set_ylim(-0.05 * top, top)
         axes.set_xlabel("latency, ms")
         axes.set_ylabel("loss before recovery")
-        _legend(figure, axes, colours)
+        _legend(figure, axes)
 
     text = (
         f"Loss against latency of {len(points)} shapes. Dense: {dense_ms:.1f} ms, loss 0. Chosen: {chosen[0]:.1f} ms, "
@@ -90,17 +105,17 @@ def peers(facts: SlimFacts) -> Picture | None:
     dense_ms, slim_ms = latency["dense_ms"], latency["slim_ms"]
     others = [(peer.ms(dense_ms), peer.quality, peer.name) for peer in facts.measured_peers]
 
-    def draw(figure: Any, colours: Colours) -> None:
+    def draw(figure: Any) -> None:
         axes = figure.subplots()
-        axes.plot(*_columns(others), "^", color=colours["first"], markersize=7, label="peers")
-        axes.plot(dense_ms, quality["dense"], "s", color=colours["ink"], markersize=8, label="dense")
-        axes.plot(slim_ms, quality["slim"], "D", color=colours["second"], markersize=9, label="slim")
+        axes.plot(*_columns(others), "^", color=COLOURS["first"], markersize=7, label="peers")
+        axes.plot(dense_ms, quality["dense"], "s", color=COLOURS["ink"], markersize=8, label="dense")
+        axes.plot(slim_ms, quality["slim"], "D", color=COLOURS["second"], markersize=9, label="slim")
         for ms, value, name in others:
-            axes.annotate(name, (ms, value), (6, 4), textcoords="offset points", fontsize=9, color=colours["ink"])
+            axes.annotate(name, (ms, value), (6, 4), textcoords="offset points", fontsize=9, color=COLOURS["ink"])
         axes.margins(0.18)
         axes.set_xlabel("latency, ms")
         axes.set_ylabel(quality["name"])
-        _legend(figure, axes, colours)
+        _legend(figure, axes)
 
     names = "; ".join(f"{name}: {ms:.1f} ms, {value:.4g}" for ms, value, name in others)
     text = (
@@ -122,12 +137,12 @@ def kept(facts: SlimFacts) -> Picture | None:
         "FFN channels, in order": [_bin_parts(plan, layer) for layer in range(count)],
     }
 
-    def draw(figure: Any, colours: Colours) -> None:
+    def draw(figure: Any) -> None:
         for number, (axes, (title, parts)) in enumerate(
             zip(figure.subplots(1, 2, sharey=True), rows.items(), strict=True)
         ):
-            _map(axes, parts, colours)
-            axes.set_title(title, fontsize=10, color=colours["ink"])
+            _map(axes, parts)
+            axes.set_title(title, fontsize=10, color=COLOURS["ink"])
             if number == 0:
                 axes.set_ylabel("dense layer")
 
@@ -149,16 +164,16 @@ def gates(facts: SlimFacts) -> Picture | None:
         return None
     steps, hard = [entry["step"] for entry in entries], _first_hard(facts.entries)
 
-    def draw(figure: Any, colours: Colours) -> None:
+    def draw(figure: Any) -> None:
         panels = figure.subplots(len(axes_there), 2, squeeze=False, sharex=True, sharey=True)
         for row, axis in zip(panels, axes_there, strict=True):
             for panel, what in zip(row, ("keep", "gate"), strict=True):
                 layers = list(zip(*(entry[axis][what] for entry in entries), strict=True))
                 for layer, values in enumerate(layers):
-                    colour = mixed(layer / max(1, len(layers) - 1), colours)
+                    colour = _mixed(layer / max(1, len(layers) - 1))
                     panel.plot(steps, values, color=colour, linewidth=1.2)
                 if hard is not None:
-                    panel.axvline(hard, color=colours["muted"], linestyle=":", linewidth=1)
+                    panel.axvline(hard, color=COLOURS["muted"], linestyle=":", linewidth=1)
                 panel.set_ylim(-0.04, 1.04)
                 panel.set_title(f"{AXES[axis]}: {'kept' if what == 'keep' else 'gate'}", fontsize=10)
         for panel in panels[-1]:
@@ -187,28 +202,28 @@ def training(facts: SlimFacts) -> Picture | None:
     limit = next((entry["figures"]["limit_ms"] for entry in facts.entries if "limit_ms" in entry["figures"]), None)
     panels = [name for name in (loss, "estimate_ms") if series[name]]
 
-    def draw(figure: Any, colours: Colours) -> None:
+    def draw(figure: Any) -> None:
         found = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
         for panel, name in zip(found, panels, strict=True):
             if hard is not None:
-                panel.axvline(hard, color=colours["muted"], linestyle=":", linewidth=1)
+                panel.axvline(hard, color=COLOURS["muted"], linestyle=":", linewidth=1)
             if name == loss:
-                panel.plot(*_columns(series[loss]), color=colours["first"], linewidth=1.5)
+                panel.plot(*_columns(series[loss]), color=COLOURS["first"], linewidth=1.5)
                 panel.set_ylabel("KL, nats" if loss == "kl" else "mean squared error")
                 continue
-            panel.plot(*_columns(series["estimate_ms"]), color=colours["first"], label="estimate")
+            panel.plot(*_columns(series["estimate_ms"]), color=COLOURS["first"], label="estimate")
             if series["measured_ms"]:
                 panel.plot(
                     *_columns(series["measured_ms"]),
                     "o",
-                    color=colours["second"],
+                    color=COLOURS["second"],
                     markersize=4,
                     label="measured",
                 )
             if limit is not None:
-                panel.axhline(limit, color=colours["third"], linestyle="--", label="budget")
+                panel.axhline(limit, color=COLOURS["third"], linestyle="--", label="budget")
             panel.set_ylabel("ms")
-            _legend(figure, panel, colours)
+            _legend(figure, panel)
         found[-1].set_xlabel("step")
 
     parts = [
@@ -219,7 +234,7 @@ def training(facts: SlimFacts) -> Picture | None:
     return _picture("training", f"Over training: {'; '.join(parts)}.", draw, 0.9 + 2.0 * len(panels))
 
 
-def _picture(name: str, text: str, draw: Callable[[Any, Colours], None], height: float) -> Picture:
+def _picture(name: str, text: str, draw: Callable[[Any], None], height: float) -> Picture:
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure
@@ -227,32 +242,39 @@ def _picture(name: str, text: str, draw: Callable[[Any, Colours], None], height:
         raise HawAdaError(
             "pictures need matplotlib: pip install 'hawada_peft[report]', or leave them out (pictures=False)"
         ) from None
+    style: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "text.parse_math": False,  # names may hold dollars
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), COLOURS["ink"]),
+        **dict.fromkeys(("xtick.color", "ytick.color"), COLOURS["muted"]),
+        "axes.edgecolor": COLOURS["line"],
+        "figure.facecolor": COLOURS["paper"],
+    }
     files: dict[str, bytes] = {}
-    for ending, colours in (("svg", NAMED), ("png", LIGHT)):
-        style: Any = {
-            "svg.fonttype": "none",
-            "svg.hashsalt": name,
-            "text.parse_math": False,  # names may hold dollars
-            "font.family": "sans-serif",
-            "font.size": 10,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), colours["ink"]),
-            **dict.fromkeys(("xtick.color", "ytick.color"), colours["muted"]),
-            "axes.edgecolor": colours["line"],
-            "axes.facecolor": "none",
-            "figure.facecolor": "none" if ending == "svg" else colours["paper"],
-        }
-        with mpl.rc_context(style):
-            figure = Figure(figsize=(WIDTH, height), layout="constrained")
-            draw(figure, colours)
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        draw(figure)
+        for ending in ("svg", "png"):
             buffer = io.BytesIO()
             figure.savefig(buffer, format=ending, dpi=160, metadata={"Date": None} if ending == "svg" else None)
-        files[ending] = buffer.getvalue()
-    return Picture(name, text, follow_page(files["svg"].decode(), name, text), files["png"])
+            files[ending] = buffer.getvalue()
+    return Picture(name, text, files["svg"], files["png"])
 
 
-def _map(axes: Any, parts: Sequence[Sequence[float] | None], colours: Colours) -> None:
+def _mixed(part: float) -> tuple[float, ...]:
+    """Between the first and the second colour."""
+    from matplotlib.colors import to_rgb
+
+    ends = to_rgb(COLOURS["first"]), to_rgb(COLOURS["second"])
+    return tuple(a + part * (b - a) for a, b in zip(*ends, strict=True))
+
+
+def _map(axes: Any, parts: Sequence[Sequence[float] | None]) -> None:
     """Rows of cells, filled as much as stays; None is a layer that is gone."""
     from matplotlib.patches import Rectangle
 
@@ -260,16 +282,16 @@ def _map(axes: Any, parts: Sequence[Sequence[float] | None], colours: Colours) -
     for layer, row in enumerate(parts):
         if row is None:
             axes.add_patch(
-                Rectangle((0, layer - 0.4), columns, 0.8, fill=False, edgecolor=colours["line"], linewidth=1)
+                Rectangle((0, layer - 0.4), columns, 0.8, fill=False, edgecolor=COLOURS["line"], linewidth=1)
             )
-            axes.text(columns / 2, layer, "dropped", ha="center", va="center", fontsize=8, color=colours["muted"])
+            axes.text(columns / 2, layer, "dropped", ha="center", va="center", fontsize=8, color=COLOURS["muted"])
             continue
         for column, part in enumerate(row):
             axes.add_patch(
-                Rectangle((column + 0.05, layer - 0.4), 0.9, 0.8, facecolor=colours["line"], alpha=0.45, linewidth=0)
+                Rectangle((column + 0.05, layer - 0.4), 0.9, 0.8, facecolor=COLOURS["line"], alpha=0.45, linewidth=0)
             )
             axes.add_patch(
-                Rectangle((column + 0.05, layer - 0.4), 0.9, 0.8, facecolor=colours["first"], alpha=part, linewidth=0)
+                Rectangle((column + 0.05, layer - 0.4), 0.9, 0.8, facecolor=COLOURS["first"], alpha=part, linewidth=0)
             )
     axes.set_xlim(0, columns)
     axes.set_ylim(len(parts) - 0.5, -0.5)
@@ -322,10 +344,10 @@ def _first_hard(entries: Sequence[Mapping[str, Any]]) -> int | None:
     return next((entry["step"] for entry in entries if entry["phase"] == "hard"), None)
 
 
-def _legend(figure: Any, axes: Any, colours: Colours) -> None:
+def _legend(figure: Any, axes: Any) -> None:
     """Above the axes, where it hides nothing."""
     axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9, labelcolor=colours["ink"],
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9, labelcolor=COLOURS["ink"],
         borderaxespad=0.2, columnspacing=1.2, handletextpad=0.4,
     )  # fmt: skip
 

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..errors import HawAdaError
+from ..planning.cut import sentence
 from . import sections
 from .figures import Picture
 from .known import AGREEMENT, SlimFacts
-from .palette import DARK, LIGHT
 
 TEMPLATE = "page.html.j2"
 HOW = {
-    "frontier": "What the shape was chosen from: give a budget (`find_plan`, a recipe's `budget`), and pass its "
-    "result as `ExportFacts(search=...)`. Recipes do.",
-    "latency": "The latency: time both models with `measure_many`, and pass it as `ExportFacts(latency=...)`.",
-    "quality": "The quality: pass `ExportFacts(quality=[QualityChange(...)])`.",
-    "peers": "Other models to compare with: `write_report(peers=...)`, a file of JSON lines with name, quality, and "
+    "frontier": "What the shape was chosen from: a search for a budget. `hawada train` notes it; name the file of "
+    "`hawada plan`: `hawada report --search plan.search.json`.",
+    "latency": "The latency: `hawada train` measures it, or `measure_many` and `ExportFacts(latency=...)` in Python.",
+    "quality": "The quality: `hawada train` measures it, or `ExportFacts(quality=[QualityChange(...)])` in Python.",
+    "peers": "Other models to compare with: `hawada report --peers`, a file of JSON lines with name, quality, and "
     "latency_ms or speedup. Needs the latency and the quality of the slim model.",
-    "kept": "Which heads and channels stay: pass the plan as `ExportFacts(plan=...)`.",
-    "gates": "How the gates moved: train with `HawAdaTrainer` or a recipe, and pass the folder as "
-    "`write_report(training=...)`.",
+    "kept": "Which heads and channels stay: the report holds no plan.",
+    "gates": "How the gates moved: name the folder of their training, `hawada report --training`.",
     "roundings": "What the sizes were rounded from: they were given as they are, or the plan is of an older version.",
-    "reconstruction": "The reconstruction: there was none, or it was not passed as `ExportFacts(reconstruction=...)`.",
+    "reconstruction": "The reconstruction: there was none, or it was not noted.",
 }
+"""What is said of a section about which nothing is known."""
 
 
 def page(facts: SlimFacts, pictures: Mapping[str, Picture]) -> str:
@@ -60,6 +62,7 @@ def page(facts: SlimFacts, pictures: Mapping[str, Picture]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
+    environment.filters["code"] = _code
     return environment.get_template(TEMPLATE).render(
         title=_title(facts),
         cut=_cut(facts),
@@ -68,13 +71,14 @@ def page(facts: SlimFacts, pictures: Mapping[str, Picture]) -> str:
         sections=made,
         missing=missing,
         footer=_footer(facts),
-        light=_variables(LIGHT),
-        dark=_variables(DARK),
     )
 
 
-def _variables(colours: Mapping[str, str]) -> str:
-    return " ".join(f"--{name}: {colour};" for name, colour in colours.items())
+def _code(text: str) -> Any:
+    """What stands between backticks, as code."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _title(facts: SlimFacts) -> str:
@@ -87,19 +91,7 @@ def _cut(facts: SlimFacts) -> str:
     model, dense = facts.report["model"], facts.report.get("dense")
     if dense is None:
         return f"A {model['class']} with {model['parameters']:,} parameters; the dense model's sizes are not known."
-    gone = [
-        f"{dense[name] - model[name]:,} of {dense[name]:,} {word}{each}"
-        for name, word, each in (
-            ("num_hidden_layers", "layers", ""),
-            ("num_attention_heads", "query heads", " in every kept layer"),
-            ("intermediate_size", "FFN channels", " in every kept layer"),
-            ("hidden_size", "channels of the residual stream", ""),
-        )
-        if name in dense and dense[name] > model[name]
-    ]
-    part = model["parameters"] / dense["parameters"]
-    what = f"{', '.join(gone[:-1])} and {gone[-1]}" if len(gone) > 1 else "".join(gone) or "nothing"
-    return f"Cut: {what}. {model['parameters']:,} of {dense['parameters']:,} parameters stay ({part:.0%})."
+    return sentence(dense, model)
 
 
 def _where(facts: SlimFacts) -> Iterator[str]:

@@ -16,6 +16,7 @@ from ..planning.plan import Plan
 from ..training.history import HISTORY_FILE
 from ..vanilla.family import FFN, HEADS
 
+NO_SEARCH = "Pass the file that `hawada plan` leaves beside the plan"
 AGREEMENT = "predictions that are the dense model's, in %"
 """The measure of quality that says nothing of other models."""
 
@@ -118,11 +119,10 @@ def read_facts(
     """
     folder = Path(slim)
     path = folder / REPORT_NAME
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
     if not path.is_file():
-        raise HawAdaError(
-            f"{folder} holds no {REPORT_NAME}: save it with `save_slim(..., card=ExportFacts(...))`, or write the "
-            "file with `write_card(folder, facts)`"
-        )
+        raise HawAdaError(f"{folder} holds no {REPORT_NAME}, which every export of a slim model writes: is it one?")
     facts = SlimFacts(
         folder,
         _json(path),
@@ -163,9 +163,12 @@ def read_peers(path: str | os.PathLike[str]) -> tuple[Peer, ...]:
 
 
 def _search(path: Path) -> Mapping[str, Any]:
-    found = _json(path)
-    if "points" not in found:
-        raise HawAdaError(f"{path} is no search: pass the file that `hawada plan` leaves beside the plan")
+    try:
+        found = _json(path)
+    except HawAdaError as error:
+        raise HawAdaError(f"{error}. {NO_SEARCH}") from None
+    if not isinstance(found.get("points"), list):
+        raise HawAdaError(f"{path} holds no search. {NO_SEARCH}")
     return found
 
 

@@ -5,21 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..planning.cut import SHORT, SIZES, cuts
 from .figures import Picture
 from .known import WEIGHT_BYTES, SlimFacts
 from .parts import Part, figure, folded, number, table, text
-
-SIZES = {
-    "num_hidden_layers": "layers",
-    "num_attention_heads": "query heads",
-    "num_key_value_heads": "KV groups",
-    "intermediate_size": "FFN channels",
-    "hidden_size": "hidden size",
-}
-"""The sizes of a `Shape` in words."""
-
-SHORT = {name: word.split()[0] for name, word in SIZES.items()} | {"num_attention_heads": "heads"}
-"""The same at the head of a column."""
 
 
 def frontier(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterator[Part]:
@@ -179,10 +168,8 @@ def gates(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterator[Part]:
 def sizes(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterator[Part]:
     """Sizes, latency and quality before and after."""
     model, dense, latency = facts.report["model"], facts.report.get("dense", {}), facts.report.get("latency")
-    rows: list[tuple[Any, ...]] = []
-    for name, word in [*SIZES.items(), ("head_dim", "features per head"), ("parameters", "parameters")]:
-        before = dense.get(name, model[name] if name in ("hidden_size", "head_dim") and facts.plan else None)
-        rows.append(_row(word, before, model[name], ","))
+    known = {name: model[name] for name in ("hidden_size", "head_dim") if facts.plan} | dense
+    rows: list[tuple[Any, ...]] = [_row(cut.name, cut.dense, cut.slim, ",") for cut in cuts(known, model)]
     width = WEIGHT_BYTES.get(model["dtype"])
     if width:
         before = dense["parameters"] * width / 2**20 if dense else None

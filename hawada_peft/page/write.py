@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files.atomic import write_text
 from . import figures
 from .html import page
 from .known import read_facts
@@ -78,5 +79,5 @@ def write_report(
     text = page(facts, {picture.name: picture for picture in drawn})
     target.mkdir(parents=True, exist_ok=True)
     path = target / PAGE_NAME
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return WrittenReport(path, figures.write_pngs(drawn, target))

@@ -1,1 +1,9 @@
-"""From gates to a plan."""
+"""From gates to a plan: how much the loss depends on each, and which units of a legal shape stay."""
+
+from .importance import gate_importance
+from .plan import Plan
+
+__all__ = [
+    "Plan",
+    "gate_importance",
+]

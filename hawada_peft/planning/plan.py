@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import IncompatibleBaseError, InvalidPlanError
-from ..vanilla.shape import FFN, HEADS, KV_GROUPS, Shape
+from ..vanilla.shape import AXES, FFN, HEADS, KV_GROUPS, Shape
 from .rounding import Rounding
 
 FORMAT = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """
     What stays of a dense model. The sizes are the same in every kept layer; the indices may differ.
@@ -155,21 +156,27 @@ class Plan:
         if not isinstance(data, Mapping):
             raise InvalidPlanError(f"a plan is an object with names, got a {type(data).__name__}")
         if data.get("format") != FORMAT:
-            raise InvalidPlanError(f"cannot read a plan of format {data.get('format')!r}; this version reads {FORMAT}")
+            raise InvalidPlanError(
+                f"cannot read a plan of format {_short(data.get('format'))}; this version reads {FORMAT}"
+            )
         missing = sorted({"dense", "layers", "heads", "channels"} - set(data))
         if missing:
             raise InvalidPlanError(f"the plan lacks {missing}")
+        problems = list(_json_problems(data))
+        if problems:
+            raise InvalidPlanError(f"the plan is damaged: {'; '.join(problems[:5])}; make it anew with `model.plan`")
         try:
-            fields: dict[str, Any] = {
-                "layers": tuple(data["layers"]),
-                "heads": tuple(tuple(row) for row in data["heads"]),
-                "channels": tuple(_from_mask(mask) for mask in data["channels"]),
-                "hidden": None if data.get("hidden") is None else _from_mask(data["hidden"]),
-                "roundings": tuple(Rounding(**rounding) for rounding in data.get("roundings", ())),
-            }
-        except (TypeError, ValueError) as error:
+            roundings = tuple(Rounding(**rounding) for rounding in data.get("roundings", ()))
+        except TypeError as error:
             raise InvalidPlanError(f"the plan is damaged: {error}; make it anew with `model.plan`") from None
-        return cls(dense=Shape.from_dict(data["dense"]), **fields)
+        return cls(
+            dense=Shape.from_dict(data["dense"]),
+            layers=tuple(data["layers"]),
+            heads=tuple(tuple(row) for row in data["heads"]),
+            channels=tuple(_from_mask(mask) for mask in data["channels"]),
+            hidden=None if data.get("hidden") is None else _from_mask(data["hidden"]),
+            roundings=roundings,
+        )
 
     def to_json(self) -> str:
         """The plan as JSON text."""
@@ -185,8 +192,11 @@ class Plan:
         """
         try:
             return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise InvalidPlanError(f"the plan is not JSON: {error}") from None
+
+    def __repr__(self) -> str:
+        return str(self)  # all indices would be megabytes: `to_dict` has them
 
     def __str__(self) -> str:
         slim, dense = self.shape.to_dict(), self.dense.to_dict()
@@ -197,6 +207,50 @@ class Plan:
 
 def _groups(heads: tuple[int, ...], per_group: int) -> tuple[int, ...]:
     return tuple(sorted({head // per_group for head in heads}))
+
+
+def _json_problems(data: Mapping[str, Any]) -> Iterator[str]:
+    """Fields of another type than `to_dict` gives them: what was given, and what is allowed."""
+    dense = data["dense"]
+    if not isinstance(dense, Mapping) or not all(_is_index(size) for size in dense.values()):
+        yield f"dense must be an object of sizes, got {_short(dense)}"
+        return
+    lacking = [name for name in AXES if name not in dense]
+    if lacking:
+        yield f"dense lacks {lacking}"
+        return
+    if not _are_indices(data["layers"]):
+        yield f"layers must be a list of whole numbers, got {_short(data['layers'])}"
+    if not isinstance(data["heads"], list) or not all(_are_indices(row) for row in data["heads"]):
+        yield f"heads must be a list of lists of whole numbers, got {_short(data['heads'])}"
+    total = dense["intermediate_size"]
+    if not isinstance(data["channels"], list) or not all(_is_mask(mask, total) for mask in data["channels"]):
+        yield f"channels must be a list of bit masks of {total} bits, in hexadecimal, got {_short(data['channels'])}"
+    if data.get("hidden") is not None and not _is_mask(data["hidden"], dense.get("hidden_size", 0)):
+        yield f"hidden must be a bit mask of the residual stream, in hexadecimal, got {_short(data['hidden'])}"
+    roundings = data.get("roundings", [])
+    if not isinstance(roundings, list) or not all(isinstance(rounding, Mapping) for rounding in roundings):
+        yield f"roundings must be a list of objects, got {_short(roundings)}"
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _are_indices(values: Any) -> bool:
+    return isinstance(values, list) and all(_is_index(value) for value in values)
+
+
+def _is_mask(value: Any, total: int) -> bool:
+    return isinstance(value, str) and bool(re.fullmatch("[0-9a-f]+", value)) and len(value) <= total // 4 + 1
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} nested too deep"
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _to_mask(kept: tuple[int, ...]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..errors import InvalidPlanError
@@ -39,7 +41,7 @@ def rank(layout: Layout, scores: UnitScores, shape: Shape) -> Plan:
     layers = list(range(dense["num_hidden_layers"]))
     if len(layers) > wanted["num_hidden_layers"]:
         depth = torch.cat([_required(score, LAYERS, layer).reshape(1) for layer, score in enumerate(scores.layers)])
-        layers = _top(depth, wanted["num_hidden_layers"])
+        layers = _top_layers(depth, wanted["num_hidden_layers"], layout.stages)
     heads, channels = [], []
     for layer in layers:
         if wanted["num_attention_heads"] < dense["num_attention_heads"]:
@@ -54,6 +56,14 @@ def rank(layout: Layout, scores: UnitScores, shape: Shape) -> Plan:
         else:
             channels.append(tuple(range(dense["intermediate_size"])))
     return Plan(dense=dense_shape, layers=tuple(layers), heads=tuple(heads), channels=tuple(channels), hidden=hidden)
+
+
+def _top_layers(depth: torch.Tensor, count: int, stages: Sequence[tuple[int, int]]) -> list[int]:
+    """The best layers; of a backbone the best one before each stage, and then the best of all others."""
+    needed = [start + _top(depth[start:end], 1)[0] for start, end in stages]
+    others = depth.clone()
+    others[needed] = -torch.inf
+    return sorted([*needed, *_top(others, count - len(needed))])
 
 
 def _top_hidden(scores: UnitScores, size: int) -> tuple[int, ...]:

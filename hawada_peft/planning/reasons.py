@@ -44,6 +44,8 @@ def explained(
         ),
         "hidden_size": multiples(hidden_steps(layout, scores.hidden_group)),
     }
+    if layout.stages:
+        steps["num_hidden_layers"] = f"at least {len(layout.stages)}, one before each stage of the backbone"
     rules = dict.fromkeys(asked, rule)
     return roundings(layout, asked, shape, source, steps=steps, rules=rules)
 

@@ -58,7 +58,9 @@ def ratio_shape(
         num_attention_heads=heads["num_attention_heads"],
         num_key_value_heads=heads["num_key_value_heads"],
         intermediate_size=min(ffn, dense["intermediate_size"]),
-        num_hidden_layers=max(1, _round(asked.get("num_hidden_layers", dense["num_hidden_layers"]))),
+        num_hidden_layers=max(
+            1, len(layout.stages), _round(asked.get("num_hidden_layers", dense["num_hidden_layers"]))
+        ),
         hidden_size=max(1, _round(hidden)) if hidden < layout.hidden_size else None,
     )
 
@@ -77,6 +79,8 @@ def ratio_sizes(layout: Layout, keep_ratio: float | Mapping[str, float]) -> dict
         for axis, ratio in ratios.items()
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1
     ]
+    if not ratios:
+        problems.append(f"keep_ratio names no axis; give one number, or one per axis of {list(allowed)}")
     if problems:
         raise InvalidPlanError("\n".join(problems))
     full = layout.full.to_dict()
@@ -106,7 +110,7 @@ def open_shape(layout: Layout, scores: UnitScores, legal_heads: Sequence[Shape])
         num_attention_heads=heads["num_attention_heads"],
         num_key_value_heads=heads["num_key_value_heads"],
         intermediate_size=min(-(-opened["intermediate_size"] // multiple) * multiple, dense["intermediate_size"]),
-        num_hidden_layers=opened["num_hidden_layers"],
+        num_hidden_layers=max(opened["num_hidden_layers"], len(layout.stages)),
         hidden_size=hidden if hidden < layout.hidden_size else None,
     )
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
 from peft import LoraConfig
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from ..config import HawAdaConfig
 from ..distil.arguments import rate_problems
@@ -25,6 +24,7 @@ from ..latency.regime import DTYPES
 from ..latency.toy import ToyClock
 from ..training.arguments import GateTrainingArguments, gate_problems
 from ..vanilla.shape import Shape
+from .document import parsed, read_mapping, shown
 from .schema import checked, fields_of, sections, unknown_names
 from .settings import DataSource, ReconstructionStep
 
@@ -34,15 +34,6 @@ CLOCKS: dict[str, Callable[[], Clock]] = {"real": Clock, "toy": ToyClock}
 
 DEFAULTS: dict[str, Any] = {"save_total_limit": 2, "logging_steps": 10}
 """Of both trainings, where the recipe and `TrainingArguments` differ."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: PyYAML takes `1e-4` for a word."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 @dataclass(frozen=True)
@@ -124,12 +115,7 @@ class Recipe:
             HawAdaError: as for `Recipe`, or if the file is no YAML mapping.
             FileNotFoundError: if there is no such file.
         """
-        try:
-            data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
-        except yaml.YAMLError as error:
-            raise HawAdaError(f"{path} is no YAML: {error}") from None
-        if not isinstance(data, dict):
-            raise HawAdaError(f"{path} must hold a mapping of names to values, got a {type(data).__name__}")
+        data = read_mapping(path)
         for override in overrides:
             _override(data, override)
         return cls.from_dict(data)
@@ -247,9 +233,10 @@ class Recipe:
         """Whether the recipe says under which conditions latency is measured."""
         return self.budget is not None
 
-    def missing_files(self) -> list[str]:
-        """The data files that are not there."""
-        return [path for path in self.source().paths() if not Path(path).exists()]
+    def missing(self) -> list[str]:
+        """What this machine lacks: data files that are not there, packages that `report_to` names."""
+        lost = [path for path in self.source().paths() if not Path(path).exists()]
+        return lost + [each for section in ("training", "recovery") for each in _loggers_missing(self, section)]
 
     # ----------------------------------------------------------------- checks
 
@@ -257,17 +244,19 @@ class Recipe:
         problems = []
         for name in ("model", "output"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                problems.append(f"{name} must be a name or a folder, got {getattr(self, name)!r}")
+                problems.append(f"{name} must be a name or a folder, got {shown(getattr(self, name))}")
         given = [name for name in GOALS if getattr(self, name) is not None]
         if len(given) != 1:
             problems.append(f"recipe: give one of {list(GOALS)}, got {given or 'none'}")
         if not isinstance(self.keep_ratio, int | float | dict | None) or isinstance(self.keep_ratio, bool):
-            problems.append(f"keep_ratio must be a number, or a mapping of axes to numbers, got {self.keep_ratio!r}")
+            problems.append(
+                f"keep_ratio must be a number, or a mapping of axes to numbers, got {shown(self.keep_ratio)}"
+            )
         for name, extra in (("dtype", "auto"), ("save_dtype", None)):
             if getattr(self, name) not in (*DTYPES, extra):
-                problems.append(f"{name} must be one of {[*DTYPES, extra]}, got {getattr(self, name)!r}")
+                problems.append(f"{name} must be one of {[*DTYPES, extra]}, got {shown(getattr(self, name))}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            problems.append(f"seed must be a whole number, got {self.seed!r}")
+            problems.append(f"seed must be a whole number, got {shown(self.seed)}")
         return problems
 
     def _makers(self) -> dict[str, Callable[[], Any]]:
@@ -291,6 +280,19 @@ def _refuse(problems: list[str]) -> None:
         raise HawAdaError("\n".join(problems))
 
 
+def _loggers_missing(recipe: Recipe, section: str) -> Iterator[str]:
+    """What `Trainer` would find out when it begins."""
+    wanted = (getattr(recipe, section) or {}).get("report_to")
+    for name in [wanted] if isinstance(wanted, str) else wanted or []:
+        if name in ("none", "all"):
+            continue
+        try:
+            for callback in get_reporting_integration_callbacks([name]):
+                callback()
+        except (RuntimeError, ImportError, ValueError) as error:
+            yield f"{section}.report_to: {str(error).strip().splitlines()[0]}"
+
+
 def _objective(options: Mapping[str, Any]) -> Distillation:
     return Distillation(**{name: options[name] for name in Distillation.__dataclass_fields__ if name in options})
 
@@ -309,17 +311,16 @@ def _override(data: dict[str, Any], text: str) -> None:
     path, equals, value = text.partition("=")
     *outer, last = path.strip().split(".")
     if not equals or not last or "" in outer:
-        raise HawAdaError(f"an override must be written as section.name=value, got {text!r}")
+        raise HawAdaError(f"an override must be written as section.name=value, got {shown(text)}")
     for index, name in enumerate(outer):
         inner = data.get(name)
         if inner is not None and not isinstance(inner, dict):
-            raise HawAdaError(f"{text!r}: {'.'.join(outer[: index + 1])} is {inner!r}, and holds no {last!r}")
+            raise HawAdaError(
+                f"{shown(text)}: {'.'.join(outer[: index + 1])} is {shown(inner)}, and holds no {last!r}"
+            )
         data[name] = inner or {}
         data = data[name]
-    try:
-        data[last] = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
-        raise HawAdaError(f"{text!r}: the value is no YAML: {error}") from None
+    data[last] = parsed(value, shown(text))
     if data[last] is None:
         del data[last]
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..planning.cut import cuts
+
 
 @dataclass(frozen=True)
 class RecipeResult:
@@ -46,8 +48,9 @@ class RecipeResult:
         return cls(**data)
 
     def __str__(self) -> str:
-        rows = [("parameters", f"{self.dense_parameters:,}", f"{self.slim_parameters:,}")]
-        rows += [(name, str(size), str(self.slim.get(name, size))) for name, size in self.dense.items()]
+        dense = self.dense | {"parameters": self.dense_parameters}
+        slim = self.dense | self.slim | {"parameters": self.slim_parameters}
+        rows = [(cut.name, f"{cut.dense:,}", f"{cut.slim:,}") for cut in cuts(dense, slim)]
         if self.latency is not None:
             rows.append(("latency, ms", f"{self.latency['dense_ms']:.3f}", f"{self.latency['slim_ms']:.3f}"))
         rows += [(each["name"], f"{each['dense']:.2f}", f"{each['slim']:.2f}") for each in self.quality]

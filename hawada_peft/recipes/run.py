@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
 from peft import PeftModel, get_peft_model
@@ -30,6 +31,7 @@ from ..errors import HawAdaError
 from ..latency.budget import LatencyBudget
 from ..latency.measuring import measure_many
 from ..latency.regime import DTYPES, Regime
+from ..latency.runner import check_call
 from ..latency.timing import Timing
 from ..planning.plan import Plan
 from ..progress import Progress
@@ -37,10 +39,9 @@ from ..refit.reconstruction import Reconstruction
 from ..search.timed import regime_of
 from ..shipping.facts import ExportFacts, calibration_facts
 from ..shipping.save import save_slim
-from ..surgery.dense import dense_afterwards
 from ..training.trainer import HawAdaTrainer
 from ..vanilla.family import locate
-from ..vanilla.loading import load_model, processor_of
+from ..vanilla.loading import load_model, load_skeleton, processor_of
 from .examples import Example, batches_from, load_data
 from .measures import qualities
 from .recipe import Recipe
@@ -85,16 +86,25 @@ def train_recipe(
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.read(recipe, overrides)
-    if missing := recipe.missing_files():
-        raise FileNotFoundError(f"there is no {', '.join(missing)}, which the recipe names as data")
+    if missing := recipe.missing():
+        raise FileNotFoundError("\n".join(f"missing here, and named in the recipe: {each}" for each in missing))
     args = recipe.arguments("training", Path(recipe.output) / "gates")
     recovery_args = recipe.arguments("recovery", Path(recipe.output) / "recovery")
     args.disable_tqdm = recovery_args.disable_tqdm = progress is None
-    device = args.device  # joins the other processes, if there are any
+    _check_device(recipe, args.device)  # it joins the other processes, if there are any
     state = PartialState()
     record = Record(recipe, resume=resume, main=state.is_main_process)
     state.wait_for_everyone()  # all have looked before anything is written
     record.begin()
+    try:
+        return _run(recipe, record, (args, recovery_args))
+    finally:
+        record.end()
+
+
+def _run(recipe: Recipe, record: Record, arguments: tuple[TrainingArguments, TrainingArguments]) -> RecipeResult:
+    """All that is not done yet."""
+    (args, recovery_args), state = arguments, PartialState()
     state.wait_for_everyone()
     if (done := record.result()) is not None:
         return RecipeResult.from_dict(done)
@@ -106,11 +116,28 @@ def train_recipe(
         state.wait_for_everyone()
         clear_device_cache(garbage_collection=True)
     model = PeftModel.from_pretrained(load_model(recipe.model, dtype=recipe.dtype), str(record.adapter))
-    model.to(device)
+    model.to(args.device)
     plan: Plan = cast(Any, model).applied_plan()
     facts = _Facts(record.stage("gates") or {})
     slim, dense = _cut(recipe, record, model, plan, recovery_args, (train, held_out), facts)
     return _save(recipe, record, (dense, slim), plan, held_out, facts)
+
+
+def _check_device(recipe: Recipe, device: torch.device) -> None:
+    """Refuse what this device or this kind of model cannot do, before any work."""
+    problems = [
+        f"{section}.fp16 needs a GPU, and this is trained on the CPU: use bf16, or neither"
+        for section in ("training", "recovery")
+        if device.type == "cpu" and (getattr(recipe, section) or {}).get("fp16")
+    ]
+    skeleton = load_skeleton(recipe.model)
+    budget = None if recipe.budget is None else LatencyBudget(**recipe.budget)
+    if budget is not None and budget.image_size is not None and skeleton.main_input_name == "input_ids":
+        problems.append(f"budget.image_size is not for {type(skeleton).__name__}, which takes input_ids")
+    if problems:
+        raise HawAdaError("\n".join(problems))
+    if budget is not None:
+        check_call(skeleton, regime_of(skeleton, budget))
 
 
 class _Facts:
@@ -187,27 +214,24 @@ def _cut(
     base = cast(PreTrainedModel, model.get_base_model())
     calibration = _calibration(recipe, train, facts)
 
-    def note(reconstruction: Reconstruction) -> None:
-        facts.reconstruction = reconstruction
-
     if recipe.recovery is None:
-        with dense_afterwards(base):
-            slim = cast(Any, model).merge_and_unload(safe_merge=True, calibration=calibration, on_reconstruction=note)
-        return slim, base
+        slimmed = cast(Any, model).slim(safe_merge=True, calibration=calibration)
+        facts.reconstruction = slimmed.reconstruction
+        return slimmed.model, base
     args.eval_on_start = True
-    slim = recover(
+    slimmed = recover(
         model,
         args,
         train_dataset=train,
         eval_dataset=held_out,
         lora=recipe.lora(),
         calibration=calibration,
-        on_reconstruction=note,
         callbacks=[_Evaluations(facts)],
         resume_from_checkpoint=record.checkpoint("recovery"),
         **recipe.options(),
     )
-    return slim, base
+    facts.reconstruction = slimmed.reconstruction
+    return slimmed.model, base
 
 
 def _calibration(recipe: Recipe, train: Dataset[Example], facts: _Facts) -> list[Example] | None:

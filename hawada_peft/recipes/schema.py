@@ -19,6 +19,7 @@ from ..latency.budget import LatencyBudget
 from ..latency.effort import Effort
 from ..training.arguments import GATE_OPTIONS, GateTrainingArguments
 from ..vanilla.shape import Shape
+from .document import shown
 from .settings import DataSource, ReconstructionStep
 
 Hints = dict[str, Any]
@@ -67,9 +68,7 @@ def sections() -> dict[str, Hints]:
         "gates.lora": fields_of(LoraConfig),
         "training": own | arguments,
         "reconstruction": fields_of(ReconstructionStep),
-        "recovery": keywords(recover, leave_out=_TRAINING | _PLACES | {"on_reconstruction"})
-        | {"lora": mapping}
-        | arguments,
+        "recovery": keywords(recover, leave_out=_TRAINING | _PLACES | {"inputs"}) | {"lora": mapping} | arguments,
         "recovery.lora": fields_of(LoraConfig),
     }
 
@@ -85,7 +84,7 @@ def checked(name: str, given: Any, allowed: Mapping[str, Any], problems: list[st
         problems: what is wrong is added to it.
     """
     if not isinstance(given, Mapping):
-        problems.append(f"{name} must be a mapping of names to values, got {given!r}")
+        problems.append(f"{name} must be a mapping of names to values, got {shown(given)}")
         return {}
     problems += unknown_names(name, given, allowed)
     values = {}
@@ -95,7 +94,7 @@ def checked(name: str, given: Any, allowed: Mapping[str, Any], problems: list[st
         if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
             value = float(value)
         if wrong := _wrong_type(value, hint):
-            problems.append(f"{name}.{key} must be {wrong}, got {value!r}")
+            problems.append(f"{name}.{key} must be {wrong}, got {shown(value)}")
         values[key] = value
     return values
 
@@ -105,13 +104,14 @@ def unknown_names(section: str, given: Mapping[str, Any], allowed: Collection[st
     for name in given:
         if name in allowed:
             continue
-        near = difflib.get_close_matches(str(name), allowed, n=3)
+        near = difflib.get_close_matches(str(name)[:MANY], allowed, n=3)
         meant = f"; near are {near}" if near else ""
-        own = [each for each in allowed if each not in TrainingArguments.__dataclass_fields__]
-        all_of_them = f"allowed are {own}"
-        if len(own) < len(allowed):
-            all_of_them += " and the fields of transformers.TrainingArguments"
-        yield f"{section}: unknown name {name!r}{meant}" + ("" if near and len(own) > MANY else f"; {all_of_them}")
+        trains = TrainingArguments.__dataclass_fields__.keys() if "learning_rate" in allowed else set()
+        own = [each for each in allowed if each not in trains]
+        all_of_them = f"allowed are {own}" + (" and the fields of transformers.TrainingArguments" if trains else "")
+        yield f"{section}: unknown name {shown(name)}{meant}" + (
+            "" if near and len(own) > MANY else f"; {all_of_them}"
+        )
 
 
 def _kinds(hint: Any) -> Iterator[Any]:

@@ -197,7 +197,7 @@ class MaskedQuality:
         logger.info("dropping %d of %d layers takes %d evaluations of the calibration data", len(kept), total, count)
         with progress_bar(self._progress, total=count, desc=DEPTH, unit="evaluation", leave=False) as bar:
             for _ in kept:
-                remaining = [layer for layer in range(total) if layer not in self._order]
+                remaining = self._droppable([layer for layer in range(total) if layer not in self._order])
                 asked = sorted(remaining, key=lambda layer: last.get(layer, 0.0))
                 scores: dict[int, float] = {}
                 for layer in asked[:RESCORED] if last else asked:
@@ -208,6 +208,14 @@ class MaskedQuality:
                 self._order.append(cheapest)
                 self._depth_loss.append(max([scores[cheapest], *self._depth_loss[-1:]]))
         logger.info("layers in the order of dropping: %s", self._order)
+
+    def _droppable(self, remaining: Sequence[int]) -> list[int]:
+        """Those that may go next: the last layer before a backbone's stage stays."""
+        needed = set[int]()
+        for stage in self.layout.stages:
+            inside = [layer for layer in remaining if layer in range(*stage)]
+            needed |= set(inside) if len(inside) == 1 else set()
+        return [layer for layer in remaining if layer not in needed]
 
     def _without(self, dropped: Sequence[int]) -> Plan:
         full = Plan.keep_all(self.layout.dense)

@@ -128,7 +128,7 @@ def search_space(
     if FFN in free:
         ffn, parts = ffn_choices(layout, dense, multiple=multiple, group_size=group_size)
     total = dense.sizes()["num_hidden_layers"]
-    layers = tuple(range(1, total + 1)) if LAYERS in free else (total,)
+    layers = tuple(range(max(1, len(layout.stages)), total + 1)) if LAYERS in free else (total,)
     pairs = tuple(heads)
     tokens = regime.batch_size * ((regime.seq_len or 0) + (regime.mode == "decode")) if regime.mode != "forward" else 0
     bytes_each = regime.torch_dtype.itemsize

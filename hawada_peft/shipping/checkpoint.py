@@ -1,28 +1,36 @@
 """
-Slim a checkpoint folder straight into a slim folder, tensor by tensor: the dense model is never in memory.
+From a checkpoint folder to a slim folder: tensor by tensor, or in memory where projections are refitted.
 
-The same steps as in memory, on a model without weights; then every slim tensor is read, merged with its LoRA, folded,
-sliced and written.
+Tensor by tensor the dense model is never in memory: the same steps on a model without weights; then every slim tensor
+is read, merged with its LoRA, folded, sliced and written.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import HawAdaError
+import torch
+from peft import PeftModel, get_peft_model
+
+from ..config import HawAdaConfig
+from ..errors import HawAdaError, InvalidPlanError
 from ..files.checkpoint import Checkpoint
-from ..files.folder import new_folder
-from ..files.verify import Verification, verify_files, verify_slim
+from ..files.folder import check_free, new_folder
+from ..files.verify import verify_files
 from ..planning.plan import Plan
 from ..progress import Progress
-from ..refit.reconstruction import Reconstruction
-from .facts import ExportFacts
-from .reference import reference_logits
-from .stream import _Export
+from ..surgery.fold import gates_config
+from ..vanilla.loading import load_model, processor_of
+from ..vanilla.outputs import example_inputs
+from .facts import ExportFacts, calibration_facts
+from .save import Slimmed, save_slim
+from .stream import NO_PLAN, _Export
+from .verify import reference_outputs, verify_slim
 from .write import checked_report, write_card
 
 logger = logging.getLogger(__name__)
@@ -30,56 +38,8 @@ logger = logging.getLogger(__name__)
 NOTHING_ELSE = ExportFacts()
 """Nothing is known about the export beside its base and its plan."""
 
-
-@dataclass(frozen=True)
-class SlimCheckpoint:
-    """
-    What `slim_checkpoint` or `slim_calibrated` wrote.
-
-    Args:
-        folder (`Path`): the slim model.
-        plan (`Plan`): what stayed.
-        parameters (`int`): of the slim model.
-        dense_parameters (`int`): of the dense model.
-        weight_bytes (`int`): in the slim tensors.
-        verification (`Verification`, *optional*): what was measured; by `slim_checkpoint` with `verify="full"`.
-        reconstruction (`Reconstruction`, *optional*): what that did; of `slim_calibrated`, if anything was cut.
-    """
-
-    folder: Path
-    plan: Plan
-    parameters: int
-    dense_parameters: int
-    weight_bytes: int
-    verification: Verification | None = None
-    reconstruction: Reconstruction | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "folder": str(self.folder),
-            "shape": self.plan.shape.to_dict(),
-            "parameters": self.parameters,
-            "dense_parameters": self.dense_parameters,
-            "weight_bytes": self.weight_bytes,
-            "verification": None if self.verification is None else asdict(self.verification),
-            "reconstruction": None if self.reconstruction is None else asdict(self.reconstruction),
-        }
-
-    def __str__(self) -> str:
-        lines = [
-            str(self.plan),
-            f"{self.parameters:,} of {self.dense_parameters:,} parameters stay: {self.weight_bytes / 1e6:.1f} MB in "
-            f"{self.folder}",
-        ]
-        if self.verification is not None:
-            found = self.verification
-            lines.append(f"verified: logits differ by at most {found.max_difference:.2g} of {found.scale:.3g}")
-        if self.reconstruction is not None:
-            lines.append(f"reconstruction: {self.reconstruction}")
-        if self.plan.keeps_all:
-            lines.append("the plan cuts nothing")
-        return "\n".join(lines)
+SHARD = "50GB"
+"""Of a weight file at most, as transformers has it."""
 
 
 def slim_checkpoint(
@@ -89,11 +49,13 @@ def slim_checkpoint(
     *,
     plan: Plan | None = None,
     fold: bool = True,
-    max_shard_size: int | str = "50GB",
-    verify: str = "files",
+    calibration: Iterable[Mapping[str, torch.Tensor]] | None = None,
+    device: str | None = None,
+    max_shard_size: int | str | None = None,
+    verify: str | None = None,
     card: ExportFacts | None = NOTHING_ELSE,
     progress: Progress | None = None,
-) -> SlimCheckpoint:
+) -> Slimmed:
     """
     Slim a checkpoint of any size: from safetensors files to safetensors files, tensor by tensor.
 
@@ -103,55 +65,114 @@ def slim_checkpoint(
     and licence files of the base are copied along; a `README.md` and a `hawada_report.json` are added. The output
     folder appears complete and verified, or not at all, also when the process is killed.
 
+    With `calibration` the models are loaded, and the slim one's output projections refitted to the dense one
+    (`reconstruct`); the base's tokenizer or image processor is saved with it, if there is one.
+
     Args:
         base: folder or Hub id of the dense model, with safetensors files.
-        adapter: folder or Hub id of the gates; `None` for plain slicing by `plan`.
+        adapter: folder or Hub id of the gates; `None` for plain slicing by `plan`. What else its file holds (LoRA,
+            modules to save, embeddings) goes into the weights as well.
         output: the new folder; must not exist yet, or be empty.
         plan (`Plan`, *optional*): what to keep, instead of the plan that was applied to the adapter.
         fold (`bool`): `False` leaves the gates' soft values out and only removes.
-        max_shard_size (`int` or `str`): bytes per file at most, or as `"5GB"`.
-        verify (`str`): `"files"` checks that the folder's config loads through its Auto class and that its files hold
-            exactly that model's tensors. `"full"` also loads both models, one after the other, and compares their
-            logits as `verify_slim` does.
-        card (`ExportFacts`, *optional*): what else is known about the export, for the model card and the report; base
-            and plan are filled in. `None` writes neither.
+        calibration (*optional*): batches, keyword arguments of the forward pass, each (examples, ...).
+        device (`str`, *optional*): where to refit; the CPU if left out. Needs `calibration`.
+        max_shard_size (`int` or `str`, *optional*): bytes per file at most, or as `"5GB"`; `"50GB"` if left out. Not
+            with `calibration`.
+        verify (`str`, *optional*): `"files"` (if left out) checks that the folder's config loads through its Auto
+            class, that its files hold exactly that model's tensors, and that these are finite. `"full"` also loads
+            both models, one after the other, and compares their outputs as `verify_slim` does. Not with
+            `calibration`, where outputs are always compared.
+        card (`ExportFacts`, *optional*): what else is known about the export, for the model card and the report; base,
+            plan, reconstruction and calibration data are filled in. `None` writes neither.
         progress (*optional*): makes progress bars, as `tqdm.tqdm`; none are shown if left out.
 
     Returns:
-        `SlimCheckpoint`: what was written.
+        `Slimmed`: what was written, with its `folder`. Both models are on the meta device, without weights, if it was
+        written tensor by tensor.
 
     Raises:
-        FileExistsError: if the output folder holds something.
+        FileExistsError: if the output folder holds something, or is a link.
         UnsupportedModelError: if the checkpoint is not in plain safetensors files as transformers names them, or LoRA
             is on a module with more than a weight and a bias.
         InvalidPlanError: if there is no plan.
         IncompatibleBaseError, IllegalShapeError, BrokenGatesError: as `merge_and_unload`.
         VerificationError: if the output is not what it should be.
-        HawAdaError: if the facts contradict the model.
+        HawAdaError: if options do not fit together, the facts contradict the model, or the adapter's file does not
+            hold exactly what is the adapter's; as `reconstruct`.
     """
-    if verify not in ("files", "full"):
+    if verify not in (None, "files", "full"):
         raise HawAdaError(f"verify must be 'files' or 'full', got {verify!r}")
+    check_free(output)  # before the work
+    if calibration is not None:
+        _refuse(
+            {"max_shard_size": max_shard_size, "verify": verify},
+            "is for slimming from files, and calibration slims in memory, where outputs are always compared and "
+            "transformers cuts the files: leave one of them out",
+        )
+        return _in_memory(base, adapter, output, plan, calibration, fold=fold, device=device, card=card, bars=progress)
+    _refuse({"device": device}, "needs calibration: give it as well")
     checkpoint = Checkpoint(base)
     export = _Export(checkpoint, adapter, plan, fold=fold)
     if card is not None:
         card = replace(card, base=card.base or base, plan=card.plan or export.plan)
         checked_report(export.slim, card)  # before anything is written
     with new_folder(output) as folder:
-        weight_bytes = export.write(folder, max_shard_size, progress)
+        export.write(folder, max_shard_size or SHARD, progress)
         checkpoint.copy_companions(folder)
         verify_files(folder, export.slim)
         verification = None
         if verify == "full":
-            logits, inputs = reference_logits(checkpoint.folder, adapter, export.plan, fold=fold)
-            verification = verify_slim(folder, logits, inputs)
+            expected, inputs = reference_outputs(checkpoint.folder, adapter, export.plan, fold=fold)
+            verification = verify_slim(folder, reference=expected, inputs=inputs).require()
         if card is not None:
             write_card(folder, card, verification)
     logger.info("%s: %s", output, export.plan)
-    return SlimCheckpoint(
-        folder=Path(output),
-        plan=export.plan,
-        parameters=export.slim.num_parameters(),
-        dense_parameters=export.dense.num_parameters(),
-        weight_bytes=weight_bytes,
-        verification=verification,
+    return Slimmed(
+        model=export.slim, plan=export.plan, dense=export.dense, folder=Path(output), verification=verification
     )
+
+
+def _in_memory(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | None,
+    output: str | os.PathLike[str],
+    plan: Plan | None,
+    calibration: Iterable[Mapping[str, torch.Tensor]],
+    *,
+    fold: bool,
+    device: str | None,
+    card: ExportFacts | None,
+    bars: Progress | None,
+) -> Slimmed:
+    applied = None if adapter is None else gates_config(adapter).to_dict()["plan"]
+    chosen = Plan.from_dict(applied) if plan is None and applied is not None else plan
+    if chosen is None:
+        raise InvalidPlanError(NO_PLAN)
+    batches = list(calibration)
+    dense = load_model(os.fspath(base), device or "cpu")
+    gated: Any
+    if adapter is None:  # gates that are not trained say nothing
+        gated, fold = get_peft_model(dense, HawAdaConfig(gates=("heads", "ffn", "layers"))), False
+    else:
+        gated = PeftModel.from_pretrained(dense, os.fspath(adapter))
+    slimmed: Slimmed = gated.slim(progressbar=bars is not None, plan=plan, fold=fold, calibration=batches)
+    if slimmed.dense is None:
+        slimmed = replace(slimmed, dense=Checkpoint(base).skeleton)
+    small = slimmed.model
+    if card is not None:
+        card = replace(
+            card,
+            base=card.base or base,
+            plan=card.plan or chosen,
+            reconstruction=card.reconstruction or slimmed.reconstruction,
+            calibration=card.calibration or slimmed.calibration or calibration_facts(batches),
+        )
+    verification = save_slim(small, output, inputs=example_inputs(small), processor=processor_of(base), card=card)
+    return replace(slimmed, folder=Path(output), verification=verification)
+
+
+def _refuse(given: Mapping[str, object], why: str) -> None:
+    named = [name for name, value in given.items() if value is not None]
+    if named:
+        raise HawAdaError(f"{', '.join(named)} {why}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,13 +15,17 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from ..errors import HawAdaError
 from ..files.names import CARD_NAME
+from ..latency.table import LatencyTable
 from ..planning.plan import Plan
 from ..search.result import SearchResult
 from .figures import Latency
 from .passport import PassportLine
+
+logger = logging.getLogger(__name__)
 
 CARD_FIELDS = ("license", "license_name", "license_link", "language")
 """What a slim model's card takes over from the base model's."""
@@ -85,8 +90,30 @@ class ExportFacts:
     license: str | None = None
     repo_id: str | None = None
 
+    def __post_init__(self) -> None:
+        kinds: dict[str, tuple[Any, str]] = {
+            "base": (str | os.PathLike, "an id or a path"),
+            "plan": (Plan, "a Plan"),
+            "latency": (SearchResult | LatencyTable | Mapping, "a SearchResult, a LatencyTable or timings"),
+            "search": (SearchResult | Mapping, "a SearchResult, or what its `to_dict` gave"),
+            "calibration": (Mapping, "a mapping, as `calibration_facts` gives it"),
+            "license": (str, "a string"),
+            "repo_id": (str, "a string"),
+        }
+        problems = [
+            f"{name} must be {words}, got {getattr(self, name)!r:.80}"
+            for name, (kind, words) in kinds.items()
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), kind)
+        ]
+        for name, kind in (("quality", QualityChange), ("checked", PassportLine)):
+            several = getattr(self, name)
+            if not isinstance(several, Sequence) or not all(isinstance(entry, kind) for entry in several):
+                problems.append(f"{name} must be a list of {kind.__name__}, got {several!r:.80}")
+        if problems:
+            raise HawAdaError("\n".join(problems))
 
-def calibration_facts(batches: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, Any]:
+
+def calibration_facts(batches: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """
     What calibration data was, without the data: so that it can be told from evaluation data later.
 
@@ -100,10 +127,13 @@ def calibration_facts(batches: Iterable[Mapping[str, torch.Tensor]]) -> dict[str
     for batch in batches:
         rows = 0
         for name, tensor in sorted(batch.items()):
+            if not isinstance(tensor, torch.Tensor):
+                digest.update(f"{name} {tensor!r};".encode())
+                continue
             plain = tensor.detach().cpu().contiguous()
             digest.update(f"{name} {plain.dtype} {tuple(plain.shape)};".encode())
             digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
-            rows = len(plain)
+            rows = len(plain) if plain.ndim else rows
         examples, count = examples + rows, count + 1
     return {"examples": examples, "batches": count, "sha256": digest.hexdigest()}
 
@@ -129,12 +159,27 @@ def base_facts(facts: ExportFacts) -> dict[str, Any]:
                     f"base must be a folder that exists or the id of a model on the Hub, got {facts.base!r}: {error}"
                 ) from None
         if isinstance(card, str | Path) and Path(card).is_file():
-            data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-            found |= {name: data[name] for name in CARD_FIELDS if data.get(name)}
+            data = metadata_of(Path(card))
+            found |= {name: data[name] for name in CARD_FIELDS if _is_text(data.get(name))}
     if facts.license is not None:
         found = {name: value for name, value in found.items() if not name.startswith("license")}
         found["license"] = facts.license
     return found
+
+
+def metadata_of(card: Path) -> dict[str, Any]:
+    """The metadata of a model card; none if it is broken, which is someone else's affair."""
+    try:
+        return ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, TypeError, AttributeError, YAMLError, OSError) as error:
+        logger.info("%s has no metadata that can be read: %s", card, error)
+        return {}
+
+
+def _is_text(value: Any) -> bool:
+    """A string, or a list of them, as the metadata of a card may be."""
+    several = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+    return bool(value) and (isinstance(value, str) or several)
 
 
 def known_base(name: str | None) -> str | None:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from huggingface_hub import CommitInfo, HfApi
-
-if TYPE_CHECKING:
-    pass
 
 
 def push_to_hub(

@@ -26,7 +26,7 @@ from .runtime_rules import (
 )
 
 if TYPE_CHECKING:
-    from ..files.verify import Verification
+    from .checks import Verification
 
 ANSWERS = ("yes", "no", "unknown")
 EVIDENCE = ("run", "computed", "rule", "not checked")
@@ -131,7 +131,7 @@ def alignment(model: PreTrainedModel, layout: Layout) -> dict[str, dict[str, Any
 
 def _transformers_here(verification: Verification | None) -> PassportLine:
     runtime = f"transformers {transformers.__version__}"
-    if verification is None:
+    if verification is None or verification.max_difference is None:
         return not_checked(runtime, "the folder was not reloaded when this was written; `verify_slim` does that")
     return PassportLine(
         runtime,

@@ -1,28 +1,30 @@
-"""The report of an export: `hawada_report.json`."""
+"""The report of an export, `hawada_report.json`: made, read, and compared with a model."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
-from ..errors import InvalidPlanError
+from ..errors import HawAdaError, InvalidPlanError
+from ..files.names import REPORT_NAME
+from ..planning.plan import Plan
 from ..vanilla.family import Layout, locate
 from ..vanilla.resize import edit_config
 from ..vanilla.shape import Shape
 from ..vanilla.skeleton import auto_class_of, skeleton_of
+from .checks import Verification
 from .facts import ExportFacts, base_facts, plain_facts, search_facts
 from .figures import latency_facts
 from .passport import alignment, passport_of
-
-if TYPE_CHECKING:
-    from ..files.verify import Verification
 
 FORMAT = 1
 
@@ -70,7 +72,7 @@ def report_of(model: PreTrainedModel, facts: ExportFacts, verification: Verifica
         "model": _model_facts(model, layout),
         "dense": None if dense is None else dense.to_dict() | {"parameters": dense_parameters(layout, dense)},
         "plan": None if facts.plan is None else facts.plan.to_dict(),
-        "verification": None if verification is None else dataclasses.asdict(verification),
+        "verification": None if verification is None else verification.figures(),
         "latency": timing,
         "search": search_facts(facts),
         "quality": [dataclasses.asdict(change) for change in facts.quality] or None,
@@ -114,3 +116,48 @@ def _sizes_of(base: str | os.PathLike[str] | None) -> Shape | None:
     if base is None or not (Path(base) / "config.json").is_file():
         return None
     return locate(skeleton_of(AutoConfig.from_pretrained(base))).full
+
+
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """
+    The report beside a slim model, if there is one.
+
+    Raises:
+        HawAdaError: if it is no JSON object.
+    """
+    file = folder / REPORT_NAME
+    if not file.is_file():
+        return None
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise HawAdaError(f"{file} is no JSON: {error}") from None
+    if not isinstance(report, dict):
+        raise HawAdaError(f"{file} must hold an object, got a {type(report).__name__}")
+    return report
+
+
+def size_problems(model: PreTrainedModel, report: Mapping[str, Any]) -> list[str]:
+    """
+    Where a model is not of the sizes that its report says.
+
+    Args:
+        model: the slim model; may be on the meta device.
+        report: as `hawada_report.json` has it.
+
+    Raises:
+        HawAdaError: if the model has no family row, or the report's plan is none.
+    """
+    layout, problems = locate(model), []
+    said = report.get("model", {}).get("parameters")
+    if said is not None and said != model.num_parameters():
+        problems.append(f"{REPORT_NAME} says {said:,} parameters, the model has {model.num_parameters():,}")
+    if "plan" in report:
+        plan = Plan.from_dict(report["plan"])
+        wanted, found = plan.shape.to_dict(), layout.full.to_dict()
+        off = [f"{name} {found[name]} instead of {size}" for name, size in wanted.items() if found[name] != size]
+        if off:
+            untouched = all(found[name] == size for name, size in plan.dense.to_dict().items())
+            dense = " (these are the dense sizes)" if untouched else ""
+            problems.append(f"the model does not have the sizes of the plan in {REPORT_NAME}: {', '.join(off)}{dense}")
+    return problems

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import HawAdaError
-from ..files.verify import TOLERANCE
+from ..errors import HawAdaError, VerificationError
+from ..files.verify import compare
 from ..vanilla.batches import Batch
 from ..vanilla.mode import evaluating
-from ..vanilla.outputs import example_inputs, output_of
+from ..vanilla.outputs import example_inputs, floats_of, outputs_of
 from .passport import PassportLine
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -38,7 +38,7 @@ def check_compile(
         `PassportLine`: yes where the outputs agree to rounding; no where compiling fails or they do not.
     """
     inputs = example_inputs(model) if inputs is None else inputs
-    expected = output_of(model, inputs)
+    expected = outputs_of(model, inputs)
     name = backend if isinstance(backend, str) else backend.__name__
     runtime = "torch.compile" if name == "inductor" else f"torch.compile, backend {name}"
     where = f"torch {torch.__version__}, {model.device.type}"
@@ -59,7 +59,7 @@ def check_onnx(model: PreTrainedModel, inputs: Batch | None = None, *, keep: str
 
     Args:
         model: the slim model, on the CPU.
-        inputs: keyword arguments of the forward pass, each with two rows (and more than
+        inputs: keyword arguments of the forward pass, each with two rows if it can (and more than
             four tokens); drawn at random if left out.
         keep: where to leave the ONNX file; nowhere if left out.
 
@@ -87,25 +87,23 @@ def check_onnx(model: PreTrainedModel, inputs: Batch | None = None, *, keep: str
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         for batch in ({name: _part(tensor) for name, tensor in inputs.items()}, inputs):
             arrays = {name: tensor.numpy() for name, tensor in batch.items()}
-            found = torch.from_numpy(session.run(None, arrays)[0])
-            line = _compared("ONNX", where, found, output_of(model, batch))
+            found = [torch.from_numpy(array) for array in session.run(None, arrays)]
+            line = _compared("ONNX", where, found, outputs_of(model, batch))
             if line.answer == "no":
                 return line
     return line
 
 
 class _Outputs(nn.Module):
-    """A model with tensors in and one tensor out."""
+    """A model with tensors in and tensors out: all that it computes."""
 
     def __init__(self, model: PreTrainedModel, names: list[str]) -> None:
         super().__init__()
         self.model, self.names = model, names
 
-    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         caches = {"use_cache": False} if self.model.can_generate() else {}
-        output = self.model(**dict(zip(self.names, tensors, strict=True)), **caches)
-        first: torch.Tensor = output[0]
-        return first
+        return tuple(floats_of(self.model(**dict(zip(self.names, tensors, strict=True)), **caches)).values())
 
 
 def _export(model: PreTrainedModel, inputs: Batch, file: Path) -> None:
@@ -129,16 +127,20 @@ def _part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _dynamic(tensor: torch.Tensor) -> Mapping[int, torch.export.Dim]:
-    sizes = {0: torch.export.Dim.DYNAMIC}
-    return sizes | {1: torch.export.Dim.DYNAMIC} if tensor.ndim == 2 else sizes
+    """What stays variable; a size of one cannot: torch takes it for a constant."""
+    dims = (0, 1) if tensor.ndim == 2 else (0,)
+    return {dim: torch.export.Dim.DYNAMIC for dim in dims if tensor.shape[dim] > 1}
 
 
-def _compared(runtime: str, where: str, found: torch.Tensor, expected: torch.Tensor) -> PassportLine:
-    gap = (found.double() - expected.double()).abs().max().item()
-    scale = expected.double().abs().max().item()
-    same = gap <= TOLERANCE[expected.dtype] * scale
-    verdict = f"outputs differ by at most {gap:.2g} of {scale:.3g}"
-    return PassportLine(runtime, "yes" if same else "no", "run", f"{where}: {verdict}")
+def _compared(
+    runtime: str, where: str, found: Sequence[torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> PassportLine:
+    dtype = next(iter(expected.values())).dtype
+    try:
+        gap, scale = compare(dict(zip(expected, found, strict=False)), expected, dtype)
+    except VerificationError as error:
+        return PassportLine(runtime, "no", "run", f"{where}: {error}")
+    return PassportLine(runtime, "yes", "run", f"{where}: outputs differ by at most {gap:.2g} of {scale:.3g}")
 
 
 def _failed(runtime: str, where: str, error: Exception) -> PassportLine:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from ..errors import HawAdaError, InvalidPlanError
+from ..errors import HawAdaError, InvalidPlanError, VerificationError
 from ..files.checkpoint import Checkpoint, stored_names
 from ..files.shards import write_shard
 from ..gates.reading import gate_scores
@@ -28,6 +28,7 @@ from ..surgery.slicing import slice_tensor
 from ..surgery.slimming import slim
 from ..surgery.source import rows_of, source_of
 from ..vanilla.family import locate
+from ..vanilla.resize import make_plain, untie
 
 NO_PLAN = (
     "there is no plan: apply one to the adapter before it is saved "
@@ -61,6 +62,8 @@ class _Export:
             self._factors = factors_of(gated) if fold else {}
             self._lora = lora_of(gated)
             self.dense = cast(PreTrainedModel, gated.unload())
+            untie(self.dense)
+        make_plain(self.dense)
         if plan is None:
             raise InvalidPlanError(NO_PLAN)
         self.plan = plan
@@ -104,6 +107,8 @@ class _Export:
 
     def _watched(self, names: dict[str, str], bar: Any, key: str) -> Iterator[torch.Tensor]:
         for part in self._parts(names[key]):
+            if part.is_floating_point() and not part.isfinite().all():
+                raise VerificationError(f"{names[key]} would hold NaN or infinity: nothing is written")
             yield part
             bar.update(part.nbytes)
 

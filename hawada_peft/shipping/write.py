@@ -7,16 +7,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
 from transformers import AutoConfig, PreTrainedModel
 
 from ..errors import HawAdaError
 from ..files.adapter_card import TAG
+from ..files.atomic import write_text
+from ..files.digests import digests_of
 from ..files.names import CARD_NAME, REPORT_NAME
-from ..files.verify import Verification
 from ..vanilla.skeleton import skeleton_of
 from .card import slim_card
-from .facts import ExportFacts
+from .checks import Verification
+from .facts import ExportFacts, metadata_of
 from .report import report_of
 
 PROCESSOR_FILES = {"tokenizer": "tokenizer_config.json", "image_processor": "preprocessor_config.json"}
@@ -39,19 +40,20 @@ def write_card(
     """
     folder, facts = Path(folder), facts or ExportFacts()
     card_file = folder / CARD_NAME
-    if card_file.is_file() and TAG not in (ModelCard.load(card_file, ignore_metadata_errors=True).data.tags or []):
+    if card_file.is_file() and TAG not in (metadata_of(card_file).get("tags") or []):
         raise FileExistsError(f"{card_file} was not written by this package; move it away first")
-    report, text = checked_report(skeleton_of(AutoConfig.from_pretrained(folder)), facts, verification)
+    report = checked_report(skeleton_of(AutoConfig.from_pretrained(folder)), facts, verification)
     processors = [name for name, file in PROCESSOR_FILES.items() if (folder / file).is_file()]
-    (folder / REPORT_NAME).write_text(text, encoding="utf-8")
-    slim_card(report, processors).save(card_file)
+    card = slim_card(report, processors)
+    write_text(folder / REPORT_NAME, _json(report | {"files": digests_of(folder)}))
+    write_text(card_file, str(card))
 
 
 def checked_report(
     model: PreTrainedModel, facts: ExportFacts, verification: Verification | None = None
-) -> tuple[dict[str, Any], str]:
+) -> dict[str, Any]:
     """
-    The report and its JSON text.
+    The report, which fits into JSON.
 
     Args:
         model: the slim model, or its skeleton.
@@ -62,7 +64,12 @@ def checked_report(
         HawAdaError: if the facts contradict the model, or do not fit into JSON.
     """
     report = report_of(model, facts, verification)
+    _json(report)
+    return report
+
+
+def _json(report: dict[str, Any]) -> str:
     try:
-        return report, json.dumps(report, indent=1, allow_nan=False) + "\n"
-    except (TypeError, ValueError) as error:
+        return json.dumps(report, indent=1, allow_nan=False) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
         raise HawAdaError(f"the facts about the export do not fit into JSON: {error}") from None

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from ..errors import UnsupportedModelError
 from ..vanilla.family import Layout
 from ..vanilla.legality import build_sizes
 from ..vanilla.resize import edit_config
 from ..vanilla.shape import FFN, HEADS, HIDDEN, KV_GROUPS, Shape
+from ..vanilla.skeleton import build_empty
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,7 @@ def find_axes(layout: Layout, *, hidden: bool = False) -> dict[str, tuple[SliceR
 
 def _shapes(layout: Layout, shape: Shape) -> dict[str, tuple[int, ...]]:
     config = edit_config(layout, shape, layers=(0,))
-    with torch.device("meta"):
-        built = layout.model_class(config)
+    built = build_empty(layout.model_class, config)
     return {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
 
 

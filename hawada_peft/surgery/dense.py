@@ -1,45 +1,93 @@
-"""The dense model beside the slim one: as the teacher of what is fitted or trained after the cut."""
+"""The dense model below the adapters: seen without them, and given back when something done to it fails."""
 
 from __future__ import annotations
 
+import copy
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..gates.adapter import GateAdapter
 from ..planning.plan import Plan
 from ..vanilla.family import locate
-from .source import materialise
+from .conformity import below, check_conforms, vanilla_tensors
+from .source import build_tied, materialise
+
+CONTAINERS = (dict, OrderedDict, list, set)
 
 
 @contextmanager
-def dense_afterwards(base: nn.Module) -> Iterator[None]:
+def put_back(base: nn.Module, *, always: bool) -> Iterator[None]:
     """
-    Inside the block adapters are merged into a base model and taken off; after it the model is the dense one again.
+    What is done to a model inside the block is undone when the block fails, for whatever reason, Ctrl-C included.
 
-    Nothing is copied: merging puts new tensors in the place of the weights, and the old ones are put back. The new
-    ones are let go of, so build what is to have them inside the block.
+    Weights, modules, hooks, buffers, flags and the config are what they were, and the same objects. No weight is
+    copied: what is done may put new tensors in the place of weights, not write into them.
 
     Args:
-        base: the base model, unmerged when the block begins.
+        base: the model.
+        always: undo it also when the block does not fail.
     """
-    weights = [(parameter, parameter.data) for parameter in base.parameters()]
-    heads = {
-        name: module.original_module
-        for name, module in base.named_modules()
-        if isinstance(module, ModulesToSaveWrapper)
-    }
+    state = _State(base)
     try:
         yield
-    finally:
-        for parameter, tensor in weights:
+    except BaseException:
+        state.restore()
+        raise
+    if always:
+        state.restore()
+
+
+class _State:
+    """All that a model holds, by reference."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = [(each, each.data, each.requires_grad) for each in model.parameters()]
+        owners: list[Any] = [*model.modules(), *(model.config for _ in [0] if isinstance(model, PreTrainedModel))]
+        self._fields = [(vars(owner), dict(vars(owner))) for owner in owners]
+        self._contents = [
+            (value, copy.copy(value))
+            for _, fields in self._fields
+            for value in fields.values()
+            if type(value) in CONTAINERS
+        ]
+
+    def restore(self) -> None:
+        for container, content in [*self._fields, *self._contents]:  # in place: handles of hooks point there
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)
+        for parameter, tensor, requires_grad in self._parameters:
             parameter.data = tensor
-    for name, head in heads.items():  # the trained copies are in their place
-        base.set_submodule(name, head)
+            parameter.requires_grad_(requires_grad)
+
+
+def unshare(base: nn.Module) -> None:
+    """Give every gated module weights of its own, where layers share them: each layer's gates are folded in apart."""
+    owners = Counter(id(parameter) for _, parameter in base.named_parameters(remove_duplicate=False))
+    for module in base.modules():
+        if isinstance(module, GateAdapter):
+            inner = module.get_base_layer()
+            for name, parameter in inner._parameters.items():
+                if parameter is not None and owners[id(parameter)] > 1:
+                    inner._parameters[name] = nn.Parameter(parameter.data, parameter.requires_grad)
+
+
+def take_off(base: PreTrainedModel) -> None:
+    """
+    Leave the dense model as it was before there were adapters: all of them go, and what was trained beside them.
+
+    Args:
+        base: with adapters in it, unmerged.
+    """
+    found = {name: module for name, module in base.named_modules() if below(module) is not module}
+    for name in sorted(found, key=len):  # outer ones first: what they hold goes with them
+        if not any(name.startswith(f"{outer}.") for outer in found):
+            base.set_submodule(name, below(found[name]))
+    vars(base).pop("peft_config", None)
 
 
 def dense_view(base: PreTrainedModel) -> PreTrainedModel:
@@ -50,23 +98,15 @@ def dense_view(base: PreTrainedModel) -> PreTrainedModel:
 
     Args:
         base: with adapters in it, unmerged, its weights not quantized.
+
+    Raises:
+        UnsupportedModelError: if its weights are not those of its class.
     """
-    with torch.device("meta"):
-        view = type(base)(base.config)
-    view.load_state_dict({name: _below(base, name) for name in view.state_dict()}, strict=True, assign=True)
-    layout = locate(base)
+    layout, tensors = locate(base), vanilla_tensors(base)
+    check_conforms(layout, tensors)
+    view = build_tied(layout.model_class, copy.deepcopy(base.config), tensors)
+    values = {name: tensor.data for name, tensor in tensors.items()}
+    view.load_state_dict({name: values[name] for name in view.state_dict()}, strict=True, assign=True)
     materialise(base, view, layout, Plan.keep_all(layout.dense))
     view.tie_weights()
     return view.eval()
-
-
-def _below(base: nn.Module, name: str) -> torch.Tensor:
-    """A tensor by its vanilla name, from below the adapters that wrap its module."""
-    owner, _, attribute = name.rpartition(".")
-    module = base
-    for part in owner.split("."):
-        module = module.get_submodule(part)
-        while isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
-            module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
-    tensor = getattr(module, attribute)
-    return tensor.data if isinstance(tensor, nn.Parameter) else tensor

@@ -16,6 +16,8 @@ from .._register import NAME
 from ..errors import BrokenGatesError, HawAdaError, UnsupportedModelError
 from ..gates.adapter import GateAdapter
 from ..gates.lora import sound_lora_layers
+from ..gates.saved import check_adapter_file
+from ..vanilla.loading import ADAPTER_FILE, check_source
 from ..vanilla.modules import Base, fold_factors, parameters_of
 
 DEFAULT = "default"
@@ -33,14 +35,20 @@ def gates_config(adapter: str | os.PathLike[str]) -> PeftConfig:
         adapter: folder or Hub id.
 
     Raises:
+        FileNotFoundError: if there is no such adapter.
         HawAdaError: if it is no adapter, or one of another type.
     """
     name = os.fspath(adapter)
+    check_source(name, ADAPTER_FILE)
     try:
         config = PeftConfig.from_pretrained(name)
-    except ValueError as error:
+    except HawAdaError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # PEFT's, on other JSON
         raise HawAdaError(f"{name} is not an adapter: {error}") from error
-    if config.peft_type != NAME:
+    if config.peft_type == NAME:
+        check_adapter_file(name, cast(Any, config).modules_to_save or ())
+    else:
         raise HawAdaError(
             f"{name} is an adapter of type {PeftType(config.peft_type).value}, needed is one of type {NAME}"
         )
@@ -56,22 +64,33 @@ def load_gates(skeleton: PreTrainedModel, adapter: str | os.PathLike[str]) -> Pe
         adapter: folder or Hub id.
 
     Raises:
-        HawAdaError: if the adapter is of another type, or its file lacks gates.
-        IncompatibleBaseError: if it is for another base model.
+        HawAdaError: if the adapter is of another type, or its file does not hold what it should.
+        IncompatibleBaseError: if it is for another base model, or holds embeddings of another size.
+        BrokenGatesError: if it holds NaN or infinity.
     """
     name, config = os.fspath(adapter), gates_config(adapter)
     config.base_model_name_or_path, config.inference_mode = skeleton.name_or_path, True
     gated = cast(PeftModel, get_peft_model(skeleton, config, adapter_name=DEFAULT))
-    for key, parameter in list(gated.named_parameters()):
-        if parameter.is_meta and DEFAULT in key.split("."):
+    tensors = load_peft_weights(name, device="cpu")
+    parameters = dict(gated.named_parameters(remove_duplicate=False))
+    # Beside the adapter's own: embeddings in its file, which take the place of the base model's under all their names.
+    storages: dict[int, nn.Parameter] = {}
+    replaced = {id(parameters[key]) for key in tensors.keys() & parameters.keys()}
+    for key, parameter in parameters.items():
+        if parameter.is_meta and (DEFAULT in key.split(".") or id(parameter) in replaced):
+            storage = storages.setdefault(id(parameter), _no_values(parameter))
             owner, _, attribute = key.rpartition(".")
-            empty = nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False)
-            setattr(gated.get_submodule(owner), attribute, empty)
-    loaded: Any = set_peft_model_state_dict(gated, load_peft_weights(name, device="cpu"), DEFAULT)
-    lost = [key for key in loaded.missing_keys if DEFAULT in key.split(".")]
-    if lost:
-        raise HawAdaError(f"{name} lacks the weights {lost[:3]}{' ...' if lost[3:] else ''}: it is damaged")
+            setattr(gated.get_submodule(owner), attribute, storage)
+    try:
+        set_peft_model_state_dict(gated, tensors, DEFAULT)
+    except KeyError as error:  # PEFT's, on modules to save
+        raise HawAdaError(f"the adapter's file lacks the weights {error}: it is damaged") from None
     return gated
+
+
+def _no_values(parameter: nn.Parameter) -> nn.Parameter:
+    """A tensor on the CPU for one without data: NaN until it is loaded, so that nothing can be computed with it."""
+    return nn.Parameter(torch.full_like(parameter, torch.nan, device="cpu"), requires_grad=False)
 
 
 def factors_of(gated: PeftModel) -> dict[str, Factors]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,12 +16,13 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModelError
 from ..planning.plan import Plan
 from ..vanilla.family import Layout, locate
-from ..vanilla.legality import check_legal
-from ..vanilla.modules import check_unquantized
-from ..vanilla.resize import add_v4_rope_keys, edit_config
+from ..vanilla.legality import check_layers, check_legal
+from ..vanilla.modules import check_loaded, check_unquantized
+from ..vanilla.resize import add_v4_rope_keys, edit_config, origin_of, rename
 from .axes import SliceRule, find_axes
+from .conformity import check_conforms, vanilla_tensors
 from .slicing import slice_tensor
-from .source import materialise, rows_of, source_of
+from .source import build_tied, materialise, rows_of, source_of
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -42,26 +44,30 @@ def slim(model: Model, plan: Plan) -> Model:
     Raises:
         IncompatibleBaseError: if the plan is for a model of other sizes.
         IllegalShapeError: if no vanilla model of the plan's shape exists.
-        UnsupportedModelError: if the model has no family row, adapters in it, quantized weights, or state that the row
-            does not explain.
+        UnsupportedModelError: if the model has no family row, adapters in it, quantized or offloaded weights, weights
+            that are not those of its class, or state that the row does not explain.
     """
-    layout = locate(model)
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise UnsupportedModelError(
-            "slim() takes a vanilla model, and this one has adapters in it: use `merge_and_unload(plan=...)` on the "
-            "PEFT model, or `unload()` first"
+            "slim() takes a vanilla model, and this one has adapters in it: use `model.slim(plan=...)` or "
+            "`merge_and_unload(plan=...)` of the PEFT model, or `unload()` first"
         )
+    layout = locate(model)
+    check_loaded(model)
     check_unquantized(model)
     plan.check_base(layout.full)
     check_legal(layout, plan.shape)
+    check_layers(layout, plan.layers)
+    dense = vanilla_tensors(model)
+    check_conforms(layout, dense)
     rules = find_axes(layout, hidden=plan.hidden is not None)
     config = edit_config(layout, plan.shape, layers=plan.layers)
     add_v4_rope_keys(config)
-    with torch.device("meta"):
-        result = type(model)(config)
-    result.load_state_dict(dict(_sliced(model, result, layout, plan, rules)), strict=True, assign=True)
+    result = build_tied(type(model), config, dense)
+    result.load_state_dict(dict(_sliced(dense, result, layout, plan, rules)), strict=True, assign=True)
     materialise(model, result, layout, plan)
     result.tie_weights()
+    rename(result, "", origin_of(model))
     if model.can_generate():
         result.generation_config = copy.deepcopy(model.generation_config)
     for parameter in result.parameters():
@@ -71,16 +77,18 @@ def slim(model: Model, plan: Plan) -> Model:
 
 
 def _sliced(
-    model: nn.Module, result: nn.Module, layout: Layout, plan: Plan, rules: Mapping[str, tuple[SliceRule, ...]]
+    dense: Mapping[str, torch.Tensor],
+    result: nn.Module,
+    layout: Layout,
+    plan: Plan,
+    rules: Mapping[str, tuple[SliceRule, ...]],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    dense = model.state_dict()
-    done: dict[int, torch.Tensor] = {}  # tied tensors stay one tensor
-    for name in result.state_dict():
-        source, layer, short = source_of(name, layout, plan)
-        tensor = dense[source]
-        if tensor.data_ptr() not in done or tensor.is_meta:
-            sliced = tensor
+    done: dict[int, torch.Tensor] = {}  # what the class ties stays one tensor, and nothing else does
+    for name, place in result.state_dict(keep_vars=True).items():
+        if id(place) not in done:
+            source, layer, short = source_of(name, layout, plan)
+            sliced = tensor = dense[source].data
             for rule in rules.get(short, ()):
                 sliced = slice_tensor(sliced, rule.dim, rows_of(rule, layout, plan, layer))
-            done[tensor.data_ptr()] = tensor.clone() if sliced is tensor else sliced
-        yield name, done[tensor.data_ptr()]
+            done[id(place)] = tensor.clone() if sliced is tensor else sliced
+        yield name, done[id(place)]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import guard_torch_init_functions
 
 from ..errors import UnsupportedModelError
 from ..planning.plan import Plan
 from ..vanilla.family import Layout
 from ..vanilla.shape import FFN, HEADS, HIDDEN, KV_GROUPS
+from ..vanilla.skeleton import build_empty
 from .axes import SliceRule
+from .conformity import below
 
 
 def source_of(name: str, layout: Layout, plan: Plan) -> tuple[str, int, str]:
@@ -39,18 +45,130 @@ def rows_of(rule: SliceRule, layout: Layout, plan: Plan, layer: int) -> torch.Te
     return torch.cat(rows)
 
 
-def materialise(model: nn.Module, result: nn.Module, layout: Layout, plan: Plan) -> None:
-    """Give a slim model the tensors that a state dict does not hold (rotary frequencies): those of the dense one."""
-    for module_name, module in result.named_modules():
-        for name, tensor in [*module._buffers.items(), *vars(module).items()]:
-            if not isinstance(tensor, torch.Tensor) or not tensor.is_meta:
+def build_tied(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, tensors: Mapping[str, torch.Tensor]
+) -> PreTrainedModel:
+    """
+    A model on the meta device whose tied weights are those that are the same in the model it is made from.
+
+    Args:
+        model_class: the class.
+        config: of the new model; its `tie_word_embeddings` is switched off where the tied weights differ.
+        tensors: the dense model's, by name; outside of the layers the names are those of the new model.
+
+    Raises:
+        UnsupportedModelError: if weights differ that the class ties in any case.
+    """
+    built = build_empty(model_class, config)
+    differing = _untied(built, tensors)
+    if differing and config.tie_word_embeddings:
+        config.tie_word_embeddings = False
+        built = build_empty(model_class, config)
+        differing = _untied(built, tensors)
+    if differing:
+        raise UnsupportedModelError(
+            f"{model_class.__name__} ties {' and '.join(differing)}, and here they differ: no model of this class can "
+            "hold both"
+        )
+    return built
+
+
+def _untied(built: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """The first names that are one tensor in a built model, and not in the one it is made from."""
+    first: dict[int, str] = {}
+    for name, tensor in built.state_dict(keep_vars=True).items():
+        other = first.setdefault(id(tensor), name)
+        if other == name or not {name, other} <= tensors.keys():
+            continue
+        one, two = tensors[other], tensors[name]
+        if one is not two and one.data is not two.data and (one.is_meta or two.is_meta or not torch.equal(one, two)):
+            return [other, name]
+    return []
+
+
+def materialise(model: nn.Module, result: PreTrainedModel, layout: Layout, plan: Plan) -> None:
+    """
+    Give a slim model the tensors that a state dict does not hold (rotary frequencies): its class computes them.
+
+    As in `from_pretrained`; those of the dense model may have been changed by a long input or by a cast. What the
+    class does not compute is taken from the dense model.
+
+    Args:
+        model: the dense model, adapters in it or not.
+        result: on the meta device but for what its state dict holds.
+        layout, plan: of the dense model.
+
+    Raises:
+        UnsupportedModelError: if something is in neither.
+    """
+    for name, module, owner in _owners(result):
+        missing = [
+            key
+            for key, tensor in [*module._buffers.items(), *vars(module).items()]
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta
+        ]
+        if not missing:
+            continue
+        source = source_of(f"{name}.", layout, plan)[0].removesuffix(".") if name else ""
+        dense = below_at(model, source)
+        for key in missing:
+            theirs, mine = getattr(dense, key), getattr(module, key)
+            if theirs.is_meta:
+                continue  # a model without weights, made into another one
+            if key in module._buffers and _has_sentinel(mine):
+                setattr(module, key, _sentinel(mine, theirs.device))
+        _initialise(owner, module)
+        for key in missing:
+            theirs, mine = getattr(dense, key), getattr(module, key)
+            if theirs.is_meta or not (mine.is_meta or torch.equal(mine, _sentinel(mine, mine.device))):
                 continue
-            source = source_of(f"{module_name}.{name}" if module_name else name, layout, plan)[0]
-            owner, _, attribute = source.rpartition(".")
-            dense = getattr(model.get_submodule(owner), attribute)
-            if dense.shape != tensor.shape:
+            if theirs.shape != mine.shape:
                 raise UnsupportedModelError(
-                    f"{source!r} is not saved with the model, and its shape {tuple(dense.shape)} would have to become "
-                    f"{tuple(tensor.shape)}: this class cannot be slimmed to {plan.shape.to_dict()}"
+                    f"{source + '.' if source else ''}{key} is not saved with the model, and its shape "
+                    f"{tuple(theirs.shape)} would have to become {tuple(mine.shape)}: this class cannot be slimmed to "
+                    f"{plan.shape.to_dict()}"
                 )
-            setattr(module, name, dense.detach().clone())
+            setattr(module, key, theirs.detach().clone())
+
+
+def below_at(model: nn.Module, name: str) -> nn.Module:
+    """A module by the name that it has without adapters in the model, from below them."""
+    module = below(model)
+    for part in name.split(".") if name else []:
+        module = below(module.get_submodule(part))
+    return module
+
+
+def _owners(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
+    """Every module with its name and the model, of those nested in each other, whose class initialises it."""
+    models = {"": model}
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel):
+            models[name] = module
+        parts = name.split(".") if name else []
+        inner = max((".".join(parts[:n]) for n in range(len(parts) + 1) if ".".join(parts[:n]) in models), key=len)
+        yield name, module, models[inner]
+
+
+def _initialise(owner: PreTrainedModel, module: nn.Module) -> None:
+    """Have a class compute a module's buffers, its own parameters left as they are."""
+    own: list[torch.Tensor] = list(module.parameters(recurse=False))
+    own += [b for k, b in module._buffers.items() if b is not None and k not in module._non_persistent_buffers_set]
+    for tensor in own:
+        tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' mark of what is loaded
+    try:
+        with torch.no_grad(), guard_torch_init_functions():
+            owner._init_weights(module)
+    finally:
+        for tensor in own:
+            del tensor._is_hf_initialized  # type: ignore[attr-defined]
+
+
+def _has_sentinel(like: torch.Tensor) -> bool:
+    return like.dtype is not torch.bool and not like.is_complex()
+
+
+def _sentinel(like: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """What no class computes, so that it shows what was left alone."""
+    value = torch.finfo(like.dtype).min if like.is_floating_point() else torch.iinfo(like.dtype).min
+    return torch.full_like(like, value, device=device)

@@ -1,4 +1,4 @@
-"""The rows that say where transformers' model families keep what is gated."""
+"""For whoever adds a family: the rows that say where transformers' models keep what is gated."""
 
 from . import llama, vit
 from .family import (
@@ -10,6 +10,7 @@ from .family import (
     locate,
     register_family,
 )
+from .rehoming import rehome
 from .shape import FFN, HEADS, HIDDEN, KV_GROUPS, LAYERS, SIZES, Axis, Shape
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "llama",
     "locate",
     "register_family",
+    "rehome",
     "vit",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.backbone_utils import BackboneConfigMixin
 
 from ..errors import UnsupportedModelError
 from .modules import feature_sizes
@@ -121,6 +122,17 @@ class Layout:
         layers = range(self.dense.sizes()["num_hidden_layers"])
         inside = [f"{self.stack}.{layer}.{norm}" for layer in layers for norm in self.family.hidden_norms]
         return (*inside, f"{self.root}.{self.family.final_norm}" if self.root else self.family.final_norm)
+
+    @cached_property
+    def stages(self) -> tuple[tuple[int, int], ...]:
+        """
+        The stretches of layers (first, behind the last) before each stage whose feature map a backbone gives: one of
+        each has to stay. Empty for models that are no backbones.
+        """
+        if not isinstance(self.config, BackboneConfigMixin):
+            return ()
+        ends = sorted({index for index in self.config.out_indices if index > 0})
+        return tuple(zip([0, *ends], ends, strict=False))
 
     @property
     def full(self) -> Shape:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from ..errors import IllegalShapeError
 from .family import Layout, hidden_home, locate
 from .resize import edit_config
 from .shape import Shape
+from .skeleton import build_empty, check_constructor
 
 
 def build_sizes(layout: Layout, shape: Shape) -> str | None:
@@ -20,13 +20,16 @@ def build_sizes(layout: Layout, shape: Shape) -> str | None:
 
     Returns:
         `None` if it does; otherwise the reason why not.
+
+    Raises:
+        UnsupportedModelError: if the class cannot be built from a config alone.
     """
+    check_constructor(layout.model_class)
     wanted = Shape(num_hidden_layers=1).complete(shape)
     hidden = shape.hidden_size or layout.hidden_size
     try:
         config = edit_config(layout, wanted, layers=(0,))
-        with torch.device("meta"):
-            built = locate(layout.model_class(config))
+        built = locate(build_empty(layout.model_class, config))
     except (StrictDataclassError, ValueError, TypeError) as error:
         # The last line holds the cause; those before it name transformers' validator.
         return f"{type(layout.config).__name__} refuses: {str(error).strip().splitlines()[-1].strip()}"
@@ -100,6 +103,11 @@ def check_legal(layout: Layout, shape: Shape) -> None:
             f"{heads} query heads in {groups} KV groups: every group must keep the same number of heads, at most "
             f"{layout.dense.heads_per_group}"
         )
+    if sizes["num_hidden_layers"] < len(layout.stages):
+        problems.append(
+            f"num_hidden_layers must be at least {len(layout.stages)}, a layer before each stage whose feature map "
+            f"the backbone gives (out_indices {list(layout.config.out_indices)}), got {sizes['num_hidden_layers']}"
+        )
     if not problems and shape != layout.dense:
         reason = build_sizes(layout, shape)
         problems += [reason] if reason else []
@@ -116,6 +124,27 @@ def check_legal(layout: Layout, shape: Shape) -> None:
         unit = getattr(layout.config, layout.family.ffn_unit)
         problems.append(f"possible intermediate_size: multiples of {layout.family.ffn_unit} = {unit}")
     raise IllegalShapeError(f"no vanilla model of the shape {shape.to_dict()}:\n" + "\n".join(problems))
+
+
+def check_layers(layout: Layout, layers: Iterable[int]) -> None:
+    """
+    Check that a backbone keeps as many feature maps as it has: a layer before each of its stages.
+
+    Args:
+        layout: the dense model's.
+        layers: those that stay.
+
+    Raises:
+        IllegalShapeError: naming the stages that would fall together.
+    """
+    kept = set(layers)
+    empty = [(start, end) for start, end in layout.stages if kept.isdisjoint(range(start, end))]
+    if empty:
+        raise IllegalShapeError(
+            f"the backbone gives a feature map after each of the layers {[end for _, end in layout.stages]}; without "
+            f"any of the layers {', '.join(f'{start} to {end - 1}' for start, end in empty)} two of them would be the "
+            "same. Keep one layer before each stage, as `model.plan` does"
+        )
 
 
 def _pairs(shapes: Iterable[Shape]) -> list[str]:

@@ -55,21 +55,74 @@ def scales_through(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.bias is None
 
 
+PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The dtypes of weights that numbers can be multiplied into and that mean what they hold."""
+
+
+def quantized_weight(module: nn.Module) -> str | None:
+    """
+    The first weight that does not hold plain numbers, and how it holds them; None if all do.
+
+    Packed integers (bitsandbytes), scaled floats of 8 bits, tensors of an own class (torchao, quanto).
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.dtype not in PLAIN:
+            return f"{name!r} is quantized ({parameter.dtype})"
+        if type(parameter.data) is not torch.Tensor:
+            return f"{name!r} is held in a tensor of its own kind ({type(parameter.data).__name__})"
+    return None
+
+
 def check_unquantized(module: nn.Module) -> None:
     """
-    Refuse weights that are held as packed integers (bitsandbytes): they can be neither folded into nor sliced.
+    Refuse weights that do not hold plain numbers: they can be neither folded into nor sliced.
 
     Raises:
         UnsupportedModelError: naming the first one, and the two ways out.
     """
-    for name, parameter in module.named_parameters():
-        if not parameter.is_floating_point():
-            raise UnsupportedModelError(
-                f"{name!r} is quantized ({parameter.dtype}): gates cannot be folded into it, and it cannot be sliced. "
-                "Either load the unquantized base model and the saved adapter on it, "
-                "`PeftModel.from_pretrained(base, folder)`, and merge there; or turn the weights back first, with "
-                "`model.dequantize()` of transformers."
-            )
+    found = quantized_weight(module)
+    if found is not None:
+        raise UnsupportedModelError(
+            f"{found}: gates cannot be folded into it, and it cannot be sliced. "
+            "Either load the unquantized base model and the saved adapter on it, "
+            "`PeftModel.from_pretrained(base, folder)`, and merge there; or turn the weights back first, with "
+            "`model.dequantize()` of transformers."
+        )
+
+
+def check_own_weights(module: nn.Module) -> None:
+    """
+    Refuse a module whose weight or bias is computed from others (pruning masks, weight norm, parametrizations).
+
+    Raises:
+        UnsupportedModelError: naming the parameters that it has instead.
+    """
+    other = [name for name in module._parameters if name not in ("weight", "bias")]
+    if "weight" not in module._parameters or "parametrizations" in module._modules:
+        raise UnsupportedModelError(
+            f"{type(module).__name__}: its weight is computed from {other or 'other tensors'}, so nothing can be "
+            "folded into it: fix it into the weight first, with `torch.nn.utils.parametrize.remove_parametrizations`, "
+            "`prune.remove` or `remove_weight_norm`"
+        )
+
+
+def check_loaded(module: nn.Module) -> None:
+    """
+    Refuse a model of which accelerate keeps weights elsewhere (on the disk, in other memory) until they are used.
+
+    Raises:
+        UnsupportedModelError: naming the first one, and the two ways out.
+    """
+    for name, child in module.named_modules():
+        if "_hf_hook" not in vars(child):
+            continue
+        for parameter_name, parameter in child.named_parameters():
+            if parameter.is_meta:
+                raise UnsupportedModelError(
+                    f"'{name + '.' if name else ''}{parameter_name}' is offloaded: its values are not in the model. "
+                    "Load the model with `device_map='cpu'`, or slim it from its files with `slim_checkpoint` "
+                    "(`hawada slim`)"
+                )
 
 
 def parameters_of(base: Base) -> list[nn.Parameter]:

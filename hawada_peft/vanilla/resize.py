@@ -1,15 +1,22 @@
-"""The config of a vanilla model of other sizes."""
+"""The config of a vanilla model of other sizes, and what a loaded model carries that is not its own."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneConfigMixin
 
 from .family import Layout
 from .shape import Shape
+
+LEFT_OVER = ("auto_map", "quantization_config")
+"""Config fields that say something of other files: of custom code, and of weights as they were stored."""
+
+ORIGIN = "_hawada_origin"
+"""Attribute of a model: what it was cut from."""
 
 
 def add_v4_rope_keys(config: PreTrainedConfig) -> None:
@@ -28,6 +35,24 @@ def add_v4_rope_keys(config: PreTrainedConfig) -> None:
         fields["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
 
 
+def untie(model: PreTrainedModel) -> None:
+    """
+    Say in a model's config that its embeddings are not tied, if they were and are no longer the same tensors.
+
+    Training one of them makes them differ; saved as tied ones, one would be lost.
+    """
+    if any(model.get_parameter(one) is not model.get_parameter(other) for one, other in _tied(model)):
+        for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
+            if config.tie_word_embeddings:
+                config.tie_word_embeddings = False
+        model.all_tied_weights_keys = {}
+
+
+def _tied(model: PreTrainedModel) -> list[tuple[str, str]]:
+    names = dict(model.named_parameters(remove_duplicate=False))
+    return [pair for pair in model.all_tied_weights_keys.items() if set(pair) <= names.keys()]
+
+
 def edit_config(layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None = None) -> PreTrainedConfig:
     """
     A new config of the same class with the sizes of `shape`.
@@ -43,7 +68,7 @@ def edit_config(layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None 
     config, family = layout.config, layout.family
     sizes, dense = shape.sizes(), layout.dense.sizes()
     layers = layers or tuple(range(sizes["num_hidden_layers"]))
-    fields: dict[str, Any] = copy.deepcopy(config.to_dict())
+    fields: dict[str, Any] = plain_fields(copy.deepcopy(config.to_dict()))
 
     def put(name: str, value: Any) -> None:
         fields[config.attribute_map.get(name, name)] = value
@@ -77,3 +102,51 @@ def edit_config(layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None 
     edited = type(config).from_dict(fields)
     edited._attn_implementation = config._attn_implementation
     return edited
+
+
+def plain_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's fields without those that are left over, at any depth."""
+    return {
+        name: plain_fields(value) if isinstance(value, Mapping) else value
+        for name, value in fields.items()
+        if name not in LEFT_OVER
+    }
+
+
+def make_plain(model: PreTrainedModel) -> None:
+    """
+    Take off a model what is left over of how it was loaded: its weights are plain, as `check_unquantized` says.
+
+    A checkpoint out of a GGUF file has such weights, and a quantizer that refuses to save them.
+    """
+    for config in _configs(model.config):
+        for name in LEFT_OVER:
+            vars(config).pop(name, None)
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        vars(model).pop(name, None)
+
+
+def origin_of(model: PreTrainedModel) -> str:
+    """What a model was cut from, else where it was loaded from; empty if neither is known."""
+    return str(vars(model).get(ORIGIN) or model.name_or_path or "")
+
+
+def rename(model: PreTrainedModel, name: str, origin: str) -> None:
+    """
+    Say where a model is, and what it was cut from.
+
+    Args:
+        model: the slim model.
+        name: its folder; empty until it is saved: adapters trained on it record this name as that of their base.
+        origin: name of the dense model.
+    """
+    model.name_or_path = model.config._name_or_path = name
+    vars(model)[ORIGIN] = origin
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    yield config
+    for name in config.sub_configs:
+        inner = getattr(config, name, None)
+        if inner is not None:
+            yield from _configs(inner)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -33,6 +34,40 @@ def skeleton_of(config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
+def check_constructor(model_class: type[PreTrainedModel]) -> None:
+    """
+    Check that a class is built from a config and nothing else, as every class of transformers is.
+
+    Raises:
+        UnsupportedModelError: if its constructor takes more.
+    """
+    try:
+        inspect.signature(model_class).bind("config")
+    except TypeError as error:
+        raise UnsupportedModelError(
+            f"{model_class.__name__} cannot be built from a config alone ({error}), and so neither can a slim model "
+            "of it: give the further parameters of its constructor defaults, or load the weights into the class of "
+            "transformers that it derives from"
+        ) from None
+
+
+def build_empty(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """
+    A model of a class on the meta device.
+
+    Args:
+        model_class: of `check_constructor`.
+        config: what the model keeps as its own.
+
+    Raises:
+        UnsupportedModelError: as `check_constructor`.
+        StrictDataclassError, ValueError, TypeError: whatever the class raises on sizes that it refuses.
+    """
+    check_constructor(model_class)
+    with torch.device("meta"):
+        return model_class(config)
+
+
 def auto_class_of(model: PreTrainedModel) -> Any:
     """The `AutoModel*` class that loads this model's folder as this class; the class itself if none does."""
     for name in sorted(vars(modeling_auto)):
@@ -43,6 +78,8 @@ def auto_class_of(model: PreTrainedModel) -> Any:
         if mapping is None or type(model.config) not in mapping:
             continue
         classes = mapping[type(model.config)]
-        if type(model) is classes or (isinstance(classes, tuple) and classes[0] is type(model)):
+        classes = classes if isinstance(classes, tuple) else (classes,)
+        # Of several classes `from_pretrained` takes the one that the config names as its architecture.
+        if type(model) in classes:
             return auto
     return type(model)

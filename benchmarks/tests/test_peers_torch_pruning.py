@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,11 +19,6 @@ CASES = [
     ("tp_hidden", "image"),
     ("tp_isomorphic", "image"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _peers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
 
 
 def teacher(kind: str) -> PreTrainedModel:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from hawada_peft.search.timed import measure_table
 from hawada_peft.vanilla.family import locate
 
 pytest.importorskip("matplotlib")
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from frontier import main
 from frontier_page import comparison, entries_of, out_of_reach, plain_commands

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +13,6 @@ from hawada_peft.latency.regime import Regime
 from hawada_peft.latency.runner import prepare as prepare_runner
 
 KINDS = {"text": (ROWS["llama"], {"tie_word_embeddings": True}), "image": (ROWS["vit"], {})}
-
-
-@pytest.fixture(autouse=True)
-def _peers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
 
 
 @pytest.fixture(params=KINDS)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from conftest import LM_ROW, MIXED_ROW, ROWS, VISION_ROW, Row, build, difference, inputs_of, logits_of
+from peers import criteria, llm_pruner, registry, surgery
+from peers import peer as contract
 from transformers import PreTrainedModel
 
 from hawada_peft.errors import InvalidPlanError, UnsupportedModelError
@@ -22,14 +21,6 @@ DEPTH = ("minitron_depth", "shortgpt")
 KINDS = {"text": LM_ROW, "image": VISION_ROW}
 each_peer = pytest.mark.parametrize("name", [*WIDTH, *DEPTH])
 each_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def peers() -> Iterator[ModuleType]:
-    """The benchmarks are no package: their folder is on the path for these tests alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
-        yield importlib.import_module("peers.registry")
 
 
 def batches(kind: str, number: int = 3) -> list[dict[str, torch.Tensor]]:
@@ -44,20 +35,17 @@ def batches(kind: str, number: int = 3) -> list[dict[str, torch.Tensor]]:
 
 def prepared(name: str, kind: str) -> Any:
     """A peer that has seen the work."""
-    registry = importlib.import_module("peers.registry")
     return registry.PEERS[name].prepare(work_on(lambda: build(KINDS[kind]), kind))
 
 
 def work_on(load: Callable[[], PreTrainedModel], kind: str = "text", steps: int = 3) -> Any:
     """What a peer is given."""
     given = batches(kind)
-    contract = importlib.import_module("peers.peer")
     return contract.Work(load, given, itertools.cycle(given), speedup=1.5, steps=steps, seed=0)
 
 
 def some(model: PreTrainedModel) -> dict[int, Any]:
     """Another cut in each of three layers: whole KV groups, heads in each group, channels."""
-    surgery = importlib.import_module("peers.surgery")
     layout = locate(model)
     per_group = layout.dense.heads_per_group
     whole, first = surgery.all_heads(layout, [3, 0]), [group * per_group for group in range(4)]
@@ -70,7 +58,6 @@ def some(model: PreTrainedModel) -> dict[int, Any]:
 
 @pytest.mark.parametrize("row", [LM_ROW, MIXED_ROW, ROWS["llama-mha"], VISION_ROW])
 def test_removed_units_compute_as_closed_ones(row: Row) -> None:
-    surgery = importlib.import_module("peers.surgery")
     model, closed = build(row), build(row)
     surgery.keep_units(model, some(model))
     surgery.zero_units(closed, some(closed))
@@ -80,7 +67,6 @@ def test_removed_units_compute_as_closed_ones(row: Row) -> None:
 
 
 def test_layers_that_stay_compute_as_before() -> None:
-    surgery = importlib.import_module("peers.surgery")
     model, expected = build(MIXED_ROW), build(MIXED_ROW)
     surgery.keep_layers(model, [0, 3])
     stack = expected.model.layers
@@ -98,7 +84,6 @@ def test_layers_that_stay_compute_as_before() -> None:
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("row", [LM_ROW, MIXED_ROW])
 def test_the_cache_holds_layers_of_unlike_sizes(row: Row, implementation: str) -> None:
-    surgery = importlib.import_module("peers.surgery")
     model: Any = build(row, attn_implementation=implementation)
     surgery.keep_units(model, some(model))
     stack = model.model.layers
@@ -115,7 +100,6 @@ def test_the_cache_holds_layers_of_unlike_sizes(row: Row, implementation: str) -
 
 
 def test_surgery_refuses_what_no_model_is() -> None:
-    surgery = importlib.import_module("peers.surgery")
     model = build(LM_ROW)
     with pytest.raises(InvalidPlanError, match=r"equally many heads, got \[2, 1\]"):
         surgery.keep_units(model, {0: surgery.Keep(heads=[0, 1, 2])})
@@ -168,7 +152,6 @@ def silent() -> Any:
 
 @pytest.mark.parametrize("name", [name for name in WIDTH if name != "ancestor"])
 def test_units_that_do_nothing_go_first(name: str) -> None:
-    registry = importlib.import_module("peers.registry")
     model = registry.PEERS[name].prepare(work_on(silent)).cut(silent(), 0.125)
     assert model.num_parameters() < 0.97 * silent().num_parameters()
     assert difference(logits_of(model), logits_of(silent())) < 1e-5
@@ -183,7 +166,6 @@ def test_trained_gates_close_units_that_do_nothing() -> None:
             [row for layer in layers for row in (layer.self_attn.v_proj.weight, layer.mlp.up_proj.weight)]
         )
 
-    registry = importlib.import_module("peers.registry")
     dense, cut = (
         rows(silent()),
         rows(registry.PEERS["ancestor"].prepare(work_on(silent, steps=32)).cut(silent(), 0.25)),
@@ -205,7 +187,6 @@ def test_ffn_sizes_are_multiples_of_8(name: str) -> None:
 def test_flap_gives_the_mean_of_what_goes_to_the_bias() -> None:
     """The first block's output keeps its mean over the calibration tokens."""
     peer = prepared("flap", "text")
-    criteria = importlib.import_module("peers.criteria")
     dense, model = build(LM_ROW), peer.cut(build(LM_ROW), 0.6)
     outputs: dict[str, torch.Tensor] = {}
     for key, each in (("dense", dense), ("cut", model)):
@@ -218,7 +199,7 @@ def test_flap_gives_the_mean_of_what_goes_to_the_bias() -> None:
 
 
 def test_llm_pruner_leaves_the_first_and_the_last_layers() -> None:
-    pruned = importlib.import_module("peers.llm_pruner").pruned_layers
+    pruned = llm_pruner.pruned_layers
     assert pruned(32) == range(4, 30)
     assert pruned(6) == range(1, 5)
     model = prepared("llm_pruner", "text").cut(build(LM_ROW), 0.5)
@@ -226,7 +207,6 @@ def test_llm_pruner_leaves_the_first_and_the_last_layers() -> None:
 
 
 def test_shortgpt_drops_a_layer_that_adds_nothing() -> None:
-    registry = importlib.import_module("peers.registry")
 
     def idle() -> PreTrainedModel:
         model = build(LM_ROW)
@@ -241,7 +221,6 @@ def test_shortgpt_drops_a_layer_that_adds_nothing() -> None:
 
 @torch.no_grad()
 def test_minitron_depth_drops_the_run_with_the_least_loss() -> None:
-    surgery = importlib.import_module("peers.surgery")
 
     def loss(model: PreTrainedModel) -> float:
         return sum(float(model(**batch).loss) for batch in batches("text"))
@@ -256,9 +235,9 @@ def test_minitron_depth_drops_the_run_with_the_least_loss() -> None:
     assert max(others) > min(others)
 
 
-def test_every_peer_says_where_it_comes_from(peers: ModuleType) -> None:
-    assert set(WIDTH) | set(DEPTH) <= set(peers.PEERS)
-    for peer in peers.PEERS.values():
+def test_every_peer_says_where_it_comes_from() -> None:
+    assert set(WIDTH) | set(DEPTH) <= set(registry.PEERS)
+    for peer in registry.PEERS.values():
         assert peer.source
         assert peer.kinds <= {"text", "image"}
-    assert len({peer.name for peer in peers.PEERS.values()}) == len(peers.PEERS)
+    assert len({peer.name for peer in registry.PEERS.values()}) == len(registry.PEERS)

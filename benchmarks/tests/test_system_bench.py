@@ -3,44 +3,27 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from system import main
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 PARTS = ("budgets", "steps", "export", "search", "scaling")
-Main = Callable[[list[str]], int]
-
-
-@pytest.fixture(scope="module")
-def main() -> Main:
-    """The script's own, imported as it is when the script is run: its folder first on the path."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        before = set(sys.modules)
-        from system import main
-
-        yield main
-        for name in set(sys.modules) - before:
-            if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(BENCHMARKS)):
-                del sys.modules[name]
 
 
 def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def run(main: Main, path: Path, *options: str) -> int:
+def run(path: Path, *options: str) -> int:
     return main(["run", "--preset", "tiny", "--out", str(path), "--work-dir", str(path.parent), *options])
 
 
 @pytest.fixture(scope="module")
-def made(main: Main, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The rows of a whole run. Tests that add to them copy them."""
     path = tmp_path_factory.mktemp("system") / "rows.jsonl"
-    assert run(main, path) == 0
+    assert run(path) == 0
     return path
 
 
@@ -81,31 +64,31 @@ def test_exports_shrink_the_model(made: Path) -> None:
     assert streamed == merged
 
 
-def test_a_second_run_makes_only_what_is_missing(main: Main, made: Path, tmp_path: Path) -> None:
+def test_a_second_run_makes_only_what_is_missing(made: Path, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     lines = made.read_text(encoding="utf-8").splitlines()
     gone = next(number for number, line in enumerate(lines) if json.loads(line)["part"] == "steps")
     path.write_text("\n".join(lines[:gone] + lines[gone + 1 :]) + "\n", encoding="utf-8")
-    assert run(main, path) == 0
+    assert run(path) == 0
     again = path.read_text(encoding="utf-8").splitlines()
     assert again[:-1] == lines[:gone] + lines[gone + 1 :]
     assert json.loads(again[-1])["name"] == json.loads(lines[gone])["name"]
 
 
-def test_what_fails_leaves_its_error_and_is_tried_again(main: Main, tmp_path: Path) -> None:
+def test_what_fails_leaves_its_error_and_is_tried_again(tmp_path: Path) -> None:
     path, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
-    assert run(main, path, "--parts", "search", "--curves", str(tmp_path / "missing.json")) == 1
+    assert run(path, "--parts", "search", "--curves", str(tmp_path / "missing.json")) == 1
     (row,) = rows_of(path)
     assert row["result"] is None
     assert row["error"].startswith("FileNotFoundError")
     main(["write", "--rows", str(path), "--page", str(page)])
     assert "FileNotFoundError" in page.read_text(encoding="utf-8")
-    assert run(main, path, "--parts", "search") == 0
+    assert run(path, "--parts", "search") == 0
     main(["write", "--rows", str(path), "--page", str(page)])
     assert "FileNotFoundError" not in page.read_text(encoding="utf-8")
 
 
-def test_the_section_is_replaced_and_its_numbers_are_those_of_the_rows(main: Main, made: Path, tmp_path: Path) -> None:
+def test_the_section_is_replaced_and_its_numbers_are_those_of_the_rows(made: Path, tmp_path: Path) -> None:
     page = tmp_path / "docs" / "page.md"
     page.parent.mkdir()
     page.write_text("# Before\n\n<!-- begin other -->\nkept\n<!-- end other -->\n", encoding="utf-8")
@@ -126,6 +109,6 @@ def test_the_section_is_replaced_and_its_numbers_are_those_of_the_rows(main: Mai
         assert f"| {adapter['adapter']} | {adapter['trainable']:,} | {adapter['ms']:.1f} (" in texts[0]
 
 
-def test_no_rows_is_said(main: Main, tmp_path: Path) -> None:
+def test_no_rows_is_said(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no rows in"):
         main(["write", "--rows", str(tmp_path / "none.jsonl"), "--page", str(tmp_path / "page.md")])

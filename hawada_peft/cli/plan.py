@@ -1,0 +1,110 @@
+"""`hawada plan`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..progress import Progress
+from .options import Effort, Fresh, Level, Model, Said, size
+
+if TYPE_CHECKING:
+    from ..planning.plan import Plan
+
+EXAMPLES = (
+    "hawada plan ./teacher text.txt --speedup 1.5 --batch-size 8 --seq-len 256",
+    "hawada plan ./vit images.safetensors --latency-ms 8 --batch-size 64 --output plan.json",
+    "hawada plan ./teacher text.txt --speedup 1.5 --seq-len 256 --adapter ./adapter --json",
+)
+
+
+def run(
+    model: Model,
+    progress: Progress | None,
+    calibration: Annotated[Path, typer.Argument(help="Examples: .safetensors of inputs, .npy, or .txt for an LM.")],
+    output: Annotated[Path, typer.Option(help="Where to write the plan.")] = Path("plan.json"),
+    speedup: Annotated[float | None, typer.Option(help="Times faster than the dense model.")] = None,
+    latency_ms: Annotated[float | None, typer.Option(help="Milliseconds per call.")] = None,
+    fraction: Annotated[float | None, typer.Option(help="Of the dense model's latency.")] = None,
+    max_parameters: Annotated[int | None, typer.Option(help="Parameters at most.")] = None,
+    max_memory: Annotated[
+        int | None,
+        typer.Option(parser=size, metavar="SIZE", help="Of weights and KV cache at most, as 2GB or 500MB."),
+    ] = None,
+    adapter: Annotated[str | None, typer.Option(help="Trained gates; Fisher importance if left out.")] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Calibration examples at most.")] = 64,
+    hidden: Annotated[bool, typer.Option("--hidden", help="Without --adapter: cut the hidden size, too.")] = False,
+    refit: Annotated[
+        bool | None, typer.Option(help="Judge shapes by refitted models, or by closed gates; refitted where possible.")
+    ] = None,
+    effort: Level = Effort.normal,
+    fresh: Fresh = False,
+    **regime: Any,
+) -> Said:
+    """
+    Find the best shape that meets a budget here, and write its plan.
+
+    All legal shapes are searched; the answer is the one of least loss that was built and timed on this machine.
+
+    Give one of --speedup, --latency-ms and --fraction, or --max-parameters or --max-memory, or both.
+    """
+    from ..files.atomic import write_text
+    from ..latency.budget import LatencyBudget
+    from ..latency.runner import check_call
+    from ..search.budgeted import find_plan
+    from ..search.result import FORMAT
+    from ..search.timed import regime_of
+    from ..vanilla.loading import checked_device, load_model, load_skeleton
+    from .shared import effort_of, gates_of, read_batches
+
+    device = checked_device(regime["device"])
+    budget = LatencyBudget(
+        speedup=speedup,
+        latency_ms=latency_ms,
+        fraction=fraction,
+        max_parameters=max_parameters,
+        max_memory=max_memory,
+        **regime,
+    )
+    skeleton = load_skeleton(model)
+    check_call(skeleton, regime_of(skeleton, budget))  # before the work
+    output.parent.mkdir(parents=True, exist_ok=True)
+    batches = read_batches(calibration, model, seq_len=budget.seq_len, examples=examples)
+    gated = gates_of(load_model(model, device), adapter, hidden=hidden)
+    hard = effort_of(effort, fresh=fresh)
+    found = find_plan(gated, budget, batches, refit=refit, effort=hard, progress=progress)
+    beside = output.with_suffix(".search.json")
+    write_text(output, found.plan.to_json())
+    write_text(beside, json.dumps({"format": FORMAT} | found.to_dict()) + "\n")
+    best = found.best
+    data = {
+        "shape": best.shape.to_dict(),
+        "measured_ms": best.measured_ms,
+        "dense_ms": found.dense_ms,
+        "speedup": found.speedup,
+        "measured_loss": best.measured_loss,
+        "parameters": best.parameters,
+        "plan": str(output),
+        "search": str(beside),
+    }
+    return Said(f"{found}\nplan written to {output}", data)
+
+
+def read_plan(path: Path) -> Plan:
+    """
+    A plan from its file.
+
+    Raises:
+        HawAdaError: if it holds none, with the file's name.
+        OSError: if it cannot be read.
+    """
+    from ..errors import HawAdaError
+    from ..planning.plan import Plan
+
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"))
+    except (HawAdaError, UnicodeDecodeError) as error:
+        raise HawAdaError(f"{path} holds no plan: {error}") from None

@@ -1,0 +1,71 @@
+"""What was cut, in words and numbers: for cards, pages and whatever else tells of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+SIZES = {
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "query heads",
+    "num_key_value_heads": "KV groups",
+    "intermediate_size": "FFN channels",
+    "hidden_size": "hidden size",
+}
+"""The sizes of a `Shape` in words."""
+
+SHORT = {name: word.split()[0] for name, word in SIZES.items()} | {"num_attention_heads": "heads"}
+"""The same at the head of a column."""
+
+EACH = ("num_attention_heads", "intermediate_size")
+"""Sizes that every kept layer has."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """
+    One size before and after.
+
+    Args:
+        name (`str`): in words.
+        dense (`int`, *optional*): before, if that is known.
+        slim (`int`): after.
+    """
+
+    name: str
+    dense: int | None
+    slim: int
+
+    @property
+    def part(self) -> float | None:
+        """What is left."""
+        return self.slim / self.dense if self.dense else None
+
+
+def cuts(dense: Mapping[str, int], slim: Mapping[str, int]) -> list[Cut]:
+    """
+    The sizes of two models, and their parameters where those are given.
+
+    Args:
+        dense, slim: the fields of a `Shape`, `head_dim` and `parameters`; what the slim model lacks is left out.
+    """
+    words = SIZES | {"head_dim": "features per head", "parameters": "parameters"}
+    return [Cut(word, dense.get(name), slim[name]) for name, word in words.items() if name in slim]
+
+
+def sentence(dense: Mapping[str, int], slim: Mapping[str, int]) -> str:
+    """
+    What was cut, in one sentence.
+
+    Args:
+        dense, slim: as in `cuts`, with `parameters`.
+    """
+    names = SIZES | {"hidden_size": "channels of the residual stream"}
+    gone = [
+        f"{dense[name] - slim[name]:,} of {dense[name]:,} {word}" + (" in every kept layer" if name in EACH else "")
+        for name, word in names.items()
+        if name != "num_key_value_heads" and name in dense and dense[name] > slim[name]
+    ]
+    what = f"{', '.join(gone[:-1])} and {gone[-1]}" if len(gone) > 1 else "".join(gone) or "nothing"
+    left = f"{slim['parameters']:,} of {dense['parameters']:,} parameters stay"
+    return f"Cut: {what}. {left} ({slim['parameters'] / dense['parameters']:.0%})."

@@ -1,0 +1,200 @@
+"""From a gated model to a slim one: what it must compute, and whether it does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import BrokenGatesError, HawAdaError, VerificationError
+from ..files.verify import TOLERANCE
+from ..gates.kinds import SigmoidGate
+from ..vanilla.batches import Batch
+from ..vanilla.outputs import example_inputs, output_of
+from .dense import put_back
+from .source import below_at
+
+ROUNDED = 2.0**-8
+"""Buffers that differ by less than this part were cast to bfloat16 and back."""
+
+LENGTH = "max_seq_len_cached"
+"""Where transformers notes the longest input, of which rotary frequencies are kept."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """
+    What the gated model computed under its plan: what the slim model has to compute before it is refitted or trained.
+
+    Args:
+        inputs: keyword arguments of the forward pass.
+        logits: (batch, ..., classes); as `output_of` gives them.
+    """
+
+    inputs: Batch
+    logits: torch.Tensor
+
+
+def reference_of(
+    base: PreTrainedModel, adapter_names: Sequence[str], inputs: Batch | None, *, fresh: PreTrainedModel | None
+) -> Reference:
+    """
+    Run a gated model once, in evaluation mode, as its masks are set. It changes: call it within `put_back`.
+
+    Args:
+        base: with gates in it.
+        adapter_names: whose gates count.
+        inputs: keyword arguments of the forward pass; drawn at random if left out.
+        fresh: the dense model as its class makes it, if it does. Buffers that no file holds are taken from it where a
+            cast has rounded them or a long input has changed them.
+
+    Raises:
+        HawAdaError: if the model does not run on drawn inputs.
+    """
+    for module in base.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(True)
+            module.set_adapter(list(adapter_names))
+    for name, module in [] if fresh is None else fresh.named_modules():
+        used = below_at(base, name)
+        long = vars(used).get(LENGTH, 0) != vars(module).get(LENGTH, 0)
+        if long:
+            setattr(used, LENGTH, getattr(module, LENGTH))
+        for key in module._non_persistent_buffers_set & module._buffers.keys():
+            exact = module._buffers[key]
+            if long or _rounded(used._buffers.get(key), exact):
+                used._buffers[key] = exact
+    if inputs is not None:
+        return Reference(inputs, output_of(base, inputs).clone())
+    try:
+        drawn = example_inputs(base)
+        return Reference(drawn, output_of(base, drawn).clone())
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        raise HawAdaError(
+            f"{type(base).__name__} does not run on inputs drawn at random ({type(error).__name__}: {error}), so the "
+            "slim model cannot be compared with it: pass `inputs`, keyword arguments of its forward pass, or "
+            "`verify=False`"
+        ) from error
+
+
+def _rounded(used: torch.Tensor | None, exact: torch.Tensor | None) -> bool:
+    if exact is None or used is None or used.shape != exact.shape or not exact.is_floating_point():
+        return False
+    return bool((used.double() - exact.double()).abs().le(ROUNDED * exact.double().abs()).all())
+
+
+def check_computes(model: PreTrainedModel, reference: Reference, base: nn.Module, fresh: nn.Module | None) -> None:
+    """
+    Compare what a slim model computes with its reference.
+
+    Args:
+        model: the slim model; left as it is.
+        reference: of the gated model.
+        base: the gated model, for what else is in it.
+        fresh: the dense model as its class makes it.
+
+    Raises:
+        VerificationError: if they differ beyond rounding; it names what was found in the gated model that a slim model
+            cannot have.
+    """
+    with put_back(model, always=True):
+        found = output_of(model, reference.inputs)
+    expected = reference.logits
+    if found.shape == expected.shape:
+        difference = (found.double() - expected.double()).abs().max().item()
+        scale = expected.double().abs().max().item()
+        allowed = TOLERANCE.get(model.dtype, 0.0) * scale
+        if difference <= allowed:
+            return
+        gap = f"logits differ by {difference:.3g}, allowed is {allowed:.3g} ({model.dtype}, largest {scale:.3g})"
+    else:
+        gap = f"its outputs are {tuple(found.shape)}, expected {tuple(expected.shape)}"
+    causes = [] if fresh is None else differences(base, fresh)
+    told = f"Found in the gated model: {'; '.join(causes[:5])}" if causes else "Nothing in the gated model explains it"
+    raise VerificationError(
+        f"the slim model computes something else than the gated one: {gap}. {told}. The gated model is as it was; "
+        "`verify=False` gives the slim model all the same"
+    )
+
+
+def differences(base: nn.Module, fresh: nn.Module) -> list[str]:
+    """
+    What a model computes with beside its weights and its class: hooks, replaced code, other modules, edited settings.
+
+    Args:
+        base: with adapters in it.
+        fresh: a model of the same class, built from the same config.
+    """
+    found = []
+    for name, wanted in fresh.named_modules():
+        try:
+            module = below_at(base, name)
+        except AttributeError:
+            found.append(f"no module {name!r}")
+            continue
+        what = name or type(module).__name__
+        if module._forward_hooks or module._forward_pre_hooks:
+            found.append(f"forward hooks on {what}")
+        if "forward" in vars(module) and "_hf_hook" not in vars(module):
+            found.append(f"a replaced forward of {what}")
+        if type(module) is not type(wanted):
+            found.append(f"{what} is a {type(module).__name__}, not a {type(wanted).__name__}")
+        added = [key for key, child in module._modules.items() if child is not None and key not in wanted._modules]
+        found += [f"the added module {key!r} in {what}" for key in added]
+        found += [f"{what}.{key} is {mine!r}, not {theirs!r}" for key, mine, theirs in _settings(module, wanted)]
+        found += [f"the buffer {what}.{key} was changed" for key in _buffers(module, wanted)]
+    return found
+
+
+def _settings(module: nn.Module, wanted: nn.Module) -> list[tuple[str, object, object]]:
+    plain = (bool, int, float, str)
+    mine, theirs = vars(module), vars(wanted)
+    return [
+        (key, mine[key], value)
+        for key, value in theirs.items()
+        if not key.startswith("_") and key != "training" and type(value) in plain and mine.get(key, value) != value
+    ]
+
+
+def _buffers(module: nn.Module, wanted: nn.Module) -> list[str]:
+    keys = wanted._non_persistent_buffers_set
+    pairs = {key: (module._buffers.get(key), wanted._buffers.get(key)) for key in keys}
+    return [
+        key
+        for key, (mine, theirs) in pairs.items()
+        if mine is not None and theirs is not None and (mine.shape != theirs.shape or not mine.equal(theirs.to(mine)))
+    ]
+
+
+def check_finite(model: nn.Module) -> None:
+    """
+    Refuse weights that are no numbers.
+
+    Raises:
+        BrokenGatesError: naming the first parameter that holds NaN or infinity.
+    """
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise BrokenGatesError(
+                f"the weight {name!r} of the slim model holds NaN or infinite values: the gates, LoRA or "
+                "the dense model's weight are broken. Nothing has been changed"
+            )
+
+
+def check_gates(base: nn.Module) -> None:
+    """
+    Refuse gates that are no numbers.
+
+    Raises:
+        BrokenGatesError: naming the first one.
+    """
+    for name, module in base.named_modules():
+        if isinstance(module, SigmoidGate) and not torch.isfinite(module.theta).all():
+            raise BrokenGatesError(
+                f"the gates {name} hold NaN or infinite values: training diverged. Load an earlier checkpoint, or "
+                "lower the learning rate"
+            )
