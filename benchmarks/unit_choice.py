@@ -36,7 +36,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from work import Batch, Bench, whole
 
-from hawada_peft import HawAdaConfig, HawAdaTrainer, Plan, Shape, collect_gates
+from hawada_peft import HawAdaConfig, HawAdaTrainer, Plan, Shape, collect_gates, reconstruct
+from hawada_peft.distil.muon import MuonAdamW, matrices_of
 from hawada_peft.gates.rows import theta_per_row
 from hawada_peft.planning.importance import gate_importance
 from hawada_peft.vanilla.family import Layout, locate
@@ -88,14 +89,14 @@ def _top(values: torch.Tensor, count: int) -> list[int]:
     return sorted(torch.argsort(values, descending=True, stable=True)[:count].tolist())
 
 
-def by_module(model: PeftModel, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def module_of(name: str) -> str:
+    """The module that a gate sits on, by its name in `collect_gates`."""
+    return name.split(".hawada_")[0].removeprefix("base_model.model.")
+
+
+def by_module(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Values of unit gates by the name of the module that they sit on."""
-    found = {}
-    for name, value in values.items():
-        if value.numel() > 1:
-            module = name.split(".hawada_")[0].removeprefix("base_model.model.")
-            found[module] = value.flatten()
-    return found
+    return {module_of(name): value.flatten() for name, value in values.items() if value.numel() > 1}
 
 
 # ------------------------------------------------------------------ criteria
@@ -103,13 +104,13 @@ def by_module(model: PeftModel, values: Mapping[str, torch.Tensor]) -> dict[str,
 
 def fisher(model: PeftModel, batches: Sequence[Batch], without: Plan) -> Scores:
     """Squared gradients of the loss on targets that the model without the layers draws."""
-    return by_module(model, gate_importance(model, batches, without))
+    return by_module(gate_importance(model, batches, without))
 
 
 def text(model: PeftModel, batches: Sequence[Batch], without: Plan) -> Scores:
     """Squared gradients of the loss on the text's own next tokens, or the images' labels."""
     labelled = [batch if "labels" in batch else batch | {"labels": batch["input_ids"]} for batch in batches]
-    return by_module(model, gate_importance(model, labelled, without))
+    return by_module(gate_importance(model, labelled, without))
 
 
 def kl_gradients(model: PeftModel, batches: Sequence[Batch], without: Plan) -> dict[str, torch.Tensor]:
@@ -132,11 +133,7 @@ def kl_gradients(model: PeftModel, batches: Sequence[Batch], without: Plan) -> d
             for name, gradient in zip(gates, torch.autograd.grad(loss, thetas), strict=True):
                 rows[name].append(gradient.double().reshape(size, -1).cpu())
         model.set_masks(None)
-    return by_module_rows({name: torch.cat(parts) for name, parts in rows.items()})
-
-
-def by_module_rows(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.split(".hawada_")[0].removeprefix("base_model.model."): value for name, value in values.items()}
+    return {module_of(name): torch.cat(parts) for name, parts in rows.items()}
 
 
 def divergence(model: PeftModel, batches: Sequence[Batch], without: Plan) -> Scores:
@@ -211,84 +208,9 @@ def swaps(model: PeftModel, batches: Sequence[Batch], without: Plan, case: Case,
     return scores
 
 
-def straight_through(
-    bench: Bench, model: PeftModel, start: Scores, case: Case, layout: Layout, steps: int, rate: float, seed: int
-) -> Scores:
-    """Scores trained behind a deterministic mask of the best units: forward 0 or 1, gradients as if all were open."""
-    theta = {}
-    for end, values in start.items():
-        order = values.argsort().argsort().double() / max(1, len(values) - 1)  # 0 to 1 by rank
-        theta[end] = order.float().to(bench.device).requires_grad_(True)
-    optimizer = torch.optim.Adam(theta.values(), lr=rate)
-    gates = {name: gate for name, gate in collect_gates(model).items() if gate.units > 1}
-    homes = {name: name.split(".hawada_")[0].removeprefix("base_model.model.") for name in gates}
-    model.eval()
-    stream = bench.stream(seed + 7)
-    base = model.get_base_model()
-    for _ in range(steps):
-        batch = {name: value for name, value in next(stream).items() if name != "labels"}
-        with torch.no_grad(), model.disable_adapter(), autocast(bench):
-            dense = model(**batch).logits
-        model.set_masks(plan_of(case, layout))
-        plan = plan_of(case, layout, {end: value.detach().cpu() for end, value in theta.items()})
-        hooks = []
-        for name in gates:
-            end = homes[name]
-            kept = mask_of(plan, layout, end)
-            if kept is None:
-                continue
-            hard = kept.to(bench.device).float()
-            value = hard + theta[end] - theta[end].detach()
-            hooks.append(base.get_submodule(end).register_forward_pre_hook(scaled_by(value)))
-        try:
-            with autocast(bench):
-                found = model(**batch).logits
-            loss = divergence_of(found, dense)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        finally:
-            for hook in hooks:
-                hook.remove()
-            model.set_masks(None)
-    return {end: value.detach().cpu().double() for end, value in theta.items()}
-
-
-def scaled_by(values: torch.Tensor) -> Callable[[torch.nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    """A hook that multiplies the units of a module's input."""
-
-    def hook(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = inputs[0]
-        return (x * values.repeat_interleave(x.shape[-1] // len(values)).to(x.dtype), *inputs[1:])
-
-    return hook
-
-
-def mask_of(plan: Plan, layout: Layout, end: str) -> torch.Tensor | None:
-    """Which units a plan keeps at a module; None where the whole layer goes."""
-    dense = layout.dense.sizes()
-    for place, layer in enumerate(plan.layers):
-        if end == layout.attention_out(layer):
-            mask = torch.zeros(dense["num_attention_heads"], dtype=torch.bool)
-            mask[list(plan.heads[place])] = True
-            return mask
-        if end == layout.ffn_out(layer):
-            mask = torch.zeros(dense["intermediate_size"], dtype=torch.bool)
-            mask[list(plan.channels[place])] = True
-            return mask
-    return None
-
-
 def autocast(bench: Bench) -> torch.autocast:
     """bf16 on a GPU."""
     return torch.autocast(bench.device.split(":")[0], dtype=torch.bfloat16, enabled=bench.device != "cpu")
-
-
-def divergence_of(found: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
-    """KL(dense || found), mean over positions."""
-    pair = (functional.log_softmax(logits.float(), dim=-1) for logits in (found, dense))
-    student, teacher = pair
-    return functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1).mean()
 
 
 def by_trainer(
@@ -302,17 +224,24 @@ def by_trainer(
                 layer = int(name.split(".layers.")[1].split(".")[0]) if ".layers." in name else -1
                 gate.theta.fill_(gate.start.theta + (0.5 if layer in case.layers else -0.5))
                 continue
-            end = name.split(".hawada_")[0].removeprefix("base_model.model.")
+            end = module_of(name)
             order = start[end].argsort().argsort().float() / max(1, len(start[end]) - 1)
             gate.theta.copy_((gate.start.theta + (order - 0.5)).reshape(gate.theta.shape))
     with tempfile.TemporaryDirectory() as folder:
         HawAdaTrainer(
             model,
-            bench.arguments(folder, steps, rate, seed, lr_scheduler_type="constant", warmup_steps=0),
+            bench.arguments(
+                folder,
+                steps,
+                rate,
+                seed,
+                lr_scheduler_type="constant",
+                warmup_steps=0,
+                relaxation=relaxation,
+                calibration_examples=0,  # what training does, without a comparison with the start
+                soft_fraction=1.0 if relaxation == "straight_through" else 0.75,
+            ),
             shape=case.shape,
-            relaxation=relaxation,
-            calibration_examples=0,
-            soft_fraction=0.75,
             train_dataset=bench.pool(seed),
             data_collator=whole,
         ).train()
@@ -325,7 +254,6 @@ TRAINED = {
     "straight_through .1": 0.1,
     "hard_concrete .05": 0.05,
     "closing .01": 0.01,
-    "sigmoid .05": 0.05,
 }
 
 
@@ -354,21 +282,15 @@ def choose(bench: Bench, name: str, case: Case, seed: int, options: argparse.Nam
         scores = swaps(model, batches, without, case, layout)
     else:
         scores = divergence(model, batches, without)
-    steps = 0
     if name in TRAINED:
-        steps, kind = options.gate_steps, name.split()[0]
-        if kind == "straight_through":
-            scores = straight_through(bench, model, scores, case, layout, steps, TRAINED[name], seed)
-        else:
-            return by_trainer(bench, case, scores, kind, steps, TRAINED[name], seed), steps
+        steps = options.gate_steps
+        return by_trainer(bench, case, scores, name.split()[0], steps, TRAINED[name], seed), steps
     model.apply_plan(plan_of(case, layout, scores))
-    return model, steps
+    return model, 0
 
 
 def criterion(bench: Bench, name: str, case: Case, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """All stages of one contestant."""
-    from hawada_peft import reconstruct  # the surgery under test
-
     model, used = choose(bench, name, case, seed, options)
     plan: Plan = model.applied_plan()
     small = model.merge_and_unload().to(bench.device)
@@ -390,12 +312,15 @@ class Variant:
     """
     A recovery.
 
-    loss: "kl"; "entropy" weights positions by the teacher's entropy, "sure" by `1 / (1 + entropy)`; "top": the
-        teacher's 64 likeliest classes and the rest as one.
-    states: weight of `1 - cosine` of every kept layer's output to the dense layer's.
-    labels: weight of the text's own next tokens.
-    rate: factor on the learning rate.
-    optimizer: "adamw", or "muon" for the matrices of the layers.
+    Args:
+        loss: "kl"; "entropy" weights positions by the teacher's entropy, "sure" by `1 / (1 + entropy)`; "top": the
+            teacher's 64 likeliest classes and the rest as one.
+        states: weight of `1 - cosine` of every kept layer's output to the dense layer's.
+        labels: weight of the text's own next tokens.
+        rate: factor on the learning rate; with Muon on that of the matrices alone.
+        optimizer: "adamw", or "muon" for the matrices of the layers.
+        beta2: of AdamW.
+        written: train on text that the dense model wrote.
     """
 
     loss: str = "kl"
@@ -444,22 +369,13 @@ def train(
 ) -> None:
     """Recover in place: bf16 autocast, cosine after a tenth of warm-up, gradients of norm 1 at most."""
     small.train().requires_grad_(True)
-    matrices = [p for name, p in small.named_parameters() if p.ndim == 2 and ".layers." in name]
-    known = {id(p) for p in matrices}
-    others = [p for p in small.parameters() if id(p) not in known]
-    rate, betas = rate * variant.rate, (0.9, variant.beta2)
+    betas, parameters = (0.9, variant.beta2), small.parameters()
+    optimizer: torch.optim.Optimizer
     if variant.optimizer == "muon":
-        optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(
-                others, lr=rate / variant.rate, betas=betas, weight_decay=0.0, fused=bench.device != "cpu"
-            ),
-        ]
+        optimizer = MuonAdamW(parameters, rate, matrices=matrices_of(small), muon_rate=variant.rate, betas=betas)
     else:
-        parameters = [*matrices, *others]
-        optimizers = [
-            torch.optim.AdamW(parameters, lr=rate, betas=betas, weight_decay=0.0, fused=bench.device != "cpu")
-        ]
+        fused = bench.device != "cpu"
+        optimizer = torch.optim.AdamW(parameters, rate * variant.rate, betas=betas, weight_decay=0.0, fused=fused)
     warm = min(20, steps // 10)
 
     def schedule(step: int) -> float:
@@ -467,7 +383,7 @@ def train(
             return (step + 1) / max(1, warm)
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
-    schedulers = [torch.optim.lr_scheduler.LambdaLR(each, schedule) for each in optimizers]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     stream = bench.stream(seed)
     if variant.written:
         rows = written(bench, steps * bench.batch_size // 4, seed)
@@ -495,13 +411,11 @@ def train(
             ids = batch["input_ids"]
             text_loss = functional.nll_loss(student[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
             loss = (1 - variant.labels) * loss + variant.labels * text_loss
-        for each in optimizers:
-            each.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(small.parameters(), 1.0)
-        for each, scheduler in zip(optimizers, schedulers, strict=True):
-            each.step()
-            scheduler.step()
+        optimizer.step()
+        scheduler.step()
     small.eval()
 
 
@@ -538,11 +452,12 @@ def slim_of(bench: Bench, case: Case, seed: int, options: argparse.Namespace) ->
 
 
 def table(path: str) -> None:
-    """Mean and spread over seeds."""
+    """Mean and spread over seeds; rows of contestants that failed are left out."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for line in Path(path).read_text().splitlines():
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        groups[row["case"], row["contestant"]].append(row)
+        if "error" not in row:
+            groups[row["case"], row["contestant"]].append(row)
     stages = list(dict.fromkeys(k for rows in groups.values() for r in rows for k in r if isinstance(r[k], dict)))
     print("| case | contestant | seeds | " + " | ".join(stages) + " |")
     print("|---" * (3 + len(stages)) + "|")

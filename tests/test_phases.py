@@ -12,7 +12,7 @@ from peft import PeftModel
 from hawada_peft import Plan, Shape, collect_gates
 from hawada_peft.gates.relaxation import RELAXATIONS
 from hawada_peft.training.goal import ShapeGoal
-from hawada_peft.training.phases import REPLANS, Phases
+from hawada_peft.training.phases import Phases
 
 SLIM = Shape(4, 2, 40, 2)
 
@@ -79,14 +79,15 @@ def test_the_plan_that_is_approached_follows_the_gates_where_they_may_reorder(re
     assert any(kept is not None and not kept.all() for kept in masks(model))
 
 
-def test_it_is_made_anew_only_so_often(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_made_anew_at_every_step_or_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = gate(build(LM_ROW))
-    phases, goal, made = Phases(model, "closing", 0.0, 1.0), ShapeGoal(model, SLIM), []
-    current = goal.current_shape
-    monkeypatch.setattr(goal, "current_shape", lambda: made.append(1) or current())
-    for step in range(8 * REPLANS):
-        phases.begin_step(goal, step, 8 * REPLANS)
-    assert len(made) == REPLANS + 1
+    for relaxation, times in (("straight_through", 8), ("closing", 1)):
+        phases, goal, made = Phases(model, relaxation, 0.0, 1.0), ShapeGoal(model, SLIM), []
+        current = goal.current_shape
+        monkeypatch.setattr(goal, "current_shape", lambda made=made, current=current: made.append(1) or current())
+        for step in range(8):
+            phases.begin_step(goal, step, 8)
+        assert len(made) == times
 
 
 @pytest.mark.parametrize("relaxation", [name for name, each in RELAXATIONS.items() if each.draws_to_size])

@@ -10,7 +10,7 @@ from peft import PeftModel
 from hawada_peft import collect_gates
 from hawada_peft.errors import HawAdaError
 from hawada_peft.gates.kinds import GateStart, SigmoidGate
-from hawada_peft.gates.relaxation import RELAXATIONS, Annealed, Closing, HardConcrete, Relaxation
+from hawada_peft.gates.relaxation import RELAXATIONS, Annealed, Closing, HardConcrete, Relaxation, StraightThrough
 
 START = 3.75
 LOGITS = torch.linspace(-6, 6, 13)
@@ -70,7 +70,7 @@ def test_the_way_begins_as_it_is_and_ends_where_it_should() -> None:
     closing, annealed, concrete = Closing(), Annealed(last=0.1), HardConcrete()
     assert [closing.at(progress).leak for progress in (0.0, 0.25, 1.0)] == [1.0, 0.75, 0.0]
     assert closing.at(0.0) == closing
-    assert Closing(straight_through=True).at(0.5).straight_through
+    assert StraightThrough().at(0.5) == StraightThrough()
     assert annealed.at(0.0).temperature == 1.0
     assert annealed.at(1.0).temperature == pytest.approx(0.1)
     assert annealed.at(0.5).temperature == pytest.approx(0.1**0.5)
@@ -78,13 +78,13 @@ def test_the_way_begins_as_it_is_and_ends_where_it_should() -> None:
     assert concrete.at(0.0) == concrete.at(1.0) == concrete
 
 
-@pytest.mark.parametrize("straight_through", [False, True])
-def test_without_a_leak_it_is_the_hard_mask(straight_through: bool) -> None:
+@pytest.mark.parametrize("relaxation", [Closing().at(1.0), StraightThrough().at(0.2)], ids=["closed", "masked"])
+def test_without_a_leak_it_is_exactly_the_hard_mask(relaxation: Relaxation) -> None:
     found = SigmoidGate(13, relative=True).train()
     found.theta.data.copy_(LOGITS)
     found.set_plan(KEPT)
-    found.relaxation = Closing(straight_through=straight_through).at(1.0)
-    torch.testing.assert_close(found.factor(hard=False), found.factor(hard=True))
+    found.relaxation = relaxation
+    assert torch.equal(found.factor(hard=False), found.factor(hard=True))
     assert not found.factor(hard=False)[~KEPT].any()
 
 
@@ -99,7 +99,7 @@ def test_closing_units_are_scaled_by_the_leak(leak: float) -> None:
 @pytest.mark.parametrize("leak", [0.5, 0.0])
 def test_gradient_of_closing_units(leak: float) -> None:
     plain = gradient(Closing(), LOGITS, None)
-    torch.testing.assert_close(gradient(Closing(leak, straight_through=True), LOGITS, KEPT), plain)
+    torch.testing.assert_close(gradient(StraightThrough(), LOGITS, KEPT), plain)
     torch.testing.assert_close(gradient(Closing(leak), LOGITS, KEPT), torch.where(KEPT, plain, leak * plain))
 
 

@@ -63,10 +63,13 @@ class MuonAdamW(torch.optim.Optimizer):
         if problems:
             raise HawAdaError("\n".join(problems))
         given = list(params)
-        groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+        groups: list[dict[str, Any]] = given if given and isinstance(given[0], dict) else [{"params": given}]
         chosen = {id(matrix) for matrix in matrices}
-        own = {False: {"betas": betas, "eps": eps}, True: {"adjust_lr_fn": "match_rms_adamw"}}
-        parts = []
+        own: dict[bool, dict[str, Any]] = {
+            False: {"betas": betas, "eps": eps},
+            True: {"adjust_lr_fn": "match_rms_adamw"},
+        }
+        parts: list[dict[str, Any]] = []
         for muon in (False, True):  # AdamW first: the first group's rate is the one that is logged
             for group in groups:
                 members = [p for p in group["params"] if (id(p) in chosen) == muon]
@@ -95,7 +98,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 self.parts.append(part)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of both."""
         loss = None
         if closure is not None:

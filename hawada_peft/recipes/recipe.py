@@ -181,8 +181,11 @@ class Recipe:
         """
         cls = GateTrainingArguments if section == "training" else TrainingArguments
         given = {name: value for name, value in (getattr(self, section) or {}).items() if name in fields_of(cls)}
+        defaults = DEFAULTS | {"seed": self.seed}
+        if section == "training":  # by what becomes of the gates afterwards
+            defaults["keep_better"] = "sliced" if self.reconstruction is None else "refitted"
         try:
-            return cls(output_dir=str(folder), **(DEFAULTS | {"seed": self.seed} | given))
+            return cls(output_dir=str(folder), **(defaults | given))
         except (TypeError, ValueError, ImportError) as error:
             raise HawAdaError(f"{section}: {error}") from None
 

@@ -13,6 +13,7 @@ from ..distil.arguments import rate_problems
 from ..distil.objective import Distillation
 from ..errors import HawAdaError
 from ..gates.relaxation import RELAXATIONS
+from .comparison import KEEPS
 
 CONSTRAINTS = ("search", "lagrange")
 
@@ -27,14 +28,20 @@ class GateTrainingArguments(TrainingArguments):
     `transformers.TrainingArguments`, and how gates are trained.
 
     Args:
-        relaxation (`str`): `"hard_concrete"` or `"sigmoid"`, which are drawn to a shape or a latency by penalties;
-            `"closing"`, which keeps the order of the start, or `"straight_through"`, which approach a shape.
+        relaxation (`str`): `"straight_through"`, which computes the plan that the gates would get now; `"closing"`,
+            which keeps the order of the start; `"hard_concrete"` or `"sigmoid"`, which are drawn to a shape by
+            penalties.
         constraint (`str`): how a budget becomes a shape: `"search"` before training, or `"lagrange"`.
         warmup_fraction (`float`): the part of the steps before the gates move, in [0, 1].
         soft_fraction (`float`): the part of the steps before the plan is made, in [0, 1].
         gate_learning_rate (`float`, *optional*): of the gates, where other weights (LoRA) are trained with
             `learning_rate`.
         calibration_examples (`int`): how many examples start the gates and judge shapes; 0 leaves gates as they are.
+        keep_better (`str`): by what the better of the trained gates and their start is kept at the end, on a quarter
+            as many examples, one of eight of the data at most, that are never trained on. `"both"`: what was trained
+            is kept if it is worse neither as sliced nor as refitted; `"sliced"` or `"refitted"`: by that alone;
+            `"never"`: whatever was trained is kept, and nothing is set aside. Without `calibration_examples`, and of
+            data without a length, nothing is compared.
         kd_temperature (`float`): T of the KL divergence.
         kl_weight (`float`): weight of the divergence.
         mse_weight (`float`): weight of the squared difference of logits.
@@ -51,17 +58,18 @@ class GateTrainingArguments(TrainingArguments):
 
     Example:
 
-        >>> args = GateTrainingArguments("out", use_cpu=True, learning_rate=0.05, soft_fraction=0.5)
+        >>> args = GateTrainingArguments("out", use_cpu=True, learning_rate=0.02, soft_fraction=0.5)
         >>> args.relaxation, args.soft_fraction
-        ('hard_concrete', 0.5)
+        ('straight_through', 0.5)
     """
 
-    relaxation: str = _option("hard_concrete", f"What soft gates multiply by: {', '.join(RELAXATIONS)}.")
+    relaxation: str = _option("straight_through", f"What soft gates multiply by: {', '.join(RELAXATIONS)}.")
     constraint: str = _option("search", "How a budget becomes a shape: 'search' before training, or 'lagrange'.")
     warmup_fraction: float = _option(0.0, "Part of the steps before the gates move.")
     soft_fraction: float = _option(0.25, "Part of the steps before the plan is made.")
     gate_learning_rate: float | None = _option(None, "Of the gates, where LoRA is trained with learning_rate.")
     calibration_examples: int = _option(64, "Examples that start the gates and judge shapes; 0: gates stay.")
+    keep_better: str = _option("both", f"By what trained gates or their start are kept: {', '.join(KEEPS)}.")
     kd_temperature: float = _option(1.0, "Temperature of the KL divergence.")
     kl_weight: float = _option(1.0, "Weight of the KL divergence to the dense model.")
     mse_weight: float = _option(0.0, "Weight of the squared difference of logits.")
@@ -106,6 +114,8 @@ def gate_problems(given: Mapping[str, Any]) -> list[str]:
     problems = []
     if values["relaxation"] not in RELAXATIONS:
         problems.append(f"relaxation must be one of {list(RELAXATIONS)}, got {values['relaxation']!r}")
+    if values["keep_better"] not in KEEPS:
+        problems.append(f"keep_better must be one of {list(KEEPS)}, got {values['keep_better']!r}")
     if values["constraint"] not in CONSTRAINTS:
         problems.append(f"constraint must be one of {list(CONSTRAINTS)}, got {values['constraint']!r}")
     if values["constraint"] == "lagrange" and values["relaxation"] in RELAXATIONS:

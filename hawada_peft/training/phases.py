@@ -15,9 +15,6 @@ from ..planning.plan import Plan
 from ..vanilla.shape import Shape
 from .goal import Goal
 
-REPLANS = 16
-"""How often the plan that is approached is made anew in the soft part of training."""
-
 
 class Phases:
     """
@@ -60,9 +57,7 @@ class Phases:
             return not self.decided
         progress = self.progress(step, steps)
         self.relax(self.relaxation.at(progress) if progress > 0 else None)
-        before = self.progress(step - 1, steps)
-        due = self.approached is None or int(progress * REPLANS) > int(before * REPLANS)
-        if due and not self.relaxation.draws_to_size:
+        if not self.relaxation.draws_to_size and (self.approached is None or self.relaxation.reorders):
             self.approach(goal)
         return False
 

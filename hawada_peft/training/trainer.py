@@ -41,6 +41,7 @@ from ..vanilla.heads import head_of
 from ..vanilla.outputs import get_student_logits
 from ..vanilla.shape import Shape
 from .arguments import GateTrainingArguments
+from .comparison import Comparison, StartingPoint, compare, set_aside
 from .goal import Goal, ShapeGoal
 from .history import GateHistory
 from .latency_goal import LatencyGoal
@@ -64,7 +65,9 @@ class HawAdaTrainer(UnlabelledTrainer):
     exactly the mask that is exported. Evaluation always computes what the slim model would: before the decision that
     of the plan as it would be now.
 
-    Untrained gates are started by `init_gates` on the first examples of the training data. The goal is a shape, or a
+    Untrained gates are started by `init_gates` on the first examples of the training data. When the training ends, the
+    gates are compared with that start, at the same shape, on examples set aside, and the better is kept
+    (`keep_better`), with whatever was trained with the gates: never worse than no training. The goal is a shape, or a
     budget. A budget becomes a shape by `find_plan`, before training; or, with `constraint="lagrange"`, the estimated
     latency of the gates is bound by a multiplier while they are soft, and the search at the end only rounds.
 
@@ -82,6 +85,8 @@ class HawAdaTrainer(UnlabelledTrainer):
     Attributes:
         search (`dict`, *optional*): how a budget became a shape: `SearchResult.to_dict`, once that is known. For
             `ExportFacts`.
+        comparison (`Comparison`, *optional*): the trained gates against their start, once the training has ended.
+        set_aside (`Dataset`, *optional*): the examples of the training data that decide it; they are not trained on.
         history (`GateHistory`): the gates of each layer at every logging step; `gate_history.json` in the output
             folder holds them.
 
@@ -131,7 +136,11 @@ class HawAdaTrainer(UnlabelledTrainer):
         self.history = GateHistory(model)
         self.layout = locate(dense_model(model))
         self.search: Mapping[str, Any] | None = None
+        self.comparison: Comparison | None = None
+        self._start: StartingPoint | None = None
         super().__init__(model, options, **kwargs)
+        count = 0 if options.keep_better == "never" else -(-options.calibration_examples // 4)
+        self.train_dataset, self.set_aside = set_aside(self.train_dataset, count)
         applied = self.gated.applied_plan()
         if applied is not None and (self._goal is None or applied.shape != self._goal.final_shape()):
             logger.warning("the applied plan has another shape than the goal; it is opened: %s", applied)
@@ -247,6 +256,7 @@ class HawAdaTrainer(UnlabelledTrainer):
 
     def _prepare(self) -> None:
         """Find the shape for a budget, and start gates that nobody has started."""
+        self._start, self.comparison = None, None
         start = are_fresh(self.gated) and self.args.calibration_examples > 0 and not self.decided
         batches = self._calibration() if start or self._goal is None else []
         importance, plan = None, None
@@ -311,6 +321,32 @@ class HawAdaTrainer(UnlabelledTrainer):
             )
         return batches
 
+    # ---------------------------------------------------------- never worse
+
+    def _begin(self) -> None:
+        """Keep what is trained as it is, before the first step: after all processes have the first one's gates."""
+        if self._start is None and self.set_aside is not None:
+            plan = self.gated.applied_plan() or self.phases.plan(self.goal.current_shape())
+            self._start = StartingPoint.of(self.gated, plan)
+
+    def _keep_better(self) -> None:
+        """Compare what was trained with what it was before, and go on with the better."""
+        if self._start is None or self.set_aside is None:
+            return
+        start, keep, held_out = self._start, self.args.keep_better, self._held_out()
+        calibration = [] if keep == "sliced" else self._calibration()
+        self.comparison = in_main_process(lambda: compare(self.gated, start, held_out, calibration, keep))
+        logger.info("%s", self.comparison)
+        if self.comparison.kept == "start":
+            start.put_into(self.gated)
+            self._note()
+
+    def _held_out(self) -> list[Batch]:
+        """What was set aside, in batches; the random state is left as it was."""
+        with torch.random.fork_rng(devices=[]):  # data is drawn on the CPU
+            torch.default_generator.manual_seed(self.args.seed)
+            return list(self.get_eval_dataloader(cast(Any, self.set_aside)))
+
     # ------------------------------------------------------ logs, evaluation
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -334,7 +370,8 @@ class HawAdaTrainer(UnlabelledTrainer):
         self.history.record(step, phase, plan, figures or {})
 
     def _write_history(self) -> None:
-        self.history.write(Path(str(self.args.output_dir)), {"search": self.search})
+        comparison = None if self.comparison is None else self.comparison.to_dict()
+        self.history.write(Path(str(self.args.output_dir)), {"search": self.search, "comparison": comparison})
 
     @torch.no_grad()
     def _keep_ratios(self) -> dict[str, float]:
@@ -366,6 +403,8 @@ class HawAdaTrainer(UnlabelledTrainer):
             "search": self.search,
         }
         write_text(folder / STATE_FILE, json.dumps(state))
+        if self._start is not None:
+            self._start.save(folder)
 
     def _load_state(self, folder: Path) -> None:
         path, state = folder / STATE_FILE, self._read_state(folder)
@@ -406,6 +445,7 @@ class HawAdaTrainer(UnlabelledTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         self._read_state(folder)  # before anything is loaded
+        self._start = None if self.set_aside is None else StartingPoint.load(folder)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_plan(folder)
         self._load_state(folder)
@@ -457,6 +497,7 @@ class _Phases(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The gates as they are before the first step."""
+        self.trainer._begin()
         if not self.trainer.history.entries:
             self.trainer._note()
 
@@ -482,9 +523,10 @@ class _Phases(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Decide if the whole training was soft; the gates as they are in the end."""
+        """Decide if the whole training was soft, and what is kept; the gates as they are in the end."""
         if not self.trainer.decided:
             self.trainer.decide()
+        self.trainer._keep_better()
         if not self.trainer.history.entries or self.trainer.history.entries[-1]["step"] < state.global_step:
             self.trainer._note()
         if state.is_world_process_zero:
