@@ -38,7 +38,6 @@ CONTESTANTS = {
     "start": Recipe(),
     "closing": Recipe("closing"),
     "straight_through": Recipe("straight_through"),
-    "sigmoid": Recipe("sigmoid"),
     "hard_concrete": Recipe("hard_concrete"),
     "joint": Recipe("hard_concrete", lora_rank=16),
 }

@@ -144,6 +144,23 @@ def test_what_cannot_be_refitted_is_compared_as_sliced(tmp_path: Path, gates: tu
     assert set(trainer.comparison.start) == ({"sliced"} if hidden else {"sliced", "refitted"})
 
 
+def test_a_refit_that_fails_loses_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = []
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:  # of the start, when the trained gates have been measured already
+            raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr("hawada_peft.training.comparison.refit_model", fail)
+    trainer = compared(tmp_path)
+    trainer.train()
+    assert set(trainer.comparison.start) == set(trainer.comparison.trained) == {"sliced"}
+    assert "no memory" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("keep", "sliced", "refitted", "kept"),
     [

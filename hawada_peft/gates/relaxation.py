@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..errors import HawAdaError
-
 
 class Relaxation(ABC):
     """How the values of gates follow from their logits while training is soft."""
@@ -109,42 +107,6 @@ class StraightThrough(Relaxation):
 
 
 @dataclass(frozen=True)
-class Annealed(Relaxation):
-    """
-    A sigmoid whose temperature falls geometrically: `sigmoid(logit / t) / sigmoid(start / t)`.
-
-    References:
-        Savarese, Silva, Maire, "Winning the Lottery with Continuous Sparsification" (2020).
-
-    Args:
-        temperature (`float`): t, above 0.
-        last (`float`): t at the end of the soft part.
-    """
-
-    temperature: float = 1.0
-    last: float = 0.2
-    _temperature: torch.Tensor = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if not (self.temperature > 0 and self.last > 0):
-            raise HawAdaError(f"temperatures must be above 0, got {self.temperature} and {self.last}")
-        object.__setattr__(self, "_temperature", _number(self.temperature))
-
-    def at(self, progress: float) -> Annealed:
-        """From 1 to `last`, by equal factors."""
-        return Annealed(temperature=self.last**progress, last=self.last)
-
-    def factor(self, logits: torch.Tensor, start: float, kept: torch.Tensor | None) -> torch.Tensor:
-        """As in the base class."""
-        scaled = torch.full_like(logits, start, requires_grad=False) / self._temperature
-        return torch.sigmoid(logits / self._temperature) / torch.sigmoid(scaled)
-
-    def open_probability(self, logits: torch.Tensor, start: float) -> torch.Tensor:
-        """The factor, at most 1."""
-        return _at_most_one(self.factor(logits, start, None))
-
-
-@dataclass(frozen=True)
 class HardConcrete(Relaxation):
     """
     Random gates that are exactly 0 or 1 with some probability: the hard concrete distribution.
@@ -198,7 +160,6 @@ def _at_most_one(ratio: torch.Tensor) -> torch.Tensor:
 RELAXATIONS: dict[str, Relaxation] = {
     "closing": Closing(),
     "straight_through": StraightThrough(),
-    "sigmoid": Annealed(),
     "hard_concrete": HardConcrete(),
 }
 """The relaxations by their names."""

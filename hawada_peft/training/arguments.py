@@ -15,8 +15,6 @@ from ..errors import HawAdaError
 from ..gates.relaxation import RELAXATIONS
 from .comparison import KEEPS
 
-CONSTRAINTS = ("search", "lagrange")
-
 
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -29,9 +27,7 @@ class GateTrainingArguments(TrainingArguments):
 
     Args:
         relaxation (`str`): `"straight_through"`, which computes the plan that the gates would get now; `"closing"`,
-            which keeps the order of the start; `"hard_concrete"` or `"sigmoid"`, which are drawn to a shape by
-            penalties.
-        constraint (`str`): how a budget becomes a shape: `"search"` before training, or `"lagrange"`.
+            which keeps the order of the start; `"hard_concrete"`, which is drawn to a shape by a penalty.
         warmup_fraction (`float`): the part of the steps before the gates move, in [0, 1].
         soft_fraction (`float`): the part of the steps before the plan is made, in [0, 1].
         gate_learning_rate (`float`, *optional*): of the gates, where other weights (LoRA) are trained with
@@ -49,7 +45,6 @@ class GateTrainingArguments(TrainingArguments):
         bimodality_weight (`float`): weight of `bimodality_penalty`.
         floor_weight (`float`): weight of `floor_penalty`.
         keep_floor (`float`): the least keep ratio of a layer, in that penalty, in [0, 1].
-        anchor_steps (`int`): after how many steps the current shape is timed, with `constraint="lagrange"`.
 
     All others are those of `TrainingArguments`.
 
@@ -64,7 +59,6 @@ class GateTrainingArguments(TrainingArguments):
     """
 
     relaxation: str = _option("straight_through", f"What soft gates multiply by: {', '.join(RELAXATIONS)}.")
-    constraint: str = _option("search", "How a budget becomes a shape: 'search' before training, or 'lagrange'.")
     warmup_fraction: float = _option(0.0, "Part of the steps before the gates move.")
     soft_fraction: float = _option(0.25, "Part of the steps before the plan is made.")
     gate_learning_rate: float | None = _option(None, "Of the gates, where LoRA is trained with learning_rate.")
@@ -77,7 +71,6 @@ class GateTrainingArguments(TrainingArguments):
     bimodality_weight: float = _option(0.0, "Weight of the penalty on undecided gates.")
     floor_weight: float = _option(0.0, "Weight of the penalty on layers that close.")
     keep_floor: float = _option(0.25, "Least keep ratio of a layer in that penalty.")
-    anchor_steps: int = _option(50, "Steps between timings of the current shape, with constraint='lagrange'.")
 
     def __post_init__(self) -> None:
         problems = gate_problems(vars(self)) + rate_problems(vars(self))
@@ -116,12 +109,6 @@ def gate_problems(given: Mapping[str, Any]) -> list[str]:
         problems.append(f"relaxation must be one of {list(RELAXATIONS)}, got {values['relaxation']!r}")
     if values["keep_better"] not in KEEPS:
         problems.append(f"keep_better must be one of {list(KEEPS)}, got {values['keep_better']!r}")
-    if values["constraint"] not in CONSTRAINTS:
-        problems.append(f"constraint must be one of {list(CONSTRAINTS)}, got {values['constraint']!r}")
-    if values["constraint"] == "lagrange" and values["relaxation"] in RELAXATIONS:
-        drawn = [name for name, each in RELAXATIONS.items() if each.draws_to_size]
-        if values["relaxation"] not in drawn:
-            problems.append(f"constraint='lagrange' needs a relaxation of {drawn}, got {values['relaxation']!r}")
     numbers = [name for name, default in GATE_OPTIONS.items() if not isinstance(default, str)]
     wrong = {name: values[name] for name in numbers if not _is_number(values[name]) and values[name] is not None}
     wrong |= {name: None for name in numbers if values[name] is None and GATE_OPTIONS[name] is not None}
@@ -138,11 +125,8 @@ def gate_problems(given: Mapping[str, Any]) -> list[str]:
         problems.append(f"these must not be negative: {negative}")
     if not 0 <= values["keep_floor"] <= 1:
         problems.append(f"keep_floor must be in [0, 1], got {values['keep_floor']}")
-    if values["anchor_steps"] < 1:
-        problems.append(f"anchor_steps must be at least 1, got {values['anchor_steps']}")
-    whole = ("calibration_examples", "anchor_steps")
-    if partly := {name: values[name] for name in whole if int(values[name]) != values[name]}:
-        problems.append(f"these must be whole numbers: {partly}")
+    if int(values["calibration_examples"]) != values["calibration_examples"]:
+        problems.append(f"calibration_examples must be a whole number, got {values['calibration_examples']}")
     try:
         Distillation(values["kd_temperature"], values["kl_weight"], values["mse_weight"])
     except HawAdaError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset, Subset
 from transformers.trainer_utils import has_length
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UnsupportedModelError
 from ..planning.plan import Plan
 from ..refit.fidelity import divergence, mean_divergence, of_this_rank
 from ..refit.reconstruction import refit_model
@@ -23,6 +24,8 @@ from ..search.timed import dense_model
 from ..vanilla.batches import Batch, main_input, without_labels
 from ..vanilla.mode import adapters_off
 from ..vanilla.outputs import output_of
+
+logger = logging.getLogger(__name__)
 
 KEEPS = ("both", "sliced", "refitted", "never")
 """By what the better of two is kept."""
@@ -163,32 +166,48 @@ def compare(
     """
     trained = StartingPoint.of(model, model.applied_plan())
     refits = keep != "sliced" and _can_refit(model, (start.plan, trained.plan), calibration)
-    name, after = _losses(model, held_out, calibration if refits else ())
+    losses: list[dict[str, float]] = []
     try:
-        start.put_into(model)
-        _, before = _losses(model, held_out, calibration if refits else ())
+        for state in (trained, start):
+            if state is start:
+                start.put_into(model)
+            name, sliced = _sliced(model, held_out)
+            losses.append({"sliced": sliced})
+            refitted = _refitted(model, held_out, calibration) if refits else None
+            if refitted is None:
+                refits = False
+            else:
+                losses[-1]["refitted"] = refitted
     finally:
         trained.put_into(model)
+    after, before = losses
+    if not refits:
+        after.pop("refitted", None)
     base = dense_model(model)
     return Comparison(name, before, after, keep, sum(len(main_input(base, batch)) for batch in held_out))
 
 
-def _losses(model: Any, held_out: Sequence[Batch], calibration: Sequence[Batch]) -> tuple[str, dict[str, float]]:
-    plain = [without_labels(batch) for batch in held_out]
+def _sliced(model: Any, held_out: Sequence[Batch]) -> tuple[str, float]:
+    """Of the model under its plan, which computes what the slim one does."""
 
     def pairs() -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
-        for batch in plain:
+        for batch in map(without_labels, held_out):
             with adapters_off(model):
                 dense = output_of(model, batch)
             yield batch, dense, output_of(model, batch)
 
-    name, sliced = mean_divergence(model, pairs(), of_this_rank)
-    if not calibration:
-        return name, {"sliced": sliced}
-    with model.beside() as (dense, small):
-        refit_model(dense, small, model.applied_plan(), calibration, reduce=of_this_rank)
-        _, refitted = divergence(dense, small, plain, of_this_rank)
-    return name, {"sliced": sliced, "refitted": refitted}
+    return mean_divergence(model, pairs(), of_this_rank)
+
+
+def _refitted(model: Any, held_out: Sequence[Batch], calibration: Sequence[Batch]) -> float | None:
+    """Of the slim model, refitted; None if that cannot be done here, which is no reason to lose a training."""
+    try:
+        with model.beside() as (dense, small):
+            refit_model(dense, small, model.applied_plan(), calibration, reduce=of_this_rank)
+            return divergence(dense, small, [without_labels(batch) for batch in held_out], of_this_rank)[1]
+    except (UnsupportedModelError, torch.OutOfMemoryError) as error:
+        logger.warning("trained gates and their start are compared as sliced alone, without refitting: %s", error)
+        return None
 
 
 def _can_refit(model: Any, plans: Sequence[Plan], calibration: Sequence[Batch]) -> bool:

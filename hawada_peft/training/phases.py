@@ -63,7 +63,7 @@ class Phases:
 
     def approach(self, goal: Goal) -> None:
         """Make the plan that the gates would get now the one that they approach."""
-        self.approached = self.plan(goal.current_shape())
+        self.approached = self.plan(goal.shape)
         self.model.set_masks(self.approached)
 
     def plan(self, shape: Shape) -> Plan:
@@ -77,7 +77,7 @@ class Phases:
         if self.decided:
             yield
             return
-        self.model.set_masks(self.plan(goal.current_shape()))
+        self.model.set_masks(self.plan(goal.shape))
         try:
             yield
         finally:
