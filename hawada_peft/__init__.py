@@ -17,6 +17,8 @@ from .latency.effort import Effort
 from .model import HawAdaModel
 from .page.write import write_report
 from .planning.plan import Plan
+from .race.race import Race
+from .race.record import RaceRecord
 from .recipes.run import train_recipe
 from .search.budgeted import find_plan
 from .search.result import SearchResult
@@ -47,6 +49,8 @@ __all__ = [
     "LatencyBudget",
     "Plan",
     "QualityChange",
+    "Race",
+    "RaceRecord",
     "SearchResult",
     "Shape",
     "Slimmed",

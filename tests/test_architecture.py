@@ -19,6 +19,7 @@ FLOORS = (
     "model",
     "distil",
     "shipping",
+    "race",
     "search",
     "surgery",
     "refit",

@@ -72,7 +72,7 @@ def slim(model: Model, plan: Plan) -> Model:
         result.generation_config = copy.deepcopy(model.generation_config)
     for parameter in result.parameters():
         parameter.requires_grad_(True)
-    logger.info("%s: %d of %d parameters stay", plan, result.num_parameters(), model.num_parameters())
+    logger.debug("%s: %d of %d parameters stay", plan, result.num_parameters(), model.num_parameters())
     return result.train(model.training)
 
 
