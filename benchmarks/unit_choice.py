@@ -36,10 +36,11 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from work import Batch, Bench, whole
 
-from hawada_peft import HawAdaConfig, HawAdaTrainer, Plan, Shape, collect_gates, reconstruct
+from hawada_peft import HawAdaConfig, HawAdaTrainer, Plan, Shape, collect_gates
 from hawada_peft.distil.muon import MuonAdamW, matrices_of
 from hawada_peft.gates.rows import theta_per_row
 from hawada_peft.planning.importance import gate_importance
+from hawada_peft.refit import reconstruct
 from hawada_peft.vanilla.family import Layout, locate
 
 Scores = Mapping[str, torch.Tensor]
@@ -296,8 +297,10 @@ def criterion(bench: Bench, name: str, case: Case, seed: int, options: argparse.
     small = model.merge_and_unload().to(bench.device)
     row: dict[str, Any] = {"steps": used, "slice": bench.quality(small)}
     refitted = copy.deepcopy(small)
-    reconstruct(bench.model, refitted, plan, bench.examples(options.calibration, seed + 1000))
-    row["least squares"] = bench.quality(refitted)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the slim model keeps its plain weights")  # the row says so
+        report = reconstruct(bench.model, refitted, plan, bench.examples(options.calibration, seed + 1000))
+    row |= {"applied": report.applied, "least squares": bench.quality(refitted)}
     for label, start in (("after", small), ("least squares, after", refitted)):
         bench.distil(start, options.steps - used, options.rate, seed)
         row[label] = bench.quality(start)

@@ -139,7 +139,7 @@ def test_evaluation_while_soft_is_that_of_the_slim_model_of_that_moment(tmp_path
     assert callback.found[0] == pytest.approx(callback.found[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("relaxation", ["straight_through", "hard_concrete"])
+@pytest.mark.parametrize("relaxation", ["straight_through", "closing"])
 def test_evaluation_changes_nothing_of_training(tmp_path: Path, relaxation: str) -> None:
     ends = []
     for evaluate in ({}, {"eval_strategy": "steps", "eval_steps": 1}):

@@ -67,8 +67,8 @@ def test_a_case_says_which_layers_and_sizes_stay() -> None:
     layout = locate(build(LM_ROW))
     case = Case.of("1+3:4x2x40", layout)
     assert (case.layers, case.shape) == ((0, 2), Shape(4, 2, 40, 2))
-    assert Case.of("none:8x4x80", layout).layers == (0, 1, 2, 3)
-    assert plan_of(case, layout).shape == Shape(8, 4, 80, 2)  # without scores whole layers alone go
+    assert Case.of("none:8x4x96", layout).layers == (0, 1, 2, 3)
+    assert plan_of(case, layout).shape == Shape(8, 4, 96, 2)  # without scores whole layers alone go
 
 
 @pytest.mark.parametrize("kind", ["kl", "top", "entropy", "sure"])
