@@ -246,7 +246,7 @@ def test_every_relaxation_resumes_bit_exactly(tmp_path: Path, relaxation: str, i
     assert ends_of(resumed) == expected
 
 
-def test_a_searched_shape_is_not_searched_again(tmp_path: Path) -> None:
+def test_a_searched_shape_is_not_searched_again(tmp_path: Path, law: LatencyTable) -> None:
     args = SAVED | {"save_steps": 1}
     options = {"shape": None, "budget": BUDGET, "table": law, "args": args}
     whole = small(tmp_path / "whole", effort=effort_of(), **options)
