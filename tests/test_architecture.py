@@ -21,6 +21,7 @@ FLOORS = (
     "shipping",
     "race",
     "search",
+    "basis",
     "surgery",
     "refit",
     "planning",

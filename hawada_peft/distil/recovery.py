@@ -102,8 +102,6 @@ def recover(
         problems.append(f"plan must be a Plan, got a {type(chosen).__name__}")
     elif chosen is not None and chosen.keeps_all:
         problems.append("the plan keeps everything: there is nothing to recover from")
-    elif calibration is not None and racing is None and chosen is not None and chosen.hidden is not None:
-        problems.append("the plan narrows the residual stream, which `calibration` cannot refit: leave it out")
     if not isinstance(race, Race | bool):
         problems.append(f"race must be a Race, True or False, got a {type(race).__name__}")
     elif racing is not None and calibration is None:

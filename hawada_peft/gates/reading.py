@@ -165,6 +165,7 @@ class UnitScores:
         group_size: neighbouring channels that stay or go together.
         hidden: (channels of the residual stream,).
         hidden_group: neighbouring ones of these that stay or go together.
+        rotated: these are directions of a basis, not channels.
     """
 
     heads: Scores
@@ -173,6 +174,7 @@ class UnitScores:
     group_size: int = 1
     hidden: torch.Tensor | None = None
     hidden_group: int = 1
+    rotated: bool = False
 
 
 def gate_scores(model: nn.Module, layout: Layout, adapter_names: Sequence[str]) -> UnitScores:
@@ -185,13 +187,15 @@ def gate_scores(model: nn.Module, layout: Layout, adapter_names: Sequence[str]) 
     layers = layers_of(model, layout, adapter_names)
     sizes = [gate.group_size for layer in layers for gate in layer.ffn if isinstance(gate, ChannelGate)]
     stream = [gate for name in adapter_names if (gate := hidden_gate(model, layout, name)) is not None]
+    hidden = _product(stream)
     return UnitScores(
         heads=tuple(_product(layer.heads) for layer in layers),
         channels=tuple(_product(layer.ffn) for layer in layers),
         layers=tuple(_product(layer.whole) for layer in layers),
         group_size=math.lcm(*sizes),
-        hidden=_product(stream),
+        hidden=None if hidden is None else stream[0].ranked(hidden),
         hidden_group=math.lcm(*(gate.group_size for gate in stream)),
+        rotated=any(gate.in_basis for gate in stream),
     )
 
 

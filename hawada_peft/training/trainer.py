@@ -18,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..basis.find import ensure_basis
 from ..distil.divergence import get_teacher_logits
 from ..distil.objective import Distillation
 from ..distil.unlabelled import UnlabelledTrainer, adapter_folder
@@ -240,6 +241,8 @@ class HawAdaTrainer(UnlabelledTrainer):
         self._start, self.comparison = None, None
         start = are_fresh(self.gated) and self.args.calibration_examples > 0 and not self.decided
         batches = self._calibration() if start or self._goal is None else []
+        if batches:
+            ensure_basis(self.gated, batches)
         importance, plan = None, None
         if self._goal is None:
             self._goal, importance, plan = self._goal_of_budget(cast(LatencyBudget, self.budget), batches)
