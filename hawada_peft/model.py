@@ -482,6 +482,30 @@ class HawAdaModel(BaseTuner):
         facts = None if batches is None else calibration_facts(batches)
         return Slimmed(small, chosen, dense=base, reconstruction=report, calibration=facts, reference=reference)
 
+    @contextmanager
+    def beside(self) -> Iterator[tuple[PreTrainedModel, PreTrainedModel]]:
+        """
+        The dense model and the slim one of the applied plan, while the gated model stays as it is.
+
+        Nothing of the dense model is copied, so that neither may be changed but the slim one.
+
+        Raises:
+            InvalidPlanError: if there is no plan.
+            UnsupportedModelError: as `slim`.
+        """
+        names, plan = self._names(None), self.applied_plan()
+        if plan is None:
+            raise InvalidPlanError("there is no plan: `model.apply_plan(...)` before it")
+        base = cast(PreTrainedModel, self.model)
+        self._check_merge_allowed()
+        with put_back(base, always=True):
+            self._restore()
+            dense = dense_view(base)
+            with put_back(base, always=True):
+                self._fold((False, False, names), True, None)
+                small = slim(base, plan)
+            yield dense, small
+
     def merge_and_unload(
         self,
         progressbar: bool = False,

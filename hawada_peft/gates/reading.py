@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
@@ -76,12 +75,6 @@ class ExpectedSizes:
     kv_groups: torch.Tensor
     ffn: torch.Tensor
     layers: torch.Tensor
-
-    def mean(self) -> np.ndarray:
-        """(query heads, KV groups, FFN channels) of the average layer that stays, and the number of layers."""
-        part = (self.layers / self.layers.sum().clamp(min=1e-6)).detach()
-        widths = [float((part * axis.detach()).sum()) for axis in (self.heads, self.kv_groups, self.ffn)]
-        return np.array([*widths, float(self.layers.detach().sum())])
 
 
 def expected_sizes(model: nn.Module, layout: Layout, adapter_name: str) -> ExpectedSizes:
