@@ -8,6 +8,8 @@ Here is what the main way needs. The folders hold more, each for an audience of 
 from importlib.metadata import version
 
 from ._register import register
+from .basis.find import init_basis
+from .basis.rotation import rotate
 from .config import HawAdaConfig
 from .distil.recovery import recover
 from .distil.trainer import DistillTrainer
@@ -57,9 +59,11 @@ __all__ = [
     "attach_adapters",
     "collect_gates",
     "find_plan",
+    "init_basis",
     "init_gates",
     "recover",
     "register_family",
+    "rotate",
     "save_slim",
     "slim",
     "slim_checkpoint",

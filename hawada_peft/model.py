@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import cast
 
@@ -16,6 +17,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from .basis.basis import moved_stream, stream_basis
+from .basis.rotation import plan_turn
+from .basis.turn import Turn
 from .errors import InvalidPlanError
 from .gates.adapter import GateAdapter
 from .gates.placement import set_masks
@@ -177,8 +181,8 @@ class HawAdaModel(GateTuner):
             plan keeps everything the model is the base model with the gates in its weights, and there is no dense one.
 
         Raises:
-            InvalidPlanError: if there is no plan, or no gates any more; if `calibration` is given and the plan narrows
-                the residual stream.
+            InvalidPlanError: if there is no plan, or no gates any more; if the plan keeps directions of the residual
+                stream, and the adapter gates its channels, or the reverse.
             IncompatibleBaseError, IllegalShapeError: as `apply_plan`.
             BrokenGatesError: if gates or weights hold NaN or infinity.
             UnsupportedModelError: if weights are quantized, offloaded or not those of the model's class.
@@ -196,17 +200,13 @@ class HawAdaModel(GateTuner):
                 else f"plan must be a Plan, got a {type(chosen).__name__}; see `Plan.from_dict`"
             )
         check_plan(self.layout_of(names), chosen)
-        if calibration is not None and chosen.hidden is not None:
-            raise InvalidPlanError(
-                "reconstruction compares residual streams of one width, and this plan narrows it: leave `calibration` "
-                "out, or cut no hidden channels"
-            )
+        turn_of = self._turn_of(names, chosen, fold)
         base = cast(PreTrainedModel, self.model)
         check_unquantized(base)
         self._check_merge_allowed()
         check_gates(base)
-        gated = self._gated(names, plan, fold, safe_merge, progressbar)
-        if chosen.keeps_all:
+        gated = self._gated(names, plan, fold, safe_merge, progressbar, turn_of)
+        if chosen.keeps_all and turn_of is None:
             return Slimmed(model=gated.merged(verify=verify, inputs=inputs), plan=chosen)
         batches = None if calibration is None else list(calibration)
         small, reference, report = gated.slimmed(
@@ -214,6 +214,25 @@ class HawAdaModel(GateTuner):
         )
         facts = None if batches is None else calibration_facts(batches)
         return Slimmed(small, chosen, dense=base, reconstruction=report, calibration=facts, reference=reference)
+
+    @contextmanager
+    def beside(self) -> Iterator[tuple[PreTrainedModel, PreTrainedModel]]:
+        """
+        The dense model and the slim one of the applied plan, while the gated model stays as it is.
+
+        Nothing of the dense model is copied, so that neither may be changed but the slim one.
+
+        Raises:
+            InvalidPlanError: if there is no plan.
+            UnsupportedModelError: as `slim`.
+        """
+        names, plan = self._names(None), self.applied_plan()
+        if plan is None:
+            raise InvalidPlanError("there is no plan: `model.apply_plan(...)` before it")
+        self._check_merge_allowed()
+        gated = self._gated(names, None, True, False, False, self._turn_of(names, plan, True))
+        with gated.beside(plan) as pair:
+            yield pair
 
     def merge_and_unload(
         self,
@@ -246,7 +265,12 @@ class HawAdaModel(GateTuner):
         """
         names = self._names(adapter_names)
         self._check_gated()
-        if plan is not None or self.applied_plan(names) is not None:
+        removes, placed = plan is not None or self.applied_plan(names) is not None, self._are_placed(names)
+        if not removes and placed:
+            layout = self.layout_of(names)
+            if any(moved_stream(self.model, layout, name) for name in names):
+                plan = Plan.keep_all(layout.dense)  # nothing in place can take up what scales directions
+        if removes or plan is not None:
             return self.slim(
                 adapter_names=names,
                 plan=plan,
@@ -267,18 +291,33 @@ class HawAdaModel(GateTuner):
         return gated.merged(verify=verify and gated.layout is not None, inputs=inputs)
 
     def _gated(
-        self, names: Sequence[str], instead: Plan | None, fold: bool, safe_merge: bool, progressbar: bool
+        self,
+        names: Sequence[str],
+        instead: Plan | None,
+        fold: bool,
+        safe_merge: bool,
+        progressbar: bool,
+        turn_of: Callable[[PreTrainedModel], Turn] | None = None,
     ) -> Gated:
-        placed = all(self.peft_config[name].base_sizes is not None for name in names)
         return Gated(
             base=cast(PreTrainedModel, self.model),
             names=names,
-            layout=self.layout_of(names) if placed and names else None,
+            layout=self.layout_of(names) if self._are_placed(names) else None,
             instead=instead,
             fold=fold,
             merge=partial(super().merge_and_unload, progressbar, safe_merge, list(names)),
             unload=super().unload,
+            turn_of=turn_of,
         )
+
+    def _are_placed(self, names: Sequence[str]) -> bool:
+        """Whether all gates were placed by a family row."""
+        return bool(names) and all(self.peft_config[name].base_sizes is not None for name in names)
+
+    def _turn_of(self, names: Sequence[str], plan: Plan, fold: bool) -> Callable[[PreTrainedModel], Turn] | None:
+        """What gives the residual stream the coordinates that a plan keeps, if these are of a basis."""
+        basis, factor = stream_basis(self.model, self.layout_of(names), names, plan, fold=fold)
+        return None if basis is None else partial(plan_turn, plan=plan, basis=basis, factor=factor)
 
     def _names(self, adapter_names: Sequence[str] | None) -> list[str]:
         names = list(self.active_adapters if adapter_names is None else adapter_names)

@@ -18,6 +18,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ._register import PREFIX
+from .basis.basis import is_centred
+from .basis.proof import check_exact
 from .config import HawAdaConfig
 from .errors import InvalidPlanError, UnsupportedModelError
 from .gates.adapter import LAYER, GateAdapter
@@ -81,6 +83,8 @@ class GateTuner(BaseTuner):
         names = {end for axis, end in ends.items() if whole or axis in peft_config.gates}
         if HIDDEN in peft_config.gates:
             check_norms(self.model, layout)
+            if peft_config.rotate:
+                check_exact(layout)
             names |= {*layout.family.hidden_norms, layout.norms[-1]}
         peft_config.target_modules = names  # type: ignore[assignment]
         peft_config.base_sizes = layout.base_sizes()
@@ -119,6 +123,7 @@ class GateTuner(BaseTuner):
             kinds=peft_config.gates,
             group_size=peft_config.group_size,
             start=peft_config.start(),
+            centred=is_centred(self.model, layout) if layout is not None and peft_config.rotate else None,
         )
         twin = other_end(self.model, layout, current_key)
         if twin is not None and adapter_name in getattr(twin, LAYER):

@@ -22,6 +22,7 @@ FLOORS = (
     "race",
     "search",
     "tuner",
+    "basis",
     "surgery",
     "refit",
     "planning",

@@ -231,7 +231,7 @@ def test_a_search_gives_its_answer_and_the_best_of_what_it_timed(judge: Judge) -
     dense = judge.layout.dense
     shapes = [replace(dense, num_hidden_layers=6, intermediate_size=size) for size in (32, 48, 64, 96)]
     timed = [
-        Timed(shape, 1.0, 0.0, 1, 1.0, False, measured_ms=1.0, measured_loss=loss)
+        Timed(shape, 1.0, 0.0, 1, 1.0, measured_ms=1.0, measured_loss=loss)
         for shape, loss in zip(shapes, (0.4, 0.3, 0.2, 0.1), strict=True)
     ]
     answer = judge.at(shapes[1], (2, 5))

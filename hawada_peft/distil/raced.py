@@ -68,6 +68,7 @@ class RacedRecovery:
         calibration: batches, keyword arguments of the forward pass: what plans are judged, prepared and compared on.
         given (`Plan`, *optional*): a plan that enters.
         start (`PreTrainedModel`, *optional*): its slim model, if that is not what `slim(dense, given)` gives.
+        optimizer (`str`): what `train` trains with; a race that goes on has to have the same.
 
     Raises:
         HawAdaError: if the race would leave nothing of the recovery, or there is too little calibration data.
@@ -80,6 +81,7 @@ class RacedRecovery:
     calibration: Iterable[Batch]
     given: Plan | None = None
     start: PreTrainedModel | None = None
+    optimizer: str = "auto"
     fitted: list[Batch] = field(init=False)
     held_out: list[Batch] = field(init=False)
 
@@ -100,6 +102,7 @@ class RacedRecovery:
             "seed": self.args.seed,
             "batch_size": self.rows,
             "recovery_steps": self.args.max_steps,
+            "optimizer": self.optimizer,
             "recovery_batch_size": self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps,
             "race_learning_rate": self.race.learning_rate or self.args.learning_rate,
             "given": None if self.given is None else hashlib.sha256(self.given.to_json().encode()).hexdigest(),

@@ -23,6 +23,7 @@ from ..surgery.dense import put_back
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch
 from .arguments import rate_problems
+from .muon import optimizer_problems
 from .objective import Distillation
 from .raced import RacedRecovery
 from .trainer import DistillTrainer
@@ -42,6 +43,7 @@ def recover(
     kd_temperature: float = 1.0,
     kl_weight: float = 1.0,
     mse_weight: float = 0.0,
+    optimizer: str = "auto",
     resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
     **kwargs: Any,
 ) -> Slimmed:
@@ -70,6 +72,9 @@ def recover(
         kd_temperature (`float`): T of the KL divergence.
         kl_weight (`float`): weight of the divergence.
         mse_weight (`float`): weight of the squared difference of logits.
+        optimizer (`str`): `"muon"` for Muon on the matrices of the layers and AdamW on the rest (`MuonAdamW`);
+            `"args"` for the one that `args.optim` names, AdamW unless set otherwise; or `"auto"`: Muon where all
+            weights are trained, torch has it (from 2.9), nothing is sharded and `args.optim` is left at AdamW.
         resume_from_checkpoint (*optional*): as in `Trainer.train`, of a run that started from the same model.
         kwargs: as in `Trainer`: `eval_dataset`, `data_collator`, `callbacks`, ...
 
@@ -97,15 +102,13 @@ def recover(
         problems.append(f"plan must be a Plan, got a {type(chosen).__name__}")
     elif chosen is not None and chosen.keeps_all:
         problems.append("the plan keeps everything: there is nothing to recover from")
-    elif calibration is not None and racing is None and chosen is not None and chosen.hidden is not None:
-        problems.append("the plan narrows the residual stream, which `calibration` cannot refit: leave it out")
     if not isinstance(race, Race | bool):
         problems.append(f"race must be a Race, True or False, got a {type(race).__name__}")
     elif racing is not None and calibration is None:
         problems.append("a race needs `calibration`: batches that plans are judged and compared on")
     if lora is not None and not isinstance(lora, LoraConfig):
         problems.append(f"lora must be a LoraConfig, got a {type(lora).__name__}")
-    problems += rate_problems({} if args is None else vars(args))
+    problems += rate_problems({} if args is None else vars(args)) + optimizer_problems(optimizer, args)
     try:
         Distillation(kd_temperature, kl_weight, mse_weight)
     except HawAdaError as error:
@@ -130,6 +133,7 @@ def recover(
             kd_temperature=kd_temperature,
             kl_weight=kl_weight,
             mse_weight=mse_weight,
+            optimizer=optimizer,
             **more,
         )
         if quiet:
@@ -162,6 +166,7 @@ def recover(
                 batches,
                 chosen,
                 None if slimmed is None else slimmed.model,
+                optimizer,
             )
             record, small = raced.run()
             args = copy.copy(cast(TrainingArguments, args))

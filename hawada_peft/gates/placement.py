@@ -16,8 +16,19 @@ from .concrete import AttentionHeadAdapter, ChannelAdapter
 from .hidden import HiddenAdapter, norm_sizes
 from .kinds import BlockGate, ChannelGate, GateStart, HeadGate, HiddenGate, SigmoidGate
 from .reading import hidden_gate
+from .stream_basis import BasisGate
 
 Masks = list[tuple[SigmoidGate, torch.Tensor | None]]
+
+NO_BASIS = (
+    "the plan keeps directions of a basis of the residual stream, and the adapter gates its channels: apply it to the "
+    "adapter that it was made with (HawAdaConfig(rotate=True))"
+)
+
+NO_CHANNELS = (
+    "the plan keeps channels of the residual stream, and the adapter gates directions of a basis: make one with "
+    "`model.plan`"
+)
 
 
 class Kept(Protocol):
@@ -26,6 +37,10 @@ class Kept(Protocol):
     @property
     def hidden(self) -> tuple[int, ...] | None:
         """The kept channels of the residual stream; None if all are."""
+
+    @property
+    def rotated(self) -> bool:
+        """Whether these are directions of a basis."""
 
     def kept(self, axis: str, layer: int) -> tuple[int, ...] | None:
         """The kept units of a layer on `"heads"` or `"ffn"`; None if the layer goes."""
@@ -39,6 +54,7 @@ def gates_at(
     kinds: Collection[str],
     group_size: int,
     start: GateStart,
+    centred: bool | None = None,
 ) -> tuple[type[GateAdapter], dict[str, SigmoidGate]]:
     """
     What a module is gated by.
@@ -48,6 +64,7 @@ def gates_at(
         name: the module's dotted name.
         module: it, or the adapter that it is in.
         kinds, group_size, start: as in `family_gates`; `"hidden"` too.
+        centred: as in `stream_gate`.
 
     Returns:
         The adapter's class, and slot to new gate.
@@ -60,7 +77,7 @@ def gates_at(
     if position[1] == HIDDEN:
         if name != hidden_home(layout):
             return HiddenAdapter, {}
-        return HiddenAdapter, {HIDDEN_UNITS: HiddenGate(layout.hidden_size, group_size, start=start, relative=True)}
+        return HiddenAdapter, {HIDDEN_UNITS: stream_gate(layout, centred=centred, group_size=group_size, start=start)}
     features = feature_sizes(module)[0]
     gates = family_gates(layout, position[1], features, kinds=kinds, group_size=group_size, start=start)
     return AttentionHeadAdapter if position[1] == HEADS else ChannelAdapter, gates
@@ -82,6 +99,9 @@ def share_hidden(model: nn.Module, layout: Layout) -> None:
     wrapped = [norm for norm in norms if isinstance(norm, HiddenAdapter)]
     for adapter in wrapped[1:]:
         adapter.share_hidden_gate(wrapped[0])
+    for site, norm in enumerate(norms):
+        if isinstance(norm, HiddenAdapter):
+            norm.site = site
 
 
 def check_norms(model: nn.Module, layout: Layout) -> None:
@@ -125,6 +145,22 @@ def family_gates(
     if "layers" in kinds:
         gates[LAYER] = BlockGate(start=start, relative=True)
     return gates
+
+
+def stream_gate(layout: Layout, *, centred: bool | None, group_size: int, start: GateStart) -> HiddenGate:
+    """
+    A new gate on the residual stream.
+
+    Args:
+        layout: the model's row and sizes.
+        centred: for one on directions of the stream, whether LayerNorms read it; None for one on its channels.
+        group_size: neighbouring units per gate.
+        start: how the gates start.
+    """
+    if centred is None:
+        return HiddenGate(layout.hidden_size, group_size, start=start, relative=True)
+    sites = len(layout.norms)
+    return BasisGate(layout.hidden_size, group_size, sites=sites, centred=centred, start=start, relative=True)
 
 
 def masks_of(gates: Mapping[str, SigmoidGate], kept: Sequence[int] | None, total: int, what: str) -> Masks:
@@ -204,6 +240,8 @@ def set_masks(
         gates = {} if stream is None else {UNITS: stream}
         everything = tuple(range(layout.hidden_size))
         kept = everything if plan is None or plan.hidden is None else plan.hidden
+        if plan is not None and plan.hidden is not None and stream is not None and plan.rotated != stream.in_basis:
+            raise InvalidPlanError(NO_BASIS if plan.rotated else NO_CHANNELS)
         masks += masks_of(gates, kept, len(everything), "channels of the residual stream (gates on 'hidden')")
     for gate, mask in masks:
         gate.set_plan(mask, in_training=in_training and plan is not None)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .adapter import GateAdapter
+from .stream_basis import BasisGate
 
 
 def add_gates(model: nn.Module, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
@@ -28,7 +29,12 @@ def add_gates(model: nn.Module, adapters: Sequence[str], weights: Sequence[float
             continue
         sources = [module.gates(name) for name in adapters]
         for slot, gate in module.gates(adapter_name).items():
-            if any(slot not in source or source[slot].units != gate.units for source in sources):
+            bases = [each for source in sources if isinstance(each := source.get(slot), BasisGate)]
+            if isinstance(gate, BasisGate) and bases:
+                gate.set_basis(bases[0].vectors, bases[0].scales, bases[0].marks)
+            if any(slot not in source or source[slot].units != gate.units for source in sources) or any(
+                not torch.equal(each.vectors, bases[0].vectors) for each in bases
+            ):
                 raise ValueError(f"the adapters {list(adapters)} gate different things; their gates cannot be added")
             with torch.no_grad():
                 gate.theta.zero_()

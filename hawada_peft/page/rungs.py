@@ -40,7 +40,6 @@ def race_picture(facts: SlimFacts) -> Picture | None:
         if won:
             axes.plot(*zip(*won, strict=True), "D-", color=COLOURS["second"], markersize=7, linewidth=2, label="won")
         axes.set_xticks(range(1, len(race["lengths"]) + 1), [f"{steps} steps" for steps in race["lengths"]])
-        axes.set_yscale("log")
         axes.set_xlabel("rung of the race")
         axes.set_ylabel("held-out loss, nats")
         legend(figure, axes)

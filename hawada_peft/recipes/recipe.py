@@ -18,6 +18,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 
 from ..config import HawAdaConfig
 from ..distil.arguments import rate_problems
+from ..distil.muon import optimizer_problems
 from ..distil.objective import Distillation
 from ..errors import HawAdaError
 from ..latency.budget import LatencyBudget
@@ -212,8 +213,11 @@ class Recipe:
         """
         cls = GateTrainingArguments if section == "training" else TrainingArguments
         given = {name: value for name, value in (getattr(self, section) or {}).items() if name in fields_of(cls)}
+        defaults = DEFAULTS | {"seed": self.seed}
+        if section == "training":  # by what becomes of the gates afterwards
+            defaults["keep_better"] = "sliced" if self.reconstruction is None else "refitted"
         try:
-            return cls(output_dir=str(folder), **(DEFAULTS | {"seed": self.seed} | given))
+            return cls(output_dir=str(folder), **(defaults | given))
         except (TypeError, ValueError, ImportError) as error:
             raise HawAdaError(f"{section}: {error}") from None
 
@@ -304,7 +308,9 @@ class Recipe:
             "reconstruction": lambda: ReconstructionStep(**(self.reconstruction or {})),
             "recovery.lora": self.lora,
             "training": lambda: _refuse(gate_problems(self.training or {}) + rate_problems(self.training or {})),
-            "recovery": lambda: _refuse(rate_problems(self.recovery or {})),
+            "recovery": lambda: _refuse(
+                rate_problems(self.recovery or {}) + optimizer_problems(self.options().get("optimizer", "auto"))
+            ),
             "recovery loss": lambda: _objective(self.options()),
             "race": self.racing,
         }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -22,6 +23,7 @@ from ..vanilla.family import Layout
 from .comparison import Reference, check_computes, check_finite, reference_of
 from .dense import dense_view, put_back, take_off, unmerge, unshare
 from .slimming import slim
+from .source import StreamChange
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Gated:
         fold: whether the soft values are folded into the weights; if not, the gates are only taken off.
         merge: PEFT's merging of these adapters: gives the base model without them.
         unload: PEFT's way of taking adapters off: gives the base model without them.
+        turn_of: gives new coordinates of the residual stream, of the base model with the gates in its weights.
     """
 
     base: PreTrainedModel
@@ -46,6 +49,7 @@ class Gated:
     fold: bool
     merge: Callable[[], nn.Module]
     unload: Callable[[], nn.Module]
+    turn_of: Callable[[PreTrainedModel], StreamChange] | None = None
 
     def slimmed(
         self,
@@ -75,21 +79,39 @@ class Gated:
             VerificationError: if the slim model computes something else than the gated one.
             HawAdaError: if the model does not run on drawn inputs; as `reconstruct`.
         """
+        report = None
         with put_back(self.base, always=True):
             unmerge(self.base)
             dense = dense_view(self.base)
             reference = self._reference(inputs, dense) if verify else None
-            with put_back(self.base, always=True):
-                self._fold()
-                small = slim(self.base, plan)
+            small, turn = self._cut(plan)
             check_finite(small)
             if reference is not None:
-                check_computes(small, reference, self.base, dense, hidden=plan.hidden)
-            report = None if calibration is None else reconstruct(dense, small, plan, calibration, progress=progress)
+                check_computes(small, reference, self.base, dense, turn, hidden=plan.hidden)
+            if calibration is not None:
+                coordinates = None if turn is None else turn.write
+                report = reconstruct(dense, small, plan, calibration, coordinates=coordinates, progress=progress)
         with put_back(self.base, always=False):
             unmerge(self.base)
             take_off(self.base)
         return small, reference, report
+
+    @contextmanager
+    def beside(self, plan: Plan) -> Iterator[tuple[PreTrainedModel, PreTrainedModel]]:
+        """
+        The dense model and the slim one of a plan, while the gated model stays as it is.
+
+        Nothing of the dense model is copied, so that neither may be changed but the slim one.
+        """
+        with put_back(self.base, always=True):
+            unmerge(self.base)
+            yield dense_view(self.base), self._cut(plan)[0]
+
+    def _cut(self, plan: Plan) -> tuple[PreTrainedModel, StreamChange | None]:
+        with put_back(self.base, always=True):
+            self._fold()
+            turn = None if self.turn_of is None else self.turn_of(self.base)
+            return slim(self.base, plan, turn=turn), turn
 
     def merged(self, *, verify: bool = True, inputs: Batch | None = None) -> PreTrainedModel:
         """
