@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +11,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import BrokenGatesError, HawAdaError, VerificationError
-from ..files.verify import TOLERANCE
+from ..files.verify import compare
 from ..gates.kinds import SigmoidGate
-from ..vanilla.batches import Batch
-from ..vanilla.outputs import example_inputs, output_of
+from ..vanilla.batches import Batch, check_batch
+from ..vanilla.outputs import example_inputs, outputs_of
 from .dense import put_back
 from .source import below_at
 
@@ -32,11 +32,11 @@ class Reference:
 
     Args:
         inputs: keyword arguments of the forward pass.
-        logits: (batch, ..., classes); as `output_of` gives them.
+        outputs: all that it gives, by name; as `outputs_of` says.
     """
 
     inputs: Batch
-    logits: torch.Tensor
+    outputs: Mapping[str, torch.Tensor]
 
 
 def reference_of(
@@ -53,6 +53,7 @@ def reference_of(
             cast has rounded them or a long input has changed them.
 
     Raises:
+        BadDataError: if the model cannot take the inputs.
         HawAdaError: if the model does not run on drawn inputs.
     """
     for module in base.modules():
@@ -69,10 +70,11 @@ def reference_of(
             if long or _rounded(used._buffers.get(key), exact):
                 used._buffers[key] = exact
     if inputs is not None:
-        return Reference(inputs, output_of(base, inputs).clone())
+        check_batch(base, inputs)
+        return Reference(inputs, outputs_of(base, inputs))
     try:
         drawn = example_inputs(base)
-        return Reference(drawn, output_of(base, drawn).clone())
+        return Reference(drawn, outputs_of(base, drawn))
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
         raise HawAdaError(
             f"{type(base).__name__} does not run on inputs drawn at random ({type(error).__name__}: {error}), so the "
@@ -102,17 +104,12 @@ def check_computes(model: PreTrainedModel, reference: Reference, base: nn.Module
             cannot have.
     """
     with put_back(model, always=True):
-        found = output_of(model, reference.inputs)
-    expected = reference.logits
-    if found.shape == expected.shape:
-        difference = (found.double() - expected.double()).abs().max().item()
-        scale = expected.double().abs().max().item()
-        allowed = TOLERANCE.get(model.dtype, 0.0) * scale
-        if difference <= allowed:
-            return
-        gap = f"logits differ by {difference:.3g}, allowed is {allowed:.3g} ({model.dtype}, largest {scale:.3g})"
-    else:
-        gap = f"its outputs are {tuple(found.shape)}, expected {tuple(expected.shape)}"
+        found = outputs_of(model, reference.inputs)
+    try:
+        compare(found, reference.outputs, model.dtype)
+        return
+    except VerificationError as error:
+        gap = str(error)
     causes = [] if fresh is None else differences(base, fresh)
     told = f"Found in the gated model: {'; '.join(causes[:5])}" if causes else "Nothing in the gated model explains it"
     raise VerificationError(
