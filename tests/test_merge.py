@@ -323,6 +323,11 @@ def buffer(base: PreTrainedModel) -> None:
     base.model.rotary_emb.inv_freq.mul_(0.5)
 
 
+def broken(base: PreTrainedModel) -> None:
+    weight = base.model.layers[1].mlp.up_proj.weight
+    weight.data = weight.index_fill(0, torch.arange(len(weight)), torch.inf)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [(replaced, "replaced forward of"), (edited, "variance_epsilon is 10"), (hook, "hooks on"), (buffer, "buffer")],

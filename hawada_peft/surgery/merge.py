@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,7 +110,8 @@ def check_computes(model: PreTrainedModel, reference: Reference, base: nn.Module
         return
     except VerificationError as error:
         gap = str(error)
-    causes = [] if fresh is None else differences(base, fresh)
+    causes = [f"the weight {name} holds NaN or infinite values" for name in _broken(base)]
+    causes += [] if fresh is None else differences(base, fresh)
     told = f"Found in the gated model: {'; '.join(causes[:5])}" if causes else "Nothing in the gated model explains it"
     raise VerificationError(
         f"the slim model computes something else than the gated one: {gap}. {told}. The gated model is as it was; "
@@ -174,12 +175,15 @@ def check_finite(model: nn.Module) -> None:
     Raises:
         BrokenGatesError: naming the first parameter that holds NaN or infinity.
     """
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise BrokenGatesError(
-                f"the weight {name!r} of the slim model holds NaN or infinite values: the gates, LoRA or "
-                "the dense model's weight are broken. Nothing has been changed"
-            )
+    for name in _broken(model):
+        raise BrokenGatesError(
+            f"the weight {name!r} of the slim model holds NaN or infinite values: the gates, LoRA or "
+            "the dense model's weight are broken. Nothing has been changed"
+        )
+
+
+def _broken(model: nn.Module) -> Iterator[str]:
+    return (name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all())
 
 
 def check_gates(base: nn.Module) -> None:

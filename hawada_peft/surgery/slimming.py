@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import UnsupportedModelError
+from ..errors import InvalidPlanError, UnsupportedModelError
 from ..planning.plan import Plan
 from ..vanilla.family import Layout, locate
 from ..vanilla.legality import check_layers, check_legal
@@ -42,11 +42,16 @@ def slim(model: Model, plan: Plan) -> Model:
         A model of the same class in the same mode, all parameters trainable, as `from_pretrained` would give it.
 
     Raises:
+        InvalidPlanError: if it is none.
         IncompatibleBaseError: if the plan is for a model of other sizes.
         IllegalShapeError: if no vanilla model of the plan's shape exists.
         UnsupportedModelError: if the model has no family row, adapters in it, quantized or offloaded weights, weights
             that are not those of its class, or state that the row does not explain.
     """
+    if not isinstance(model, PeftModel | PreTrainedModel):
+        raise UnsupportedModelError(f"slim() takes a vanilla transformers model, got a {type(model).__name__}")
+    if not isinstance(plan, Plan):
+        raise InvalidPlanError(f"plan must be a Plan, got a {type(plan).__name__}; see `Plan.from_dict`")
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise UnsupportedModelError(
             "slim() takes a vanilla model, and this one has adapters in it: use `model.slim(plan=...)` or "

@@ -84,6 +84,8 @@ class GateTrainingArguments(TrainingArguments):
             return args
         if args is None:
             return cls("trainer_output")
+        if not isinstance(args, TrainingArguments):
+            raise HawAdaError(f"args must be GateTrainingArguments, got a {type(args).__name__}")
         return cls(**{each.name: getattr(args, each.name) for each in fields(TrainingArguments) if each.init})
 
 
@@ -104,11 +106,11 @@ def gate_problems(given: Mapping[str, Any]) -> list[str]:
     """
     values = GATE_OPTIONS | {name: given[name] for name in GATE_OPTIONS if name in given}
     problems = []
-    if values["relaxation"] not in RELAXATIONS:
+    if values["relaxation"] not in list(RELAXATIONS):
         problems.append(f"relaxation must be one of {list(RELAXATIONS)}, got {values['relaxation']!r}")
     if values["constraint"] not in CONSTRAINTS:
         problems.append(f"constraint must be one of {list(CONSTRAINTS)}, got {values['constraint']!r}")
-    if values["constraint"] == "lagrange" and values["relaxation"] in RELAXATIONS:
+    if values["constraint"] == "lagrange" and values["relaxation"] in list(RELAXATIONS):
         drawn = [name for name, each in RELAXATIONS.items() if each.draws_to_size]
         if values["relaxation"] not in drawn:
             problems.append(f"constraint='lagrange' needs a relaxation of {drawn}, got {values['relaxation']!r}")

@@ -71,6 +71,8 @@ def init_gates(
         raise HawAdaError(f"criterion must be 'fisher', got {criterion!r}")
     if not 0 <= spread < math.inf:
         raise HawAdaError(f"spread must be a number of at least 0, got {spread!r}")
+    if not isinstance(model, nn.Module):
+        raise HawAdaError(f"model must be a gated model, got a {type(model).__name__}")
     _check_aim(model, shape, plan)
     batches = list(batches)
     gates = collect_gates(model)

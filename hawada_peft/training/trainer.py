@@ -369,6 +369,12 @@ class HawAdaTrainer(UnlabelledTrainer):
 
     def _load_state(self, folder: Path) -> None:
         path, state = folder / STATE_FILE, self._read_state(folder)
+        try:
+            self._restore_state(path, state)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+    def _restore_state(self, path: Path, state: Mapping[str, Any]) -> None:
         if ("constraint" in state["goal"]) != (self.args.constraint == "lagrange"):
             raise CheckpointError(f"{path} is of a training with another `constraint` than {self.args.constraint!r}")
         self._goal = self._goal or self._goal_of_state(state["goal"])
@@ -384,8 +390,9 @@ class HawAdaTrainer(UnlabelledTrainer):
             state = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise CheckpointError(f"{path} is damaged: {error}") from None
-        if not isinstance(state, dict) or not {"goal", "phases"} <= set(state):
-            raise CheckpointError(f"{path} holds no 'goal' and 'phases': it is not of this trainer")
+        known = isinstance(state, dict) and all(isinstance(state.get(name), dict) for name in ("goal", "phases"))
+        if not known or not all(isinstance(entry, dict) for entry in _entries(state.get("history", []))):
+            raise CheckpointError(f"{path} holds no 'goal', 'phases' and 'history': it is not of this trainer")
         return state
 
     def _goal_of_state(self, state: Mapping[str, Any]) -> Goal:
@@ -416,6 +423,10 @@ class HawAdaTrainer(UnlabelledTrainer):
         config = PeftConfig.from_pretrained(str(adapter_folder(checkpoint, name)))
         plan = None if config.plan is None else Plan.from_dict(config.plan)
         self.gated.apply_plan(plan, in_training=config.plan_in_training)
+
+
+def _entries(history: Any) -> Any:
+    return history if isinstance(history, list) else [None]
 
 
 def _model_problems(model: Any) -> list[str]:
