@@ -22,7 +22,7 @@ from .basis.basis import Basis, basis_gate, gate_basis, is_centred
 from .basis.proof import check_exact
 from .basis.rotation import plan_turn
 from .config import HawAdaConfig
-from .errors import IncompatibleBaseError, InvalidPlanError, UnsupportedModelError
+from .errors import HawAdaError, IncompatibleBaseError, InvalidPlanError, UnsupportedModelError
 from .gates.adapter import HIDDEN_UNITS, LAYER, UNITS, GateAdapter
 from .gates.concrete import AttentionHeadAdapter, ChannelAdapter
 from .gates.hidden import HiddenAdapter, norm_sizes
@@ -31,7 +31,7 @@ from .gates.lora import inject_lora, lora_layers, merge_lora
 from .gates.placement import Masks, family_gates, masks_of, stream_gate
 from .gates.reading import gate_scores, hidden_gate
 from .gates.rows import adapter_per_row
-from .gates.saved import check_adapter_tensors
+from .gates.saved import check_adapter_tensors, check_modules_to_save
 from .gates.stream_basis import BasisGate
 from .planning.plan import Plan
 from .planning.ranking import rank
@@ -210,6 +210,9 @@ class HawAdaModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Wrap the target modules, and apply the plan that a saved config carries. Arguments as in PEFT."""
+        config = self.peft_config[adapter_name]
+        if config._saved is not None:
+            check_modules_to_save(self.model, config.modules_to_save or (), config._saved)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
         if config.base_sizes is not None and HIDDEN in config.gates:
@@ -377,7 +380,11 @@ class HawAdaModel(BaseTuner):
         return locate(self.model)
 
     def _names(self, adapter_names: Sequence[str] | None) -> list[str]:
+        if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence | None):
+            raise InvalidPlanError(f"adapter_names must be a list of names, got {adapter_names!r}")
         names = list(self.active_adapters if adapter_names is None else adapter_names)
+        if not names:
+            raise InvalidPlanError(f"adapter_names names none; there are {list(self.peft_config)}")
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
             raise InvalidPlanError(f"there is no adapter {unknown}; there are {list(self.peft_config)}")
@@ -459,6 +466,8 @@ class HawAdaModel(BaseTuner):
         if chosen.keeps_all and stream is None:
             model = self._merged_in_place(options, fold=fold, masks=masks, verify=verify, inputs=inputs)
             return Slimmed(model=cast(PreTrainedModel, model), plan=chosen)
+        if not isinstance(calibration, Iterable | None) or isinstance(calibration, Mapping):
+            raise HawAdaError(f"calibration must be a list of batches, got a {type(calibration).__name__}")
         batches = None if calibration is None else list(calibration)
         with put_back(base, always=True):
             self._restore()
@@ -470,7 +479,7 @@ class HawAdaModel(BaseTuner):
                 small = slim(base, chosen, turn=turn)
             check_finite(small)
             if reference is not None:
-                check_computes(small, reference, base, dense, turn)
+                check_computes(small, reference, base, dense, turn, chosen.hidden)
             progress = tqdm if progressbar else None
             coordinates = None if turn is None else turn.write
             report = None

@@ -222,7 +222,8 @@ def _outputs(
     try:
         measured = compare(found, expected, model.dtype, tolerance)
     except VerificationError as error:
-        return Check("forward", False, str(error)), (None, None)
+        what = f"it computes something else than the model it was saved from: {error}"
+        return Check("forward", False, what), (None, None)
     finally:
         nn.Module.to(model, "cpu")
     return Check("forward", True, f"outputs differ by at most {measured[0]:.2g} of {measured[1]:.3g}"), measured
@@ -265,5 +266,6 @@ def _logits(
     try:
         difference, scale = compare(outputs_of(model, inputs), expected, model.dtype)
     except VerificationError as error:
-        return Check("logits", False, f"{error} (A model that was trained or refitted after the merge differs, too.)")
+        why = f"it computes something else than the gated model: {error}"
+        return Check("logits", False, f"{why} (A model that was trained or refitted after the merge differs, too.)")
     return Check("logits", True, f"differ from the gated model's by at most {difference:.2g} of {scale:.3g}")
