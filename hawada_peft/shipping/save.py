@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import AutoProcessor, PreTrainedModel
 
-from ..errors import UnsupportedModelError
+from ..errors import HawAdaError, UnsupportedModelError
 from ..files.checkpoint import stored_names
 from ..files.folder import check_free, new_folder
 from ..planning.plan import Plan
@@ -67,6 +67,13 @@ def save_slim(
         UnsupportedModelError: if weights are quantized or offloaded.
         HawAdaError: if the facts contradict the model.
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise HawAdaError(f"folder must be a folder, got {folder!r}")
+    if not isinstance(card, ExportFacts | None):
+        raise HawAdaError(f"card must be ExportFacts, got a {type(card).__name__}")
+    saves = callable(getattr(processor, "save_pretrained", None))
+    if not saves and not isinstance(processor, str | os.PathLike | None):
+        raise HawAdaError(f"processor must be a tokenizer or an image processor, or a folder, got {processor!r:.80}")
     check_free(folder)
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..files.verify import compare, reload
 from ..planning.plan import Plan
 from ..surgery.fold import gates_config
 from ..surgery.slimming import slim
-from ..vanilla.batches import Batch
+from ..vanilla.batches import Batch, check_batch
 from ..vanilla.family import locate
 from ..vanilla.outputs import example_inputs, output_of, outputs_of
 from ..vanilla.rehoming import has_twin, twin_skeleton
@@ -78,8 +79,12 @@ def verify_slim(
         FileNotFoundError: if there is no such folder.
         HawAdaError: on options that do not fit together, a missing plan, or an adapter or base that does not fit.
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise HawAdaError(f"folder must be a folder, got {folder!r}")
     folder = Path(folder)
-    _check_options(folder, base, adapter, plan, reference, inputs, runtimes)
+    if adapter is not None:
+        gates_config(adapter)
+    _check_options(folder, base, adapter, plan, reference, inputs, runtimes, tolerance)
     checks = [
         _listed("files", file_problems(folder), "safetensors only, no code, no adapter"),
         _listed("config", config_problems(folder), "no field of this package, no custom code"),
@@ -142,7 +147,12 @@ def _check_options(
     reference: object,
     inputs: object,
     runtimes: Sequence[str],
+    tolerance: float | None,
 ) -> None:
+    if tolerance is not None and (not isinstance(tolerance, int | float) or not 0 <= tolerance < math.inf):
+        raise HawAdaError(f"tolerance must be a number of at least 0, got {tolerance!r}")
+    if not isinstance(runtimes, Sequence):
+        raise HawAdaError(f"runtimes must be among {sorted(RUNTIMES)}, got {runtimes!r}")
     if adapter is not None and base is None:
         raise HawAdaError("adapter needs base: the dense model that the gates are for; give it as well")
     if plan is not None and adapter is None:
@@ -176,7 +186,7 @@ def _report(folder: Path, model: PreTrainedModel) -> list[Check]:
         if report is None:
             lacks = f"there is no {REPORT_NAME}: whether files were changed since, or are gone, cannot be told"
             return [Check("report", None, lacks)]
-        if report.get("format") != FORMAT:
+        if report.get("format") != FORMAT or isinstance(report["format"], bool):
             return [Check("report", False, f"{REPORT_NAME} is of format {report.get('format')!r}, not {FORMAT}")]
         checks = [_digests(folder, report), _sizes(model, report)]
     except HawAdaError as error:
@@ -202,6 +212,8 @@ def _sizes(model: PreTrainedModel, report: Mapping[str, Any]) -> Check:
 def _outputs(
     model: PreTrainedModel, reference: Reference | None, inputs: Batch | None, tolerance: float | None
 ) -> tuple[Check, tuple[float | None, float | None]]:
+    if inputs is not None:
+        check_batch(model, inputs)
     inputs = example_inputs(model) if inputs is None else inputs
     if reference is None:
         found = outputs_of(model, inputs)
