@@ -66,6 +66,9 @@ OURS: dict[str, dict[str, Any]] = {
 }
 """The package's own contestants: options of `Race`. The last takes the best run of layers as it is."""
 
+MUON = "+muon"
+"""Behind a peer's name: recovered by the optimizer that `recover` takes by itself, not by AdamW."""
+
 FIRST, PEERS_ORDER = ("race", "minitron_depth"), ("shortgpt", "slicegpt", "flap", "llm_pruner", "tp_taylor")
 
 SECONDS = {"step": 0.16, "ours": 110.0, "minitron_depth": 40.0, "peer": 60.0, "fixed": 8.0}
@@ -280,14 +283,15 @@ class Ground:
         if key not in self._prepared:
             batches = bench.examples(self.conditions.calibration, cell.seed, labels=True)
             work = Work(bench.load, batches, bench.stream(cell.seed), cell.budget, cell.steps, cell.seed)
-            self._prepared = {key: PEERS[cell.contestant].prepare(work)}
+            self._prepared = {key: PEERS[cell.contestant.removesuffix(MUON)].prepare(work)}
         prepared = self._prepared[key]
         fit = fit_amount(
             lambda amount: prepared.cut(bench.load(), amount), self.watch, cell.budget, start=self._start(cell)
         )
         model = prepared.cut(bench.load(), fit.amount).to(bench.device)
         before = bench.quality(model)
-        bench.distil(model, cell.steps - prepared.steps, self.conditions.rate, cell.seed)
+        optimizer = "muon" if cell.contestant.endswith(MUON) else "args"
+        bench.distil(model, cell.steps - prepared.steps, self.conditions.rate, cell.seed, optimizer)
         return {
             "before": before,
             "after": bench.quality(model),
@@ -303,7 +307,10 @@ class Ground:
     def _start(self, cell: Cell) -> Fit | None:
         """What another cell of the contestant and the budget found."""
         for row in self.rows():
-            if (row["contestant"], row["budget"]) == (cell.contestant, cell.budget):
+            if (row["contestant"].removesuffix(MUON), row["budget"]) == (
+                cell.contestant.removesuffix(MUON),
+                cell.budget,
+            ):
                 return Fit(row["amount"], Timed(**row["timed"]), row["met"], row["timings"])
         return None
 
@@ -416,7 +423,7 @@ def parser_of() -> argparse.ArgumentParser:
     part.add_argument("--data", type=Path, help="a folder with train.npy and eval.npy")
     part.add_argument("--out", type=Path, required=True, help="rows are added to this file")
     part.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    names = [*OURS, *PEERS]
+    names = [*OURS, *PEERS, *(f"{name}{MUON}" for name in PEERS)]
     part.add_argument("--contestants", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
     part.add_argument("--budgets", type=float, nargs="+", default=[1.25, 1.5, 2.0])
     part.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

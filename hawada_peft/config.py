@@ -1,4 +1,8 @@
-"""The adapter's configuration."""
+"""
+The adapter's configuration.
+
+Long because every field is explained, and checked as JSON may hold it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from peft import LoraConfig, PeftConfig, PeftType
 
@@ -96,6 +100,8 @@ class HawAdaConfig(PeftConfig):
         default=None, metadata={"help": "Sizes of the base model, written at injection and compared on loading."}
     )
 
+    _saved: ClassVar[frozenset[str] | None] = None  # the tensors in the file that a config was read beside
+
     def __post_init__(self) -> None:
         super().__post_init__()
         problems = list(self._type_problems())
@@ -125,7 +131,8 @@ class HawAdaConfig(PeftConfig):
                 that can be read.
         """
         config = cast(HawAdaConfig, super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs))
-        check_adapter_file(Path(pretrained_model_name_or_path, subfolder or ""), config.modules_to_save or ())
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        vars(config)["_saved"] = check_adapter_file(folder)
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

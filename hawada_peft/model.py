@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from .basis.basis import moved_stream, stream_basis
 from .basis.rotation import plan_turn
 from .basis.turn import Turn
-from .errors import InvalidPlanError
+from .errors import HawAdaError, InvalidPlanError
 from .gates.adapter import GateAdapter
 from .gates.placement import set_masks
 from .gates.reading import gate_scores
@@ -189,7 +189,11 @@ class HawAdaModel(GateTuner):
             VerificationError: if the slim model computes something else than the gated one.
             HawAdaError: if the model does not run on drawn inputs; as `reconstruct`.
         """
+        if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence | None):
+            raise InvalidPlanError(f"adapter_names must be a list of names, got {adapter_names!r}")
         names = self._names(adapter_names)
+        if not names:
+            raise InvalidPlanError(f"adapter_names names none; there are {list(self.peft_config)}")
         self._check_gated()
         chosen = self.applied_plan(names) if plan is None else plan
         if not isinstance(chosen, Plan):
@@ -201,6 +205,8 @@ class HawAdaModel(GateTuner):
             )
         check_plan(self.layout_of(names), chosen)
         turn_of = self._turn_of(names, chosen, fold)
+        if not isinstance(calibration, Iterable | None) or isinstance(calibration, Mapping):
+            raise HawAdaError(f"calibration must be a list of batches, got a {type(calibration).__name__}")
         base = cast(PreTrainedModel, self.model)
         check_unquantized(base)
         self._check_merge_allowed()

@@ -26,7 +26,7 @@ from .gates.adapter import LAYER, GateAdapter
 from .gates.lora import inject_lora, lora_layers
 from .gates.placement import check_norms, gates_at, other_end, set_masks, share_hidden
 from .gates.rows import adapter_per_row
-from .gates.saved import check_adapter_tensors
+from .gates.saved import check_adapter_tensors, check_modules_to_save
 from .gates.weighted import add_gates
 from .planning.plan import Plan
 from .surgery.conformity import check_conforms, vanilla_tensors
@@ -148,6 +148,9 @@ class GateTuner(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Wrap the target modules, and apply the plan that a saved config carries. Arguments as in PEFT."""
+        config = self.peft_config[adapter_name]
+        if config._saved is not None:
+            check_modules_to_save(self.model, config.modules_to_save or (), config._saved)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
         if config.base_sizes is not None and HIDDEN in config.gates:

@@ -9,7 +9,7 @@ import torch
 from conftest import LM_ROW, VISION_ROW, Row, build, gate, inputs_of, logits_of, scattered_plan
 from peft import PeftModel
 
-from hawada_peft import Shape, collect_gates, init_gates
+from hawada_peft import Plan, Shape, collect_gates, init_gates
 from hawada_peft.errors import HawAdaError
 from hawada_peft.planning.importance import gate_importance
 from hawada_peft.search.masked import MaskedQuality
@@ -212,3 +212,25 @@ def test_a_start_towards_a_shape_leaves_everything_else_as_it_was(row: Row) -> N
     for name, found in collect_gates(model).items():
         found.theta.data.copy_(before[name])
     assert torch.equal(logits_of(model), masked)
+
+
+@pytest.mark.parametrize(
+    ("aim", "facts"),
+    [
+        ({"shape": Shape(num_hidden_layers=2)}, "at least 3, a layer before each stage"),
+        ({"shape": Shape(num_hidden_layers=9)}, "num_hidden_layers 9 exceeds 6"),
+        ({"shape": 2}, "a Shape .* got a int"),
+        ({"plan": Plan.keep_all(Shape(8, 8, 128, 5))}, "another base model"),
+        ({"shape": Shape(num_hidden_layers=4), "plan": Plan.keep_all(Shape(8, 8, 128, 6))}, "not both"),
+        ({"spread": float("nan")}, "spread must be"),
+        ({"spread": -1.0}, "spread must be"),
+    ],
+)
+def test_an_aim_that_no_slim_model_can_have_is_refused(aim: dict[str, Any], facts: str) -> None:
+    fields = VISION_ROW.fields | {"mlp_ratio": 2, "num_hidden_layers": 6, "out_indices": [2, 4, 6]}
+    model = gate(build(Row("Dinov2Backbone", "Dinov2Config", fields, VISION_ROW.slim)))
+    before = thetas(model)
+    with pytest.raises(HawAdaError, match=facts):
+        init_gates(model, [inputs_of(model)], **aim)
+    assert all(torch.equal(theta, before[name]) for name, theta in thetas(model).items())
+    init_gates(model, [inputs_of(model)], shape=Shape(num_hidden_layers=3))

@@ -37,6 +37,7 @@ from transformers import PreTrainedModel
 import hawada_peft.surgery.gated
 from hawada_peft import HawAdaConfig, Plan, collect_gates, slim
 from hawada_peft.errors import (
+    BadDataError,
     BrokenGatesError,
     HawAdaError,
     IllegalShapeError,
@@ -44,7 +45,9 @@ from hawada_peft.errors import (
     UnsupportedModelError,
     VerificationError,
 )
+from hawada_peft.files.verify import compare
 from hawada_peft.surgery.dense import dense_view
+from hawada_peft.vanilla.outputs import outputs_of
 from hawada_peft.vanilla.skeleton import auto_class_of
 
 TIED = {"tie_word_embeddings": True}
@@ -146,7 +149,7 @@ def test_afterwards_the_base_is_the_dense_model(row: Row) -> None:
     assert torch.equal(logits_of(base), dense)
     assert_same_state(state_of(base), weights)
     assert slimmed.reference is not None
-    assert difference(logits_of(slimmed.model), slimmed.reference.logits) <= 1e-5
+    compare(outputs_of(slimmed.model, inputs_of(base)), slimmed.reference.outputs, torch.float32)
 
 
 def test_a_model_without_gates_is_not_merged_or_saved_again(tmp_path: Path) -> None:
@@ -320,6 +323,11 @@ def buffer(base: PreTrainedModel) -> None:
     base.model.rotary_emb.inv_freq.mul_(0.5)
 
 
+def broken(base: PreTrainedModel) -> None:
+    weight = base.model.layers[1].mlp.up_proj.weight
+    weight.data = weight.index_fill(0, torch.arange(len(weight)), torch.inf)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [(replaced, "replaced forward of"), (edited, "variance_epsilon is 10"), (hook, "hooks on"), (buffer, "buffer")],
@@ -341,6 +349,87 @@ def test_the_comparison_takes_inputs_of_the_user() -> None:
     slimmed = model.slim(inputs=inputs)
     assert slimmed.reference is not None
     assert slimmed.reference.inputs is inputs
+
+
+def second_head(base: PreTrainedModel) -> None:
+    for head, offset in ((base.cls_classifier, 1), (base.distillation_classifier, -1)):  # their mean stays
+        head.register_forward_hook(lambda module, args, output, offset=offset: output + offset)
+
+
+def first_map(base: PreTrainedModel) -> None:
+    forward = base.forward
+
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        output.feature_maps = (output.feature_maps[0] * 3, *output.feature_maps[1:])
+        return output
+
+    base.forward = changed
+
+
+def end_of_answers(base: PreTrainedModel) -> None:
+    base.qa_outputs.register_forward_hook(lambda module, args, output: output * torch.tensor([1.0, 3.0]))
+
+
+def no_padding(base: PreTrainedModel) -> None:
+    base.score.register_forward_hook(lambda module, args, output: output * 3)
+
+
+def decoder(base: PreTrainedModel) -> None:
+    base.decoder.register_forward_hook(lambda module, args, output: output * 3)
+
+
+def pooler(base: PreTrainedModel) -> None:
+    base.pooler.register_forward_hook(lambda module, args, output: output * 3)
+
+
+OTHER_HEADS: dict[str, tuple[Row, Callable[[PreTrainedModel], None], str]] = {
+    "two heads": (
+        Row("DeiTForImageClassificationWithTeacher", "DeiTConfig", ROWS["deit"].fields, VISION_ROW.slim),
+        second_head,
+        "cls_logits",
+    ),
+    "feature maps": (BACKBONE, first_map, r"feature_maps\.0"),
+    "answers": (
+        Row("Qwen2ForQuestionAnswering", "Qwen2Config", ROWS["qwen2"].fields, VISION_ROW.slim),
+        end_of_answers,
+        "end_logits",
+    ),
+    "no padding": (
+        Row(
+            "Qwen3ForSequenceClassification",
+            "Qwen3Config",
+            ROWS["qwen3"].fields | {"pad_token_id": None},
+            VISION_ROW.slim,
+        ),
+        no_padding,
+        "logits",
+    ),
+    "masked images": (
+        Row("DeiTForMaskedImageModeling", "DeiTConfig", VISION_ROW.fields | {"encoder_stride": 8}, VISION_ROW.slim),
+        decoder,
+        "reconstruction",
+    ),
+    "pooled": (ROWS["vit-bare"], pooler, "pooler_output"),
+}
+
+
+@pytest.mark.parametrize("head", OTHER_HEADS)
+def test_every_output_of_every_head_is_compared_in_a_merge(head: str) -> None:
+    row, change, output = OTHER_HEADS[head]
+    planned(row).merge_and_unload()
+    model = planned(row)
+    change(model.get_base_model())
+    state = state_of(model)
+    with pytest.raises(VerificationError, match=f"{output} differ by"):
+        model.merge_and_unload()
+    assert_same_state(state_of(model), state)
+
+
+@pytest.mark.parametrize("inputs", [{}, {"pixel_values": torch.zeros(1, 3, 16, 16)}, [1], {"input_ids": [[1]]}])
+def test_inputs_that_the_model_cannot_take_are_told(inputs: Any) -> None:
+    with pytest.raises(BadDataError):
+        planned(LM_ROW).merge_and_unload(inputs=inputs)
 
 
 # ------------------------------------------------------------------ tied weights, buffers, layers that share

@@ -550,3 +550,16 @@ def test_an_adapters_card_names_no_folder_of_its_maker(tmp_path: Path) -> None:
     gate(model, task_type="CAUSAL_LM").save_pretrained(tmp_path / "adapter")
     assert "someone" not in (tmp_path / "adapter" / "README.md").read_text()
     assert "someone" in (tmp_path / "adapter" / "adapter_config.json").read_text()  # PEFT's, by which it loads
+
+
+def test_a_license_without_a_known_base_has_a_card(tmp_path: Path) -> None:
+    base = build(LM_ROW)
+    small = slim(base, scattered_plan(base, LM_ROW.slim))
+    save_slim(small, tmp_path / "slim", card=ExportFacts(license="mit"))
+    assert "license: mit" in (tmp_path / "slim" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("license", ["---\nlicense: gpl\n---", "<script>", "[x](y)", "", "x" * 100])
+def test_a_license_that_is_none_is_refused(license: str) -> None:
+    with pytest.raises(HawAdaError, match="license must be an identifier"):
+        ExportFacts(license=license)

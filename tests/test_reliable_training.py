@@ -103,7 +103,7 @@ def test_large_finite_weights_are_no_reason_to_stop(tmp_path: Path) -> None:
 
 
 def test_negative_rates_are_refused_by_every_trainer(tmp_path: Path) -> None:
-    wrong = {"learning_rate": -1.0, "gradient_accumulation_steps": 0}
+    wrong = {"learning_rate": -1.0, "adam_beta1": 2.0, "gradient_accumulation_steps": 0}
     model = gate(build(LM_ROW))
     plan = scattered_plan(model, TARGET)
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
@@ -114,7 +114,7 @@ def test_negative_rates_are_refused_by_every_trainer(tmp_path: Path) -> None:
         lambda: DistillTrainer(build(LM_ROW), args, teacher=build(LM_ROW), train_dataset=DATA),
         lambda: recover(model, args, train_dataset=DATA, plan=plan),
     ):
-        with pytest.raises(HawAdaError, match=r"(?s)'learning_rate': -1.*'gradient_accumulation_steps': 0"):
+        with pytest.raises(HawAdaError, match=r"(?s)'learning_rate': -1.*beta1': 2.*'gradient_accumulation_steps': 0"):
             call()
 
 
@@ -128,6 +128,58 @@ def test_a_checkpoint_that_lacks_a_file_is_refused(tmp_path: Path, make: Callabl
     (tmp_path / "checkpoint-1" / name).unlink()
     with pytest.raises(CheckpointError, match=name):
         make(tmp_path, **SAVED).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("make", [gates_of, distiller], ids=["gates", "student"])
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"[1, 2]"], ids=["cut", "other"])
+def test_a_damaged_checkpoint_is_refused_by_name(
+    tmp_path: Path, make: Callable[..., Trainer], damage: Callable[[bytes], bytes]
+) -> None:
+    make(tmp_path, **SAVED | {"max_steps": 1}).train()
+    kept = ("README.md", "training_args.bin", "generation_config.json")  # not read
+    paths = [path for path in (tmp_path / "checkpoint-1").iterdir() if path.name not in kept]
+    assert len(paths) > 5
+    for path in paths:
+        data = path.read_bytes()
+        path.write_bytes(damage(data))
+        with pytest.raises(CheckpointError, match=path.name):
+            make(tmp_path, **SAVED).train(resume_from_checkpoint=True)
+        path.write_bytes(data)
+    make(tmp_path, **SAVED).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("make", [gates_of, distiller], ids=["gates", "student"])
+@pytest.mark.parametrize("folder", [True, "nowhere", 3])
+def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path, make: Callable[..., Trainer], folder: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"no checkpoint in|nowhere lacks|must be a folder"):
+        make(tmp_path, **SAVED).train(resume_from_checkpoint=folder)
+
+
+@pytest.mark.parametrize("field", ["goal", "phases", "history"])
+@pytest.mark.parametrize("value", [None, 3, [3], {}, "x"])
+def test_a_state_with_fields_of_other_types_is_refused(tmp_path: Path, field: str, value: Any) -> None:
+    gates_of(tmp_path, **SAVED | {"max_steps": 1}).train()
+    path = tmp_path / "checkpoint-1" / STATE_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(CheckpointError, match="hawada_state"):
+        gates_of(tmp_path, **SAVED).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("make", [gates_of, distiller], ids=["gates", "student"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_none_is_told_in_evaluation(tmp_path: Path, make: Callable[..., Trainer], value: float) -> None:
+    trainer = make(tmp_path, max_steps=1)
+    trainer.eval_dataset = DATA
+    trainer.train()
+    assert trainer.args.logging_nan_inf_filter
+    trainer.evaluate()
+    dict(trainer.model.named_parameters())[a_head(trainer)].data[3, 0] = value
+    with pytest.raises(DivergedError, match="evaluation data is"):
+        trainer.evaluate()
+
+
+def a_head(trainer: Trainer) -> str:
+    return next(name for name, _ in trainer.model.named_parameters() if "lm_head" in name)
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:

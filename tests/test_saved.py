@@ -15,17 +15,15 @@ import torch
 import transformers
 from conftest import (
     EVERYTHING,
-    GROUPED,
-    LM,
     LM_ROW,
-    PLAIN,
     ROWS,
-    VISION,
     VISION_ROW,
     Row,
     assert_same_state,
     build,
+    difference,
     gate,
+    logits_of,
     scattered_plan,
     state_of,
 )
@@ -156,32 +154,6 @@ def test_an_empty_file_is_refused(made: dict[str, Path], tmp_path: Path, way: st
         WAYS[way](made["llama"] / "base", adapter, LM_ROW)
 
 
-CLASSIFIERS = {
-    "score": Row("LlamaForSequenceClassification", "LlamaConfig", LM | {"pad_token_id": 0, "num_labels": 3}, GROUPED),
-    "classifier": Row("ViTForImageClassification", "ViTConfig", VISION, PLAIN),
-}
-
-
-@pytest.mark.parametrize("head", CLASSIFIERS)
-def test_a_classifier_has_one_of_the_heads_that_peft_names(tmp_path: Path, head: str) -> None:
-    row = CLASSIFIERS[head]
-    base = build(row)
-    base.save_pretrained(tmp_path / "base")
-    model = gate(base, task_type="SEQ_CLS")
-    assert model.peft_config["default"].modules_to_save == ["classifier", "score"]
-    with torch.no_grad():
-        getattr(base, head).modules_to_save["default"].weight.mul_(2)
-    model.apply_plan(scattered_plan(model, row.slim))
-    model.save_pretrained(tmp_path / "adapter")
-    loaded = by_peft(tmp_path / "base", tmp_path / "adapter", row)
-    assert_same_state(state_of(loaded), state_of(model))
-    slim_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "slim", verify="full")
-    weights = load_file(tmp_path / "adapter" / FILE)
-    save_file({name: weights[name] for name in weights if head not in name}, tmp_path / "adapter" / FILE)
-    with pytest.raises(HawAdaError, match=r"lacks the weights of the modules_to_save \['classifier', 'score'\]"):
-        by_peft(tmp_path / "base", tmp_path / "adapter", row)
-
-
 def test_whole_numbers_in_a_module_to_save_are_loaded(tmp_path: Path) -> None:
     def fresh() -> PeftModel:
         torch.manual_seed(0)
@@ -197,12 +169,59 @@ def test_whole_numbers_in_a_module_to_save_are_loaded(tmp_path: Path) -> None:
     assert_same_state(state_of(loaded), state_of(model))
 
 
-def test_a_head_that_is_missing_is_refused_by_name(made: dict[str, Path], tmp_path: Path) -> None:
-    adapter = edited(made["vit"], tmp_path, lambda weights: weights.pop(first(weights, "classifier.bias")))
-    with pytest.raises(HawAdaError, match=r"lacks the weights.*classifier\.bias"):
+@pytest.mark.parametrize("way", ["from_pretrained", "slim_checkpoint"])
+@pytest.mark.parametrize("part", ["classifier.bias", "classifier.weight", "classifier"])
+def test_a_head_that_is_missing_is_refused_by_name(made: dict[str, Path], tmp_path: Path, part: str, way: str) -> None:
+    def edit(weights: Weights) -> None:
+        for name in [name for name in weights if f".{part}" in name]:
+            del weights[name]
+
+    adapter = edited(made["vit"], tmp_path, edit)
+    with pytest.raises(HawAdaError, match=r"lacks the weights.*classifier\."):
+        WAYS[way](made["vit"] / "base", adapter, VISION_ROW)
+
+
+def test_an_adapter_without_weights_is_refused_by_its_folder(made: dict[str, Path], tmp_path: Path) -> None:
+    adapter = edited(made["vit"], tmp_path, lambda weights: None)
+    (adapter / FILE).unlink()
+    with pytest.raises(HawAdaError, match="holds no weights of an adapter"):
         from_files(made["vit"] / "base", adapter, VISION_ROW)
-    with pytest.raises(KeyError, match=r"classifier\.bias"):  # PEFT's own, before any tuner is asked
-        by_peft(made["vit"] / "base", adapter, VISION_ROW)
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "task"),
+    [
+        ("Qwen2ForSequenceClassification", "Qwen2Config", "SEQ_CLS"),
+        ("MistralForTokenClassification", "MistralConfig", "TOKEN_CLS"),
+        ("LlamaForQuestionAnswering", "LlamaConfig", "QUESTION_ANS"),
+        ("GraniteForCausalLM", "GraniteConfig", "CAUSAL_LM"),
+        ("Qwen3Model", "Qwen3Config", "FEATURE_EXTRACTION"),
+    ],
+)
+def test_heads_that_peft_trains_by_the_task_are_loaded_and_slimmed(
+    tmp_path: Path, model: str, config: str, task: str
+) -> None:
+    row = Row(model, config, LM_ROW.fields, LM_ROW.slim)
+    build(row).save_pretrained(tmp_path / "base")
+    gated = gate(build(row), task_type=task)
+    for name, parameter in gated.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data += 0.3
+    gated.apply_plan(gated.plan(keep_ratio=0.5))
+    expected = logits_of(gated)
+    gated.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(build(row), tmp_path / "adapter").eval()
+    assert difference(logits_of(loaded), expected) <= 1e-6
+    slim_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "slim", verify="full")
+    assert difference(logits_of(loaded.merge_and_unload()), expected) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "lora", [{"r": "x"}, {"r": 0}, {"r": 2, "target_modules": "(["}, {"r": 2, "lora_dropout": "x"}]
+)
+def test_lora_fields_of_other_types_are_told(lora: dict[str, object]) -> None:
+    with pytest.raises(HawAdaError, match="lora"):
+        gate(build(LM_ROW), lora={"target_modules": ["q_proj"]} | lora)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -293,7 +293,7 @@ def test_every_output_of_every_head_is_compared(tmp_path: Path, head: str) -> No
         with pytest.raises(VerificationError, match=name):
             verified(tmp_path / "slim", changed, inputs)
     fewer = dict(list(expected.items())[1:])
-    with pytest.raises(VerificationError, match="gives the outputs"):
+    with pytest.raises(VerificationError, match="the outputs are"):
         verified(tmp_path / "slim", fewer, inputs)
 
 
@@ -428,3 +428,55 @@ def test_a_folder_with_a_gguf_file_is_told_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "base" / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(UnsupportedModelError, match=r"gguf_file=.*merge_and_unload.*save_slim"):
         slim_checkpoint(tmp_path / "base", None, tmp_path / "slim")
+
+
+REPORTS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "weights that are not listed": lambda report: report["files"].pop("model.safetensors"),
+    "a config that is not listed": lambda report: report["files"].pop("config.json"),
+    "truth as a format": lambda report: report.update(format=True),
+    "nothing": lambda report: report.clear(),
+}
+
+
+@pytest.mark.parametrize("change", [*REPORTS, "nested"])
+def test_a_report_that_tells_too_little_is_told(small: PreTrainedModel, tmp_path: Path, change: str) -> None:
+    save_slim(small, tmp_path / "slim", card=ExportFacts())
+    assert verify_slim(tmp_path / "slim").ok
+    path = tmp_path / "slim" / "hawada_report.json"
+    report = json.loads(path.read_text())
+    if change in REPORTS:
+        REPORTS[change](report)
+    path.write_text(json.dumps(report) if change in REPORTS else "[" * 100_000)
+    found = verify_slim(tmp_path / "slim")
+    assert not found.ok
+    assert [check.name for check in found.checks if check.ok is False] == ["report"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"inputs": 3},
+        {"inputs": {}},
+        {"inputs": {"input_ids": torch.full((1, 4), 999)}},
+        {"inputs": {"pixel_values": torch.ones(1, 3, 8, 8)}},
+        {"runtimes": 3},
+        {"tolerance": -1},
+        {"tolerance": float("nan")},
+        {"tolerance": "x"},
+    ],
+)
+def test_options_of_a_verification_that_mean_nothing_are_refused(folder: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(HawAdaError):
+        verify_slim(folder, **options)
+
+
+@pytest.mark.parametrize(
+    ("place", "options"),
+    [(3, {}), (None, {}), ("slim", {"card": 3}), ("slim", {"card": {}}), ("slim", {"processor": 3})],
+)
+def test_what_save_slim_cannot_use_is_refused(
+    small: PreTrainedModel, tmp_path: Path, place: Any, options: dict[str, Any]
+) -> None:
+    with pytest.raises(HawAdaError, match="must be"):
+        save_slim(small, tmp_path / place if isinstance(place, str) else place, **options)
+    assert not list(tmp_path.iterdir())

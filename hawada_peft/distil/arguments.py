@@ -18,6 +18,8 @@ RATES = (
 )
 COUNTS = ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size")
 
+BETAS = ("adam_beta1", "adam_beta2")
+
 
 def rate_problems(given: Mapping[str, Any]) -> list[str]:
     """
@@ -32,6 +34,9 @@ def rate_problems(given: Mapping[str, Any]) -> list[str]:
     problems = []
     if wrong := {name: value for name, value in numbers.items() if name in RATES and not 0 <= value < math.inf}:
         problems.append(f"these must be finite and not negative: {wrong}")
+    betas = {name: given[name] for name in BETAS if isinstance(given.get(name), int | float)}
+    if wrong := {name: value for name, value in betas.items() if not 0 <= value < 1}:
+        problems.append(f"these must be at least 0 and below 1: {wrong}")
     if wrong := {name: value for name, value in numbers.items() if name in COUNTS and not value >= 1}:
         problems.append(f"these must be at least 1: {wrong}")
     return problems

@@ -2,28 +2,57 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME as ADAPTER_FILE
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from transformers import TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import CONFIG_NAME
 
 from ..errors import CheckpointError
 
 
-def check_complete(folder: Path, args: TrainingArguments) -> None:
+def checkpoint_of(resume_from_checkpoint: Any, args: TrainingArguments) -> Path:
+    """
+    The folder that a training is to go on from.
+
+    Args:
+        resume_from_checkpoint: as in `Trainer.train`: the folder, or `True` for the last one in the output folder.
+        args: of the training that goes on.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    if resume_from_checkpoint is True:
+        last = get_last_checkpoint(args.output_dir)
+        if last is None:
+            raise CheckpointError(f"there is no checkpoint in {args.output_dir} to resume: start without it")
+        return Path(last)
+    if not isinstance(resume_from_checkpoint, str | os.PathLike):
+        raise CheckpointError(f"resume_from_checkpoint must be a folder, or True, got {resume_from_checkpoint!r}")
+    return Path(resume_from_checkpoint)
+
+
+def check_complete(folder: Path, args: TrainingArguments, adapters: Iterable[Path] = ()) -> None:
     """
     Check that a checkpoint holds the files that `Trainer` takes its state from, which it does without in silence.
 
     Args:
         folder: the checkpoint.
         args: of the training that goes on.
+        adapters: the folders of its adapters.
 
     Raises:
-        CheckpointError: naming those that are missing or empty.
+        CheckpointError: naming those that are missing, empty or cut.
     """
     random = "rng_state.pth" if args.world_size == 1 else f"rng_state_{args.process_index}.pth"
     names = [OPTIMIZER_NAME, SCHEDULER_NAME, random, TRAINER_STATE_NAME, *([SCALER_NAME] if args.fp16 else [])]
@@ -33,6 +62,27 @@ def check_complete(folder: Path, args: TrainingArguments) -> None:
             f"{folder} lacks {missing}, so that training would not go on as it was: name a complete checkpoint, saved "
             "by as many processes and without `save_only_model`, or start anew from its weights"
         )
+    configs = [adapter / ADAPTER_FILE for adapter in adapters] + list(folder.glob(CONFIG_NAME))
+    broken = [path for path in (folder / TRAINER_STATE_NAME, *configs) if not _holds_object(path)]
+    broken += [path for path in folder.glob("*.safetensors") if not _opens(path)]
+    broken += [folder / name for name in names if name != TRAINER_STATE_NAME and not is_zipfile(folder / name)]
+    if broken:
+        raise CheckpointError(f"{', '.join(map(str, broken))}: missing or damaged. Name another checkpoint")
+
+
+def _holds_object(path: Path) -> bool:
+    try:
+        return path.is_file() and isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _opens(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
 
 
 def check_tensors(folder: Path, model: PeftModel, name: str) -> None:

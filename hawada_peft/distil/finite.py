@@ -40,7 +40,9 @@ def check_finite(model: nn.Module, loss: torch.Tensor | None, step: int, acceler
         broken = accelerator.reduce(broken, reduction="sum")
     if not bool(broken):
         return
-    found = [name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if not _fine(tensor)]
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    named = sorted(tensors, key=lambda item: item[1].requires_grad)  # frozen ones first: they are the cause
+    found = [name for name, tensor in named if not _fine(tensor)]
     what = "" if loss is None or bool(loss.isfinite()) else f"the loss is {float(loss)}; "
     which = (
         f"not finite: {', '.join(found[:NAMED])} ({len(found)} tensors in all)" if found else "all weights are finite"

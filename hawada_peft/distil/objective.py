@@ -41,6 +41,9 @@ class Distillation:
     mse_weight: float = 0.0
 
     def __post_init__(self) -> None:
+        numbers = {"kd_temperature": self.kd_temperature, "kl_weight": self.kl_weight, "mse_weight": self.mse_weight}
+        if wrong := {name: value for name, value in numbers.items() if not isinstance(value, int | float)}:
+            raise HawAdaError(f"these must be numbers: {wrong}")
         problems = []
         if not 0 < self.kd_temperature < inf:
             problems.append(f"kd_temperature must be above 0 and finite, got {self.kd_temperature}")

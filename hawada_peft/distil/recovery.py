@@ -108,7 +108,10 @@ def recover(
         problems.append("a race needs `calibration`: batches that plans are judged and compared on")
     if lora is not None and not isinstance(lora, LoraConfig):
         problems.append(f"lora must be a LoraConfig, got a {type(lora).__name__}")
-    problems += rate_problems({} if args is None else vars(args)) + optimizer_problems(optimizer, args)
+    if not isinstance(args, TrainingArguments | None):
+        problems.append(f"args must be TrainingArguments, got a {type(args).__name__}")
+    else:
+        problems += rate_problems({} if args is None else vars(args)) + optimizer_problems(optimizer, args)
     try:
         Distillation(kd_temperature, kl_weight, mse_weight)
     except HawAdaError as error:

@@ -6,7 +6,8 @@ Long because transformers asks one class for all of a training.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 from peft import PeftModel
 from torch import nn
+from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
     Trainer,
@@ -25,10 +27,10 @@ from transformers import (
 )
 from transformers.trainer_utils import has_length
 
-from ..errors import BadDataError, CheckpointError, HawAdaError
+from ..errors import BadDataError, CheckpointError, DivergedError, HawAdaError
 from ..processes import in_main_process
 from ..vanilla.batches import check_batch
-from .checkpoints import check_complete, check_tensors
+from .checkpoints import check_complete, check_tensors, checkpoint_of
 from .finite import check_finite
 
 LOCK_FILE = ".training.lock"
@@ -70,6 +72,8 @@ class UnlabelledTrainer(Trainer):
             HawAdaError: if another training writes to the output folder.
         """
         options = cast(dict[str, Any], self.args.gradient_checkpointing_kwargs or {})
+        if resume_from_checkpoint:
+            self._check_checkpoint(checkpoint_of(resume_from_checkpoint, self.args))
         reentrant = self.args.gradient_checkpointing and options.get("use_reentrant")
         with self._output_folder():
             self.check_data()
@@ -122,10 +126,13 @@ class UnlabelledTrainer(Trainer):
 
     # ---------------------------------------------------------------- checkpoints
 
+    def _check_checkpoint(self, folder: Path) -> None:
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # these name their files otherwise
+            names = self.model.active_adapters if isinstance(self.model, PeftModel) else []
+            check_complete(folder, self.args, [adapter_folder(folder, name) for name in names])
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # these name their files otherwise
-            check_complete(folder, self.args)
         if isinstance(self.model, PeftModel):
             for name in self.model.active_adapters:
                 check_tensors(adapter_folder(folder, name), self.model, name)
@@ -167,29 +174,47 @@ class UnlabelledTrainer(Trainer):
             for name, data in evaluated.items()
         }
         for name, (data, loader) in found.items():
+            if not isinstance(data, Dataset | Iterable | Sized | None):
+                raise BadDataError(f"{name} must be a data set, got a {type(data).__name__}")
             if data is None or not has_length(data):
                 continue
             if len(data) == 0:
                 raise BadDataError(f"{name} holds no examples")
             with torch.random.fork_rng(devices=[]):  # data is drawn on the CPU
-                for batch in loader():
-                    try:
+                try:
+                    for batch in loader():
                         check_batch(cast(nn.Module, self.model), batch)
-                    except BadDataError as error:
-                        raise BadDataError(f"{name}: {error}") from None
-                    break
+                        break
+                except BadDataError as error:
+                    raise BadDataError(f"{name}: {error}") from None
+                except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:  # the collator's
+                    raise BadDataError(
+                        f"{name}: its examples cannot be put into one batch ({type(error).__name__}: {error}); they "
+                        "must be mappings of the model's arguments, of one length, or have a `data_collator`"
+                    ) from error
         self._checked = True
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """
-        As in `Trainer`.
+        As in `Trainer`, whose `logging_nan_inf_filter` would leave losses out that are no numbers.
 
         Raises:
             BadDataError: if there are no examples.
+            DivergedError: if the loss on one of them is NaN or infinite.
         """
         if has_length(dataloader) and len(dataloader) == 0:
             raise BadDataError("the evaluation data holds no examples")
-        return super().evaluation_loop(dataloader, *args, **kwargs)
+        filtered, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
+        try:
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
+        finally:
+            self.args.logging_nan_inf_filter = filtered
+        loss = (output.metrics or {}).get(f"{kwargs.get('metric_key_prefix', 'eval')}_loss", 0.0)
+        if not math.isfinite(loss):  # the same in every process
+            raise DivergedError(
+                f"the loss on the evaluation data is {loss}: it, or the model's weights, hold NaN or infinite values"
+            )
+        return output
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """As in `Trainer`; the saved config has the model's own `use_cache`."""

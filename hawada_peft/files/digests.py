@@ -23,9 +23,13 @@ def digests_of(folder: Path) -> dict[str, str]:
 
 
 def digest_problems(folder: Path, stated: Mapping[str, str]) -> list[str]:
-    """Which files are gone, or are others than those that were written."""
+    """Which files are gone or others than those that were written, and weights or a config that are not listed."""
     found = digests_of(folder)
     gone = [f"{name} is gone" for name in sorted(stated.keys() - found.keys())]
+    new = sorted(
+        name for name in found.keys() - stated.keys() if name.endswith(".safetensors") or name == "config.json"
+    )
+    gone += [f"{name} is not among the files that were written" for name in new]
     return gone + [
         f"{name} is not the file that was written"
         for name, digest in sorted(stated.items())

@@ -44,20 +44,17 @@ def compare(
         VerificationError: if there are other outputs, of other sizes, or they differ by more than rounding.
     """
     if found.keys() != expected.keys():
-        raise VerificationError(f"it gives the outputs {sorted(found)}, expected are {sorted(expected)}")
+        raise VerificationError(f"the outputs are {sorted(found)}, expected are {sorted(expected)}")
     worst = (0.0, 0.0)
     for name, tensor in expected.items():
         if found[name].shape != tensor.shape:
-            raise VerificationError(
-                f"it gives {name} of {tuple(found[name].shape)}, expected are {tuple(tensor.shape)}"
-            )
+            raise VerificationError(f"{name} are {tuple(found[name].shape)}, expected are {tuple(tensor.shape)}")
         difference = (found[name].double() - tensor.double()).abs().max().item()
         scale = tensor.double().abs().max().item()
         allowed = (TOLERANCE[dtype] if tolerance is None else tolerance) * scale
         if not difference <= allowed:  # NaN fails too
             raise VerificationError(
-                f"it computes something else than the model it was saved from: {name} differ by {difference:.3g}, "
-                f"allowed is {allowed:.3g} ({dtype}, largest magnitude {scale:.3g})"
+                f"{name} differ by {difference:.3g}, allowed is {allowed:.3g} ({dtype}, largest magnitude {scale:.3g})"
             )
         if not worst[1] or difference * worst[1] >= worst[0] * scale:
             worst = difference, scale

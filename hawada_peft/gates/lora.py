@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..errors import BrokenGatesError, UnsupportedModelError
+from ..errors import BrokenGatesError, HawAdaError, UnsupportedModelError
 from .adapter import GateAdapter
 
 _OWN = (
@@ -46,6 +47,8 @@ def lora_problems(fields: Mapping[str, Any]) -> Iterator[str]:
     except (TypeError, ValueError) as error:
         yield f"lora is no LoraConfig: {error}"
         return
+    if not isinstance(config.r, int) or isinstance(config.r, bool) or config.r < 1:
+        yield f"lora: r must be a whole number of at least 1, got {config.r!r}"
     if config.init_lora_weights not in _INITS:
         yield (
             f"lora: init_lora_weights must be one of {list(_INITS)}, got {config.init_lora_weights!r}, which changes "
@@ -66,6 +69,7 @@ def inject_lora(model: nn.Module, fields: Mapping[str, Any], adapter_name: str, 
 
     Raises:
         UnsupportedModelError: if there are gates already, or LoRA would be on tied weights.
+        HawAdaError: if a field is of another type than PEFT takes.
         ValueError: by PEFT, if nothing matches.
     """
     if any(isinstance(module, GateAdapter) for module in model.modules()):
@@ -76,6 +80,8 @@ def inject_lora(model: nn.Module, fields: Mapping[str, Any], adapter_name: str, 
     kept = vars(model).pop("peft_config", None)  # or PEFT would write into the dict of configs that it finds there
     try:
         inject_adapter_in_model(LoraConfig(**fields, inference_mode=inference_mode), model, adapter_name)
+    except (TypeError, AttributeError, re.error) as error:  # PEFT's, on fields of other types
+        raise HawAdaError(f"lora cannot be made of {dict(fields)}: {error}") from error
     finally:
         vars(model).pop("peft_config", None)
         if kept is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -20,17 +21,16 @@ from ..errors import BrokenGatesError, HawAdaError, IncompatibleBaseError
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What an adapter's tensors may be stored as; buffers of a module to save also as what the model has them."""
 
-HEADS = frozenset({"classifier", "score"})
-"""Of these PEFT names all in `modules_to_save` for classification, and a model has one."""
 
-
-def check_adapter_file(folder: str | os.PathLike[str], modules_to_save: Iterable[str] = ()) -> None:
+def check_adapter_file(folder: str | os.PathLike[str]) -> frozenset[str] | None:
     """
     Check that the weights in an adapter's folder, if there is one, are in a file that can be read.
 
     Args:
         folder: the adapter's folder; ids of the Hub are left to PEFT.
-        modules_to_save: of its config: PEFT takes it for granted that they are there.
+
+    Returns:
+        The names of the tensors in it, if it is a safetensors file in a folder.
 
     Raises:
         HawAdaError: if they are in something else (a pipe would be waited for), or the file cannot be read.
@@ -43,15 +43,33 @@ def check_adapter_file(folder: str | os.PathLike[str], modules_to_save: Iterable
     if file.exists():
         try:
             with safe_open(file, "pt") as opened:
-                names = opened.keys()
+                return frozenset(opened.keys())
         except SafetensorError as error:
             raise HawAdaError(f"{file} is damaged: {error}; save the adapter again") from None
-        asked = dict.fromkeys(modules_to_save)
-        missing = [module for module in asked if not any(f".{module}." in name for name in names)]
-        if not HEADS.intersection(asked).issubset(missing):
-            missing = [module for module in missing if module not in HEADS]
-        if missing:
-            raise HawAdaError(f"{file} lacks the weights of the modules_to_save {missing}: save the adapter again")
+    return None
+
+
+def check_modules_to_save(model: nn.Module, modules_to_save: Iterable[str], names: Iterable[str]) -> None:
+    """
+    Check that an adapter's file holds all of every module to save: PEFT takes it for granted.
+
+    Args:
+        model: the base model.
+        modules_to_save: of the adapter's config. PEFT adds names of heads that only other models have.
+        names: the tensors in the file.
+
+    Raises:
+        HawAdaError: naming what is missing.
+    """
+    ends, known = tuple(modules_to_save), set(names)
+    missing = []
+    for name, module in model.named_modules():
+        if name.split(".")[-1] in ends or any(name.endswith(f".{end}") for end in ends):
+            inner = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
+            wanted = [f"base_model.model.{name}.{key}" for key in inner.state_dict()]
+            missing += [each for each in wanted if each not in known]
+    if missing:
+        raise HawAdaError(f"the adapter's file lacks the weights {_some(missing)}: save the adapter again")
 
 
 def check_adapter_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:

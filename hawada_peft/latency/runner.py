@@ -52,6 +52,8 @@ def check_call(model: nn.Module, regime: Regime) -> PreTrainedModel:
     if model.main_input_name == "pixel_values":
         if regime.seq_len is not None:
             problems.append(f"{name} takes images: leave seq_len out (got {regime.seq_len}), or give image_size")
+    elif regime.image_size is not None:
+        problems.append(f"{name} takes tokens: leave image_size out (got {regime.image_size}), and give seq_len")
     elif regime.seq_len is None:
         problems.append(f"{name} takes tokens: the regime needs seq_len")
     else:

@@ -1,9 +1,13 @@
-"""The plan: which layers, heads and channels stay."""
+"""
+The plan: which layers, heads and channels stay.
+
+Long because whatever a file may say is checked before it is a plan.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +17,9 @@ from .rounding import Rounding
 from .stored import from_mask, json_problems, short, to_mask
 
 FORMAT = 1
+
+LARGEST = 2**20
+"""Of any size: a plan may come from a file, and what it says is counted out."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,7 +57,21 @@ class Plan:
             raise InvalidPlanError("\n".join(problems))
 
     def _problems(self) -> Any:
+        if not isinstance(self.dense, Shape):
+            yield f"dense must be a Shape, got a {type(self.dense).__name__}"
+            return
         sizes = self.dense.sizes()
+        if not all(isinstance(row, Sequence) for row in (self.layers, self.heads, self.channels)) or not all(
+            isinstance(row, Sequence) for row in (*self.heads, *self.channels)
+        ):
+            yield "layers must be whole numbers, heads and channels a row of them for each layer"
+            return
+        if large := {name: size for name, size in sizes.items() if size > LARGEST}:
+            yield f"dense: no model has sizes above {LARGEST}, got {short(large)}"
+            return
+        if sizes["num_attention_heads"] % sizes["num_key_value_heads"]:
+            yield f"dense: {sizes['num_attention_heads']} query heads in {sizes['num_key_value_heads']} KV groups"
+            return
         yield from _index_problems("layers", self.layers, sizes["num_hidden_layers"])
         for name, rows, total in (
             ("heads", self.heads, sizes["num_attention_heads"]),
@@ -160,10 +181,13 @@ class Plan:
         """
         if not isinstance(data, Mapping):
             raise InvalidPlanError(f"a plan is an object with names, got a {type(data).__name__}")
-        if data.get("format") != FORMAT:
+        if data.get("format") != FORMAT or isinstance(data["format"], bool):
             raise InvalidPlanError(
                 f"cannot read a plan of format {short(data.get('format'))}; this version reads {FORMAT}"
             )
+        known = {"format", "dense", "layers", "heads", "channels", "hidden", "rotated", "roundings"}
+        if unknown := sorted(map(short, set(data) - known)):
+            raise InvalidPlanError(f"a plan has no fields {unknown[:5]}; it has {sorted(known)}")
         missing = sorted({"dense", "layers", "heads", "channels"} - set(data))
         if missing:
             raise InvalidPlanError(f"the plan lacks {missing}")
@@ -196,10 +220,13 @@ class Plan:
         Raises:
             InvalidPlanError: as `from_dict`, and if the text is not JSON.
         """
+        if not isinstance(text, str | bytes):
+            raise InvalidPlanError(f"the plan must be JSON text, got a {type(text).__name__}; see `Plan.from_dict`")
         try:
-            return cls.from_dict(json.loads(text))
-        except (json.JSONDecodeError, RecursionError) as error:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise InvalidPlanError(f"the plan is not JSON: {error}") from None
+        return cls.from_dict(data)
 
     def __repr__(self) -> str:
         return str(self)  # all indices would be megabytes: `to_dict` has them
@@ -218,7 +245,7 @@ def _groups(heads: tuple[int, ...], per_group: int) -> tuple[int, ...]:
 def _index_problems(name: str, kept: tuple[int, ...], total: int) -> Any:
     if not kept:
         yield f"{name}: at least one must be kept"
-    elif not all(isinstance(index, int) for index in kept):
+    elif not all(isinstance(index, int) and not isinstance(index, bool) for index in kept):
         yield f"{name}: kept indices must be whole numbers, got {_shorten(kept)}"
     elif list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= total:
         yield f"{name}: kept indices must rise and lie in 0..{total - 1}, got {_shorten(kept)}"

@@ -98,6 +98,11 @@ def search_plan(
     progress: Progress | None = None,
 ) -> tuple[SearchResult, Mapping[str, torch.Tensor] | None]:
     """`find_plan`, and the importance that it took of fresh gates, by the names of `collect_gates`."""
+    for name, given, kind in (("budget", budget, LatencyBudget), ("table", table, LatencyTable | None)):
+        if not isinstance(given, kind):
+            raise HawAdaError(f"{name} must be a {kind}, got a {type(given).__name__}")
+    if not isinstance(effort, Effort | None):
+        raise HawAdaError(f"effort must be an Effort, got a {type(effort).__name__}")
     effort = effort or Effort()
     base = dense_model(model)
     layout = locate(base)

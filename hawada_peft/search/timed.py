@@ -23,6 +23,7 @@ from ..latency.timing import Timing
 from ..progress import Progress
 from ..vanilla.family import locate
 from ..vanilla.legality import check_legal, legal_head_shapes
+from ..vanilla.loading import checked_device
 from ..vanilla.shape import Shape
 from .timed_models import realiser
 
@@ -152,6 +153,7 @@ def check_regime(model: PreTrainedModel, regime: Regime) -> None:
         InvalidRegimeError: if it cannot.
         UnsupportedModelError: if the model has no family row.
     """
+    checked_device(regime.device)
     check_call(model, regime)
     check_memory(model, regime)
 

@@ -47,7 +47,7 @@ def slim_card(report: Mapping[str, Any], processors: Sequence[str] = ()) -> Mode
     )
     layers = range(report.get("dense", {}).get("num_hidden_layers", 0))
     text = _template().render(
-        **(dict.fromkeys(SECTIONS) | dict(report)),
+        **(dict.fromkeys(SECTIONS) | dict(report) | {"base": base if "name" in base else None}),
         loads=[("model", model["auto_class"]), *(PROCESSORS[name] for name in processors)],
         place=report.get("repo_id", HERE),
         cuts=[cut for cut in cuts(report.get("dense", {}), model) if cut.dense is not None],

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,8 @@ class ExportFacts:
             several = getattr(self, name)
             if not isinstance(several, Sequence) or not all(isinstance(entry, kind) for entry in several):
                 problems.append(f"{name} must be a list of {kind.__name__}, got {several!r:.80}")
+        if isinstance(self.license, str) and not re.fullmatch(r"[\w.+-]{1,96}", self.license):
+            problems.append(f"license must be an identifier such as 'apache-2.0', got {self.license!r:.80}")
         if problems:
             raise HawAdaError("\n".join(problems))
 

@@ -131,7 +131,7 @@ def read_report(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise HawAdaError(f"{file} is no JSON: {error}") from None
     if not isinstance(report, dict):
         raise HawAdaError(f"{file} must hold an object, got a {type(report).__name__}")

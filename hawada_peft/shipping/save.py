@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import AutoProcessor, PreTrainedModel
 
+from ..errors import HawAdaError, UnsupportedModelError
 from ..files.checkpoint import stored_names
 from ..files.folder import check_free, new_folder
 from ..planning.plan import Plan
@@ -20,7 +21,7 @@ from ..refit.reconstruction import Reconstruction
 from ..search.result import SearchResult
 from ..surgery.comparison import Reference
 from ..vanilla.batches import Batch
-from ..vanilla.modules import check_unquantized
+from ..vanilla.modules import check_loaded, check_unquantized
 from ..vanilla.resize import make_plain, origin_of, rename
 from .checks import Verification
 from .facts import ExportFacts, QualityChange, known_base
@@ -63,9 +64,22 @@ def save_slim(
     Raises:
         FileExistsError: if the folder holds something.
         VerificationError: if `verify_slim` finds something wrong: the same rules as those of `hawada verify`.
+        UnsupportedModelError: if weights are quantized or offloaded.
         HawAdaError: if the facts contradict the model.
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise HawAdaError(f"folder must be a folder, got {folder!r}")
+    if not isinstance(card, ExportFacts | None):
+        raise HawAdaError(f"card must be ExportFacts, got a {type(card).__name__}")
+    saves = callable(getattr(processor, "save_pretrained", None))
+    if not saves and not isinstance(processor, str | os.PathLike | None):
+        raise HawAdaError(f"processor must be a tokenizer or an image processor, or a folder, got {processor!r:.80}")
     check_free(folder)
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"save_slim takes a slim transformers model, got a {type(model).__name__}: of a gated one, merge it first"
+        )
+    check_loaded(model)
     origin = origin_of(model)
     if card is not None:
         card = dataclasses.replace(card, base=card.base or known_base(origin))

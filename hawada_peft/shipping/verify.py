@@ -6,6 +6,7 @@ Long because it lists every check of a folder, each a few lines.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from ..files.verify import compare, reload
 from ..planning.plan import Plan
 from ..surgery.fold import gates_config
 from ..surgery.slimming import slim
-from ..vanilla.batches import Batch
+from ..vanilla.batches import Batch, check_batch
 from ..vanilla.family import locate
 from ..vanilla.outputs import example_inputs, output_of, outputs_of
 from ..vanilla.rehoming import has_twin, twin_skeleton
@@ -82,8 +83,12 @@ def verify_slim(
         FileNotFoundError: if there is no such folder.
         HawAdaError: on options that do not fit together, a missing plan, or an adapter or base that does not fit.
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise HawAdaError(f"folder must be a folder, got {folder!r}")
     folder = Path(folder)
-    _check_options(folder, base, adapter, plan, reference, inputs, runtimes)
+    if adapter is not None:
+        gates_config(adapter)
+    _check_options(folder, base, adapter, plan, reference, inputs, runtimes, tolerance)
     checks = [
         _listed("files", file_problems(folder), "safetensors only, no code, no adapter"),
         _listed("config", config_problems(folder), "no field of this package, no custom code"),
@@ -146,7 +151,12 @@ def _check_options(
     reference: object,
     inputs: object,
     runtimes: Sequence[str],
+    tolerance: float | None,
 ) -> None:
+    if tolerance is not None and (not isinstance(tolerance, int | float) or not 0 <= tolerance < math.inf):
+        raise HawAdaError(f"tolerance must be a number of at least 0, got {tolerance!r}")
+    if not isinstance(runtimes, Sequence):
+        raise HawAdaError(f"runtimes must be among {sorted(RUNTIMES)}, got {runtimes!r}")
     if adapter is not None and base is None:
         raise HawAdaError("adapter needs base: the dense model that the gates are for; give it as well")
     if plan is not None and adapter is None:
@@ -180,7 +190,7 @@ def _report(folder: Path, model: PreTrainedModel) -> list[Check]:
         if report is None:
             lacks = f"there is no {REPORT_NAME}: whether files were changed since, or are gone, cannot be told"
             return [Check("report", None, lacks)]
-        if report.get("format") != FORMAT:
+        if report.get("format") != FORMAT or isinstance(report["format"], bool):
             return [Check("report", False, f"{REPORT_NAME} is of format {report.get('format')!r}, not {FORMAT}")]
         checks = [_digests(folder, report), _sizes(model, report)]
     except HawAdaError as error:
@@ -206,6 +216,8 @@ def _sizes(model: PreTrainedModel, report: Mapping[str, Any]) -> Check:
 def _outputs(
     model: PreTrainedModel, reference: Reference | None, inputs: Batch | None, tolerance: float | None
 ) -> tuple[Check, tuple[float | None, float | None]]:
+    if inputs is not None:
+        check_batch(model, inputs)
     inputs = example_inputs(model) if inputs is None else inputs
     if reference is None:
         found = outputs_of(model, inputs)
@@ -226,7 +238,8 @@ def _outputs(
     try:
         measured = compare(found, expected, model.dtype, tolerance)
     except VerificationError as error:
-        return Check("forward", False, str(error)), (None, None)
+        what = f"it computes something else than the model it was saved from: {error}"
+        return Check("forward", False, what), (None, None)
     finally:
         nn.Module.to(model, "cpu")
     return Check("forward", True, f"outputs differ by at most {measured[0]:.2g} of {measured[1]:.3g}"), measured
@@ -269,5 +282,6 @@ def _logits(
     try:
         difference, scale = compare(outputs_of(model, inputs), expected, model.dtype)
     except VerificationError as error:
-        return Check("logits", False, f"{error} (A model that was trained or refitted after the merge differs, too.)")
+        why = f"it computes something else than the gated model: {error}"
+        return Check("logits", False, f"{why} (A model that was trained or refitted after the merge differs, too.)")
     return Check("logits", True, f"differ from the gated model's by at most {difference:.2g} of {scale:.3g}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +11,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import BrokenGatesError, HawAdaError, VerificationError
-from ..files.verify import TOLERANCE
+from ..files.verify import TOLERANCE, compare
 from ..gates.kinds import SigmoidGate
-from ..vanilla.batches import Batch
+from ..vanilla.batches import Batch, check_batch
 from ..vanilla.heads import is_bare
-from ..vanilla.outputs import example_inputs, output_of
+from ..vanilla.outputs import example_inputs, outputs_of
 from .dense import put_back
 from .source import StreamChange, below_at
+
+STATES = "last_hidden_state"
+"""The output of a model without a head that lies in the residual stream."""
 
 ROUNDED = 2.0**-8
 """Buffers that differ by less than this part were cast to bfloat16 and back."""
@@ -33,11 +36,11 @@ class Reference:
 
     Args:
         inputs: keyword arguments of the forward pass.
-        logits: (batch, ..., classes); as `output_of` gives them.
+        outputs: all that it gives, by name; as `outputs_of` says.
     """
 
     inputs: Batch
-    logits: torch.Tensor
+    outputs: Mapping[str, torch.Tensor]
 
 
 def reference_of(
@@ -54,6 +57,7 @@ def reference_of(
             cast has rounded them or a long input has changed them.
 
     Raises:
+        BadDataError: if the model cannot take the inputs.
         HawAdaError: if the model does not run on drawn inputs.
     """
     for module in base.modules():
@@ -70,10 +74,11 @@ def reference_of(
             if long or _rounded(used._buffers.get(key), exact):
                 used._buffers[key] = exact
     if inputs is not None:
-        return Reference(inputs, output_of(base, inputs).clone())
+        check_batch(base, inputs)
+        return Reference(inputs, outputs_of(base, inputs))
     try:
         drawn = example_inputs(base)
-        return Reference(drawn, output_of(base, drawn).clone())
+        return Reference(drawn, outputs_of(base, drawn))
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
         raise HawAdaError(
             f"{type(base).__name__} does not run on inputs drawn at random ({type(error).__name__}: {error}), so the "
@@ -106,32 +111,29 @@ def check_computes(
         fresh: the dense model as its class makes it.
         turn: the slim model's coordinates of the residual stream, if they are new ones. Norms that compute in float32
             round other numbers then, whatever the dtype; hidden states are compared in the dense coordinates.
-        hidden: the channels of the residual stream that stayed, which are what a model without a head gives.
+        hidden: the channels of the residual stream that stay, where the slim model's hidden states are narrower.
 
     Raises:
         VerificationError: if they differ beyond rounding; it names what was found in the gated model that a slim model
             cannot have.
     """
     with put_back(model, always=True):
-        found = output_of(model, reference.inputs)
-    expected = reference.logits
-    allowed_part = TOLERANCE.get(model.dtype, 0.0)
+        found = outputs_of(model, reference.inputs)
+    expected, tolerance = dict(reference.outputs), None
     if turn is not None:
-        allowed_part = max(allowed_part, TOLERANCE[torch.float32])
-        if fresh is not None and is_bare(model):
-            found = turn.restored(fresh, found)
-    if hidden is not None and found.shape[-1] == len(hidden) != expected.shape[-1]:
-        expected = expected[..., list(hidden)]
-    if found.shape == expected.shape:
-        difference = (found.double() - expected.double()).abs().max().item()
-        scale = expected.double().abs().max().item()
-        allowed = allowed_part * scale
-        if difference <= allowed:
-            return
-        gap = f"logits differ by {difference:.3g}, allowed is {allowed:.3g} ({model.dtype}, largest {scale:.3g})"
-    else:
-        gap = f"its outputs are {tuple(found.shape)}, expected {tuple(expected.shape)}"
-    causes = [] if fresh is None else differences(base, fresh)
+        tolerance = max(TOLERANCE.get(model.dtype, 0.0), TOLERANCE[torch.float32])
+    if is_bare(model) and STATES in found:
+        if turn is not None and fresh is not None:
+            found[STATES] = turn.restored(fresh, found[STATES])
+        elif hidden is not None:
+            expected[STATES] = expected[STATES][..., list(hidden)]
+    try:
+        compare(found, expected, model.dtype, tolerance)
+        return
+    except VerificationError as error:
+        gap = str(error)
+    causes = [f"the weight {name} holds NaN or infinite values" for name in _broken(base)]
+    causes += [] if fresh is None else differences(base, fresh)
     told = f"Found in the gated model: {'; '.join(causes[:5])}" if causes else "Nothing in the gated model explains it"
     raise VerificationError(
         f"the slim model computes something else than the gated one: {gap}. {told}. The gated model is as it was; "
@@ -195,12 +197,15 @@ def check_finite(model: nn.Module) -> None:
     Raises:
         BrokenGatesError: naming the first parameter that holds NaN or infinity.
     """
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise BrokenGatesError(
-                f"the weight {name!r} of the slim model holds NaN or infinite values: the gates, LoRA or "
-                "the dense model's weight are broken. Nothing has been changed"
-            )
+    for name in _broken(model):
+        raise BrokenGatesError(
+            f"the weight {name!r} of the slim model holds NaN or infinite values: the gates, LoRA or "
+            "the dense model's weight are broken. Nothing has been changed"
+        )
+
+
+def _broken(model: nn.Module) -> Iterator[str]:
+    return (name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all())
 
 
 def check_gates(base: nn.Module) -> None:

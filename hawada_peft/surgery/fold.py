@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model, set_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -46,8 +47,11 @@ def gates_config(adapter: str | os.PathLike[str]) -> PeftConfig:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # PEFT's, on other JSON
         raise HawAdaError(f"{name} is not an adapter: {error}") from error
+    weights = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+    if Path(name).is_dir() and not any((Path(name) / each).exists() for each in weights):
+        raise HawAdaError(f"{name} holds no weights of an adapter ({weights[0]}): save the adapter again")
     if config.peft_type == NAME:
-        check_adapter_file(name, cast(Any, config).modules_to_save or ())
+        check_adapter_file(name)
     else:
         raise HawAdaError(
             f"{name} is an adapter of type {PeftType(config.peft_type).value}, needed is one of type {NAME}"

@@ -44,12 +44,17 @@ def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None) -> Model
         A model of the same class in the same mode, all parameters trainable, as `from_pretrained` would give it.
 
     Raises:
+        InvalidPlanError: if it is none.
         IncompatibleBaseError: if the plan is for a model of other sizes.
         IllegalShapeError: if no vanilla model of the plan's shape exists.
         InvalidPlanError: if the plan keeps directions of a basis, and there is none, or the reverse.
         UnsupportedModelError: if the model has no family row, adapters in it, quantized or offloaded weights, weights
             that are not those of its class, or state that the row does not explain.
     """
+    if not isinstance(model, PeftModel | PreTrainedModel):
+        raise UnsupportedModelError(f"slim() takes a vanilla transformers model, got a {type(model).__name__}")
+    if not isinstance(plan, Plan):
+        raise InvalidPlanError(f"plan must be a Plan, got a {type(plan).__name__}; see `Plan.from_dict`")
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise UnsupportedModelError(
             "slim() takes a vanilla model, and this one has adapters in it: use `model.slim(plan=...)` or "

@@ -85,6 +85,8 @@ class GateTrainingArguments(TrainingArguments):
             return args
         if args is None:
             return cls("trainer_output")
+        if not isinstance(args, TrainingArguments):
+            raise HawAdaError(f"args must be GateTrainingArguments, got a {type(args).__name__}")
         return cls(**{each.name: getattr(args, each.name) for each in fields(TrainingArguments) if each.init})
 
 
@@ -105,7 +107,7 @@ def gate_problems(given: Mapping[str, Any]) -> list[str]:
     """
     values = GATE_OPTIONS | {name: given[name] for name in GATE_OPTIONS if name in given}
     problems = []
-    if values["relaxation"] not in RELAXATIONS:
+    if values["relaxation"] not in list(RELAXATIONS):
         problems.append(f"relaxation must be one of {list(RELAXATIONS)}, got {values['relaxation']!r}")
     if values["keep_better"] not in KEEPS:
         problems.append(f"keep_better must be one of {list(KEEPS)}, got {values['keep_better']!r}")

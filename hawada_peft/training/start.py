@@ -8,6 +8,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
@@ -28,6 +29,7 @@ from ..search.masked import MaskedQuality
 from ..search.timed import dense_model
 from ..vanilla.batches import Batch
 from ..vanilla.family import locate
+from ..vanilla.legality import check_layers, check_legal
 from ..vanilla.shape import Shape
 
 SPREAD = 0.5
@@ -63,10 +65,16 @@ def init_gates(
         spread: see above.
 
     Raises:
-        HawAdaError: on another criterion, or as `gate_importance`.
+        HawAdaError: on another criterion or spread, on both a shape and a plan, or as `gate_importance`.
+        IllegalShapeError, IncompatibleBaseError: if the model cannot have the shape, or the plan is another model's.
     """
     if criterion != "fisher":
         raise HawAdaError(f"criterion must be 'fisher', got {criterion!r}")
+    if not 0 <= spread < math.inf:
+        raise HawAdaError(f"spread must be a number of at least 0, got {spread!r}")
+    if not isinstance(model, nn.Module):
+        raise HawAdaError(f"model must be a gated model, got a {type(model).__name__}")
+    _check_aim(model, shape, plan)
     batches = list(batches)
     gates = collect_gates(model)
     if plan is None:
@@ -95,6 +103,23 @@ def init_gates(
             for (gate, _), part in zip(members, order.split([gate.units for gate, _ in members]), strict=True):
                 offset = spread * gate.start.temperature * part.reshape(gate.theta.shape)
                 gate.theta.copy_(gate.start.theta + offset)
+
+
+def _check_aim(model: nn.Module, shape: Shape | None, plan: Plan | None) -> None:
+    if shape is not None and plan is not None:
+        raise HawAdaError("give either `shape` or `plan`, not both")
+    if not isinstance(shape, Shape | None) or not isinstance(plan, Plan | None):
+        raise HawAdaError(
+            f"shape must be a Shape and plan a Plan, got a {type(shape if plan is None else plan).__name__}"
+        )
+    if shape is None and plan is None:
+        return
+    layout = locate(dense_model(cast(PeftModel, model)))
+    if shape is not None:
+        check_legal(layout, layout.complete(shape))
+    if plan is not None:
+        plan.check_base(layout.full)
+        check_layers(layout, plan.layers)
 
 
 def _dropped(model: PeftModel, batches: Sequence[Batch], shape: Shape | None) -> list[int]:

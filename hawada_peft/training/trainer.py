@@ -384,7 +384,13 @@ class HawAdaTrainer(UnlabelledTrainer):
             self._start.save(folder)
 
     def _load_state(self, folder: Path) -> None:
-        state = self._read_state(folder)
+        path, state = folder / STATE_FILE, self._read_state(folder)
+        try:
+            self._restore_state(state)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+    def _restore_state(self, state: Mapping[str, Any]) -> None:
         self._goal = self._goal or Goal(self.gated, Shape.from_dict(state["goal"]["shape"]))
         self._goal.load_state_dict(state["goal"])
         self.phases.load_state_dict(state["phases"])
@@ -399,8 +405,9 @@ class HawAdaTrainer(UnlabelledTrainer):
             state = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise CheckpointError(f"{path} is damaged: {error}") from None
-        if not isinstance(state, dict) or not {"goal", "phases"} <= set(state):
-            raise CheckpointError(f"{path} holds no 'goal' and 'phases': it is not of this trainer")
+        known = isinstance(state, dict) and all(isinstance(state.get(name), dict) for name in ("goal", "phases"))
+        if not known or not all(isinstance(entry, dict) for entry in _entries(state.get("history", []))):
+            raise CheckpointError(f"{path} holds no 'goal', 'phases' and 'history': it is not of this trainer")
         return state
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
@@ -426,6 +433,10 @@ class HawAdaTrainer(UnlabelledTrainer):
         config = PeftConfig.from_pretrained(str(adapter_folder(checkpoint, name)))
         plan = None if config.plan is None else Plan.from_dict(config.plan)
         self.gated.apply_plan(plan, in_training=config.plan_in_training)
+
+
+def _entries(history: Any) -> Any:
+    return history if isinstance(history, list) else [None]
 
 
 def _model_problems(model: Any) -> list[str]:
