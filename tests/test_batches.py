@@ -118,7 +118,9 @@ def test_labels_are_looked_at_where_they_are_used(labels: torch.Tensor, message:
 USES: dict[str, Callable[[PeftModel, dict[str, Any]], Any]] = {
     "importance": lambda model, batch: gate_importance(model, [batch]),
     "start": lambda model, batch: init_gates(model, [batch]),
-    "search": lambda model, batch: find_plan(model, LatencyBudget(speedup=1.5), [batch]),
+    "search": lambda model, batch: find_plan(
+        model, LatencyBudget(speedup=1.5, mode="forward", seq_len=8 if "input_ids" in batch else None), [batch]
+    ),
     "quality": lambda model, batch: MaskedQuality(model, [batch]),
     "merge": lambda model, batch: model.merge_and_unload(
         plan=scattered_plan(model, VISION_ROW.slim), calibration=[batch]
@@ -192,6 +194,7 @@ def test_streams_lose_nothing(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------- what a batch may hold
 
 
+@pytest.mark.filterwarnings("ignore:the slim model keeps its plain weights")
 def test_arguments_that_are_no_tensors_are_kept(tmp_path: Path) -> None:
     """Images of another size than the model's, whose positions are interpolated."""
     rows = columns({"pixel_values": torch.randn(8, 3, 32, 32)})

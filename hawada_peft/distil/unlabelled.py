@@ -7,8 +7,9 @@ Long because transformers asks one class for all of a training.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -158,6 +159,14 @@ class UnlabelledTrainer(Trainer):
             raise CheckpointError(f"the checkpoint lacks {missing[:4]} ({len(missing)} tensors in all)")
         super()._issue_warnings_after_load(load_result)
 
+    def _data_sets(self) -> Iterator[tuple[str, Any, Callable[[], Any]]]:
+        """The argument that each set of data came by, the set, and what makes its batches."""
+        yield "train_dataset", self.train_dataset, self.get_train_dataloader
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        for name, data in evaluated.items():
+            label = f"eval_dataset{f'[{name!r}]' if name else ''}"
+            yield label, data, partial(self.get_eval_dataloader, cast(Any, data))
+
     def check_data(self) -> None:
         """
         Look once at the first batch to train on, and of each set to evaluate on; the random state is left as it was.
@@ -168,12 +177,7 @@ class UnlabelledTrainer(Trainer):
         """
         if self._checked:
             return
-        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        found = {"train_dataset": (self.train_dataset, self.get_train_dataloader)} | {
-            f"eval_dataset{f'[{name!r}]' if name else ''}": (data, lambda data=data: self.get_eval_dataloader(data))
-            for name, data in evaluated.items()
-        }
-        for name, (data, loader) in found.items():
+        for name, data, loader in self._data_sets():
             if not isinstance(data, Dataset | Iterable | Sized | None):
                 raise BadDataError(f"{name} must be a data set, got a {type(data).__name__}")
             if data is None or not has_length(data):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -318,6 +318,11 @@ class HawAdaTrainer(UnlabelledTrainer):
         if self.comparison.kept == "start":
             start.put_into(self.gated)
             self._note()
+
+    def _data_sets(self) -> Iterator[tuple[str, Any, Callable[[], Any]]]:
+        yield from super()._data_sets()
+        if self.set_aside is not None:
+            yield "train_dataset", self.set_aside, partial(self.get_eval_dataloader, cast(Any, self.set_aside))
 
     def _held_out(self) -> list[Batch]:
         """What was set aside, in batches; the random state is left as it was."""
