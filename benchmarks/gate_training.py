@@ -38,7 +38,6 @@ CONTESTANTS = {
     "start": Recipe(),
     "closing": Recipe("closing"),
     "straight_through": Recipe("straight_through"),
-    "sigmoid": Recipe("sigmoid"),
     "hard_concrete": Recipe("hard_concrete"),
     "joint": Recipe("hard_concrete", lora_rank=16),
 }
@@ -57,6 +56,7 @@ def recipe_of(name: str, options: argparse.Namespace) -> Recipe:
         steps=(options.joint_steps if joint else options.gate_steps) if trained else 0,
         gate_rate=options.gate_rate,
         soft_fraction=options.soft_fraction,
+        keep_better="never",  # a row is of the trained gates, whatever they are
         lora_rank=options.lora_rank if joint else 0,
         lora_rate=options.lora_rate,
     )

@@ -19,6 +19,7 @@ class Recipe:
     aimed: start as `HawAdaTrainer` does (layers by dropping them, the rest by importance without them), and not from
         one gradient for everything.
     steps, gate_rate, soft_fraction: of that training.
+    keep_better: of the trained gates and their start, as in `GateTrainingArguments`.
     lora_rank, lora_rate: of adapters that are trained with the gates; rank 0 for none.
     """
 
@@ -27,6 +28,7 @@ class Recipe:
     steps: int = 0
     gate_rate: float = 0.05
     soft_fraction: float = 0.75
+    keep_better: str = "both"
     lora_rank: int = 0
     lora_rate: float = 2e-3
 
@@ -53,6 +55,7 @@ def gated(bench: Bench, recipe: Recipe, shape: Shape, batches: Sequence[Batch], 
                 warmup_steps=0,
                 relaxation=recipe.relaxation,
                 soft_fraction=recipe.soft_fraction,
+                keep_better=recipe.keep_better,
                 gate_learning_rate=recipe.gate_rate if rank else None,
             ),
             shape=shape,

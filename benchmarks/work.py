@@ -208,7 +208,9 @@ class Bench:
             **defaults,
         )
 
-    def distil(self, student: PreTrainedModel, steps: int, rate: float | None, seed: int) -> None:
+    def distil(
+        self, student: PreTrainedModel, steps: int, rate: float | None, seed: int, optimizer: str = "args"
+    ) -> None:
         """Recover a student on all its weights, in place; the data's order depends on the seed alone."""
         if steps <= 0:
             return
@@ -220,6 +222,7 @@ class Bench:
                 teacher=self.model,
                 train_dataset=self.pool(seed),
                 data_collator=whole,
+                optimizer=optimizer,
             )
             trainer.train()
         trainer.accelerator.unwrap_model(student, keep_fp32_wrapper=False)  # its quality is measured without autocast

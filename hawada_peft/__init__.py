@@ -8,6 +8,8 @@ Here is what the main way needs. The folders hold more, each for an audience of 
 from importlib.metadata import version
 
 from ._register import register
+from .basis.find import init_basis
+from .basis.rotation import rotate
 from .config import HawAdaConfig
 from .distil.recovery import recover
 from .distil.trainer import DistillTrainer
@@ -17,6 +19,8 @@ from .latency.effort import Effort
 from .model import HawAdaModel
 from .page.write import write_report
 from .planning.plan import Plan
+from .race.race import Race
+from .race.record import RaceRecord
 from .recipes.run import train_recipe
 from .search.budgeted import find_plan
 from .search.result import SearchResult
@@ -47,15 +51,19 @@ __all__ = [
     "LatencyBudget",
     "Plan",
     "QualityChange",
+    "Race",
+    "RaceRecord",
     "SearchResult",
     "Shape",
     "Slimmed",
     "attach_adapters",
     "collect_gates",
     "find_plan",
+    "init_basis",
     "init_gates",
     "recover",
     "register_family",
+    "rotate",
     "save_slim",
     "slim",
     "slim_checkpoint",

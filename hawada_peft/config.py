@@ -35,6 +35,10 @@ class HawAdaConfig(PeftConfig):
             Neighbouring FFN channels, channels of the residual stream, or input features of an explicitly targeted
             module, that share a gate. A slim FFN or hidden size is a multiple of it. Larger groups make smaller
             adapters and coarser choices.
+        rotate (`bool`, *optional*, defaults to `False`):
+            The gate on `"hidden"` acts on directions of the residual stream, not on its channels. Calibration batches
+            say which (`init_basis`); they are saved with the adapter: 4 bytes for each pair of features (1.3 MB for
+            576 of them, 17 MB for 2048).
         temperature (`float`, *optional*, defaults to `1.0`):
             T in `g = sigmoid(theta / T)`.
         init_value (`float`, *optional*, defaults to `0.9`):
@@ -69,6 +73,9 @@ class HawAdaConfig(PeftConfig):
         default=("heads", "ffn", "layers"), metadata={"help": f"What is gated: any of {', '.join(GATES)}."}
     )
     group_size: int = field(default=1, metadata={"help": "FFN channels (or input features) that share a gate."})
+    rotate: bool = field(
+        default=False, metadata={"help": "The gate on hidden acts on directions of the stream, not its channels."}
+    )
     temperature: float = field(default=1.0, metadata={"help": "T in g = sigmoid(theta / T)."})
     init_value: float = field(default=0.9, metadata={"help": "The gates' value at the start, in (0, 1)."})
     init_weights: bool = field(default=True, metadata={"help": "False: random gates, far from 1. For tests."})
@@ -190,6 +197,8 @@ class HawAdaConfig(PeftConfig):
             yield "`layers_pattern` cannot be used when `target_modules` is a str."
         if "hidden" in self.gates and self.target_modules is None and self.layers_to_transform is not None:
             yield "the gate on 'hidden' is one for all layers: leave out either it or `layers_to_transform`"
+        if self.rotate and ("hidden" not in self.gates or (self.target_modules is not None and not self.base_sizes)):
+            yield "rotate is about the gate on 'hidden': add it to `gates`, and leave out `target_modules`"
         if self.layers_pattern and self.layers_to_transform is None:
             yield "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "
 

@@ -71,3 +71,7 @@ class UnsettledTimingWarning(UserWarning):
 
 class UncachedTableWarning(UserWarning):
     """A latency table was measured, and could not be kept for later."""
+
+
+class UntiedEmbeddingsWarning(UserWarning):
+    """Tied embeddings became two tensors, because the stream was rotated; the message says what that costs."""

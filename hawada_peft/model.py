@@ -18,6 +18,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ._register import PREFIX
+from .basis.basis import Basis, basis_gate, gate_basis, is_centred
+from .basis.proof import check_exact
+from .basis.rotation import plan_turn
 from .config import HawAdaConfig
 from .errors import HawAdaError, IncompatibleBaseError, InvalidPlanError, UnsupportedModelError
 from .gates.adapter import HIDDEN_UNITS, LAYER, UNITS, GateAdapter
@@ -25,10 +28,11 @@ from .gates.concrete import AttentionHeadAdapter, ChannelAdapter
 from .gates.hidden import HiddenAdapter, norm_sizes
 from .gates.kinds import ChannelGate, HiddenGate, SigmoidGate
 from .gates.lora import inject_lora, lora_layers, merge_lora
-from .gates.placement import Masks, family_gates, masks_of
+from .gates.placement import Masks, family_gates, masks_of, stream_gate
 from .gates.reading import gate_scores, hidden_gate
 from .gates.rows import adapter_per_row
 from .gates.saved import check_adapter_tensors, check_modules_to_save
+from .gates.stream_basis import BasisGate
 from .planning.plan import Plan
 from .planning.ranking import rank
 from .planning.reasons import explained
@@ -116,6 +120,8 @@ class HawAdaModel(BaseTuner):
         names = {end for axis, end in ends.items() if whole or axis in peft_config.gates}
         if HIDDEN in peft_config.gates:
             _check_norms(self.model, layout)
+            if peft_config.rotate:
+                check_exact(layout)
             names |= {*layout.family.hidden_norms, layout.norms[-1]}
         peft_config.target_modules = names  # type: ignore[assignment]
         peft_config.base_sizes = layout.fingerprint()
@@ -154,8 +160,12 @@ class HawAdaModel(BaseTuner):
         if layout is not None and position is not None and position[1] == HIDDEN:
             cls, gates = HiddenAdapter, {}
             if current_key == hidden_home(layout):
-                start, size = peft_config.start(), peft_config.group_size
-                gates[HIDDEN_UNITS] = HiddenGate(layout.hidden_size, size, start=start, relative=True)
+                gates[HIDDEN_UNITS] = stream_gate(
+                    layout,
+                    centred=is_centred(self.model, layout) if peft_config.rotate else None,
+                    group_size=peft_config.group_size,
+                    start=peft_config.start(),
+                )
         elif layout is not None and position is not None:
             cls = AttentionHeadAdapter if position[1] == HEADS else ChannelAdapter
             gates = family_gates(
@@ -210,6 +220,9 @@ class HawAdaModel(BaseTuner):
             wrapped = [norm for norm in norms if isinstance(norm, HiddenAdapter)]
             for adapter in wrapped[1:]:
                 adapter.share_hidden_gate(wrapped[0])
+            for site, norm in enumerate(norms):
+                if isinstance(norm, HiddenAdapter):
+                    norm.site = site
         if config.plan is not None:
             self.set_masks(Plan.from_dict(config.plan), adapter_name, in_training=config.plan_in_training)
 
@@ -345,6 +358,8 @@ class HawAdaModel(BaseTuner):
             gates = {} if stream is None else {UNITS: stream}
             everything = tuple(range(layout.hidden_size))
             kept = everything if plan is None or plan.hidden is None else plan.hidden
+            if plan is not None and plan.hidden is not None and stream is not None:
+                _check_coordinates(plan, stream)
             masks += masks_of(gates, kept, len(everything), "channels of the residual stream (gates on 'hidden')")
         for gate, mask in masks:
             gate.set_plan(mask, in_training=in_training and plan is not None)
@@ -419,8 +434,8 @@ class HawAdaModel(BaseTuner):
             plan keeps everything the model is the base model with the gates in its weights, and there is no dense one.
 
         Raises:
-            InvalidPlanError: if there is no plan, or no gates any more; if `calibration` is given and the plan narrows
-                the residual stream.
+            InvalidPlanError: if there is no plan, or no gates any more; if the plan keeps directions of the residual
+                stream, and the adapter gates its channels, or the reverse.
             IncompatibleBaseError, IllegalShapeError: as `apply_plan`.
             BrokenGatesError: if gates or weights hold NaN or infinity.
             UnsupportedModelError: if weights are quantized, offloaded or not those of the model's class.
@@ -441,18 +456,14 @@ class HawAdaModel(BaseTuner):
         chosen.check_base(layout.full)
         check_legal(layout, chosen.shape)
         check_layers(layout, chosen.layers)
-        if calibration is not None and chosen.hidden is not None:
-            raise InvalidPlanError(
-                "reconstruction compares residual streams of one width, and this plan narrows it: leave `calibration` "
-                "out, or cut no hidden channels"
-            )
+        stream, factor = self.stream_basis(names, chosen, fold=fold)
         base = cast(PreTrainedModel, self.model)
         check_unquantized(base)
         self._check_merge_allowed()
         check_gates(base)
         masks = None if plan is None else (plan,)
         options = (progressbar, safe_merge, names)
-        if chosen.keeps_all:
+        if chosen.keeps_all and stream is None:
             model = self._merged_in_place(options, fold=fold, masks=masks, verify=verify, inputs=inputs)
             return Slimmed(model=cast(PreTrainedModel, model), plan=chosen)
         if not isinstance(calibration, Iterable | None) or isinstance(calibration, Mapping):
@@ -464,17 +475,45 @@ class HawAdaModel(BaseTuner):
             reference = self._reference(names, masks, fold, inputs, dense) if verify else None
             with put_back(base, always=True):
                 self._fold(options, fold, masks)
-                small = slim(base, chosen)
+                turn = None if stream is None else plan_turn(base, chosen, stream, factor=factor)
+                small = slim(base, chosen, turn=turn)
             check_finite(small)
             if reference is not None:
-                check_computes(small, reference, base, dense)
+                check_computes(small, reference, base, dense, turn, chosen.hidden)
             progress = tqdm if progressbar else None
-            report = None if batches is None else reconstruct(dense, small, chosen, batches, progress=progress)
+            coordinates = None if turn is None else turn.write
+            report = None
+            if batches is not None:
+                report = reconstruct(dense, small, chosen, batches, coordinates=coordinates, progress=progress)
         with put_back(base, always=False):
             self._restore()
             take_off(base)
         facts = None if batches is None else calibration_facts(batches)
         return Slimmed(small, chosen, dense=base, reconstruction=report, calibration=facts, reference=reference)
+
+    @contextmanager
+    def beside(self) -> Iterator[tuple[PreTrainedModel, PreTrainedModel]]:
+        """
+        The dense model and the slim one of the applied plan, while the gated model stays as it is.
+
+        Nothing of the dense model is copied, so that neither may be changed but the slim one.
+
+        Raises:
+            InvalidPlanError: if there is no plan.
+            UnsupportedModelError: as `slim`.
+        """
+        names, plan = self._names(None), self.applied_plan()
+        if plan is None:
+            raise InvalidPlanError("there is no plan: `model.apply_plan(...)` before it")
+        base = cast(PreTrainedModel, self.model)
+        self._check_merge_allowed()
+        with put_back(base, always=True):
+            self._restore()
+            dense = dense_view(base)
+            with put_back(base, always=True):
+                self._fold((False, False, names), True, None)
+                small = slim(base, plan)
+            yield dense, small
 
     def merge_and_unload(
         self,
@@ -507,7 +546,11 @@ class HawAdaModel(BaseTuner):
         """
         names = self._names(adapter_names)
         self._check_gated()
-        if plan is not None or self.applied_plan(names) is not None:
+        by_row = all(self.peft_config[name].base_sizes is not None for name in names)
+        removes = plan is not None or self.applied_plan(names) is not None
+        if not removes and by_row and any(self._moved_stream(name) for name in names):
+            plan = Plan.keep_all(self.layout_of(names).dense)  # nothing in place can take up what scales directions
+        if removes or plan is not None:
             return self.slim(
                 adapter_names=names,
                 plan=plan,
@@ -588,6 +631,33 @@ class HawAdaModel(BaseTuner):
         """As in torch; refused once the gates are taken off, so that no adapter without gates is saved."""
         self._check_gated()
         return super().state_dict(*args, **kwargs)
+
+    def _moved_stream(self, adapter_name: str) -> bool:
+        """Whether an adapter scales directions of the residual stream, which no norm's weight can take up."""
+        gate = basis_gate(self.model, self.layout_of([adapter_name]), adapter_name)
+        return gate is not None and bool((gate.soft() != 1).any())
+
+    def stream_basis(
+        self, names: Sequence[str], plan: Plan, *, fold: bool
+    ) -> tuple[Basis, torch.Tensor | None] | tuple[None, None]:
+        """The basis in which the adapters gate the residual stream, if they do and it matters, and their factors."""
+        layout = self.layout_of(names)
+        gates = [gate for name in names if (gate := basis_gate(self.model, layout, name)) is not None]
+        if plan.hidden is not None and plan.rotated != bool(gates):
+            raise InvalidPlanError(NO_BASIS if plan.rotated else NO_CHANNELS)
+        if not gates:
+            return None, None
+        if len(names) > 1:
+            raise InvalidPlanError(
+                f"the adapters {list(names)} gate the residual stream in different bases: merge one of them at a time"
+            )
+        factor = gates[0].soft() if fold else None
+        kept = slice(None) if plan.hidden is None else list(plan.hidden)
+        if factor is not None and bool((factor[kept] == 1).all()):
+            factor = None
+        if plan.hidden is None and factor is None:
+            return None, None
+        return gate_basis(gates[0]), factor
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -674,7 +744,12 @@ class HawAdaModel(BaseTuner):
                 continue
             sources = [module.gates(name) for name in adapters]
             for slot, gate in module.gates(adapter_name).items():
-                if any(slot not in source or source[slot].units != gate.units for source in sources):
+                bases = [each for source in sources if isinstance(each := source.get(slot), BasisGate)]
+                if isinstance(gate, BasisGate) and bases:
+                    gate.set_basis(bases[0].vectors, bases[0].scales, bases[0].marks)
+                if any(slot not in source or source[slot].units != gate.units for source in sources) or any(
+                    not torch.equal(each.vectors, bases[0].vectors) for each in bases
+                ):
                     self.delete_adapter(adapter_name)
                     raise ValueError(f"the adapters {adapters} gate different things; their gates cannot be added")
                 with torch.no_grad():
@@ -699,6 +774,25 @@ class HawAdaModel(BaseTuner):
         num_beams = kwargs.get("num_beams")
         with adapter_per_row(self.model, adapter_names, beams=num_beams if isinstance(num_beams, int) else 1):
             yield
+
+
+NO_BASIS = (
+    "the plan keeps directions of a basis of the residual stream, and the adapter gates its channels: apply it to the "
+    "adapter that it was made with (HawAdaConfig(rotate=True))"
+)
+
+
+NO_CHANNELS = (
+    "the plan keeps channels of the residual stream, and the adapter gates directions of a basis: make one with "
+    "`model.plan`"
+)
+
+
+def _check_coordinates(plan: Plan, stream: HiddenGate) -> None:
+    if plan.rotated and not stream.in_basis:
+        raise InvalidPlanError(NO_BASIS)
+    if stream.in_basis and not plan.rotated:
+        raise InvalidPlanError(NO_CHANNELS)
 
 
 def _check_norms(model: nn.Module, layout: Layout) -> None:

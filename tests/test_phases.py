@@ -11,8 +11,8 @@ from peft import PeftModel
 
 from hawada_peft import Plan, Shape, collect_gates
 from hawada_peft.gates.relaxation import RELAXATIONS
-from hawada_peft.training.goal import ShapeGoal
-from hawada_peft.training.phases import REPLANS, Phases
+from hawada_peft.training.goal import Goal
+from hawada_peft.training.phases import Phases
 
 SLIM = Shape(4, 2, 40, 2)
 
@@ -27,7 +27,7 @@ def masks(model: PeftModel) -> list[torch.Tensor | None]:
 
 def walk(phases: Phases, steps: int) -> list[tuple[float | None, bool]]:
     """For every step the progress that the gates see, None while they are open, and whether it is time to decide."""
-    goal, seen = ShapeGoal(phases.model, SLIM), []
+    goal, seen = Goal(phases.model, SLIM), []
     for step in range(steps):
         due = phases.begin_step(goal, step, steps)
         (found,) = relaxations(phases.model)
@@ -56,8 +56,8 @@ def test_which_phase_a_step_is_of(warmup: float, soft: float, expected: list[flo
 
 @pytest.mark.parametrize("fraction", [0.07, 0.14, 0.28, 0.29, 0.55, 0.56, 0.57, 0.58])
 def test_products_of_floats_add_no_step(fraction: float) -> None:
-    phases = Phases(gate(build(LM_ROW)), "sigmoid", 0.0, fraction)
-    goal = ShapeGoal(phases.model, SLIM)
+    phases = Phases(gate(build(LM_ROW)), "hard_concrete", 0.0, fraction)
+    goal = Goal(phases.model, SLIM)
     soft = [step for step in range(100) if not phases.begin_step(goal, step, 100)]
     assert soft == list(range(round(100 * fraction)))
     assert phases.progress(soft[-1], 100) == 1.0
@@ -66,7 +66,7 @@ def test_products_of_floats_add_no_step(fraction: float) -> None:
 @pytest.mark.parametrize("relaxation", [name for name, each in RELAXATIONS.items() if not each.draws_to_size])
 def test_the_plan_that_is_approached_follows_the_gates_where_they_may_reorder(relaxation: str) -> None:
     model = gate(build(LM_ROW))
-    phases, goal = Phases(model, relaxation, 0.0, 1.0), ShapeGoal(model, SLIM)
+    phases, goal = Phases(model, relaxation, 0.0, 1.0), Goal(model, SLIM)
     phases.begin_step(goal, 0, 4)
     first = phases.approached
     assert first == model.plan(SLIM)
@@ -79,21 +79,22 @@ def test_the_plan_that_is_approached_follows_the_gates_where_they_may_reorder(re
     assert any(kept is not None and not kept.all() for kept in masks(model))
 
 
-def test_it_is_made_anew_only_so_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = gate(build(LM_ROW))
-    phases, goal, made = Phases(model, "closing", 0.0, 1.0), ShapeGoal(model, SLIM), []
-    current = goal.current_shape
-    monkeypatch.setattr(goal, "current_shape", lambda: made.append(1) or current())
-    for step in range(8 * REPLANS):
-        phases.begin_step(goal, step, 8 * REPLANS)
-    assert len(made) == REPLANS + 1
+@pytest.mark.parametrize(("relaxation", "times"), [("straight_through", 8), ("closing", 1), ("hard_concrete", 0)])
+def test_it_is_made_anew_at_every_step_or_once(monkeypatch: pytest.MonkeyPatch, relaxation: str, times: int) -> None:
+    model, made = gate(build(LM_ROW)), []
+    phases, goal = Phases(model, relaxation, 0.0, 1.0), Goal(model, SLIM)
+    make = phases.plan
+    monkeypatch.setattr(phases, "plan", lambda shape: made.append(shape) or make(shape))
+    for step in range(8):
+        phases.begin_step(goal, step, 8)
+    assert made == [SLIM] * times
 
 
 @pytest.mark.parametrize("relaxation", [name for name, each in RELAXATIONS.items() if each.draws_to_size])
 def test_drawn_gates_approach_no_plan(relaxation: str) -> None:
     model = gate(build(LM_ROW))
     phases = Phases(model, relaxation, 0.0, 1.0)
-    phases.begin_step(ShapeGoal(model, SLIM), 2, 4)
+    phases.begin_step(Goal(model, SLIM), 2, 4)
     assert phases.approached is None
     assert masks(model) == [None] * len(masks(model))
     assert relaxations(model) == {RELAXATIONS[relaxation].at(0.75)}
@@ -102,7 +103,7 @@ def test_drawn_gates_approach_no_plan(relaxation: str) -> None:
 @pytest.mark.parametrize("relaxation", RELAXATIONS)
 def test_evaluation_under_the_plan_leaves_no_trace(relaxation: str) -> None:
     model = gate(build(LM_ROW))
-    phases, goal = Phases(model, relaxation, 0.0, 1.0), ShapeGoal(model, SLIM)
+    phases, goal = Phases(model, relaxation, 0.0, 1.0), Goal(model, SLIM)
     phases.begin_step(goal, 0, 4)
     approached, before = phases.approached, masks(model)
     shuffle_gates(model, seed=9)
@@ -118,7 +119,7 @@ def test_evaluation_under_the_plan_leaves_no_trace(relaxation: str) -> None:
 
 def test_once_applied_a_plan_is_left_alone() -> None:
     model = gate(build(LM_ROW))
-    phases, goal = Phases(model, "closing", 0.0, 1.0), ShapeGoal(model, SLIM)
+    phases, goal = Phases(model, "closing", 0.0, 1.0), Goal(model, SLIM)
     assert not phases.decided
     model.apply_plan(scattered_plan(model, SLIM), in_training=True)
     before = masks(model)
@@ -132,7 +133,7 @@ def test_once_applied_a_plan_is_left_alone() -> None:
 def test_only_active_gates_are_relaxed() -> None:
     model = gate(build(LM_ROW))
     model.add_adapter("other", model.peft_config["default"])
-    Phases(model, "sigmoid", 0.0, 1.0).relax(RELAXATIONS["sigmoid"])
+    Phases(model, "hard_concrete", 0.0, 1.0).relax(RELAXATIONS["hard_concrete"])
     for name, relaxed in (("default", True), ("other", False)):
         assert {found.relaxation is not None for found in collect_gates(model, name).values()} == {relaxed}
 
@@ -140,7 +141,7 @@ def test_only_active_gates_are_relaxed() -> None:
 def test_state_survives_json() -> None:
     model, other = gate(build(LM_ROW)), gate(build(LM_ROW))
     phases, loaded = Phases(model, "closing", 0.0, 1.0), Phases(other, "closing", 0.0, 1.0)
-    phases.begin_step(ShapeGoal(model, SLIM), 0, 4)
+    phases.begin_step(Goal(model, SLIM), 0, 4)
     loaded.load_state_dict(json.loads(json.dumps(phases.state_dict())))
     assert isinstance(loaded.approached, Plan)
     assert loaded.approached == phases.approached

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import LM_ROW, build, gate
+from conftest import EVERYTHING, LM_ROW, Row, build, gate
 from peft import PeftModel
 
 from hawada_peft import collect_gates
@@ -46,6 +46,27 @@ def test_layers_whose_blocks_are_shut_go_everywhere(slot: str) -> None:
     assert expected_sizes(base, layout, "default").layers[1].item() == pytest.approx(0, abs=1e-6)
     assert layer_means(model, None)["layers"]["gate"][1] == 0
     assert model.plan().layers == (0, 2, 3)
+
+
+@pytest.mark.parametrize("gates", [EVERYTHING, ("heads", "layers"), ("ffn",)])
+def test_fresh_gates_expect_the_dense_sizes(row: Row, gates: tuple[str, ...]) -> None:
+    base = gate(build(row), shuffle=False, gates=gates).get_base_model()
+    layout = locate(base)
+    found = expected_sizes(base, layout, "default")
+    heads, groups, ffn, layers = layout.dense.sizes().values()
+    for axis, size in ((found.heads, heads), (found.kv_groups, groups), (found.ffn, ffn), (found.layers, 1)):
+        torch.testing.assert_close(axis.detach(), torch.full((layers,), float(size)))
+
+
+def test_a_group_stays_as_likely_as_its_likeliest_head() -> None:
+    model = gate(build(LM_ROW), gates=("heads",), shuffle=False)  # 8 heads in 4 groups
+    for found in collect_gates(model).values():
+        found.theta.data.copy_(torch.tensor([30.0, -30.0, -30.0, -30.0, 30.0, 30.0, 0.0, -30.0]))
+    base = model.get_base_model()
+    sizes = expected_sizes(base, locate(base), "default")
+    start = torch.sigmoid(torch.tensor(found.start.theta))
+    torch.testing.assert_close(sizes.heads.detach(), (3 + 0.5 / start).expand(4))
+    torch.testing.assert_close(sizes.kv_groups.detach(), (2 + 0.5 / start).expand(4))
 
 
 def test_every_gate_of_a_layer_is_read_once() -> None:

@@ -8,9 +8,8 @@ from conftest import LM_ROW, build, gate, logits_of, scattered_plan
 from peft import PeftModel
 
 from hawada_peft import collect_gates
-from hawada_peft.errors import HawAdaError
 from hawada_peft.gates.kinds import GateStart, SigmoidGate
-from hawada_peft.gates.relaxation import RELAXATIONS, Annealed, Closing, HardConcrete, Relaxation
+from hawada_peft.gates.relaxation import RELAXATIONS, Closing, HardConcrete, Relaxation, StraightThrough
 
 START = 3.75
 LOGITS = torch.linspace(-6, 6, 13)
@@ -35,7 +34,7 @@ def gradient(relaxation: Relaxation, logits: torch.Tensor, kept: torch.Tensor | 
     return found
 
 
-@pytest.mark.parametrize("name", ["closing", "straight_through", "sigmoid"])
+@pytest.mark.parametrize("name", ["closing", "straight_through"])
 @pytest.mark.parametrize("progress", [0.0, 0.4, 1.0])
 def test_an_untrained_unit_is_multiplied_by_exactly_one(name: str, progress: float) -> None:
     start = torch.full((5,), START)
@@ -67,24 +66,20 @@ def test_factors_and_probabilities_stay_in_their_ranges(relaxation: Relaxation, 
 
 
 def test_the_way_begins_as_it_is_and_ends_where_it_should() -> None:
-    closing, annealed, concrete = Closing(), Annealed(last=0.1), HardConcrete()
+    closing, concrete = Closing(), HardConcrete()
     assert [closing.at(progress).leak for progress in (0.0, 0.25, 1.0)] == [1.0, 0.75, 0.0]
     assert closing.at(0.0) == closing
-    assert Closing(straight_through=True).at(0.5).straight_through
-    assert annealed.at(0.0).temperature == 1.0
-    assert annealed.at(1.0).temperature == pytest.approx(0.1)
-    assert annealed.at(0.5).temperature == pytest.approx(0.1**0.5)
-    assert annealed.at(0.5).at(1.0) == annealed.at(1.0)
+    assert StraightThrough().at(0.5) == StraightThrough()
     assert concrete.at(0.0) == concrete.at(1.0) == concrete
 
 
-@pytest.mark.parametrize("straight_through", [False, True])
-def test_without_a_leak_it_is_the_hard_mask(straight_through: bool) -> None:
+@pytest.mark.parametrize("relaxation", [Closing().at(1.0), StraightThrough().at(0.2)], ids=["closed", "masked"])
+def test_without_a_leak_it_is_exactly_the_hard_mask(relaxation: Relaxation) -> None:
     found = SigmoidGate(13, relative=True).train()
     found.theta.data.copy_(LOGITS)
     found.set_plan(KEPT)
-    found.relaxation = Closing(straight_through=straight_through).at(1.0)
-    torch.testing.assert_close(found.factor(hard=False), found.factor(hard=True))
+    found.relaxation = relaxation
+    assert torch.equal(found.factor(hard=False), found.factor(hard=True))
     assert not found.factor(hard=False)[~KEPT].any()
 
 
@@ -99,23 +94,8 @@ def test_closing_units_are_scaled_by_the_leak(leak: float) -> None:
 @pytest.mark.parametrize("leak", [0.5, 0.0])
 def test_gradient_of_closing_units(leak: float) -> None:
     plain = gradient(Closing(), LOGITS, None)
-    torch.testing.assert_close(gradient(Closing(leak, straight_through=True), LOGITS, KEPT), plain)
+    torch.testing.assert_close(gradient(StraightThrough(), LOGITS, KEPT), plain)
     torch.testing.assert_close(gradient(Closing(leak), LOGITS, KEPT), torch.where(KEPT, plain, leak * plain))
-
-
-def test_annealed_gates_become_steps() -> None:
-    found = Annealed(temperature=0.01).factor(LOGITS, START, None)
-    expected = torch.where(LOGITS == 0, 0.5, (LOGITS > 0).float())
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(
-        Annealed().factor(LOGITS, START, None), Closing().factor(LOGITS, START, None), rtol=1e-6, atol=0
-    )
-
-
-@pytest.mark.parametrize(("temperature", "last"), [(0.0, 0.2), (1.0, 0.0), (-1.0, 0.2)])
-def test_temperatures_must_be_positive(temperature: float, last: float) -> None:
-    with pytest.raises(HawAdaError, match="above 0"):
-        Annealed(temperature, last)
 
 
 @pytest.mark.parametrize("logit", [-2.0, -1.0, 0.0, 1.0])

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import pytest
 from conftest import LM_ROW, VISION_ROW, build, gate
 from PIL import Image
+from test_race import RACE, Trials, record_of
 from test_search_export import DENSE, Machine, ToyQuality, toy_space
 from test_trainer import trainer_of
 from toys import toy_table
@@ -21,13 +22,14 @@ from toys import toy_table
 from hawada_peft import ExportFacts, LatencyBudget, Plan, QualityChange, save_slim, write_report
 from hawada_peft.errors import HawAdaError
 from hawada_peft.page.known import read_peers
+from hawada_peft.race import run_race
 from hawada_peft.search.rounds import search
 from hawada_peft.training.history import HISTORY_FILE
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 NAME = 'a <b> & "c" $d$'
 REQUESTS = ("src", "href", "xlink:href", "srcset", "action", "data", "poster")
-EVERY = {"frontier", "peers", "kept", "gates", "sizes", "roundings", "reconstruction", "passport"}
+EVERY = {"frontier", "race", "peers", "kept", "gates", "sizes", "roundings", "reconstruction", "passport"}
 
 
 @dataclass
@@ -92,8 +94,15 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         toy_space(), table, ToyQuality(), LatencyBudget(speedup=1.5, mode="prefill", seq_len=8), Machine(table)
     )
     quality = QualityChange("perplexity", 15.0, 18.5, "tests")
+    race = record_of(RACE)
+    run_race(race, Trials())
     facts = ExportFacts(
-        base=base, plan=plan, search=found, quality=[quality], reconstruction={"metric": "kl", "before": 1.0}
+        base=base,
+        plan=plan,
+        search=found,
+        race=race,
+        quality=[quality],
+        reconstruction={"metric": "kl", "before": 1.0},
     )
     save_slim(trainer.gated.merge_and_unload(), folder / "slim", card=facts)
     report = json.loads((folder / "slim" / "hawada_report.json").read_text())
@@ -121,7 +130,17 @@ def test_all_that_is_known_is_there(page: Path) -> None:
     assert "`" not in found.text
     assert 0 < len(found.ids) == len(set(found.ids))
     assert "2 of 4 layers" in found.text
-    for words in ("18.5", "1.50x", "keep ratio", "slower than the budget", "chosen", "the nearest size"):
+    for words in (
+        "without layers 1-2; least squares, close",
+        "won",
+        "beside the budget",
+        "18.5",
+        "1.50x",
+        "keep ratio",
+        "slower than the budget",
+        "chosen",
+        "the nearest size",
+    ):
         assert words in found.text
 
 
@@ -145,7 +164,7 @@ def test_names_are_text(page: Path) -> None:
 
 def test_pictures_are_in_the_page(page: Path) -> None:
     found = read(page)
-    assert len(found.pictures) == 5
+    assert len(found.pictures) == 6
     for picture in found.pictures:
         root = ElementTree.fromstring(base64.b64decode(picture.removeprefix("data:image/svg+xml;base64,")))
         assert root.tag.endswith("svg")
@@ -153,7 +172,7 @@ def test_pictures_are_in_the_page(page: Path) -> None:
 
 def test_png_files_are_pictures(page: Path) -> None:
     files = sorted(page.parent.glob("*.png"))
-    assert {path.stem for path in files} == {"frontier", "peers", "kept", "gates", "training"}
+    assert {path.stem for path in files} == {"frontier", "race", "peers", "kept", "gates", "training"}
     for path in files:
         with Image.open(path) as picture:
             picture.load()

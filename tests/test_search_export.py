@@ -18,7 +18,7 @@ from peft import get_peft_model
 from toys import REGIME, StoppedClock, by_shape, by_table, once, timing, toy_table
 from tqdm import tqdm
 
-from hawada_peft import HawAdaConfig, Shape, collect_gates
+from hawada_peft import HawAdaConfig, Shape, collect_gates, init_basis
 from hawada_peft.errors import (
     HawAdaError,
     IllegalShapeError,
@@ -564,23 +564,28 @@ def test_the_loss_of_a_hidden_size_is_measured() -> None:
     assert list(kept) == sorted(importance.argsort(descending=True, stable=True)[:48].tolist())
 
 
-def test_a_plan_with_a_hidden_size_is_found() -> None:
-    """On a machine where nothing but the hidden size saves time."""
-    model = get_peft_model(build(LM_ROW), HawAdaConfig(gates=("heads", "ffn", "layers", "hidden")))
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("refit", [False, True])
+def test_a_plan_with_a_hidden_size_is_found(rotate: bool, refit: bool) -> None:
+    """On a machine where nothing but the hidden size saves time; of channels, and of directions of a basis."""
+    model = get_peft_model(build(LM_ROW), HawAdaConfig(gates=("heads", "ffn", "layers", "hidden"), rotate=rotate))
     seen: set[int | None] = set()
 
     def ms(shape: Shape) -> float:
         seen.add(shape.hidden_size)
         return 1.0 + (shape.hidden_size or 64) / 8
 
-    batches = [inputs_of(model)]
+    batches = [{"input_ids": torch.randint(128, (6, 16), generator=torch.Generator().manual_seed(0))}]
+    if rotate:
+        init_basis(model, batches)
     budget = LatencyBudget(speedup=1.2, mode="prefill", seq_len=8)
     effort = once(by_shape(ms), **SMALL)
-    result = find_plan(model, budget, batches, hidden_sizes=[48, 32], effort=effort)
+    result = find_plan(model, budget, batches, hidden_sizes=[48, 32], effort=effort, refit=refit)
     assert seen == {64, 48, 32}
     assert result.best.shape.hidden_size == 48
     assert result.speedup == pytest.approx(9 / 7)
     assert result.plan.shape == result.best.shape
+    assert result.plan.rotated == rotate
     model.apply_plan(result.plan)
     masked = logits_of(model)
     assert difference(logits_of(model.merge_and_unload()), masked) <= 1e-5

@@ -122,21 +122,6 @@ def test_estimates_are_vectorised(table: LatencyTable) -> None:
     np.testing.assert_allclose(many, [table.estimate(shape) for shape in shapes])
 
 
-def test_the_expected_latency_agrees_and_has_gradients(table: LatencyTable) -> None:
-    def sizes(heads: float, groups: float, ffn: float, layers: float) -> list[torch.Tensor]:
-        each = [torch.full((8,), value, dtype=torch.float64, requires_grad=True) for value in (heads, groups, ffn)]
-        return [*each, torch.full((8,), layers, dtype=torch.float64, requires_grad=True)]
-
-    def expected(values: list[torch.Tensor]) -> torch.Tensor:
-        return table.expected(heads=values[0], kv_groups=values[1], ffn=values[2], layers=values[3])
-
-    assert expected(sizes(8, 2, 512, 1.0)).item() == pytest.approx(table.estimate(Shape(8, 2, 512, 8)))
-    values = sizes(9.3, 3.1, 777.0, 0.8)
-    assert torch.autograd.gradcheck(lambda *each: expected(list(each)), values)
-    expected(values).backward()
-    assert all(value.grad is not None and (value.grad > 0).all() for value in (values[0], *values[2:]))
-
-
 def test_shapes_that_were_realised_correct_the_table(table: LatencyTable) -> None:
     slower = [Realised(point.shape, 1.2 * point.ms) for point in table.realised]
     corrected = table.with_realised(slower)
@@ -153,12 +138,6 @@ def test_noise_never_leads_below_zero(table: LatencyTable) -> None:
     assert (estimates > 0).all()
     assert (estimates.diff() > 0).all()
     assert all(np.isfinite(error) for error in noisy.errors.values())
-    layers = torch.full((8,), 0.2, dtype=torch.float64, requires_grad=True)
-    one = torch.ones(8, dtype=torch.float64)
-    expected = noisy.expected(heads=one, kv_groups=one, ffn=8 * one, layers=layers)
-    (gradient,) = torch.autograd.grad(expected, layers)
-    assert expected > 0
-    assert (gradient > 0).all()
 
 
 def test_a_table_survives_json(table: LatencyTable, tmp_path: Path) -> None:

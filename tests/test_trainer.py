@@ -24,6 +24,7 @@ LABELLED = [row | {"labels": row["input_ids"]} for row in DATA]
 def arguments(folder: Path, **options: Any) -> GateTrainingArguments:
     fixed = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
     defaults = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 0.3, "save_strategy": "no"}
+    defaults["keep_better"] = "never"  # what training does is what these tests are about
     return GateTrainingArguments(str(folder), **(fixed | defaults | {"lr_scheduler_type": "constant"} | options))
 
 
@@ -40,7 +41,7 @@ def thetas(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> HawAdaTrainer:
-    options = {"mse_weight": 0.1, "relaxation": "sigmoid", "calibration_examples": 0}
+    options = {"mse_weight": 0.1, "relaxation": "hard_concrete", "calibration_examples": 0}
     trainer = trainer_of(tmp_path_factory.mktemp("trained"), **options)
     trainer.train()
     return trainer
@@ -70,10 +71,6 @@ def test_terms_of_the_loss_are_logged(trained: HawAdaTrainer) -> None:
     assert len(logged(trained, "size")) == 3  # the soft half
     first = trained.state.log_history[0]
     assert first["loss"] == pytest.approx(first["kl"] + 0.1 * first["mse"] + 10 * first["size"], rel=1e-4)
-
-
-def test_first_divergence_is_zero(trained: HawAdaTrainer) -> None:
-    assert logged(trained, "kl")[0] == pytest.approx(0, abs=1e-6)
 
 
 def test_evaluation_is_that_of_the_slim_model(trained: HawAdaTrainer) -> None:
@@ -117,14 +114,14 @@ def test_training_lowers_the_divergence_under_the_plan(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("fraction", "soft"), [(0.0, 0), (0.5, 3), (1.0, 6)])
 def test_soft_fraction_says_when_the_gates_decide(tmp_path: Path, fraction: float, soft: int) -> None:
-    trainer = trainer_of(tmp_path, soft_fraction=fraction, relaxation="sigmoid")
+    trainer = trainer_of(tmp_path, soft_fraction=fraction, relaxation="hard_concrete")
     trainer.train()
     assert len(logged(trainer, "size")) == soft
     assert trainer.decided
 
 
 def test_size_penalty_closes_gates(tmp_path: Path) -> None:
-    options = {"soft_fraction": 1.0, "relaxation": "sigmoid", "calibration_examples": 0}
+    options = {"soft_fraction": 1.0, "relaxation": "hard_concrete", "calibration_examples": 0}
     means = []
     for weight in (0.0, 10.0):
         trainer = trainer_of(tmp_path, size_weight=weight, **options)

@@ -25,9 +25,9 @@ def trainer_of(folder: Path, model: PeftModel | None = None, **options: Any) -> 
 
 def test_all_bad_arguments_are_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(HawAdaError) as caught:
-        HawAdaTrainer(nn.Linear(2, 2), None, search_options={"rounds": 3})
+        HawAdaTrainer(nn.Linear(2, 2), TrainingArguments(str(tmp_path), learning_rate=-1.0))
     found = str(caught.value)
-    facts = ["get_peft_model", "Linear", "`shape`, `keep_ratio` and `budget`", "['rounds']"]
+    facts = ["get_peft_model", "Linear", "`shape`, `keep_ratio` and `budget`", "learning_rate"]
     assert [fact for fact in facts if fact not in found] == []
     assert len(found.splitlines()) == 3
 

@@ -44,20 +44,6 @@ def table_of(model: PeftModel) -> LatencyTable:
     return toy_table(layout.dense, launch=0.2, arithmetic=1.0, model=layout.fingerprint())
 
 
-def lagrange(folder: Path, relaxation: str = "sigmoid", **options: Any) -> HawAdaTrainer:
-    search = {"table": table_of(fresh()), "effort": effort_of(candidates=1, search_rounds=3)}
-    options = {"relaxation": relaxation, "anchor_steps": 2} | search | options
-    return small(folder, shape=None, budget=BUDGET, constraint="lagrange", **options)
-
-
-def leaning() -> PeftModel:
-    """A model whose gates are well open, but not all: another shape than the dense one is nearest."""
-    model = gate(build(LM_ROW))
-    for found in collect_gates(model).values():
-        found.theta.data.add_(2.0)
-    return model
-
-
 def effort_of(**changes: Any) -> Effort:
     """A machine on which all but the dense shape take 1.2 times what the table says."""
     return once(by_table(table_of(fresh()), 1.2), **changes)
@@ -124,7 +110,8 @@ def test_without_a_soft_part(tmp_path: Path, warmup: float, soft: float, open_st
     model = gate(build(LM_ROW))
     kl_open = divergence(masked_logits(model), model)
     args = {"learning_rate": 0.0, "per_device_train_batch_size": 8}
-    trainer = small(tmp_path, model=model, warmup_fraction=warmup, soft_fraction=soft, relaxation="sigmoid", args=args)
+    options = {"warmup_fraction": warmup, "soft_fraction": soft, "relaxation": "hard_concrete"}
+    trainer = small(tmp_path, model=model, args=args, **options)
     trainer.train()
     kl_hard = divergence(masked_logits(model), model)
     assert logged(trainer, "kl") == pytest.approx([kl_open] * open_steps + [kl_hard] * (4 - open_steps), rel=1e-4)
@@ -152,7 +139,7 @@ def test_evaluation_while_soft_is_that_of_the_slim_model_of_that_moment(tmp_path
     assert callback.found[0] == pytest.approx(callback.found[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("relaxation", ["straight_through", "sigmoid"])
+@pytest.mark.parametrize("relaxation", ["straight_through", "closing"])
 def test_evaluation_changes_nothing_of_training(tmp_path: Path, relaxation: str) -> None:
     ends = []
     for evaluate in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
@@ -170,7 +157,7 @@ def test_callbacks_see_the_logs(tmp_path: Path) -> None:
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             seen.append(dict(logs))
 
-    options = {"bimodality_weight": 0.5, "floor_weight": 2.0, "keep_floor": 1.0, "relaxation": "sigmoid"}
+    options = {"bimodality_weight": 0.5, "floor_weight": 2.0, "keep_floor": 1.0, "relaxation": "hard_concrete"}
     small(tmp_path, callbacks=[Log()], **options).train()
     weights = {"kl": 1.0, "size": 10.0, "bimodality": 0.5, "floor": 2.0}
     for logs in seen[:2]:
@@ -227,49 +214,10 @@ def test_a_budget_cuts_fresh_gates_by_their_importance(tmp_path: Path) -> None:
     assert any(kept != tuple(range(len(kept))) for kept in units)  # alike, all would lose their last ones
 
 
-@pytest.mark.parametrize("relaxation", DRAWN)
-def test_a_latency_is_bound_by_a_multiplier(tmp_path: Path, law: LatencyTable, relaxation: str) -> None:
-    trainer = lagrange(tmp_path, relaxation, warmup_fraction=0.25, soft_fraction=0.75)
-    trainer.train()
-    assert trainer.decided
-    assert trainer.model.applied_plan().shape == trainer.target
-    assert len(logged(trainer, "latency")) == 2  # between warm-up and decision
-    assert len(logged(trainer, "estimate_ms")) == len(logged(trainer, "multiplier")) == 3
-    multiplier = logged(trainer, "multiplier")
-    assert multiplier[0] == 0 < multiplier[1]
-    assert len(logged(trainer, "measured_ms")) == 2
-    for name in ("keep_heads", "keep_ffn", "keep_layers"):
-        assert len(logged(trainer, name)) == 4
-    assert logged(trainer, "size") == []
-
-
-def test_the_latency_ends_within_the_budget(tmp_path: Path, law: LatencyTable) -> None:
-    trainer = lagrange(tmp_path, model=leaning(), args={"max_steps": 8, "learning_rate": 0.5}, soft_fraction=1.0)
-    trainer.train()
-    assert 1.2 * law.estimate(trainer.target) <= law.dense_ms / 1.5
-    estimates = logged(trainer, "estimate_ms")
-    assert estimates[-1] < 0.95 * max(estimates)
-
-
-@pytest.mark.parametrize(
-    ("options", "facts"),
-    [
-        ({"relaxation": "closing"}, r"needs a relaxation of \['sigmoid', 'hard_concrete'\], got 'closing'"),
-        ({"budget": LatencyBudget(max_parameters=10)}, "limit on latency"),
-        ({"refit": True}, "neither hidden_sizes nor refit"),
-    ],
-)
-def test_bad_lagrange_arguments_are_refused(tmp_path: Path, options: dict[str, Any], facts: str) -> None:
-    given = {"shape": None, "budget": BUDGET, "constraint": "lagrange", "relaxation": "sigmoid"} | options
-    with pytest.raises(HawAdaError, match=facts):
-        small(tmp_path, **given)
-
-
 def test_an_unreachable_latency_fails_before_training(tmp_path: Path) -> None:
     search = {"table": table_of(fresh()), "effort": effort_of()}
     budget = LatencyBudget(speedup=1000, mode="prefill", seq_len=8)
-    options = {"constraint": "lagrange", "relaxation": "sigmoid"} | search
-    trainer = small(tmp_path, shape=None, budget=budget, **options)
+    trainer = small(tmp_path, shape=None, budget=budget, **search)
     with pytest.raises(InfeasibleBudgetError, match="binding: latency"):
         trainer.train()
     assert trainer.state.global_step == 0
@@ -279,13 +227,13 @@ def test_an_unreachable_latency_fails_before_training(tmp_path: Path) -> None:
 
 
 def ends_of(trainer: HawAdaTrainer) -> tuple[Any, ...]:
-    names = ("kl", "loss", "estimate_ms", "multiplier", "keep_ffn")
+    names = ("kl", "loss", "keep_ffn")
     history = [[entry.get(name) for name in names] for entry in trainer.state.log_history if "loss" in entry]
     return trainer.model.applied_plan(), trainer.goal.state_dict(), torch.get_rng_state().tolist(), history
 
 
 @pytest.mark.parametrize("interrupted", [1, 3], ids=["while soft", "after the decision"])
-@pytest.mark.parametrize("relaxation", ["straight_through", "sigmoid", "hard_concrete"])
+@pytest.mark.parametrize("relaxation", ["straight_through", "closing", "hard_concrete"])
 def test_every_relaxation_resumes_bit_exactly(tmp_path: Path, relaxation: str, interrupted: int) -> None:
     args = SAVED | {"save_steps": interrupted, "max_steps": 4}
     whole = small(tmp_path / "whole", relaxation=relaxation, args=args)
@@ -298,29 +246,7 @@ def test_every_relaxation_resumes_bit_exactly(tmp_path: Path, relaxation: str, i
     assert ends_of(resumed) == expected
 
 
-@pytest.mark.parametrize("interrupted", [2, 4], ids=["while soft", "after the decision"])
-@pytest.mark.parametrize("relaxation", DRAWN)
-def test_a_multiplier_resumes_bit_exactly(
-    tmp_path: Path, law: LatencyTable, relaxation: str, interrupted: int
-) -> None:
-    args = SAVED | {"save_steps": interrupted, "max_steps": 5}
-    options = {"args": args, "soft_fraction": 0.6, "anchor_steps": 1}
-    whole = lagrange(tmp_path / "whole", relaxation, model=leaning(), **options)
-    whole.train()
-    expected = ends_of(whole)
-    torch.manual_seed(123)
-    resumed = lagrange(tmp_path / "resumed", relaxation, **options)
-    checkpoint = tmp_path / "whole" / f"checkpoint-{interrupted}"
-    saved = json.loads((checkpoint / STATE_FILE).read_text())["goal"]["constraint"]
-    assert saved["multiplier"] > 0
-    assert saved["scale"] > 1
-    resumed.train(resume_from_checkpoint=str(checkpoint))
-    torch.testing.assert_close(thetas(resumed.model), thetas(whole.model), rtol=0, atol=0)
-    assert ends_of(resumed) == expected
-    assert expected[1]["constraint"]["scale"] > 1
-
-
-def test_a_searched_shape_is_not_searched_again(tmp_path: Path) -> None:
+def test_a_searched_shape_is_not_searched_again(tmp_path: Path, law: LatencyTable) -> None:
     args = SAVED | {"save_steps": 1}
     options = {"shape": None, "budget": BUDGET, "table": law, "args": args}
     whole = small(tmp_path / "whole", effort=effort_of(), **options)
@@ -334,8 +260,6 @@ def test_a_searched_shape_is_not_searched_again(tmp_path: Path) -> None:
 def test_incomplete_and_other_checkpoints_are_refused(tmp_path: Path) -> None:
     small(tmp_path / "whole", args=SAVED | {"save_steps": 1}, callbacks=[StopAt(1)]).train()
     checkpoint = tmp_path / "whole" / "checkpoint-1"
-    with pytest.raises(HawAdaError, match="another `constraint`"):
-        lagrange(tmp_path / "other").train(resume_from_checkpoint=str(checkpoint))
     (checkpoint / STATE_FILE).unlink()
     with pytest.raises(HawAdaError, match=r"hawada_state\.json is missing"):
         small(tmp_path / "again").train(resume_from_checkpoint=str(checkpoint))
@@ -409,7 +333,7 @@ def test_autocast_and_checkpointing_agree_with_plain_training(tmp_path: Path) ->
         "checkpointing": {"activation_checkpointing": True},
         "bf16": {"bf16": True},
     }.items():
-        trainer = small(tmp_path, model=gate(build(LM_ROW)), relaxation="sigmoid", args={"optim": "sgd"} | options)
+        trainer = small(tmp_path, model=gate(build(LM_ROW)), relaxation="closing", args={"optim": "sgd"} | options)
         trainer.train()
         ends[name] = logged(trainer, "loss"), thetas(trainer.model)
     assert all(torch.tensor(losses).isfinite().all() for losses, _ in ends.values())
@@ -479,12 +403,13 @@ run_program(lambda: tests.process(Path(sys.argv[2])))
 def process(folder: Path) -> None:
     """What each of two processes does."""
     torch.set_num_threads(1)
-    for name in ("shape", "latency"):
+    for name in ("shape", "budget"):
         trainer = parallel(name, folder, {"per_device_train_batch_size": 2, "ddp_backend": "gloo"})
         trainer.train()
         found = {"world": trainer.args.world_size, "plan": trainer.model.applied_plan().to_dict()}
         found |= {"goal": trainer.goal.state_dict(), "eval_loss": trainer.evaluate()["eval_loss"]}
-        found |= {each: logged(trainer, each) for each in ("loss", "kl", "multiplier")}
+        found |= {each: logged(trainer, each) for each in ("loss", "kl")}
+        found["comparison"] = None if trainer.comparison is None else trainer.comparison.to_dict()
         found["thetas"] = {each: theta.tolist() for each, theta in thetas(trainer.model).items()}
         (folder / f"{name}-{trainer.args.process_index}.json").write_text(json.dumps(found))
 
@@ -495,7 +420,8 @@ def parallel(name: str, folder: Path, args: dict[str, Any]) -> HawAdaTrainer:
         return small(folder, model=gate(build(LM_ROW)), relaxation="straight_through", args=args)
     main = os.environ.get("RANK", "0") == "0"  # only the main process has a clock
     effort = effort_of(candidates=1, search_rounds=3) if main else once(StoppedClock())
-    return lagrange(folder, model=leaning(), args=args, anchor_steps=1, effort=effort)
+    search = {"table": table_of(fresh()), "refit": False, "effort": effort}
+    return small(folder, shape=None, budget=BUDGET, keep_better="both", args=args, **search)
 
 
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None:
@@ -504,16 +430,13 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None
     two_processes(str(script), str(Path(__file__).parent), str(tmp_path))
     found = {
         name: [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in range(2)]
-        for name in ("shape", "latency")
+        for name in ("shape", "budget")
     }
     for first, second in found.values():
         assert first["world"] == 2
-        for each in ("thetas", "plan", "eval_loss", "kl", "multiplier"):
+        for each in ("thetas", "plan", "eval_loss", "kl", "goal", "comparison"):
             assert first[each] == second[each], each
-    for each in ("scale", "multiplier"):
-        first, second = (rank["goal"]["constraint"][each] for rank in found["latency"])
-        assert first == second  # the main process has timed it for both
-    assert found["latency"][0]["goal"]["constraint"]["scale"] != 1
+    assert found["budget"][0]["comparison"]["kept"] in ("start", "trained")  # the first process has compared for both
     one = parallel("shape", tmp_path / "one", {})
     one.train()
     two = found["shape"][0]

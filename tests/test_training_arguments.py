@@ -26,7 +26,7 @@ def test_every_option_has_help_and_its_default_is_right(tmp_path: Path) -> None:
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
-    wrong = {"relaxation": "open", "constraint": "none", "soft_fraction": 2, "keep_floor": -1, "anchor_steps": 0}
+    wrong = {"relaxation": "open", "keep_better": "best", "soft_fraction": 2, "keep_floor": -1}
     wrong |= {"kd_temperature": 0, "kl_weight": 0.0, "size_weight": -1, "learning_rate": -1e-3, "save_steps": -5}
     with pytest.raises(HawAdaError) as caught:
         arguments(tmp_path, gradient_accumulation_steps=0, **wrong)
@@ -44,9 +44,8 @@ def test_numbers_that_mean_nothing_are_refused(name: str, value: Any) -> None:
     assert name in "".join(gate_problems({name: value}))
 
 
-@pytest.mark.parametrize("name", ["calibration_examples", "anchor_steps"])
-def test_counts_are_whole(name: str) -> None:
-    assert "whole" in "".join(gate_problems({name: 1.5}))
+def test_counts_are_whole() -> None:
+    assert "whole" in "".join(gate_problems({"calibration_examples": 1.5}))
 
 
 def test_options_of_others_are_not_judged() -> None:
@@ -59,8 +58,3 @@ def test_options_of_others_are_not_judged() -> None:
 )
 def test_the_phases_are_in_order(warmup: float, soft: float, right: bool) -> None:
     assert (gate_problems({"warmup_fraction": warmup, "soft_fraction": soft}) == []) == right
-
-
-def test_a_multiplier_needs_gates_that_are_drawn() -> None:
-    assert gate_problems({"constraint": "lagrange"}) == []
-    assert "'sigmoid'" in "".join(gate_problems({"constraint": "lagrange", "relaxation": "closing"}))

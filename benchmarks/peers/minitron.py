@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 
 import torch
 from transformers import PreTrainedModel
@@ -46,14 +47,16 @@ def prepare_depth(work: Work) -> Prepared:
     """The calibration loss without each run of adjacent layers, for every length."""
     model = work.load()
     total = locate(model).dense.sizes()["num_hidden_layers"]
-    dropped = {0: range(0)}
-    for length in range(1, total):
+
+    @cache  # only the lengths that are asked for are worth the time
+    def run_of(length: int) -> range:
         losses = [_loss(model, work.batches, range(start, start + length)) for start in range(total - length + 1)]
         start = losses.index(min(losses))
-        dropped[length] = range(start, start + length)
+        return range(start, start + length)
 
     def cut(dense: PreTrainedModel, amount: float) -> PreTrainedModel:
-        _drop(dense, dropped[total - left(total, amount)])
+        length = total - left(total, amount)
+        _drop(dense, run_of(length) if length else range(0))
         return dense
 
     return Prepared(cut)

@@ -16,6 +16,7 @@ from ..vanilla.heads import head_of, is_bare
 from ..vanilla.mode import adapters_off, evaluating
 from ..vanilla.outputs import get_student_logits
 from .arguments import rate_problems
+from .muon import optimizer_of, optimizer_problems
 from .objective import Distillation
 from .unlabelled import UnlabelledTrainer
 
@@ -41,6 +42,8 @@ class DistillTrainer(UnlabelledTrainer):
         kd_temperature (`float`): T of the KL divergence.
         kl_weight (`float`): weight of the divergence.
         mse_weight (`float`): weight of the squared difference of logits.
+        optimizer (`str`): `"args"` for the one that `args.optim` names; `"muon"` for Muon with AdamW (`MuonAdamW`);
+            or `"auto"`, as in `recover`.
         kwargs: as in `Trainer`.
 
     Raises:
@@ -57,6 +60,7 @@ class DistillTrainer(UnlabelledTrainer):
         kd_temperature: float = 1.0,
         kl_weight: float = 1.0,
         mse_weight: float = 0.0,
+        optimizer: str = "args",
         **kwargs: Any,
     ) -> None:
         problems = [
@@ -71,7 +75,9 @@ class DistillTrainer(UnlabelledTrainer):
                 "no parameter of the model requires gradients: there is nothing to train. An adapter that was loaded "
                 "for inference is trained with PeftModel.from_pretrained(..., is_trainable=True)"
             )
-        problems += rate_problems({} if args is None else vars(args))
+        problems += rate_problems({} if args is None else vars(args)) + optimizer_problems(optimizer, args)
+        if optimizer == "muon" and {"optimizers", "optimizer_cls_and_kwargs"} & set(kwargs):
+            problems.append("give an optimizer of your own, or optimizer='muon', not both")
         try:
             self.objective: Distillation = Distillation(kd_temperature, kl_weight, mse_weight)
         except HawAdaError as error:
@@ -91,6 +97,8 @@ class DistillTrainer(UnlabelledTrainer):
         self._eval_sums: dict[str, torch.Tensor] = {}
         self._per_position: bool | None = None
         super().__init__(model, args, **kwargs)
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            self.optimizer_cls_and_kwargs = optimizer_of(optimizer, model, self.args)
         self.model_accepts_loss_kwargs = True  # the loss is scaled here, by `num_items_in_batch`
         if self.place_model_on_device and getattr(teacher, "quantization_method", None) is None:
             self._move_model_to_device(teacher, self.args.device)

@@ -148,9 +148,9 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
         if inputs is not None and output is not None and scales_through(self.base_layer):
             inputs, output = inputs * output, None  # one pass less, and no output kept for the backward pass
         if inputs is not None:
-            x = _scaled(x, inputs, feature_dim(self.get_base_layer()))
+            x = scaled(x, inputs, feature_dim(self.get_base_layer()))
         y = self._base_output(x, adapter_names, None, *args, **kwargs)
-        return y if output is None else _scaled(y, output.to(y.device))  # a shared gate may live on another device
+        return y if output is None else scaled(y, output.to(y.device))  # a shared gate may live on another device
 
     def _base_output(
         self, x: torch.Tensor, adapter_names: Iterable[str], hard: bool | None, *args: Any, **kwargs: Any
@@ -232,13 +232,13 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
 def _product(gates: Iterable[SigmoidGate | None], hard: bool | None) -> torch.Tensor | None:
     product: torch.Tensor | None = None
     for gate in gates:
-        if gate is not None:
+        if gate is not None and gate.is_factor:
             features = gate.features(hard=hard)
             product = features if product is None else product * features
     return product
 
 
-def _scaled(x: torch.Tensor, factor: torch.Tensor, dim: int = -1) -> torch.Tensor:
+def scaled(x: torch.Tensor, factor: torch.Tensor, dim: int = -1) -> torch.Tensor:
     """By one factor for all rows, (features,), or by one for each, (rows, features)."""
     return scale(x, factor, dim) if factor.ndim == 1 else scale_rows(x, factor, dim)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -11,8 +11,9 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from ..errors import UnsupportedModelError
-from .adapter import HIDDEN_UNITS, GateAdapter
+from .adapter import HIDDEN_UNITS, GateAdapter, scaled
 from .kinds import GateStart, HiddenGate, SigmoidGate
+from .stream_basis import BasisGate
 
 
 def norm_sizes(module: nn.Module) -> tuple[int, int]:
@@ -56,9 +57,71 @@ def kept_norm(norm: nn.Module, x: torch.Tensor, index: torch.Tensor) -> torch.Te
     narrow = x.index_select(-1, index)
     if isinstance(norm, nn.LayerNorm):
         y = functional.layer_norm(narrow, index.shape, kept["weight"], kept.get("bias"), norm.eps)
+    elif isinstance(norm, nn.RMSNorm):  # it keeps its size beside its weight
+        y = functional.rms_norm(narrow, index.shape, kept["weight"], norm.eps)
     else:
         y = functional_call(norm, kept, (narrow,))
     return y.new_zeros(x.shape).index_copy(-1, index, y)
+
+
+def plain_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What a norm makes of x before its weight and bias: (..., features), or of fewer features if x has fewer."""
+    ones = torch.ones(x.shape[-1], dtype=norm.get_parameter("weight").dtype, device=x.device)
+    if isinstance(norm, nn.LayerNorm):
+        return functional.layer_norm(x, ones.shape, ones, None, norm.eps)
+    if isinstance(norm, nn.RMSNorm):
+        return functional.rms_norm(x, ones.shape, ones, norm.eps)
+    return functional_call(norm, {"weight": ones}, (x,))
+
+
+def narrow_norm(norm: nn.Module, x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """
+    What a norm of only some directions makes of the stream before its weight and bias, as the slim model does.
+
+    Args:
+        norm: as in `norm_sizes`.
+        x: (..., features).
+        directions: (features, units); of a centred basis the first is zero, and counts in the norm's size.
+
+    Returns:
+        (..., units).
+    """
+    if not isinstance(norm, nn.LayerNorm):
+        return plain_norm(norm, x @ directions)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    narrow = ((wide - wide.mean(-1, keepdim=True)).to(x.dtype) @ directions).to(wide.dtype)
+    return (narrow * (narrow.square().mean(-1, keepdim=True) + norm.eps).rsqrt()).to(x.dtype)
+
+
+def norm_in_basis(
+    norm: nn.Module, x: torch.Tensor, gate: BasisGate, site: int, *, hard: bool | None = None
+) -> torch.Tensor:
+    """
+    A norm's output under a gate on directions of the stream.
+
+    Without a plan the directions of the norm's output are scaled. With one the norm knows the kept directions alone,
+    and is computed as the slim model does: their coordinates, the norm of those, and its factor. Of a centred basis
+    the first unit is the mean: 0, but counted in the size, as in the slim model's LayerNorm.
+
+    Args:
+        norm: as in `norm_sizes`.
+        x: (..., features).
+        gate: of the basis.
+        site: the norm's place among those that read the stream.
+        hard: as in `SigmoidGate.features`.
+
+    Returns:
+        A tensor like x.
+    """
+    weight, bias = norm.get_parameter("weight"), norm._parameters.get("bias")
+    index, factor = gate.kept_features(hard=hard), gate.features(hard=hard).to(x.device)
+    directions = gate.directions(index, x.dtype).to(x.device)
+    if index is None:
+        added = scaled(plain_norm(norm, x) @ directions, factor - 1) @ directions.T
+        return norm(x) + added * weight
+    factor = factor.index_select(-1, index.to(x.device)) * gate.scale(site, len(index)).to(factor)
+    y = (scaled(narrow_norm(norm, x, directions), factor) @ directions.T) * weight
+    return y if bias is None else y + bias
 
 
 class HiddenAdapter(GateAdapter):
@@ -88,6 +151,9 @@ class HiddenAdapter(GateAdapter):
         """A `HiddenGate`."""
         return {HIDDEN_UNITS: HiddenGate(self.in_features, group_size, start=start, relative=relative)}
 
+    site: int = 0
+    """The norm's place among those that read the stream; set where it is put in a model."""
+
     def share_hidden_gate(self, home: GateAdapter) -> None:
         """Use the gate that lives in `home` for every name that has none here."""
         self._gate_homes[HIDDEN_UNITS] = home
@@ -102,10 +168,26 @@ class HiddenAdapter(GateAdapter):
                 kept = index if kept is None else kept[torch.isin(kept, index)]
         return kept
 
+    def _basis(self, adapter_names: Iterable[str]) -> BasisGate | None:
+        """The gate in a basis of its own, if one of the adapters has it; then it is the only one here."""
+        found = [self.gates(name)[HIDDEN_UNITS] for name in adapter_names if HIDDEN_UNITS in self.gates(name)]
+        if not any(isinstance(gate, BasisGate) for gate in found):
+            return None
+        if len(found) > 1:
+            raise UnsupportedModelError(
+                f"the adapters {list(adapter_names)} gate the residual stream in different bases, which cannot be "
+                "combined: activate one of them at a time"
+            )
+        return cast(BasisGate, found[0])
+
     def _base_output(
         self, x: torch.Tensor, adapter_names: Iterable[str], hard: bool | None, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        index = self._kept(adapter_names, hard)
+        names = list(adapter_names)
+        basis = self._basis(names)
+        if basis is not None:
+            return norm_in_basis(self.get_base_layer(), x, basis, self.site, hard=hard)
+        index = self._kept(names, hard)
         return self.base_layer(x, *args, **kwargs) if index is None else kept_norm(self.get_base_layer(), x, index)
 
     def _forward_rows(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:

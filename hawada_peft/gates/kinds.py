@@ -67,6 +67,9 @@ class SigmoidGate(nn.Module):
         torch.Size([2, 3, 8])
     """
 
+    is_factor = True
+    """Whether it multiplies features of the module that it is on, and so folds into that one's weights."""
+
     def __init__(
         self,
         shape: int | tuple[int, ...],
@@ -270,11 +273,18 @@ class HiddenGate(ChannelGate):
         self.index: torch.Tensor | None
         self.register_buffer("index", None, persistent=False)
 
+    in_basis = False
+    """Whether its units are directions of a basis of the stream, not channels."""
+
     def set_plan(self, kept: torch.Tensor | None, *, in_training: bool = False) -> None:
         """As in `SigmoidGate`."""
         super().set_plan(kept, in_training=in_training)
         # Looked up once: it is needed at every norm, and finding it makes the host wait for the device.
         self.index = None if self.kept is None else self.kept.repeat_interleave(self.group_size).nonzero()[:, 0]
+
+    def ranked(self, scores: torch.Tensor, *, trained: bool = True) -> torch.Tensor:
+        """Scores of the units, (units,), by which they are chosen; `trained` if they are the gates' own values."""
+        return scores
 
     def kept_features(self, *, hard: bool | None = None) -> torch.Tensor | None:
         """The indices of the features that the plan keeps, or None for all; `hard` as in `features`."""

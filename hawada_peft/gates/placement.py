@@ -9,7 +9,8 @@ import torch
 from ..errors import InvalidPlanError
 from ..vanilla.family import HEADS, Layout
 from .adapter import BLOCK, LAYER, UNITS
-from .kinds import BlockGate, ChannelGate, GateStart, HeadGate, SigmoidGate
+from .kinds import BlockGate, ChannelGate, GateStart, HeadGate, HiddenGate, SigmoidGate
+from .stream_basis import BasisGate
 
 Masks = list[tuple[SigmoidGate, torch.Tensor | None]]
 
@@ -41,6 +42,22 @@ def family_gates(
     if "layers" in kinds:
         gates[LAYER] = BlockGate(start=start, relative=True)
     return gates
+
+
+def stream_gate(layout: Layout, *, centred: bool | None, group_size: int, start: GateStart) -> HiddenGate:
+    """
+    A new gate on the residual stream.
+
+    Args:
+        layout: the model's row and sizes.
+        centred: for one on directions of the stream, whether LayerNorms read it; None for one on its channels.
+        group_size: neighbouring units per gate.
+        start: how the gates start.
+    """
+    if centred is None:
+        return HiddenGate(layout.hidden_size, group_size, start=start, relative=True)
+    sites = len(layout.norms)
+    return BasisGate(layout.hidden_size, group_size, sites=sites, centred=centred, start=start, relative=True)
 
 
 def masks_of(gates: Mapping[str, SigmoidGate], kept: Sequence[int] | None, total: int, what: str) -> Masks:

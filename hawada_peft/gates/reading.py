@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
@@ -76,12 +75,6 @@ class ExpectedSizes:
     kv_groups: torch.Tensor
     ffn: torch.Tensor
     layers: torch.Tensor
-
-    def mean(self) -> np.ndarray:
-        """(query heads, KV groups, FFN channels) of the average layer that stays, and the number of layers."""
-        part = (self.layers / self.layers.sum().clamp(min=1e-6)).detach()
-        widths = [float((part * axis.detach()).sum()) for axis in (self.heads, self.kv_groups, self.ffn)]
-        return np.array([*widths, float(self.layers.detach().sum())])
 
 
 def expected_sizes(model: nn.Module, layout: Layout, adapter_name: str) -> ExpectedSizes:
@@ -172,6 +165,7 @@ class UnitScores:
         group_size: neighbouring channels that stay or go together.
         hidden: (channels of the residual stream,).
         hidden_group: neighbouring ones of these that stay or go together.
+        rotated: these are directions of a basis, not channels.
     """
 
     heads: Scores
@@ -180,6 +174,7 @@ class UnitScores:
     group_size: int = 1
     hidden: torch.Tensor | None = None
     hidden_group: int = 1
+    rotated: bool = False
 
 
 def gate_scores(model: nn.Module, layout: Layout, adapter_names: Sequence[str]) -> UnitScores:
@@ -192,13 +187,15 @@ def gate_scores(model: nn.Module, layout: Layout, adapter_names: Sequence[str]) 
     layers = layers_of(model, layout, adapter_names)
     sizes = [gate.group_size for layer in layers for gate in layer.ffn if isinstance(gate, ChannelGate)]
     stream = [gate for name in adapter_names if (gate := hidden_gate(model, layout, name)) is not None]
+    hidden = _product(stream)
     return UnitScores(
         heads=tuple(_product(layer.heads) for layer in layers),
         channels=tuple(_product(layer.ffn) for layer in layers),
         layers=tuple(_product(layer.whole) for layer in layers),
         group_size=math.lcm(*sizes),
-        hidden=_product(stream),
+        hidden=None if hidden is None else stream[0].ranked(hidden),
         hidden_group=math.lcm(*(gate.group_size for gate in stream)),
+        rotated=any(gate.in_basis for gate in stream),
     )
 
 

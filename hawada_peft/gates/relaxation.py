@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..errors import HawAdaError
-
 
 class Relaxation(ABC):
     """How the values of gates follow from their logits while training is soft."""
@@ -22,10 +20,8 @@ class Relaxation(ABC):
     draws_to_size = True
     """Whether the gates have to be drawn to their sizes by a penalty; otherwise the approached plan does it."""
 
-    @property
-    def reorders(self) -> bool:
-        """Whether units may change places while training is soft."""
-        return True
+    reorders = True
+    """Whether units may change places while training is soft."""
 
     @abstractmethod
     def at(self, progress: float) -> Relaxation:
@@ -54,80 +50,60 @@ class Relaxation(ABC):
 class Closing(Relaxation):
     """
     Units outside the approached plan are closed gradually: their factor is `leak * g / g_start`, with a leak that
-    falls from 1 to 0 in a straight line. All gates are trained on, as scales of what is left.
+    falls from 1 to 0 in a straight line. All gates are trained on, as scales of what is left; no unit comes back.
 
     Gradual closing follows Zhu, Gupta, "To prune, or not to prune" (2018), with a factor in the place of a count.
 
     Args:
         leak (`float`): in [0, 1].
-        straight_through (`bool`): pass the gradient on to a closing unit as if it were open, so that it can come back
-            (Bengio, Leonard, Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", 2013).
     """
 
     leak: float = 1.0
-    straight_through: bool = False
     draws_to_size = False
+    reorders = False
     _leak: torch.Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_leak", _number(self.leak))
 
-    @property
-    def reorders(self) -> bool:
-        """Only with `straight_through`: what is on its way out has no other way back."""
-        return self.straight_through
-
     def at(self, progress: float) -> Closing:
         """The leak is what is left of the soft part."""
-        return Closing(leak=1.0 - progress, straight_through=self.straight_through)
+        return Closing(leak=1.0 - progress)
 
     def factor(self, logits: torch.Tensor, start: float, kept: torch.Tensor | None) -> torch.Tensor:
         """As in the base class."""
-        value = torch.sigmoid(logits) / torch.sigmoid(torch.full_like(logits, start, requires_grad=False))
-        if kept is None:
-            return value
-        closed = torch.where(kept.to(value.device), value, value * self._leak)
-        return value + (closed - value).detach() if self.straight_through else closed
+        value = _relative(logits, start)
+        return value if kept is None else torch.where(kept.to(value.device), value, value * self._leak)
 
     def open_probability(self, logits: torch.Tensor, start: float) -> torch.Tensor:
         """`g / g_start`, at most 1."""
-        return _at_most_one(self.factor(logits, start, None))
+        return _at_most_one(_relative(logits, start))
 
 
 @dataclass(frozen=True)
-class Annealed(Relaxation):
+class StraightThrough(Relaxation):
     """
-    A sigmoid whose temperature falls geometrically: `sigmoid(logit / t) / sigmoid(start / t)`.
+    A deterministic mask: the pass forward is exactly that of the plan that the gates would get now, made anew at every
+    step; gradients are those of open units, so that what is closed can come back.
 
     References:
-        Savarese, Silva, Maire, "Winning the Lottery with Continuous Sparsification" (2020).
-
-    Args:
-        temperature (`float`): t, above 0.
-        last (`float`): t at the end of the soft part.
+        Bengio, Leonard, Courville, "Estimating or Propagating Gradients Through Stochastic Neurons" (2013).
     """
 
-    temperature: float = 1.0
-    last: float = 0.2
-    _temperature: torch.Tensor = field(init=False, repr=False, compare=False)
+    draws_to_size = False
 
-    def __post_init__(self) -> None:
-        if not (self.temperature > 0 and self.last > 0):
-            raise HawAdaError(f"temperatures must be above 0, got {self.temperature} and {self.last}")
-        object.__setattr__(self, "_temperature", _number(self.temperature))
-
-    def at(self, progress: float) -> Annealed:
-        """From 1 to `last`, by equal factors."""
-        return Annealed(temperature=self.last**progress, last=self.last)
+    def at(self, progress: float) -> StraightThrough:
+        """The same throughout."""
+        return self
 
     def factor(self, logits: torch.Tensor, start: float, kept: torch.Tensor | None) -> torch.Tensor:
-        """As in the base class."""
-        scaled = torch.full_like(logits, start, requires_grad=False) / self._temperature
-        return torch.sigmoid(logits / self._temperature) / torch.sigmoid(scaled)
+        """`g / g_start` of the units that are kept, 0 of the others."""
+        value = _relative(logits, start)
+        return value if kept is None else value - (value * ~kept.to(value.device)).detach()
 
     def open_probability(self, logits: torch.Tensor, start: float) -> torch.Tensor:
-        """The factor, at most 1."""
-        return _at_most_one(self.factor(logits, start, None))
+        """`g / g_start`, at most 1."""
+        return _at_most_one(_relative(logits, start))
 
 
 @dataclass(frozen=True)
@@ -171,6 +147,11 @@ def _number(value: float) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
+def _relative(logits: torch.Tensor, start: float) -> torch.Tensor:
+    """`g / g_start`."""
+    return torch.sigmoid(logits) / torch.sigmoid(torch.full_like(logits, start, requires_grad=False))
+
+
 def _at_most_one(ratio: torch.Tensor) -> torch.Tensor:
     """Clamped, with the gradient of what is not: a penalty also has to reach gates that are above their start."""
     return ratio + (ratio.clamp(max=1.0) - ratio).detach()
@@ -178,8 +159,7 @@ def _at_most_one(ratio: torch.Tensor) -> torch.Tensor:
 
 RELAXATIONS: dict[str, Relaxation] = {
     "closing": Closing(),
-    "straight_through": Closing(straight_through=True),
-    "sigmoid": Annealed(),
+    "straight_through": StraightThrough(),
     "hard_concrete": HardConcrete(),
 }
 """The relaxations by their names."""

@@ -140,29 +140,6 @@ class LatencyTable:
         raw = self.fixed_ms + layers * self._layer(groups, per_group, ffn)
         return self._corrected(raw, self._coordinates(groups * per_group, groups, ffn, layers))
 
-    def expected(
-        self, *, heads: torch.Tensor, kv_groups: torch.Tensor, ffn: torch.Tensor, layers: torch.Tensor
-    ) -> torch.Tensor:
-        """
-        The latency of expected sizes that differ per layer, differentiable: what a trainer bounds.
-
-        Args:
-            heads: (layers,) expected query heads of each layer.
-            kv_groups: (layers,) expected KV groups of each layer.
-            ffn: (layers,) expected FFN channels of each layer.
-            layers: (layers,) the probability that each layer stays.
-
-        Returns:
-            () milliseconds, float64.
-        """
-        heads, kv_groups, ffn, layers = (_tensor(value) for value in (heads, kv_groups, ffn, layers))
-        safe = kv_groups.clamp(min=1e-6)
-        raw = self.fixed_ms + (layers * self._layer(kv_groups, heads / safe, ffn)).sum()
-        depth = layers.sum()
-        part = layers / depth.clamp(min=1e-6)
-        where = self._coordinates((part * heads).sum(), (part * kv_groups).sum(), (part * ffn).sum(), depth)
-        return self._corrected(raw, where)
-
     def with_realised(self, realised: Sequence[Realised]) -> LatencyTable:
         """
         The table corrected by more shapes that were timed as a whole: the affine fit is made anew, by least squares on

@@ -87,14 +87,14 @@ def frontier(facts: SlimFacts) -> Picture | None:
         axes.set_ylim(-0.05 * top, top)
         axes.set_xlabel("latency, ms")
         axes.set_ylabel("loss before recovery")
-        _legend(figure, axes)
+        legend(figure, axes)
 
     text = (
         f"Loss against latency of {len(points)} shapes. Dense: {dense_ms:.1f} ms, loss 0. Chosen: {chosen[0]:.1f} ms, "
         f"loss {chosen[1]:.3g}. " + (f"Budget: {limit:.1f} ms. " if limit is not None else "")
     )
     text += f"{hidden} shapes of more loss lie above the picture." if hidden else ""
-    return _picture("frontier", text.strip(), draw, 3.9)
+    return picture_of("frontier", text.strip(), draw, 3.9)
 
 
 def peers(facts: SlimFacts) -> Picture | None:
@@ -115,14 +115,14 @@ def peers(facts: SlimFacts) -> Picture | None:
         axes.margins(0.18)
         axes.set_xlabel("latency, ms")
         axes.set_ylabel(quality["name"])
-        _legend(figure, axes)
+        legend(figure, axes)
 
     names = "; ".join(f"{name}: {ms:.1f} ms, {value:.4g}" for ms, value, name in others)
     text = (
         f"{quality['name']} against latency. Dense: {dense_ms:.1f} ms, {quality['dense']:.4g}. "
         f"Slim: {slim_ms:.1f} ms, {quality['slim']:.4g}. {names}."
     )
-    return _picture("peers", text, draw, 3.9)
+    return picture_of("peers", text, draw, 3.9)
 
 
 def kept(facts: SlimFacts) -> Picture | None:
@@ -153,7 +153,7 @@ def kept(facts: SlimFacts) -> Picture | None:
         f"{sizes['num_attention_heads']} query heads and {plan.shape.intermediate_size} of "
         f"{sizes['intermediate_size']} FFN channels."
     )
-    return _picture("kept", text, draw, min(9.0, 1.3 + 0.24 * count))
+    return picture_of("kept", text, draw, min(9.0, 1.3 + 0.24 * count))
 
 
 def gates(facts: SlimFacts) -> Picture | None:
@@ -186,7 +186,7 @@ def gates(facts: SlimFacts) -> Picture | None:
         for axis in axes_there
     )
     text = f"One line per layer over {steps[-1]} steps: what is kept, and the mean gate. In the end: {ends}."
-    return _picture("gates", text, draw, 0.7 + 1.6 * len(axes_there))
+    return picture_of("gates", text, draw, 0.7 + 1.6 * len(axes_there))
 
 
 def training(facts: SlimFacts) -> Picture | None:
@@ -223,7 +223,7 @@ def training(facts: SlimFacts) -> Picture | None:
             if limit is not None:
                 panel.axhline(limit, color=COLOURS["third"], linestyle="--", label="budget")
             panel.set_ylabel("ms")
-            _legend(figure, panel)
+            legend(figure, panel)
         found[-1].set_xlabel("step")
 
     parts = [
@@ -231,10 +231,22 @@ def training(facts: SlimFacts) -> Picture | None:
         for name, values in (("divergence", series[loss]), ("estimated latency in ms", series["estimate_ms"]))
         if values
     ]
-    return _picture("training", f"Over training: {'; '.join(parts)}.", draw, 0.9 + 2.0 * len(panels))
+    return picture_of("training", f"Over training: {'; '.join(parts)}.", draw, 0.9 + 2.0 * len(panels))
 
 
-def _picture(name: str, text: str, draw: Callable[[Any], None], height: float) -> Picture:
+def picture_of(name: str, text: str, draw: Callable[[Any], None], height: float) -> Picture:
+    """
+    A picture, drawn once for the page and for a file.
+
+    Args:
+        name: of its file, without the ending.
+        text: what it shows, for those who do not see it.
+        draw: draws it into a matplotlib figure.
+        height: inches.
+
+    Raises:
+        HawAdaError: if matplotlib is missing.
+    """
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure
@@ -344,7 +356,7 @@ def _first_hard(entries: Sequence[Mapping[str, Any]]) -> int | None:
     return next((entry["step"] for entry in entries if entry["phase"] == "hard"), None)
 
 
-def _legend(figure: Any, axes: Any) -> None:
+def legend(figure: Any, axes: Any) -> None:
     """Above the axes, where it hides nothing."""
     axes.legend(
         loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9, labelcolor=COLOURS["ink"],

@@ -12,11 +12,14 @@ from ..planning.cut import sentence
 from . import sections
 from .figures import Picture
 from .known import AGREEMENT, SlimFacts
+from .rungs import race_section
 
 TEMPLATE = "page.html.j2"
 HOW = {
     "frontier": "What the shape was chosen from: a search for a budget. `hawada train` notes it; name the file of "
     "`hawada plan`: `hawada report --search plan.search.json`.",
+    "race": "What recovered best: `hawada train` lets plans race before a recovery, or `recover(race=Race(...))` in "
+    "Python.",
     "latency": "The latency: `hawada train` measures it, or `measure_many` and `ExportFacts(latency=...)` in Python.",
     "quality": "The quality: `hawada train` measures it, or `ExportFacts(quality=[QualityChange(...)])` in Python.",
     "peers": "Other models to compare with: `hawada report --peers`, a file of JSON lines with name, quality, and "
@@ -41,6 +44,7 @@ def page(facts: SlimFacts, pictures: Mapping[str, Picture]) -> str:
     made = []
     for name, title, make in (
         ("frontier", "What the shape was chosen from", sections.frontier),
+        ("race", "What recovered best", race_section),
         ("peers", "Beside other models", sections.peers),
         ("kept", "What was kept", sections.kept),
         ("gates", "How the gates moved", sections.gates),

@@ -85,6 +85,12 @@ class SlimFacts:
         return self.report.get("search") or (self.history or {}).get("search") or self.planned
 
     @property
+    def race(self) -> Mapping[str, Any] | None:
+        """The race that chose the plan, once it is over."""
+        race = self.report.get("race")
+        return race if race and race["winner"] is not None else None
+
+    @property
     def plan(self) -> Plan | None:
         """What was kept."""
         return Plan.from_dict(self.report["plan"]) if "plan" in self.report else None

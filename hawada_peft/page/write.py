@@ -11,6 +11,7 @@ from ..files.atomic import write_text
 from . import figures
 from .html import page
 from .known import read_facts
+from .rungs import race_picture
 
 PAGE_NAME = "report.html"
 
@@ -74,7 +75,11 @@ def write_report(
     facts = read_facts(slim, training, peers, search)
     folder = Path(slim).absolute()
     target = folder.with_name(f"{folder.name}-report") if output is None else Path(output)
-    drawers = (figures.frontier, figures.peers, figures.kept, figures.gates, figures.training) if pictures else ()
+    drawers = (
+        (figures.frontier, race_picture, figures.peers, figures.kept, figures.gates, figures.training)
+        if pictures
+        else ()
+    )
     drawn = [picture for draw in drawers if (picture := draw(facts)) is not None]
     text = page(facts, {picture.name: picture for picture in drawn})
     target.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,7 @@ class Plan:
         channels (`tuple[tuple[int, ...], ...]`): the kept FFN channels, one entry per kept layer.
         hidden (`tuple[int, ...]`, *optional*): the kept channels of the residual stream, of which `dense` states the
             number then; all if left out.
+        rotated (`bool`): `hidden` are directions of a basis of the stream, which the adapter has, not channels.
         roundings (`tuple[Rounding, ...]`): what was asked for where that is not what the plan has, and why. Plans that
             keep the same are equal, whatever was asked for.
 
@@ -43,6 +44,7 @@ class Plan:
     heads: tuple[tuple[int, ...], ...]
     channels: tuple[tuple[int, ...], ...]
     hidden: tuple[int, ...] | None = None
+    rotated: bool = False
     roundings: tuple[Rounding, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -79,6 +81,8 @@ class Plan:
                 yield from _index_problems(f"{name} of layer {layer}", row, total)
         if (self.hidden is None) != (self.dense.hidden_size is None):
             yield "the kept channels of the residual stream (hidden) and dense.hidden_size must be given together"
+        elif self.rotated and self.hidden is None:
+            yield "rotated is about kept directions of the residual stream, and hidden names none"
         elif self.hidden is not None:
             yield from _index_problems("hidden", self.hidden, self.dense.hidden_size or 0)
         per_group = self.dense.heads_per_group
@@ -158,6 +162,7 @@ class Plan:
         }
         if self.hidden is not None:
             data["hidden"] = _to_mask(self.hidden)
+            data |= {"rotated": True} if self.rotated else {}
         if self.roundings:
             data["roundings"] = [rounding.to_dict() for rounding in self.roundings]
         return data
@@ -195,6 +200,7 @@ class Plan:
             heads=tuple(tuple(row) for row in data["heads"]),
             channels=tuple(_from_mask(mask) for mask in data["channels"]),
             hidden=None if data.get("hidden") is None else _from_mask(data["hidden"]),
+            rotated=data.get("rotated", False),
             roundings=roundings,
         )
 

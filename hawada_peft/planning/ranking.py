@@ -55,7 +55,14 @@ def rank(layout: Layout, scores: UnitScores, shape: Shape) -> Plan:
             channels.append(tuple(_top(values, wanted["intermediate_size"])))
         else:
             channels.append(tuple(range(dense["intermediate_size"])))
-    return Plan(dense=dense_shape, layers=tuple(layers), heads=tuple(heads), channels=tuple(channels), hidden=hidden)
+    return Plan(
+        dense=dense_shape,
+        layers=tuple(layers),
+        heads=tuple(heads),
+        channels=tuple(channels),
+        hidden=hidden,
+        rotated=scores.rotated and hidden is not None,
+    )
 
 
 def _top_layers(depth: torch.Tensor, count: int, stages: Sequence[tuple[int, int]]) -> list[int]:

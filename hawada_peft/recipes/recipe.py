@@ -14,6 +14,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 
 from ..config import HawAdaConfig
 from ..distil.arguments import rate_problems
+from ..distil.muon import optimizer_problems
 from ..distil.objective import Distillation
 from ..errors import HawAdaError
 from ..latency.budget import LatencyBudget
@@ -22,11 +23,15 @@ from ..latency.effort import Effort
 from ..latency.regime import DTYPES
 from ..latency.toy import ToyClock
 from ..planning.sizes import ratio_problems
+from ..race.race import Race
 from ..training.arguments import GateTrainingArguments, gate_problems
 from ..vanilla.shape import Shape
 from .document import parsed, read_mapping, shown
 from .schema import checked, fields_of, sections, unknown_names
 from .settings import DataSource, ReconstructionStep
+
+ENOUGH = 100
+"""Steps of a recovery from which on there is a race unless the recipe says otherwise."""
 
 GOALS = ("budget", "shape", "keep_ratio")
 CLOCKS: dict[str, Callable[[], Clock]] = {"real": Clock, "toy": ToyClock}
@@ -56,6 +61,9 @@ class Recipe:
         reconstruction (`dict`, *optional*): `examples` and `batch_size` of the least squares; none if left out.
         recovery (`dict`, *optional*): options of `recover` and fields of `TrainingArguments`; none if left out.
             `lora` holds fields of `LoraConfig`; all weights are trained without it.
+        race (`dict` or `bool`, *optional*): fields of `Race`: the plan of the gates races against others for what
+            recovers best, within the budget. Left out, there is a race where there are a budget and a recovery of
+            `ENOUGH` steps; `false` for none.
         dtype (`str`): of the weights in training: `"auto"` is what they were saved in.
         save_dtype (`str`, *optional*): of the slim model; `dtype` if left out.
         seed (`int`): of both trainings.
@@ -81,6 +89,7 @@ class Recipe:
     training: dict[str, Any] | None = None
     reconstruction: dict[str, Any] | None = None
     recovery: dict[str, Any] | None = None
+    race: dict[str, Any] | bool | None = None
     dtype: str = "auto"
     save_dtype: str | None = None
     seed: int = 0
@@ -88,8 +97,8 @@ class Recipe:
     def __post_init__(self) -> None:
         problems: list[str] = []
         allowed = sections()
-        for name in ("data", "budget", "shape", "search", "gates", "training", "reconstruction", "recovery"):
-            if getattr(self, name) is not None:
+        for name in ("data", "budget", "shape", "search", "gates", "training", "reconstruction", "recovery", "race"):
+            if getattr(self, name) is not None and not (name == "race" and isinstance(self.race, bool)):
                 section = _checked_deep(name, getattr(self, name), allowed, problems)
                 object.__setattr__(self, name, section)
         problems += self._problems()
@@ -172,6 +181,26 @@ class Recipe:
         fields_of_lora = (self.recovery or {}).get("lora")
         return None if fields_of_lora is None else LoraConfig(**fields_of_lora)
 
+    def racing(self) -> Race | None:
+        """
+        The race before the recovery, if there is one.
+
+        Raises:
+            HawAdaError: with every impossible number; or if there is no recovery to race for.
+        """
+        if self.race is False:
+            return None
+        steps = (self.recovery or {}).get("max_steps")
+        if self.race is None and (self.recovery is None or self.budget is None or (steps or ENOUGH) < ENOUGH):
+            return None
+        if self.recovery is None:
+            raise HawAdaError("a race is for what recovers best: give a recovery, or race: false")
+        given = dict(self.race) if isinstance(self.race, Mapping) else {}
+        if "preparations" in given:
+            given["preparations"] = tuple(given["preparations"])
+        budget = None if self.budget is None else LatencyBudget(**self.budget)
+        return Race(budget, effort=self.effort(), **given)
+
     def arguments(self, section: str, folder: Path) -> TrainingArguments:
         """
         The training arguments of `training` or `recovery`.
@@ -181,8 +210,11 @@ class Recipe:
         """
         cls = GateTrainingArguments if section == "training" else TrainingArguments
         given = {name: value for name, value in (getattr(self, section) or {}).items() if name in fields_of(cls)}
+        defaults = DEFAULTS | {"seed": self.seed}
+        if section == "training":  # by what becomes of the gates afterwards
+            defaults["keep_better"] = "sliced" if self.reconstruction is None else "refitted"
         try:
-            return cls(output_dir=str(folder), **(DEFAULTS | {"seed": self.seed} | given))
+            return cls(output_dir=str(folder), **(defaults | given))
         except (TypeError, ValueError, ImportError) as error:
             raise HawAdaError(f"{section}: {error}") from None
 
@@ -221,6 +253,11 @@ class Recipe:
         if self.reconstruction is not None:
             refit = ReconstructionStep(**self.reconstruction)
             steps.append(f"refit the output projections on {refit.examples} examples")
+        race = self.racing()
+        if race is not None:
+            steps.append(
+                f"let the plan and at most {race.plans} others race with short recoveries; what recovers best goes on"
+            )
         if self.recovery is not None:
             weights = "all weights" if self.recovery.get("lora") is None else "LoRA"
             steps.append(f"distil the dense model into the slim one{_length(self.recovery)}: {weights}")
@@ -270,8 +307,11 @@ class Recipe:
             "reconstruction": lambda: ReconstructionStep(**(self.reconstruction or {})),
             "recovery.lora": self.lora,
             "training": lambda: _refuse(gate_problems(self.training or {}) + rate_problems(self.training or {})),
-            "recovery": lambda: _refuse(rate_problems(self.recovery or {})),
+            "recovery": lambda: _refuse(
+                rate_problems(self.recovery or {}) + optimizer_problems(self.options().get("optimizer", "auto"))
+            ),
             "recovery loss": lambda: _objective(self.options()),
+            "race": self.racing,
         }
 
 

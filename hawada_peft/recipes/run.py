@@ -35,6 +35,7 @@ from ..latency.runner import check_call
 from ..latency.timing import Timing
 from ..planning.plan import Plan
 from ..progress import Progress
+from ..race.record import RaceRecord
 from ..refit.reconstruction import Reconstruction
 from ..search.timed import regime_of
 from ..shipping.facts import ExportFacts, calibration_facts
@@ -119,7 +120,9 @@ def _run(recipe: Recipe, record: Record, arguments: tuple[TrainingArguments, Tra
     model.to(args.device)
     plan: Plan = cast(Any, model).applied_plan()
     facts = _Facts(record.stage("gates") or {})
-    slim, dense = _cut(recipe, record, model, plan, recovery_args, (train, held_out), facts)
+    slim, dense = _cut(recipe, record, model, recovery_args, (train, held_out), facts)
+    if facts.race is not None and facts.race.best is not None:
+        plan = facts.race.best.plan
     return _save(recipe, record, (dense, slim), plan, held_out, facts)
 
 
@@ -146,6 +149,7 @@ class _Facts:
     def __init__(self, losses: Mapping[str, float]) -> None:
         self.losses = dict(losses)
         self.reconstruction: Reconstruction | None = None
+        self.race: RaceRecord | None = None
         self.calibration: dict[str, Any] | None = None
 
 
@@ -204,7 +208,6 @@ def _cut(
     recipe: Recipe,
     record: Record,
     model: PeftModel,
-    plan: Plan,
     args: TrainingArguments,
     data: tuple[Dataset[Example], Dataset[Example]],
     facts: _Facts,
@@ -226,19 +229,20 @@ def _cut(
         eval_dataset=held_out,
         lora=recipe.lora(),
         calibration=calibration,
+        race=recipe.racing() or False,
         callbacks=[_Evaluations(facts)],
         resume_from_checkpoint=record.checkpoint("recovery"),
         **recipe.options(),
     )
-    facts.reconstruction = slimmed.reconstruction
+    facts.reconstruction, facts.race = slimmed.reconstruction, slimmed.race
     return slimmed.model, base
 
 
 def _calibration(recipe: Recipe, train: Dataset[Example], facts: _Facts) -> list[Example] | None:
-    """This process's share of the calibration batches."""
-    if recipe.reconstruction is None:
+    """This process's share of the calibration batches, if a reconstruction or a race needs them."""
+    if recipe.reconstruction is None and recipe.racing() is None:
         return None
-    step, state = ReconstructionStep(**recipe.reconstruction), PartialState()
+    step, state = ReconstructionStep(**(recipe.reconstruction or {})), PartialState()
     batches = batches_from(train, step.examples, step.batch_size)
     facts.calibration = calibration_facts(batches)
     return batches[state.process_index :: state.num_processes]
@@ -274,6 +278,7 @@ def _save(
                 plan=plan,
                 latency=timings,
                 search=record.search(),
+                race=facts.race,
                 quality=quality,
                 reconstruction=refit,
                 calibration=facts.calibration,

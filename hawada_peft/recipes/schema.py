@@ -17,6 +17,7 @@ from ..config import HawAdaConfig
 from ..distil.recovery import recover
 from ..latency.budget import LatencyBudget
 from ..latency.effort import Effort
+from ..race.race import Race
 from ..training.arguments import GATE_OPTIONS, GateTrainingArguments
 from ..vanilla.shape import Shape
 from .document import shown
@@ -30,6 +31,7 @@ MANY = 40
 _TRAINING = {"train_dataset", "plan", "calibration"}
 _WRITTEN = {"plan", "plan_in_training", "base_sizes", "peft_type", "auto_mapping", "peft_version", "init_weights"}
 _PLACES = {"output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "local_rank"}
+_RACE = {"budget", "search", "effort", "latencies"}
 
 
 def keywords(function: Any, *, leave_out: Collection[str] = ()) -> Hints:
@@ -68,8 +70,11 @@ def sections() -> dict[str, Hints]:
         "gates.lora": fields_of(LoraConfig),
         "training": own | arguments,
         "reconstruction": fields_of(ReconstructionStep),
-        "recovery": keywords(recover, leave_out=_TRAINING | _PLACES | {"inputs"}) | {"lora": mapping} | arguments,
+        "recovery": keywords(recover, leave_out=_TRAINING | _PLACES | {"inputs", "race"})
+        | {"lora": mapping}
+        | arguments,
         "recovery.lora": fields_of(LoraConfig),
+        "race": fields_of(Race, leave_out=_RACE) | {"preparations": list[str]},
     }
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 from transformers import PreTrainedModel
 
 from ..vanilla.batches import Batch, position_mask
@@ -43,10 +43,24 @@ def divergence(
         The head's metric (`head_of`): `"kl"` and KL(dense || slim) in nats, of classes or of independent labels;
         `"mse"` and the mean squared difference of outputs that are no distribution.
     """
-    name, sums = "kl", torch.zeros(2, dtype=torch.float64, device=dense.device)
-    for batch in batches:
-        expected, found = output_of(dense, batch), output_of(slim, batch)
-        head = head_of(dense, expected)
+    pairs = ((batch, output_of(dense, batch), output_of(slim, batch)) for batch in batches)
+    return mean_divergence(dense, pairs, reduce)
+
+
+def mean_divergence(
+    model: nn.Module, pairs: Iterable[tuple[Batch, torch.Tensor, torch.Tensor]], reduce: Reduce
+) -> tuple[str, float]:
+    """
+    `divergence` of outputs.
+
+    Args:
+        model: whose outputs they are, by its class.
+        pairs: for each batch its inputs, the dense model's outputs and the other one's.
+        reduce: sums over ranks.
+    """
+    name, sums = "kl", torch.zeros(2, dtype=torch.float64, device=next(model.parameters()).device)
+    for batch, expected, found in pairs:
+        head = head_of(model, expected)
         name, loss = head.metric, head.loss()
         mask, dtype = position_mask(batch, expected.shape[:-1]), torch.promote_types(expected.dtype, torch.float32)
         for row in range(len(expected)):  # wider copies of a whole batch's logits could be larger than the model

@@ -71,6 +71,7 @@ def reconstruct(
     dampings: Sequence[float] = DAMPINGS,
     held_out: float = HELD_OUT,
     correction: float = CORRECTION,
+    coordinates: torch.Tensor | None = None,
     progress: Progress | None = None,
 ) -> Reconstruction:
     """
@@ -80,8 +81,9 @@ def reconstruct(
     what the dense block would add to the slim residual stream, plus a part of what is then still missing to the dense
     stream; what dropped layers added is asked of the FFN before them. `W' = W + (Y'X - W X'X) (X'X + D)^-1` with W the
     slim weight and D = damping * diag(X'X); moments are centred where the projection has a bias, which is refitted
-    too. At the end both models are compared on held-out batches, and the plain weights come back if the reconstructed
-    ones are not better.
+    too. Where the plan narrows the stream, the dense block cannot be asked about the slim stream: its targets are what
+    it adds to its own, in the slim stream's coordinates. At the end both models are compared on held-out batches, and
+    the plain weights come back if the reconstructed ones are not better.
 
     Holds in memory, besides both models: the hidden states of all batches in both models and twice more for the
     targets, the moments of one projection, and the plain weights of the slim model's projections. Where
@@ -97,6 +99,8 @@ def reconstruct(
         dampings: how close to stay to the weights of `slim`; chosen per projection by held-out error.
         held_out: the part of the batches (of the rows, if there is one batch) that nothing is fitted to.
         correction: the part of the error left by earlier layers that is added to the targets, from 0 to 1.
+        coordinates: (hidden size, slim hidden size), which take the dense residual stream to the slim one; the plan's
+            kept channels if left out.
         progress: makes a progress bar, as `tqdm.tqdm`; none is shown if left out.
 
     Returns:
@@ -119,6 +123,7 @@ def reconstruct(
         dampings=dampings,
         held_out=held_out,
         correction=correction,
+        coordinates=coordinates,
         progress=progress,
         reduce=all_reduced,
     )
@@ -142,6 +147,7 @@ def refit_model(
     dampings: Sequence[float] = DAMPINGS,
     held_out: float = HELD_OUT,
     correction: float = CORRECTION,
+    coordinates: torch.Tensor | None = None,
     progress: Progress | None = None,
     reduce: Reduce,
 ) -> Reconstruction:
@@ -149,7 +155,7 @@ def refit_model(
     `reconstruct` without its log and warning.
 
     Args:
-        dense, slim, plan, calibration, dampings, held_out, correction, progress: as there.
+        dense, slim, plan, calibration, dampings, held_out, correction, coordinates, progress: as there.
         reduce: sums over ranks.
     """
     problems = [f"damping must be above 0, got {damping}" for damping in dampings if not damping > 0]
@@ -167,12 +173,18 @@ def refit_model(
             "`merge_and_unload(calibration=...)` on the PEFT model, or `unload()` or merge it first"
         )
     teacher_layout, layout = locate(dense), locate(slim)
-    plan.check_base(teacher_layout.dense)
-    if plan.shape != layout.dense:
+    plan.check_base(teacher_layout.full)
+    if teacher_layout.complete(plan.shape) != teacher_layout.complete(layout.full):
         raise IncompatibleBaseError(
-            f"the plan leads to {plan.shape.to_dict()}, the slim model has {layout.dense.to_dict()}; pass the plan "
+            f"the plan leads to {plan.shape.to_dict()}, the slim model has {layout.full.to_dict()}; pass the plan "
             "that it was made with"
         )
+    if plan.rotated and coordinates is None:
+        raise HawAdaError("the plan keeps directions of a basis of the residual stream: pass their `coordinates`")
+    if plan.hidden is not None and coordinates is None:
+        coordinates = torch.eye(teacher_layout.hidden_size)[:, list(plan.hidden)]
+    if coordinates is not None:
+        coordinates = coordinates.to(slim.device)
     fitted, held = _split(calibration, slim, held_out, reduce)
     with evaluating(dense, slim), torch.no_grad():
         metric, before = divergence(dense, slim, held, reduce)
@@ -186,7 +198,9 @@ def refit_model(
         plain = {name: [p.data for p in parameters_of(module)] for name, module in projections.items()}
         applied = False
         try:
-            layers = _refit_layers(teacher, student, plan, masks, len(fitted), dampings, correction, reduce)
+            layers = _refit_layers(
+                teacher, student, plan, masks, len(fitted), dampings, correction, coordinates, reduce
+            )
             refits = tuple(
                 progress_bar(progress, iterable=layers, total=len(ends), desc="reconstructing", leave=False)
             )
@@ -208,6 +222,7 @@ def _refit_layers(
     fitted: int,
     dampings: Sequence[float],
     correction: float,
+    coordinates: torch.Tensor | None,
     reduce: Reduce,
 ) -> Iterator[Refit]:
     """Refit layer after layer; the first `fitted` batches are fitted to, the others choose the damping."""
@@ -218,7 +233,7 @@ def _refit_layers(
         gains, dense_gains = residual_gains(student, index), residual_gains(teacher, layer)
         if gains is None or dense_gains is None:
             gains = dense_gains = None
-        targets = _targets(teacher, layer, end, dense_gains)
+        targets = _targets(teacher, layer, end, dense_gains, coordinates)
         names = student.layout.attention_out(index), student.layout.ffn_out(index)
         for which, (name, wanted) in enumerate(zip(names, targets, strict=True)):
             module = as_projection(student.model.get_submodule(name), name)
@@ -227,7 +242,8 @@ def _refit_layers(
                 inputs, stream = student.inputs_at(module, index, batch, gains)
                 added = wanted[batch].output.float()
                 if dense_gains is not None:
-                    added = _local(teacher, layer, batch, which, stream, dense_gains)
+                    block = wanted[batch].block
+                    added = _local(teacher, layer, batch, which, stream, dense_gains) if block is None else block
                     added = added + wanted[batch].dropped
                     added = added + correction * (wanted[batch].output.float() - stream.float() - added)
                 rows = slice(None) if mask is None else mask.flatten()
@@ -248,13 +264,24 @@ class _Target:
         output: (batch, positions, hidden_size), its residual stream after a block; without gains the output of the
             block's projection.
         dropped: what layers that the slim model does not have added to that, float32; 0 if there are none.
+        block: what the block added to the teacher's stream, float32, where that is not the student's in width.
     """
 
     output: torch.Tensor
     dropped: torch.Tensor | float = 0.0
+    block: torch.Tensor | None = None
+
+    def narrowed(self, coordinates: torch.Tensor, block: torch.Tensor) -> _Target:
+        """In the coordinates of a narrower stream."""
+        output, block = self.output.float(), block.float()
+        matrix = coordinates.to(output)
+        dropped = self.dropped @ matrix if isinstance(self.dropped, torch.Tensor) else self.dropped
+        return _Target(output @ matrix, dropped, block @ matrix)
 
 
-def _targets(teacher: Stream, layer: int, end: int, gains: Gains) -> tuple[list[_Target], list[_Target]]:
+def _targets(
+    teacher: Stream, layer: int, end: int, gains: Gains, coordinates: torch.Tensor | None
+) -> tuple[list[_Target], list[_Target]]:
     """
     Take the teacher through a layer, and through those after it up to `end`, which the slim model does not have: what
     they add is for the FFN of the layer before them to make up for.
@@ -262,9 +289,15 @@ def _targets(teacher: Stream, layer: int, end: int, gains: Gains) -> tuple[list[
     Returns:
         Per batch the target of the attention, and that of the FFN.
     """
-    attention, ffn = [], []
+    if gains is None and coordinates is not None:
+        raise UnsupportedModelError(
+            f"layer {layer} does not add its blocks to the residual stream: what is narrower cannot be refitted to it"
+        )
+    attention, ffn, blocks = [], [], []
     for batch, stream in enumerate(teacher.hidden):
         output, from_attention, from_ffn = teacher.outputs(layer, batch)
+        if gains is not None and coordinates is not None:
+            blocks.append((gains[0] * from_attention, gains[1] * from_ffn))
         attention.append(_Target(from_attention if gains is None else stream + gains[0] * from_attention))
         ffn.append(_Target(from_ffn if gains is None else output))
         teacher.hidden[batch] = output
@@ -273,7 +306,12 @@ def _targets(teacher: Stream, layer: int, end: int, gains: Gains) -> tuple[list[
     if gains is not None and end > layer + 1:
         arrived = zip(teacher.hidden, ffn, strict=True)
         ffn = [_Target(hidden, hidden.float() - before.output.float()) for hidden, before in arrived]
-    return attention, ffn
+    if coordinates is None:
+        return attention, ffn
+    return (
+        [target.narrowed(coordinates, block) for target, (block, _) in zip(attention, blocks, strict=True)],
+        [target.narrowed(coordinates, block) for target, (_, block) in zip(ffn, blocks, strict=True)],
+    )
 
 
 def _local(

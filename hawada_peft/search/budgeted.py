@@ -54,7 +54,7 @@ def find_plan(
         refit: judge shapes by slim models that are refitted on the calibration batches (`RefittedQuality`), as
             `merge_and_unload(calibration=...)` gives them; this foretells best which shape recovers best. `False`
             judges them by closed gates alone, which is quicker and right for a merge without `calibration`. If left
-            out: by refitted models, unless gates on `"hidden"`, trained LoRA or quantized weights forbid it.
+            out: by refitted models, unless trained LoRA or quantized weights forbid it.
         effort: how hard to measure and to look, and by which clock.
         progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
 

@@ -345,11 +345,12 @@ def unit_scores(
     layers = layers_of(base, layout, adapter_names)
     size = layout.dense.sizes()["intermediate_size"]
     stream = [gate for name in adapter_names if (gate := hidden_gate(base, layout, name)) is not None]
+    hidden = None if plain.hidden is None else _spread(scores(stream), layout.hidden_size)
     return replace(
         plain,
         heads=tuple(scores(layer.heads) for layer in layers),
         channels=tuple(_spread(scores(layer.ffn), size) for layer in layers),
-        hidden=None if plain.hidden is None else _spread(scores(stream), layout.hidden_size),
+        hidden=None if hidden is None else stream[0].ranked(hidden, trained=False),
     )
 
 

@@ -11,9 +11,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from ..errors import HawAdaError
-from ..gates.adapter import HIDDEN_UNITS
-from ..gates.attach import collect_gates
+from ..basis.basis import basis_gate, gate_basis, turn_of
+from ..errors import HawAdaError, IllegalShapeError
 from ..planning.plan import Plan
 from ..progress import Progress, progress_bar
 from ..refit.fidelity import of_this_rank
@@ -21,6 +20,7 @@ from ..refit.reconstruction import refit_model
 from ..surgery.dense import dense_view
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch, main_input
+from ..vanilla.legality import check_legal
 from ..vanilla.shape import Shape
 from .masked import MaskedQuality
 
@@ -43,10 +43,10 @@ class RefittedQuality(MaskedQuality):
     Which layers and units stay is decided as in `MaskedQuality`. A shape's loss is the divergence of the refitted slim
     model from the dense one on calibration batches that it was not fitted to. Closing gates alone makes narrow shapes
     look worse than shallow ones; least squares, and training after it, win back much more of width than of depth.
+    Head counts that exist at another hidden size alone are judged by closed gates when they are judged by themselves.
 
     Args:
-        model (`PeftModel`): with gates placed by a family row, none of them on the residual stream, without LoRA, its
-            weights not quantized.
+        model (`PeftModel`): with gates placed by a family row, without LoRA, its weights not quantized.
         batches (`Sequence`): calibration batches, keyword arguments of the forward pass: two rows at least.
         importance (`Mapping[str, Tensor]`, *optional*): as for `MaskedQuality`.
         progress (*optional*): makes progress bars, as `tqdm.tqdm`; none are shown if left out.
@@ -71,6 +71,8 @@ class RefittedQuality(MaskedQuality):
         super().__init__(model, batches, importance, progress)
         self.dense = dense_view(cast(PreTrainedModel, model.get_base_model()))
         self._refitted: dict[Plan, float] = {}
+        gate = basis_gate(model.get_base_model(), self.layout, self.names[0])
+        self._stream = None if gate is None else gate_basis(gate)
 
     def evaluate(self, shape: Shape) -> float:
         """The measured loss of a shape after reconstruction and before any training, in what `meaning` says."""
@@ -96,9 +98,17 @@ class RefittedQuality(MaskedQuality):
         if plan.keeps_all:
             return 0.0
         if plan not in self._refitted:
-            small = slim(self.dense, plan)
+            try:
+                check_legal(self.layout, plan.shape)
+            except IllegalShapeError:  # head counts that exist at another hidden size alone
+                return self.loss(plan)
+            turn = None
+            if self._stream is not None and plan.hidden is not None:
+                turn = turn_of(self.dense, self.layout, self._stream, torch.tensor(plan.hidden))
+            small = slim(self.dense, plan, turn=turn)
             batches = [reference.batch for reference in self.references]
-            report = refit_model(self.dense, small, plan, batches, reduce=of_this_rank)
+            coordinates = None if turn is None else turn.write
+            report = refit_model(self.dense, small, plan, batches, coordinates=coordinates, reduce=of_this_rank)
             logger.debug("%s: %s", plan, report)
             self._refitted[plan] = min(report.before, report.after)
         return self._refitted[plan]
@@ -112,8 +122,6 @@ def obstacle(model: PeftModel, batches: Sequence[Batch]) -> str:
         model: with gates placed by a family row.
         batches: calibration batches.
     """
-    if any(HIDDEN_UNITS in name.split(".") for name in collect_gates(model)):
-        return "reconstruction compares residual streams of one width, and gates on 'hidden' narrow it"
     if any(LORA_OUT & set(name.split(".")) and parameter.any() for name, parameter in model.named_parameters()):
         return "what LoRA has learned is not in the dense weights"
     if not all(parameter.is_floating_point() for parameter in model.parameters()):

@@ -22,6 +22,7 @@ from ..errors import HawAdaError
 from ..files.names import CARD_NAME
 from ..latency.table import LatencyTable
 from ..planning.plan import Plan
+from ..race.record import RaceRecord
 from ..search.result import SearchResult
 from .figures import Latency
 from .passport import PassportLine
@@ -72,6 +73,7 @@ class ExportFacts:
             a `LatencyTable`, whose estimate is then called an estimate.
         search (*optional*): the search that chose the shape: a `SearchResult`, what its `to_dict` gave, or
             `HawAdaTrainer.search`. The `SearchResult` in `latency` if left out.
+        race (*optional*): the race that chose the plan: a `RaceRecord`, or what its `to_dict` gave.
         quality (`tuple[QualityChange, ...]`): before and after.
         reconstruction (*optional*): a dataclass or a mapping with what reconstruction reported.
         calibration (`dict`, *optional*): what the data for importance or reconstruction was: `calibration_facts`.
@@ -84,6 +86,7 @@ class ExportFacts:
     plan: Plan | None = None
     latency: Latency | None = None
     search: SearchResult | Mapping[str, Any] | None = None
+    race: RaceRecord | Mapping[str, Any] | None = None
     quality: Sequence[QualityChange] = ()
     reconstruction: Any = None
     calibration: Mapping[str, Any] | None = None
@@ -193,6 +196,15 @@ def known_base(name: str | None) -> str | None:
         return name if isinstance(try_to_load_from_cache(name, "config.json"), str) else None
     except HFValidationError:
         return None
+
+
+def race_facts(facts: ExportFacts) -> dict[str, Any] | None:
+    """The race that chose the plan, for JSON, without the plans of those that lost; None if there was none."""
+    if facts.race is None:
+        return None
+    race = facts.race.to_dict() if isinstance(facts.race, RaceRecord) else dict(facts.race)
+    entrants = [{name: value for name, value in each.items() if name != "plan"} for each in race["entrants"]]
+    return race | {"entrants": entrants}
 
 
 def search_facts(facts: ExportFacts) -> dict[str, Any] | None:

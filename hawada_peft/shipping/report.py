@@ -22,7 +22,7 @@ from ..vanilla.resize import edit_config
 from ..vanilla.shape import Shape
 from ..vanilla.skeleton import auto_class_of, skeleton_of
 from .checks import Verification
-from .facts import ExportFacts, base_facts, plain_facts, search_facts
+from .facts import ExportFacts, base_facts, plain_facts, race_facts, search_facts
 from .figures import latency_facts
 from .passport import alignment, passport_of
 
@@ -75,6 +75,7 @@ def report_of(model: PreTrainedModel, facts: ExportFacts, verification: Verifica
         "verification": None if verification is None else verification.figures(),
         "latency": timing,
         "search": search_facts(facts),
+        "race": race_facts(facts),
         "quality": [dataclasses.asdict(change) for change in facts.quality] or None,
         "reconstruction": None if facts.reconstruction is None else plain_facts(facts.reconstruction),
         "calibration": None if facts.calibration is None else dict(facts.calibration),

@@ -16,6 +16,7 @@ from ..errors import HawAdaError, UnsupportedModelError
 from ..files.checkpoint import stored_names
 from ..files.folder import check_free, new_folder
 from ..planning.plan import Plan
+from ..race.record import RaceRecord
 from ..refit.reconstruction import Reconstruction
 from ..search.result import SearchResult
 from ..surgery.merge import Reference
@@ -110,6 +111,7 @@ class Slimmed:
         plan (`Plan`): what was kept.
         dense (`PreTrainedModel`, *optional*): the dense model, without gates, as it was before there were any.
         search (*optional*): the search that chose the shape; a `SearchResult`, or what its `to_dict` gave.
+        race (`RaceRecord`, *optional*): the race that chose the plan.
         reconstruction (`Reconstruction`, *optional*): what refitting on calibration batches did.
         calibration (`dict`, *optional*): what these batches were: `calibration_facts`.
         reference (`Reference`, *optional*): what the gated model computes, if that was compared.
@@ -121,6 +123,7 @@ class Slimmed:
     plan: Plan
     dense: PreTrainedModel | None = field(default=None, repr=False)
     search: SearchResult | Mapping[str, Any] | None = None
+    race: RaceRecord | None = None
     reconstruction: Reconstruction | None = None
     calibration: Mapping[str, Any] | None = None
     reference: Reference | None = field(default=None, repr=False)
@@ -165,6 +168,7 @@ class Slimmed:
                 plan=self.plan,
                 latency=latency,
                 search=self.search,
+                race=self.race,
                 quality=quality,
                 reconstruction=self.reconstruction,
                 calibration=self.calibration,

@@ -16,6 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from ..basis.basis import Basis, turn_of
+from ..basis.turn import Turn
 from ..errors import HawAdaError, InvalidPlanError, VerificationError
 from ..files.checkpoint import Checkpoint, stored_names
 from ..files.shards import write_shard
@@ -51,6 +53,9 @@ class _Export:
         self._checkpoint = checkpoint
         self._factors: dict[str, Factors] = {}
         self._lora: dict[str, Any] = {}
+        self._turn: Turn | None = None
+        stream: Basis | None = None
+        factor: torch.Tensor | None = None
         self.dense = checkpoint.skeleton
         if adapter is not None:
             gated = load_gates(self.dense, adapter)
@@ -61,6 +66,9 @@ class _Export:
                 gated.apply_plan(None)  # another plan's closed units must not be folded away
             self._factors = factors_of(gated) if fold else {}
             self._lora = lora_of(gated)
+            stream, factor = (
+                cast(Any, gated.base_model).stream_basis([DEFAULT], plan, fold=fold) if plan else (None, None)
+            )
             self.dense = cast(PreTrainedModel, gated.unload())
             untie(self.dense)
         make_plain(self.dense)
@@ -71,9 +79,12 @@ class _Export:
         plan.check_base(self._layout.full)
         self._rules: dict[str, tuple[SliceRule, ...]] = {}
         self.slim = self.dense
-        if not plan.keeps_all:
-            self.slim = slim(self.dense, plan)
-            self._rules = find_axes(self._layout, hidden=plan.hidden is not None)
+        if stream is not None:
+            kept = None if plan.hidden is None else torch.tensor(plan.hidden)
+            self._turn = turn_of(self.dense, self._layout, stream, kept, factor, self._whole)
+        if not plan.keeps_all or self._turn is not None:
+            self.slim = slim(self.dense, plan, turn=self._turn)
+            self._rules = find_axes(self._layout, hidden=plan.hidden is not None and self._turn is None)
 
     def write(self, folder: Path, max_shard_size: int | str, progress: Progress | None) -> int:
         """
@@ -115,9 +126,23 @@ class _Export:
     def _parts(self, name: str) -> Iterator[torch.Tensor]:
         """A slim tensor by its name in the slim model, in parts along its first dimension."""
         source, layer, short = source_of(name, self._layout, self.plan)
+        keep = {rule.dim: rows_of(rule, self._layout, self.plan, layer) for rule in self._rules.get(short, ())}
+        if self._turn is None:
+            yield from self._dense_parts(source, keep)
+            return
+        turned = self._turn.tensor(source, self._whole)
+        for dim, rows in keep.items():
+            turned = slice_tensor(turned, dim, rows)
+        yield turned
+
+    def _whole(self, name: str) -> torch.Tensor:
+        """A dense tensor with its LoRA and its gates in it."""
+        return torch.cat(list(self._dense_parts(name, {})))
+
+    def _dense_parts(self, source: str, keep: dict[int, torch.Tensor]) -> Iterator[torch.Tensor]:
+        """What stays of a dense tensor, in parts along its first dimension."""
         owner, _, which = source.rpartition(".")
         module, factors, lora = self.dense.get_submodule(owner), self._factors.get(owner), self._lora.get(owner)
-        keep = {rule.dim: rows_of(rule, self._layout, self.plan, layer) for rule in self._rules.get(short, ())}
         own = self.dense.get_parameter_or_buffer(source)
         if not own.is_meta:  # trained with the gates: modules_to_save
             parts = iter([own.data])

@@ -85,6 +85,10 @@ def load_gates(skeleton: PreTrainedModel, adapter: str | os.PathLike[str]) -> Pe
             storage = storages.setdefault(id(parameter), _no_values(parameter))
             owner, _, attribute = key.rpartition(".")
             setattr(gated.get_submodule(owner), attribute, storage)
+    for key, buffer in list(gated.named_buffers()):  # the basis of a residual stream
+        if buffer.is_meta and DEFAULT in key.split("."):
+            owner, _, attribute = key.rpartition(".")
+            setattr(gated.get_submodule(owner), attribute, torch.empty_like(buffer, device="cpu"))
     try:
         set_peft_model_state_dict(gated, tensors, DEFAULT)
     except KeyError as error:  # PEFT's, on modules to save

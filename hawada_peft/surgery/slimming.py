@@ -22,13 +22,13 @@ from ..vanilla.resize import add_v4_rope_keys, edit_config, origin_of, rename
 from .axes import SliceRule, find_axes
 from .conformity import check_conforms, vanilla_tensors
 from .slicing import slice_tensor
-from .source import build_tied, materialise, rows_of, source_of
+from .source import StreamChange, build_tied, materialise, rows_of, source_of
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-def slim(model: Model, plan: Plan) -> Model:
+def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None) -> Model:
     """
     Build the slim vanilla model of a plan. The dense model is left as it is and shares no memory with the result.
 
@@ -37,6 +37,8 @@ def slim(model: Model, plan: Plan) -> Model:
     Args:
         model: a dense vanilla transformers model.
         plan: what to keep of it.
+        turn: new coordinates of the residual stream, as many as the plan keeps of its units (`basis.turn.Turn`); the
+            kept channels themselves if left out.
 
     Returns:
         A model of the same class in the same mode, all parameters trainable, as `from_pretrained` would give it.
@@ -45,6 +47,7 @@ def slim(model: Model, plan: Plan) -> Model:
         InvalidPlanError: if it is none.
         IncompatibleBaseError: if the plan is for a model of other sizes.
         IllegalShapeError: if no vanilla model of the plan's shape exists.
+        InvalidPlanError: if the plan keeps directions of a basis, and there is none, or the reverse.
         UnsupportedModelError: if the model has no family row, adapters in it, quantized or offloaded weights, weights
             that are not those of its class, or state that the row does not explain.
     """
@@ -60,16 +63,25 @@ def slim(model: Model, plan: Plan) -> Model:
     layout = locate(model)
     check_loaded(model)
     check_unquantized(model)
+    if plan.hidden is not None and plan.rotated != (turn is not None):
+        raise InvalidPlanError(
+            "the plan keeps directions of a basis of the residual stream, which is saved with the adapter: use "
+            "`merge_and_unload(plan=...)` on the PEFT model"
+            if plan.rotated
+            else "the plan keeps channels of the residual stream, and directions of a basis are to be cut"
+        )
     plan.check_base(layout.full)
     check_legal(layout, plan.shape)
     check_layers(layout, plan.layers)
     dense = vanilla_tensors(model)
     check_conforms(layout, dense)
-    rules = find_axes(layout, hidden=plan.hidden is not None)
+    rules = find_axes(layout, hidden=plan.hidden is not None and turn is None)
     config = edit_config(layout, plan.shape, layers=plan.layers)
     add_v4_rope_keys(config)
+    if turn is not None and not turn.tied:
+        config.tie_word_embeddings = False
     result = build_tied(type(model), config, dense)
-    result.load_state_dict(dict(_sliced(dense, result, layout, plan, rules)), strict=True, assign=True)
+    result.load_state_dict(dict(_sliced(dense, result, layout, plan, rules, turn)), strict=True, assign=True)
     materialise(model, result, layout, plan)
     result.tie_weights()
     rename(result, "", origin_of(model))
@@ -77,7 +89,7 @@ def slim(model: Model, plan: Plan) -> Model:
         result.generation_config = copy.deepcopy(model.generation_config)
     for parameter in result.parameters():
         parameter.requires_grad_(True)
-    logger.info("%s: %d of %d parameters stay", plan, result.num_parameters(), model.num_parameters())
+    logger.debug("%s: %d of %d parameters stay", plan, result.num_parameters(), model.num_parameters())
     return result.train(model.training)
 
 
@@ -87,12 +99,14 @@ def _sliced(
     layout: Layout,
     plan: Plan,
     rules: Mapping[str, tuple[SliceRule, ...]],
+    turn: StreamChange | None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     done: dict[int, torch.Tensor] = {}  # what the class ties stays one tensor, and nothing else does
     for name, place in result.state_dict(keep_vars=True).items():
         if id(place) not in done:
             source, layer, short = source_of(name, layout, plan)
-            sliced = tensor = dense[source].data
+            tensor = dense[source].data
+            sliced = tensor if turn is None else turn.tensor(source, dense.__getitem__)
             for rule in rules.get(short, ()):
                 sliced = slice_tensor(sliced, rule.dim, rows_of(rule, layout, plan, layer))
             done[id(place)] = tensor.clone() if sliced is tensor else sliced

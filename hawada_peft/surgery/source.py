@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -16,6 +17,20 @@ from ..vanilla.shape import FFN, HEADS, HIDDEN, KV_GROUPS
 from ..vanilla.skeleton import build_empty
 from .axes import SliceRule
 from .conformity import below
+
+
+class StreamChange(Protocol):
+    """New coordinates of the residual stream, folded into the dense tensors."""
+
+    @property
+    def tied(self) -> bool:
+        """Whether one embedding still serves as the output projection too, if it does in the dense model."""
+
+    def tensor(self, name: str, lookup: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """A dense tensor in the new coordinates, by its name; `lookup` gives dense tensors."""
+
+    def restored(self, dense: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """The last hidden states of a new model without a head as the dense model has them."""
 
 
 def source_of(name: str, layout: Layout, plan: Plan) -> tuple[str, int, str]:

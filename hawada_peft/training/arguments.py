@@ -13,8 +13,7 @@ from ..distil.arguments import rate_problems
 from ..distil.objective import Distillation
 from ..errors import HawAdaError
 from ..gates.relaxation import RELAXATIONS
-
-CONSTRAINTS = ("search", "lagrange")
+from .comparison import KEEPS
 
 
 def _option(default: Any, text: str) -> Any:
@@ -27,14 +26,18 @@ class GateTrainingArguments(TrainingArguments):
     `transformers.TrainingArguments`, and how gates are trained.
 
     Args:
-        relaxation (`str`): `"hard_concrete"` or `"sigmoid"`, which are drawn to a shape or a latency by penalties;
-            `"closing"`, which keeps the order of the start, or `"straight_through"`, which approach a shape.
-        constraint (`str`): how a budget becomes a shape: `"search"` before training, or `"lagrange"`.
+        relaxation (`str`): `"straight_through"`, which computes the plan that the gates would get now; `"closing"`,
+            which keeps the order of the start; `"hard_concrete"`, which is drawn to a shape by a penalty.
         warmup_fraction (`float`): the part of the steps before the gates move, in [0, 1].
         soft_fraction (`float`): the part of the steps before the plan is made, in [0, 1].
         gate_learning_rate (`float`, *optional*): of the gates, where other weights (LoRA) are trained with
             `learning_rate`.
         calibration_examples (`int`): how many examples start the gates and judge shapes; 0 leaves gates as they are.
+        keep_better (`str`): by what the better of the trained gates and their start is kept at the end, on a quarter
+            as many examples, one of eight of the data at most, that are never trained on. `"both"`: what was trained
+            is kept if it is worse neither as sliced nor as refitted; `"sliced"` or `"refitted"`: by that alone;
+            `"never"`: whatever was trained is kept, and nothing is set aside. Without `calibration_examples`, and of
+            data without a length, nothing is compared.
         kd_temperature (`float`): T of the KL divergence.
         kl_weight (`float`): weight of the divergence.
         mse_weight (`float`): weight of the squared difference of logits.
@@ -42,7 +45,6 @@ class GateTrainingArguments(TrainingArguments):
         bimodality_weight (`float`): weight of `bimodality_penalty`.
         floor_weight (`float`): weight of `floor_penalty`.
         keep_floor (`float`): the least keep ratio of a layer, in that penalty, in [0, 1].
-        anchor_steps (`int`): after how many steps the current shape is timed, with `constraint="lagrange"`.
 
     All others are those of `TrainingArguments`.
 
@@ -51,17 +53,17 @@ class GateTrainingArguments(TrainingArguments):
 
     Example:
 
-        >>> args = GateTrainingArguments("out", use_cpu=True, learning_rate=0.05, soft_fraction=0.5)
+        >>> args = GateTrainingArguments("out", use_cpu=True, learning_rate=0.02, soft_fraction=0.5)
         >>> args.relaxation, args.soft_fraction
-        ('hard_concrete', 0.5)
+        ('straight_through', 0.5)
     """
 
-    relaxation: str = _option("hard_concrete", f"What soft gates multiply by: {', '.join(RELAXATIONS)}.")
-    constraint: str = _option("search", "How a budget becomes a shape: 'search' before training, or 'lagrange'.")
+    relaxation: str = _option("straight_through", f"What soft gates multiply by: {', '.join(RELAXATIONS)}.")
     warmup_fraction: float = _option(0.0, "Part of the steps before the gates move.")
     soft_fraction: float = _option(0.25, "Part of the steps before the plan is made.")
     gate_learning_rate: float | None = _option(None, "Of the gates, where LoRA is trained with learning_rate.")
     calibration_examples: int = _option(64, "Examples that start the gates and judge shapes; 0: gates stay.")
+    keep_better: str = _option("both", f"By what trained gates or their start are kept: {', '.join(KEEPS)}.")
     kd_temperature: float = _option(1.0, "Temperature of the KL divergence.")
     kl_weight: float = _option(1.0, "Weight of the KL divergence to the dense model.")
     mse_weight: float = _option(0.0, "Weight of the squared difference of logits.")
@@ -69,7 +71,6 @@ class GateTrainingArguments(TrainingArguments):
     bimodality_weight: float = _option(0.0, "Weight of the penalty on undecided gates.")
     floor_weight: float = _option(0.0, "Weight of the penalty on layers that close.")
     keep_floor: float = _option(0.25, "Least keep ratio of a layer in that penalty.")
-    anchor_steps: int = _option(50, "Steps between timings of the current shape, with constraint='lagrange'.")
 
     def __post_init__(self) -> None:
         problems = gate_problems(vars(self)) + rate_problems(vars(self))
@@ -108,12 +109,8 @@ def gate_problems(given: Mapping[str, Any]) -> list[str]:
     problems = []
     if values["relaxation"] not in list(RELAXATIONS):
         problems.append(f"relaxation must be one of {list(RELAXATIONS)}, got {values['relaxation']!r}")
-    if values["constraint"] not in CONSTRAINTS:
-        problems.append(f"constraint must be one of {list(CONSTRAINTS)}, got {values['constraint']!r}")
-    if values["constraint"] == "lagrange" and values["relaxation"] in list(RELAXATIONS):
-        drawn = [name for name, each in RELAXATIONS.items() if each.draws_to_size]
-        if values["relaxation"] not in drawn:
-            problems.append(f"constraint='lagrange' needs a relaxation of {drawn}, got {values['relaxation']!r}")
+    if values["keep_better"] not in KEEPS:
+        problems.append(f"keep_better must be one of {list(KEEPS)}, got {values['keep_better']!r}")
     numbers = [name for name, default in GATE_OPTIONS.items() if not isinstance(default, str)]
     wrong = {name: values[name] for name in numbers if not _is_number(values[name]) and values[name] is not None}
     wrong |= {name: None for name in numbers if values[name] is None and GATE_OPTIONS[name] is not None}
@@ -130,11 +127,8 @@ def gate_problems(given: Mapping[str, Any]) -> list[str]:
         problems.append(f"these must not be negative: {negative}")
     if not 0 <= values["keep_floor"] <= 1:
         problems.append(f"keep_floor must be in [0, 1], got {values['keep_floor']}")
-    if values["anchor_steps"] < 1:
-        problems.append(f"anchor_steps must be at least 1, got {values['anchor_steps']}")
-    whole = ("calibration_examples", "anchor_steps")
-    if partly := {name: values[name] for name in whole if int(values[name]) != values[name]}:
-        problems.append(f"these must be whole numbers: {partly}")
+    if int(values["calibration_examples"]) != values["calibration_examples"]:
+        problems.append(f"calibration_examples must be a whole number, got {values['calibration_examples']}")
     try:
         Distillation(values["kd_temperature"], values["kl_weight"], values["mse_weight"])
     except HawAdaError as error:

@@ -15,9 +15,6 @@ from ..planning.plan import Plan
 from ..vanilla.shape import Shape
 from .goal import Goal
 
-REPLANS = 16
-"""How often the plan that is approached is made anew in the soft part of training."""
-
 
 class Phases:
     """
@@ -60,15 +57,13 @@ class Phases:
             return not self.decided
         progress = self.progress(step, steps)
         self.relax(self.relaxation.at(progress) if progress > 0 else None)
-        before = self.progress(step - 1, steps)
-        due = self.approached is None or int(progress * REPLANS) > int(before * REPLANS)
-        if due and not self.relaxation.draws_to_size:
+        if not self.relaxation.draws_to_size and (self.approached is None or self.relaxation.reorders):
             self.approach(goal)
         return False
 
     def approach(self, goal: Goal) -> None:
         """Make the plan that the gates would get now the one that they approach."""
-        self.approached = self.plan(goal.current_shape())
+        self.approached = self.plan(goal.shape)
         self.model.set_masks(self.approached)
 
     def plan(self, shape: Shape) -> Plan:
@@ -82,7 +77,7 @@ class Phases:
         if self.decided:
             yield
             return
-        self.model.set_masks(self.plan(goal.current_shape()))
+        self.model.set_masks(self.plan(goal.shape))
         try:
             yield
         finally:

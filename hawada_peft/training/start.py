@@ -22,6 +22,7 @@ from ..gates.adapter import UNITS
 from ..gates.attach import collect_gates
 from ..gates.kinds import SigmoidGate
 from ..gates.reading import layers_of
+from ..gates.stream_basis import BasisGate
 from ..planning.importance import gate_importance
 from ..planning.plan import Plan
 from ..search.masked import MaskedQuality
@@ -86,6 +87,9 @@ def init_gates(
     pooled: dict[str, list[tuple[SigmoidGate, torch.Tensor]]] = {}
     for name, value in importance.items():
         slot, adapter = name.split(".")[-2:]
+        stream = gates[name]
+        if isinstance(stream, BasisGate):  # the basis says in which order
+            value = stream.ranked(value, trained=False)
         if id(gates[name]) in places:
             value = torch.full_like(value, places[id(gates[name])])
         pooled.setdefault(name if slot == UNITS else f"{slot}.{adapter}", []).append((gates[name], value))

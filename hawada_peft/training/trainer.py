@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -19,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..basis.find import ensure_basis
 from ..distil.divergence import get_teacher_logits
 from ..distil.objective import Distillation
 from ..distil.unlabelled import UnlabelledTrainer, adapter_folder
@@ -31,19 +31,18 @@ from ..latency.budget import LatencyBudget
 from ..latency.effort import Effort
 from ..latency.table import LatencyTable
 from ..planning.plan import Plan
-from ..planning.rounding import Rounding
 from ..processes import in_main_process
 from ..search.budgeted import search_plan
-from ..search.timed import dense_model, measure_table, regime_of
+from ..search.timed import dense_model
 from ..vanilla.batches import Batch, main_input, position_mask
 from ..vanilla.family import locate
 from ..vanilla.heads import head_of
 from ..vanilla.outputs import get_student_logits
 from ..vanilla.shape import Shape
 from .arguments import GateTrainingArguments
-from .goal import Goal, ShapeGoal
+from .comparison import Comparison, StartingPoint, compare, set_aside
+from .goal import Goal
 from .history import GateHistory
-from .latency_goal import LatencyGoal
 from .penalties import bimodality_penalty, floor_penalty
 from .phases import Phases
 from .start import init_gates
@@ -51,8 +50,7 @@ from .start import init_gates
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "hawada_state.json"
-"""Beside the adapter in a checkpoint: the goal (shape; or multiplier, moving average, table), the approached plan, the
-history."""
+"""Beside the adapter in a checkpoint: the goal, the approached plan, the history, the search."""
 
 
 class HawAdaTrainer(UnlabelledTrainer):
@@ -64,9 +62,10 @@ class HawAdaTrainer(UnlabelledTrainer):
     exactly the mask that is exported. Evaluation always computes what the slim model would: before the decision that
     of the plan as it would be now.
 
-    Untrained gates are started by `init_gates` on the first examples of the training data. The goal is a shape, or a
-    budget. A budget becomes a shape by `find_plan`, before training; or, with `constraint="lagrange"`, the estimated
-    latency of the gates is bound by a multiplier while they are soft, and the search at the end only rounds.
+    Untrained gates are started by `init_gates` on the first examples of the training data. When the training ends, the
+    gates are compared with that start, at the same shape, on examples set aside, and the better is kept
+    (`keep_better`), with whatever was trained with the gates: never worse than no training. The goal is a shape, or a
+    budget, which becomes a shape by `find_plan` before training.
 
     Args:
         model (`PeftModel`): made by `get_peft_model(base, HawAdaConfig(...))`.
@@ -76,12 +75,14 @@ class HawAdaTrainer(UnlabelledTrainer):
         budget (`LatencyBudget`, *optional*): instead of a shape.
         effort (`Effort`, *optional*): how hard latency is measured and the shape for a budget searched.
         table (`LatencyTable`, *optional*): measured here before; measured or taken from the disk cache if left out.
-        hidden_sizes, refit (*optional*): as in `find_plan`; not with `constraint="lagrange"`.
+        hidden_sizes, refit (*optional*): as in `find_plan`.
         kwargs: as in `Trainer`.
 
     Attributes:
         search (`dict`, *optional*): how a budget became a shape: `SearchResult.to_dict`, once that is known. For
             `ExportFacts`.
+        comparison (`Comparison`, *optional*): the trained gates against their start, once the training has ended.
+        set_aside (`Dataset`, *optional*): the examples of the training data that decide it; they are not trained on.
         history (`GateHistory`): the gates of each layer at every logging step; `gate_history.json` in the output
             folder holds them.
 
@@ -113,8 +114,6 @@ class HawAdaTrainer(UnlabelledTrainer):
             options = GateTrainingArguments.of(args)
         except HawAdaError as error:
             problems.append(str(error))
-        if options is not None:
-            problems += _constraint_problems(options.constraint, budget, hidden_sizes, refit)
         if problems or options is None:
             raise HawAdaError("\n".join(problems))
         self.objective: Distillation = Distillation(options.kd_temperature, options.kl_weight, options.mse_weight)
@@ -123,7 +122,7 @@ class HawAdaTrainer(UnlabelledTrainer):
         if budget is None:
             # A shape that is illegal or has no gates fails here, before any training.
             plan = model.plan(shape, keep_ratio=keep_ratio)
-            self._goal = ShapeGoal(model, plan.shape, plan.roundings)
+            self._goal = Goal(model, plan.shape, plan.roundings)
         self.budget, self.effort, self.table = budget, effort or Effort(), table
         self.hidden_sizes, self.refit = hidden_sizes, refit
         self._terms: dict[str, list[torch.Tensor]] = {}
@@ -131,9 +130,13 @@ class HawAdaTrainer(UnlabelledTrainer):
         self.history = GateHistory(model)
         self.layout = locate(dense_model(model))
         self.search: Mapping[str, Any] | None = None
+        self.comparison: Comparison | None = None
+        self._start: StartingPoint | None = None
         super().__init__(model, options, **kwargs)
+        count = 0 if options.keep_better == "never" else -(-options.calibration_examples // 4)
+        self.train_dataset, self.set_aside = set_aside(self.train_dataset, count)
         applied = self.gated.applied_plan()
-        if applied is not None and (self._goal is None or applied.shape != self._goal.final_shape()):
+        if applied is not None and (self._goal is None or applied.shape != self._goal.shape):
             logger.warning("the applied plan has another shape than the goal; it is opened: %s", applied)
             self.gated.apply_plan(None)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch: divide by their number
@@ -167,10 +170,8 @@ class HawAdaTrainer(UnlabelledTrainer):
         """The penalties that apply: name to weight and value."""
         found: dict[str, tuple[float, torch.Tensor]] = {}
         gates = [gate for axis in axes_of(self.gated).values() for gate in axis]
-        if self.phases.relaxation.draws_to_size and self._progress() > 0:
-            weight = 1.0 if self.goal.shape is None else self.args.size_weight  # a multiplier weighs by itself
-            if weight:
-                found[self.goal.term] = (weight, self.goal.penalty(self._progress()))
+        if self.phases.relaxation.draws_to_size and self._progress() > 0 and (weight := self.args.size_weight):
+            found["size"] = (weight, self.goal.penalty(self._progress()))
         if weight := self.args.bimodality_weight:
             found["bimodality"] = (weight, bimodality_penalty([gate.open_probability() for gate in gates]))
         if weight := self.args.floor_weight:
@@ -209,7 +210,7 @@ class HawAdaTrainer(UnlabelledTrainer):
     def target(self) -> Shape:
         """The shape that the gates would get now; after the decision, the one they got."""
         applied = self.gated.applied_plan()
-        return self.goal.current_shape() if applied is None else applied.shape
+        return self.goal.shape if applied is None else applied.shape
 
     @property
     def decided(self) -> bool:
@@ -219,22 +220,12 @@ class HawAdaTrainer(UnlabelledTrainer):
     def decide(self) -> None:
         """Make the plan from the gates as they are, and apply it in training as well."""
         self.phases.relax(None)
-        shape, roundings, search = in_main_process(self._settle)
-        plan = dataclasses.replace(self.phases.plan(shape), roundings=tuple(roundings))
-        self.search = search or self.search
+        plan = dataclasses.replace(self.phases.plan(self.goal.shape), roundings=tuple(self.goal.roundings))
         self.gated.apply_plan(plan, in_training=True)
         logger.info("step %d: %s", self.state.global_step, plan)
 
-    def _settle(self) -> tuple[Shape, Sequence[Rounding], Mapping[str, Any] | None]:
-        return self.goal.final_shape(), self.goal.roundings, self.goal.search
-
     def _progress(self) -> float:
         return self.phases.progress(self.state.global_step, self.state.max_steps)
-
-    def _end_step(self) -> None:
-        if self.decided or self.phases.progress(self.state.global_step - 1, self.state.max_steps) == 0:
-            return
-        self.goal.step(self.state.global_step)
 
     # ----------------------------------------------------------------- start
 
@@ -247,8 +238,11 @@ class HawAdaTrainer(UnlabelledTrainer):
 
     def _prepare(self) -> None:
         """Find the shape for a budget, and start gates that nobody has started."""
+        self._start, self.comparison = None, None
         start = are_fresh(self.gated) and self.args.calibration_examples > 0 and not self.decided
         batches = self._calibration() if start or self._goal is None else []
+        if batches:
+            ensure_basis(self.gated, batches)
         importance, plan = None, None
         if self._goal is None:
             self._goal, importance, plan = self._goal_of_budget(cast(LatencyBudget, self.budget), batches)
@@ -274,18 +268,8 @@ class HawAdaTrainer(UnlabelledTrainer):
             )
             return importance, found.plan, found.best.shape, found.to_dict()
 
-        if self.args.constraint == "search":
-            importance, plan, shape, self.search = in_main_process(find_shape)
-            return ShapeGoal(self.gated, shape), importance, plan
-        regime, effort = regime_of(self.gated, budget), self.effort
-        table = self.table or in_main_process(
-            lambda: measure_table(self.gated, regime, effort=effort, progress=progress)
-        )
-        return self._latency_goal(table), None, None
-
-    def _latency_goal(self, table: LatencyTable) -> LatencyGoal:
-        budget = cast(LatencyBudget, self.budget)
-        return LatencyGoal(self.gated, budget, table, anchor_steps=self.args.anchor_steps, effort=self.effort)
+        importance, plan, shape, self.search = in_main_process(find_shape)
+        return Goal(self.gated, shape), importance, plan
 
     def _calibration(self) -> list[Batch]:
         """
@@ -311,17 +295,41 @@ class HawAdaTrainer(UnlabelledTrainer):
             )
         return batches
 
+    # ---------------------------------------------------------- never worse
+
+    def _begin(self) -> None:
+        """Keep what is trained as it is, before the first step: after all processes have the first one's gates."""
+        if self._start is None and self.set_aside is not None:
+            plan = self.gated.applied_plan() or self.phases.plan(self.goal.shape)
+            self._start = StartingPoint.of(self.gated, plan)
+
+    def _keep_better(self) -> None:
+        """Compare what was trained with what it was before, and go on with the better."""
+        if self._start is None or self.set_aside is None:
+            return
+        start, keep, held_out = self._start, self.args.keep_better, self._held_out()
+        calibration = [] if keep == "sliced" else self._calibration()
+        self.comparison = in_main_process(lambda: compare(self.gated, start, held_out, calibration, keep))
+        logger.info("%s", self.comparison)
+        if self.comparison.kept == "start":
+            start.put_into(self.gated)
+            self._note()
+
+    def _held_out(self) -> list[Batch]:
+        """What was set aside, in batches; the random state is left as it was."""
+        with torch.random.fork_rng(devices=[]):  # data is drawn on the CPU
+            torch.default_generator.manual_seed(self.args.seed)
+            return list(self.get_eval_dataloader(cast(Any, self.set_aside)))
+
     # ------------------------------------------------------ logs, evaluation
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log the terms of the loss, averaged since the last time, the goal's figures and the keep ratios with it."""
+        """Log the terms of the loss, averaged since the last time, and the keep ratios with it."""
         if "loss" in logs and self._terms:
             means = {name: torch.stack(terms).float().mean() for name, terms in self._terms.items()}
             logs |= {name: self.accelerator.reduce(mean, "mean").item() for name, mean in means.items()}
             self._terms.clear()
             logs |= self._keep_ratios()
-            if not self.decided:
-                logs |= self.goal.figures()
             self._note(logs)
         super().log(logs, *args, **kwargs)
 
@@ -334,7 +342,8 @@ class HawAdaTrainer(UnlabelledTrainer):
         self.history.record(step, phase, plan, figures or {})
 
     def _write_history(self) -> None:
-        self.history.write(Path(str(self.args.output_dir)), {"search": self.search})
+        comparison = None if self.comparison is None else self.comparison.to_dict()
+        self.history.write(Path(str(self.args.output_dir)), {"search": self.search, "comparison": comparison})
 
     @torch.no_grad()
     def _keep_ratios(self) -> dict[str, float]:
@@ -366,19 +375,19 @@ class HawAdaTrainer(UnlabelledTrainer):
             "search": self.search,
         }
         write_text(folder / STATE_FILE, json.dumps(state))
+        if self._start is not None:
+            self._start.save(folder)
 
     def _load_state(self, folder: Path) -> None:
         path, state = folder / STATE_FILE, self._read_state(folder)
         try:
-            self._restore_state(path, state)
+            self._restore_state(state)
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
-    def _restore_state(self, path: Path, state: Mapping[str, Any]) -> None:
-        if ("constraint" in state["goal"]) != (self.args.constraint == "lagrange"):
-            raise CheckpointError(f"{path} is of a training with another `constraint` than {self.args.constraint!r}")
-        self._goal = self._goal or self._goal_of_state(state["goal"])
-        self.goal.load_state_dict(state["goal"])
+    def _restore_state(self, state: Mapping[str, Any]) -> None:
+        self._goal = self._goal or Goal(self.gated, Shape.from_dict(state["goal"]["shape"]))
+        self._goal.load_state_dict(state["goal"])
         self.phases.load_state_dict(state["phases"])
         self.history.entries, self.search = state.get("history", []), state.get("search")
 
@@ -395,12 +404,6 @@ class HawAdaTrainer(UnlabelledTrainer):
             raise CheckpointError(f"{path} holds no 'goal', 'phases' and 'history': it is not of this trainer")
         return state
 
-    def _goal_of_state(self, state: Mapping[str, Any]) -> Goal:
-        if "shape" in state:
-            return ShapeGoal(self.gated, Shape.from_dict(state["shape"]))
-        table = LatencyTable.from_dict(state["constraint"]["table"])
-        return self._latency_goal(table)
-
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """A model with soft gates is none that can be exported: it does not compete."""
         return self.decided and super()._determine_best_metric(metrics, trial)
@@ -413,6 +416,7 @@ class HawAdaTrainer(UnlabelledTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         self._read_state(folder)  # before anything is loaded
+        self._start = None if self.set_aside is None else StartingPoint.load(folder)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_plan(folder)
         self._load_state(folder)
@@ -445,19 +449,6 @@ def _model_problems(model: Any) -> list[str]:
     ]
 
 
-def _constraint_problems(
-    constraint: str, budget: LatencyBudget | None, hidden_sizes: Sequence[int] | None, refit: bool | None
-) -> list[str]:
-    problems, lagrange = [], constraint == "lagrange"
-    if lagrange and budget is None:
-        problems.append("constraint='lagrange' needs a budget")
-    if lagrange and budget is not None and math.isinf(budget.limit_ms(1.0)):
-        problems.append(f"constraint='lagrange' needs a budget with a limit on latency, got {budget}")
-    if lagrange and (hidden_sizes is not None or refit is not None):
-        problems.append("constraint='lagrange' takes neither hidden_sizes nor refit: no shapes are judged")
-    return problems
-
-
 class _Phases(TrainerCallback):
     """Tells the trainer where it is."""
 
@@ -468,6 +459,7 @@ class _Phases(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The gates as they are before the first step."""
+        self.trainer._begin()
         if not self.trainer.history.entries:
             self.trainer._note()
 
@@ -478,12 +470,6 @@ class _Phases(TrainerCallback):
         if self.trainer.phases.begin_step(self.trainer.goal, state.global_step, state.max_steps):
             self.trainer.decide()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The multiplier."""
-        self.trainer._end_step()
-
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The goal's state, into the checkpoint."""
         if state.is_world_process_zero:
@@ -493,9 +479,10 @@ class _Phases(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Decide if the whole training was soft; the gates as they are in the end."""
+        """Decide if the whole training was soft, and what is kept; the gates as they are in the end."""
         if not self.trainer.decided:
             self.trainer.decide()
+        self.trainer._keep_better()
         if not self.trainer.history.entries or self.trainer.history.entries[-1]["step"] < state.global_step:
             self.trainer._note()
         if state.is_world_process_zero:

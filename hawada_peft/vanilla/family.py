@@ -43,6 +43,8 @@ class Family:
             the residual stream. The gate on the stream sits on them; empty if it has no place, because something else
             reads the stream or depends on its size.
         final_norm (`str`): the norm after the layers, relative to `model.base_model`, for the same gate.
+        stream_scales (`tuple[tuple[str, str], ...]`): vectors that multiply what a block adds to the residual stream,
+            with the projection whose output they multiply (LayerScale); both relative to a layer.
     """
 
     layers: str
@@ -58,6 +60,7 @@ class Family:
     twin_fields: tuple[tuple[str, Any], ...] = ()
     hidden_norms: tuple[str, ...] = ()
     final_norm: str = ""
+    stream_scales: tuple[tuple[str, str], ...] = ()
 
 
 FAMILIES: dict[str, Family] = {}

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneConfigMixin
 
@@ -102,6 +103,13 @@ def edit_config(layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None 
     edited = type(config).from_dict(fields)
     edited._attn_implementation = config._attn_implementation
     return edited
+
+
+def parameters_at(layout: Layout, shape: Shape) -> int:
+    """Parameters of a model of a complete shape, by building it on the meta device."""
+    layers = (0,) * shape.sizes()["num_hidden_layers"]  # per-layer lists say nothing of sizes
+    with torch.device("meta"):
+        return int(layout.model_class(edit_config(layout, shape, layers=layers)).num_parameters())
 
 
 def plain_fields(fields: Mapping[str, Any]) -> dict[str, Any]:

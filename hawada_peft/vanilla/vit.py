@@ -23,5 +23,6 @@ DINOV2 = replace(
     ffn_unit="hidden_size",
     fused=((".classifier", (HIDDEN, HIDDEN)),),
     hidden_norms=("norm1", "norm2"),
+    stream_scales=(("layer_scale1.lambda1", "attention.o_proj"), ("layer_scale2.lambda1", "mlp.fc2")),
 )
 register_family("dinov2", DINOV2)

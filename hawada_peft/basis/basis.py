@@ -1,0 +1,156 @@
+"""A basis of the residual stream, and the change of coordinates that keeps some of its directions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import IncompatibleBaseError, InvalidPlanError
+from ..gates.reading import hidden_gate
+from ..gates.stream_basis import BasisGate, helmert, scale_at
+from ..vanilla.family import Layout
+from .parts import stream_map
+from .turn import Lookup, Turn
+
+
+@dataclass(frozen=True)
+class Basis:
+    """
+    Directions of the residual stream, in descending order of importance.
+
+    Args:
+        vectors (`Tensor`): (features, units), orthonormal columns. Where LayerNorms read the stream the first is the
+            mean, which they do not see, and the others sum to zero.
+        scales (`Tensor`): (widths, sites), the factor of each norm when only the first units are kept, by the parts of
+            them in `WIDTHS`.
+        marks (`Tensor`): (sites,), by which the model it was found on is known again (`weight_marks`).
+        centred (`bool`): whether LayerNorms read the stream.
+    """
+
+    vectors: torch.Tensor
+    scales: torch.Tensor
+    marks: torch.Tensor
+    centred: bool
+
+    def cpu(self) -> Basis:
+        """The same with its tensors on the CPU."""
+        return replace(self, vectors=self.vectors.cpu(), scales=self.scales.cpu(), marks=self.marks.cpu())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it adds to an adapter."""
+        return sum(tensor.numel() * 4 for tensor in (self.vectors, self.scales, self.marks))
+
+
+def stream_norms(model: nn.Module, layout: Layout) -> list[nn.Module]:
+    """The norms that read the stream, from below their adapters."""
+    found = [model.get_submodule(name) for name in layout.norms]
+    return [norm.get_base_layer() if isinstance(norm, BaseTunerLayer) else norm for norm in found]
+
+
+def weight_marks(weights: Iterable[torch.Tensor]) -> torch.Tensor:
+    """A number of each norm's weight, by which it is told from others, `w . cos(0, 1, ...)`: (sites,), on the CPU."""
+    wide = [weight.detach().cpu().double() for weight in weights]
+    return torch.stack([(each @ torch.arange(len(each), dtype=each.dtype).cos()).float() for each in wide])
+
+
+def is_centred(model: nn.Module, layout: Layout) -> bool:
+    """Whether LayerNorms read the stream, which do not see its mean."""
+    return isinstance(stream_norms(model, layout)[0], nn.LayerNorm)
+
+
+def turn_of(
+    model: PreTrainedModel,
+    layout: Layout,
+    basis: Basis,
+    kept: torch.Tensor | None = None,
+    factor: torch.Tensor | None = None,
+    lookup: Lookup | None = None,
+) -> Turn:
+    """
+    The change of coordinates to some directions of a basis.
+
+    With U the kept directions it is `x @ U`; where LayerNorms read the stream `x @ U H^T`, with H the basis of the
+    vectors that sum to zero (`helmert`), so that a narrow LayerNorm's own mean is zero. A narrow norm does not know
+    how much of the stream is cut, nor that what is left is not quite what it should be: a factor for each norm, by
+    least squares, brings its output to the dense one's (`fit_scales`).
+
+    Args:
+        model: the dense vanilla model, on any device.
+        layout: its family row and sizes.
+        basis: of its stream.
+        kept: the units that stay, rising; all if left out.
+        factor: what each unit is multiplied by where the stream is read, (units,); nothing if left out.
+        lookup: gives the model's tensors by name, if it has none itself.
+
+    Raises:
+        IncompatibleBaseError: if the basis was found on another model.
+        InvalidPlanError: if the mean is not among the kept units of a centred basis.
+        UnsupportedModelError: as `stream_map`.
+    """
+    weights = [(lookup or model.get_parameter)(f"{name}.weight") for name in layout.norms]
+    check_marks(layout, weights, basis.marks)
+    units = torch.arange(layout.hidden_size) if kept is None else kept.cpu()
+    vectors = basis.vectors.detach().cpu()
+    wide = torch.promote_types(torch.promote_types(vectors.dtype, model.dtype), torch.float32)
+    write = vectors[:, units].to(wide)
+    gains = torch.ones(len(units), dtype=wide) if factor is None else factor.detach().cpu()[units].to(wide)
+    table = basis.scales.detach().cpu()
+    scales = torch.ones_like(table[0]) if kept is None else scale_at(table, len(units) / len(vectors))
+    scales = scales.to(wide)[:, None]
+    constant = bool((weights[-1] == weights[-1][0]).all())
+    tied = is_tied(model) and constant
+    read, factors = write, scales * gains
+    if basis.centred:
+        if units[0] != 0:
+            raise InvalidPlanError(
+                "the plan removes unit 0 of the residual stream, its mean, which a LayerNorm always takes off: keep "
+                "it, or make the plan with `model.plan`"
+            )
+        flat = helmert(len(units), dtype=wide).T
+        write = (write - write.mean(0))[:, 1:]
+        write, read, factors = write @ flat, (write * gains[1:]) @ flat, scales.expand(-1, len(units))
+        tied = tied and bool((gains == 1).all())
+    return Turn(layout, stream_map(layout), write, read, factors, tied)
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the embedding is the output projection as well."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and head.weight is embedding.weight
+
+
+def check_marks(layout: Layout, weights: Sequence[torch.Tensor], marks: torch.Tensor) -> None:
+    """
+    That a model is the one a basis was found on, as far as its norms' weights tell.
+
+    Raises:
+        IncompatibleBaseError: if they differ by more than rounding.
+    """
+    if not marks.any():  # of a basis that was never set
+        return
+    found, expected = weight_marks(weights), marks.detach().float().cpu()
+    length = torch.stack([weight.detach().cpu().float().norm() for weight in weights])
+    far = (found - expected).abs() > 0.005 * length.clamp(min=1e-3)  # above the rounding of another dtype
+    if far.any():
+        name = layout.norms[int(far.nonzero()[0])]
+        raise IncompatibleBaseError(
+            f"the basis of the residual stream was found on another model: the weight of {name!r} is another one. A "
+            "base that was rotated, trained or cut since needs a basis of its own: `init_basis`"
+        )
+
+
+def basis_gate(base: nn.Module, layout: Layout, adapter_name: str) -> BasisGate | None:
+    """An adapter's gate on directions of the stream, if it has one."""
+    gate = hidden_gate(base, layout, adapter_name)
+    return gate if isinstance(gate, BasisGate) else None
+
+
+def gate_basis(gate: BasisGate) -> Basis:
+    """The basis that a gate acts in."""
+    return Basis(gate.vectors, gate.scales, gate.marks, gate.centred)

@@ -1,0 +1,133 @@
+"""From calibration batches to a basis of the residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from ..errors import HawAdaError, UnsupportedModelError
+from ..gates.stream_basis import helmert
+from ..processes import in_main_process
+from ..progress import Progress
+from ..vanilla.batches import Batch
+from ..vanilla.family import Layout, locate
+from ..vanilla.mode import adapters_off
+from .basis import Basis, basis_gate, is_centred, stream_norms, weight_marks
+from .moments import Moments, collect_moments
+from .refine import pooled, principal_directions, refined
+from .scales import fit_scales
+
+
+def find_basis(
+    model: PreTrainedModel,
+    calibration: Iterable[Batch],
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Basis:
+    """
+    Find the directions of the residual stream in descending order of importance. The model is left as it is.
+
+    They start as the principal directions of what the norms that read the stream pass on, every norm counted alike,
+    and are turned to where the loss's gradients say that an error costs least (`refined`). One pass over the
+    calibration batches has gradients; on some of them the norms' factors are then fitted at a few widths.
+
+    Args:
+        model: a dense vanilla model, on any device.
+        calibration: batches, keyword arguments of the forward pass. Labels are not used.
+        seed: of the targets drawn from the model's predictions.
+        progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
+
+    Raises:
+        HawAdaError: if there are no batches, they do not span the stream, or something on them is not finite.
+        UnsupportedModelError: if the family's row names no norms through which the stream is read.
+
+    References:
+        Ashkboos et al., "SliceGPT" (2024), for the rotation; the metric of gradients is that of the Fisher
+        information, as in Hassibi and Stork, "Optimal Brain Surgeon" (1993), with input and gradient independent
+        (Martens and Grosse, "K-FAC", 2015).
+    """
+    batches, layout = list(calibration), locate(model)
+    moments = collect_moments(model, layout, batches, seed=seed, progress=progress)
+    centred = is_centred(model, layout)
+    vectors = _directions(moments, layout, centred, progress)
+    scales = fit_scales(model, layout, batches, vectors, centred=centred, progress=progress)
+    marks = weight_marks([norm.weight for norm in cast(Any, stream_norms(model, layout))])
+    return Basis(vectors, scales, marks, centred)
+
+
+def init_basis(
+    model: PeftModel,
+    calibration: Iterable[Batch],
+    *,
+    seed: int = 0,
+    adapter_name: str | None = None,
+    progress: Progress | None = None,
+) -> Basis:
+    """
+    Give the gates on the residual stream the basis that they act in, found on calibration batches (`find_basis`).
+
+    In a training of several processes each has to call this, and the first one's batches decide.
+
+    Args:
+        model: with an adapter of `HawAdaConfig(gates=(..., "hidden"), rotate=True)`.
+        calibration, seed, progress: as in `find_basis`.
+        adapter_name: whose; that of the active adapter if left out.
+
+    Returns:
+        `Basis`: which is saved with the adapter.
+
+    Raises:
+        HawAdaError: as `find_basis`, and if the adapter has no such gates.
+    """
+    base = cast(PreTrainedModel, model.get_base_model())
+    name = adapter_name or model.active_adapter
+    gate = basis_gate(base, locate(base), name)
+    if gate is None:
+        raise UnsupportedModelError(
+            f"adapter {name!r} has no gates in a basis of the residual stream: make it with "
+            'HawAdaConfig(gates=(..., "hidden"), rotate=True)'
+        )
+    with adapters_off(model):
+        basis = in_main_process(lambda: find_basis(base, calibration, seed=seed, progress=progress).cpu())
+    gate.set_basis(basis.vectors, basis.scales, basis.marks)
+    return basis
+
+
+def ensure_basis(model: PeftModel, calibration: Iterable[Batch]) -> None:
+    """`init_basis` for the active adapters that gate directions of the stream and have no basis yet."""
+    base = cast(PreTrainedModel, model.get_base_model())
+    for name in model.active_adapters:
+        placed = model.peft_config[name].to_dict()["base_sizes"] is not None  # by a family row
+        gate = basis_gate(base, locate(base), name) if placed else None
+        if gate is not None and not gate.marks.any():
+            init_basis(model, calibration, adapter_name=name)
+
+
+def _directions(moments: Moments, layout: Layout, centred: bool, progress: Progress | None) -> torch.Tensor:
+    stream, size = moments.stream, layout.hidden_size
+    frame = torch.eye(size, dtype=stream.dtype, device=stream.device)
+    if centred:
+        frame = helmert(size, dtype=torch.float64).to(stream)
+    inside = frame.T @ stream @ frame
+    _check_span(inside, moments.positions)
+    start = frame @ principal_directions(inside)
+    found = refined(start, stream, moments.gradient, progress=progress)
+    if centred:
+        found = torch.cat([found.new_full((size, 1), size**-0.5), found], 1)
+    return found
+
+
+def _check_span(inside: torch.Tensor, positions: int) -> None:
+    values = torch.linalg.eigvalsh(pooled(inside))
+    units = len(values)
+    spanned = int((values > units * torch.finfo(values.dtype).eps * values[-1]).sum())
+    if spanned < units and positions < units:
+        raise HawAdaError(
+            f"the calibration batches hold {positions} positions and span {spanned} of the {units} directions of the "
+            f"residual stream: give batches of {units} positions (tokens, patches) or more, better several times that"
+        )

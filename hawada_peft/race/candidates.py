@@ -1,0 +1,272 @@
+"""
+Plans that may win a race. To add a source: a function of (judge, fits) to plans, and a line in `GENERATORS`.
+
+What generators give need not meet the budget: `field_of` sees to that, and to duplicates.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ..errors import IllegalShapeError, InfeasibleBudgetError
+from ..planning.plan import Plan
+from ..planning.sizes import ffn_multiple
+from ..search.result import SearchResult
+from ..vanilla.legality import check_legal
+from ..vanilla.shape import Shape
+from .fits import Fits, largest
+from .judge import Judge
+
+logger = logging.getLogger(__name__)
+Generator = Callable[[Judge, Fits], Iterable[Plan]]
+
+GIVEN = "given"
+"""The source of plans that the caller has: those of trained gates."""
+
+RESCORED = 8
+"""Layers that are tried anew at each step of the greedy choice: those that were cheapest before it."""
+
+SEARCHED = 3
+"""Shapes of a search that are entered at most."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """
+    A plan that may win.
+
+    Args:
+        plan (`Plan`): what stays.
+        source (`str`): where it comes from: a name in `GENERATORS`, or `GIVEN`.
+        ms (`float`, *optional*): measured latency; None if it is not limited.
+        loss (`float`): nats per prediction over the dense model's, cut and not trained.
+    """
+
+    plan: Plan
+    source: str
+    ms: float | None
+    loss: float
+
+    @property
+    def depth_only(self) -> bool:
+        """Whether layers go, and nothing else."""
+        return replace(self.plan.shape, num_hidden_layers=None) == replace(self.plan.dense, num_hidden_layers=None)
+
+
+def deepest(judge: Judge, fits: Fits) -> int:
+    """The most layers of full width that meet the budget; 0 if one layer does not."""
+    dense = judge.layout.dense
+    counts = range(1, judge.layers)
+    return largest(counts, lambda count: fits(replace(dense, num_hidden_layers=count))) or 0
+
+
+def runs_of(judge: Judge, kept: int) -> list[range]:
+    """Every run of adjacent layers without which a number of layers is left."""
+    length = judge.layers - kept
+    return [range(start, start + length) for start in range(judge.layers - length + 1)]
+
+
+def best_run(judge: Judge, kept: int) -> range:
+    """The run of them that costs least when it is cut."""
+    return min(runs_of(judge, kept), key=lambda gone: judge.loss(judge.without(gone)))
+
+
+def runs(judge: Judge, fits: Fits) -> Iterator[Plan]:
+    """
+    Without one run of adjacent layers: every run of the fewest layers that must go.
+
+    References:
+        Sreenivas et al., "LLM Pruning and Distillation in Practice: The Minitron Approach" (2024).
+    """
+    kept = deepest(judge, fits)
+    if kept:
+        yield from (judge.without(gone) for gone in runs_of(judge, kept))
+
+
+def broken_runs(judge: Judge, fits: Fits) -> Iterator[Plan]:
+    """Without the run of least loss that is one layer shorter than must go, and without the cheapest further layer."""
+    kept = deepest(judge, fits)
+    if 0 < kept < judge.layers - 1:
+        run = best_run(judge, kept + 1)
+        rest = [layer for layer in range(judge.layers) if layer not in run and layer not in (run.start - 1, run.stop)]
+        if rest:
+            yield min((judge.without([*run, layer]) for layer in rest), key=judge.loss)
+
+
+def greedy(judge: Judge, fits: Fits) -> Iterator[Plan]:
+    """
+    Without the layers that cost least, taken one after the other, those that are left judged anew each time.
+
+    References:
+        Song et al., "SLEB: Streamlining LLMs through Redundancy Verification and Elimination of Transformer Blocks"
+        (2024).
+    """
+    kept = deepest(judge, fits)
+    gone: list[int] = []
+    last: dict[int, float] = {}
+    while kept and len(gone) < judge.layers - kept:
+        left = [layer for layer in range(judge.layers) if layer not in gone]
+        tried = sorted(left, key=lambda layer: last.get(layer, 0.0))[: RESCORED if last else None]
+        losses = {layer: judge.loss(judge.without([*gone, layer])) for layer in tried}
+        last |= losses
+        gone.append(min(losses, key=losses.__getitem__))
+    if gone:
+        yield judge.without(gone)
+
+
+def influence(judge: Judge, fits: Fits) -> Iterator[Plan]:
+    """
+    Without the layers that turn the residual stream least.
+
+    References:
+        Men et al., "ShortGPT" (2024).
+    """
+    kept = deepest(judge, fits)
+    if kept:
+        order = sorted(range(judge.layers), key=lambda layer: judge.influence[layer])
+        yield judge.without(order[: judge.layers - kept])
+
+
+def widths(judge: Judge, fits: Fits) -> Iterator[Plan]:
+    """
+    With more layers than depth alone leaves, and the widest FFN that then meets the budget: one layer more, half as
+    many more as there are, and all. The layers that go are the run of least loss.
+    """
+    layout = judge.layout
+    kept, total = deepest(judge, fits), judge.layers
+    dense = layout.dense.sizes()["intermediate_size"]
+    step = ffn_multiple(dense, layout, 1)
+    for count in dict.fromkeys((kept + 1, (kept + total + 1) // 2, total)):
+        whole = replace(layout.dense, num_hidden_layers=count)
+        sizes = range(step, dense, step)
+        size = largest(sizes, lambda size, whole=whole: fits(replace(whole, intermediate_size=size)))  # type: ignore[misc]
+        if size is not None:
+            gone = best_run(judge, count) if count < total else range(0)
+            yield judge.at(Shape(intermediate_size=size, num_hidden_layers=count), gone)
+
+
+def searched(result: SearchResult) -> Generator:
+    """The answer of a search, and the best of the other shapes that it timed, without the greedily chosen layers."""
+
+    def generate(judge: Judge, fits: Fits) -> Iterator[Plan]:
+        if result.plan is not None:
+            yield result.plan
+        timed = sorted(
+            (each for each in result.measured if each.measured_loss is not None and each.shape != result.best.shape),
+            key=lambda each: each.measured_loss or 0.0,
+        )
+        for each in [each for each in timed if fits(each.shape)][: SEARCHED - 1]:
+            order = sorted(range(judge.layers), key=lambda layer: judge.influence[layer])
+            gone = judge.layers - each.shape.sizes()["num_hidden_layers"]
+            yield judge.at(each.shape, order[:gone])
+
+    return generate
+
+
+GENERATORS: dict[str, Generator] = {
+    "runs of layers": runs,
+    "a run and a layer": broken_runs,
+    "greedy": greedy,
+    "influence": influence,
+    "depth and width": widths,
+}
+"""Where the plans of a race come from. Those with a better claim to it come first."""
+
+
+def field_of(
+    judge: Judge,
+    fits: Fits,
+    generators: Mapping[str, Generator] | None = None,
+    *,
+    given: Sequence[Plan] = (),
+    most: int = 6,
+    few: int = 2,
+) -> list[Candidate]:
+    """
+    The plans that enter a race.
+
+    All plans that meet the budget, without duplicates and without those that another dominates: that keeps the same
+    layers, is nowhere narrower and is not slower. Of each source the `few` of least loss; of these one of each source
+    after the other, `most` in all. Plans that are given, and the best one by depth alone, are always among them.
+
+    Args:
+        judge: of the model.
+        fits: of the budget.
+        generators: sources by name; `GENERATORS` if left out.
+        given: plans that the caller has; those that do not meet the budget do not enter.
+        most: plans at most.
+        few: plans of one source at most.
+
+    Raises:
+        InfeasibleBudgetError: if no plan meets the budget.
+    """
+    sources = {GIVEN: given} | {
+        name: generate(judge, fits) for name, generate in (GENERATORS if generators is None else generators).items()
+    }
+    seen: set[Plan] = set()
+    found: dict[str, list[Candidate]] = {}
+    for source, plans in sources.items():
+        new = [
+            plan
+            for plan in dict.fromkeys(plans)
+            if plan not in seen and not plan.keeps_all and _enters(judge, fits, plan)
+        ]
+        seen.update(new)
+        ms = [None if fits.time is None else fits.ms(plan.shape) for plan in new]
+        entered = [Candidate(plan, source, each, judge.loss(plan)) for plan, each in zip(new, ms, strict=True)]
+        found[source] = sorted(entered, key=lambda each: each.loss)
+        logger.info("%s: %d plans meet the budget", source, len(new))
+    everyone = [each for entered in found.values() for each in entered]
+    if not everyone:
+        raise InfeasibleBudgetError(
+            "no plan meets the budget: dropping layers does not reach it, nor do narrower FFNs. Ask for less, or pass "
+            "a plan that meets it (of `find_plan`, which also cuts heads)"
+        )
+    undominated = {
+        source: [each for each in entered if not any(_dominates(other, each) for other in everyone)][:few]
+        for source, entered in found.items()
+    }
+    chosen = list(undominated.pop(GIVEN))
+    depth = min((each for each in everyone if each.depth_only), key=lambda each: each.loss, default=None)
+    if depth is not None and depth not in chosen:
+        chosen.append(depth)
+    for place in range(few):
+        for entered in undominated.values():
+            if place < len(entered) and entered[place] not in chosen and len(chosen) < most:
+                chosen.append(entered[place])
+    return chosen
+
+
+def neighbours(judge: Judge, fits: Fits) -> list[Candidate]:
+    """
+    The nearest whole numbers of layers on both sides of the budget, each without its run of least loss: that of one
+    layer more than meets the budget, and of one less.
+    """
+    kept, found = deepest(judge, fits), []
+    for count in (kept + 1, kept - 1):
+        if 0 < count < judge.layers:
+            plan = judge.without(best_run(judge, count))
+            ms = None if fits.time is None else fits.ms(plan.shape)
+            found.append(Candidate(plan, "neighbour", ms, judge.loss(plan)))
+    return found
+
+
+def _enters(judge: Judge, fits: Fits, plan: Plan) -> bool:
+    try:
+        check_legal(judge.layout, plan.shape)
+    except IllegalShapeError as error:
+        logger.info("%s does not enter: %s", plan, error)
+        return False
+    return fits(judge.layout.complete(plan.shape))
+
+
+def _dominates(one: Candidate, other: Candidate) -> bool:
+    """Whether one keeps the same layers, is nowhere narrower, somewhere wider, and not slower."""
+    if one.plan.layers != other.plan.layers:
+        return False
+    mine, theirs = one.plan.shape.to_dict(), other.plan.shape.to_dict()
+    wider = [mine.get(name, size) - size for name, size in theirs.items()]
+    slower = one.ms is not None and other.ms is not None and one.ms > other.ms
+    return min(wider) >= 0 and max(wider) > 0 and not slower

@@ -1,0 +1,188 @@
+"""What is known of plans before any training: their loss, the layers' influence, what stays at a shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import HawAdaError
+from ..gates.reading import UnitScores
+from ..planning.plan import Plan
+from ..planning.ranking import rank
+from ..refit.layerwise import Stream
+from ..surgery.slimming import slim
+from ..vanilla.batches import Batch, position_mask, without_labels
+from ..vanilla.draws import draw_classes
+from ..vanilla.family import locate
+from ..vanilla.outputs import output_of
+from ..vanilla.shape import Shape
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """A batch, one outcome per prediction drawn by the dense model, its log-probability there, and what counts."""
+
+    batch: Batch
+    outcomes: torch.Tensor
+    log_dense: torch.Tensor
+    counts: torch.Tensor
+
+
+class Judge:
+    """
+    Answers what generators of plans ask, from a dense model and calibration batches. Everything is computed once.
+
+    Args:
+        dense (`PreTrainedModel`): vanilla, with a family row; left as it is.
+        batches (`Sequence`): keyword arguments of the forward pass, on the model's device; labels are not used.
+
+    Raises:
+        HawAdaError: if there are no batches, or the model has no head whose predictions could be compared.
+        UnsupportedModelError: if the model has no family row.
+    """
+
+    def __init__(self, dense: PreTrainedModel, batches: Sequence[Batch]) -> None:
+        if not batches:
+            raise HawAdaError("no calibration batches were given; pass at least one")
+        self.dense, self.layout = dense, locate(dense)
+        self.batches = [without_labels(batch) for batch in batches]
+        self._losses: dict[Plan, float] = {}
+
+    @property
+    def layers(self) -> int:
+        """Layers of the dense model."""
+        return self.layout.dense.sizes()["num_hidden_layers"]
+
+    def loss(self, plan: Plan) -> float:
+        """
+        KL(dense, slim) of the plain slim model of a plan on the calibration batches, in nats per prediction.
+
+        Outcomes y are drawn once by the dense model; the divergence is the mean of `log p(y) - log q(y)`, with p the
+        dense and q the slim model's probability. Plans are judged by the same outcomes, so that their order is known
+        better than the values.
+
+        References:
+            Schulman, "Approximating KL Divergence" (2020), the first estimator.
+        """
+        if plan not in self._losses:
+            small = slim(self.dense, plan).eval()
+            sums = torch.zeros(2, dtype=torch.float64)
+            for each in self._references:
+                lost = (each.log_dense - _log_odds(output_of(small, each.batch), each.outcomes)) * each.counts
+                sums += torch.stack([lost.double().sum(), each.counts.double().sum()]).cpu()
+            self._losses[plan] = float(sums[0] / sums[1])
+        return self._losses[plan]
+
+    def without(self, layers: Iterable[int]) -> Plan:
+        """The plan that drops layers and nothing else."""
+        gone = set(layers)
+        return self.at(Shape(num_hidden_layers=self.layers - len(gone)), gone)
+
+    def at(self, shape: Shape, dropped: Iterable[int]) -> Plan:
+        """
+        The plan of a shape without certain layers, that keeps the heads and channels that carry most.
+
+        What a head or channel carries is the energy that it adds to the residual stream: the sum of the squares of
+        its activations times the squared norm of the columns that read it.
+
+        Args:
+            shape: the sizes; what is left out stays.
+            dropped: the layers that go; as many as the shape says.
+
+        References:
+            An et al., "Fluctuation-based Adaptive Structured Pruning" (2024), where Wanda-sp is this score.
+        """
+        gone = set(dropped)
+        kept = tuple(torch.tensor(float(layer not in gone), dtype=torch.float64) for layer in range(self.layers))
+        heads, channels = self._energies if shape.num_attention_heads or shape.intermediate_size else ((), ())
+        none = (None,) * self.layers
+        scores = UnitScores(heads or none, channels or none, kept)
+        return rank(self.layout, scores, self.layout.complete(shape))
+
+    @cached_property
+    def influence(self) -> tuple[float, ...]:
+        """
+        Per layer 1 minus the cosine between the residual stream before and after it, averaged over positions.
+
+        References:
+            Men et al., "ShortGPT" (2024): Block Influence.
+        """
+        total = [0.0] * self.layers
+        with self._walking() as stream:
+            for layer in range(self.layers):
+                for index, batch in enumerate(self.batches):
+                    before, after = stream.hidden[index].float(), stream.call(layer, index)
+                    apart = 1 - functional.cosine_similarity(before, after.float(), dim=-1)
+                    mask = position_mask(batch, apart.shape)
+                    total[layer] += float(apart.mean() if mask is None else apart[mask].mean())
+                    stream.hidden[index] = after
+        return tuple(value / len(self.batches) for value in total)
+
+    @cached_property
+    def _energies(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """Per layer (query heads,) and (channels,), float64, on the CPU."""
+        ends = [(self.layout.attention_out(layer), self.layout.ffn_out(layer)) for layer in range(self.layers)]
+        names = [name for pair in ends for name in pair]
+        squares = dict.fromkeys(names, torch.zeros(()))
+
+        def see(name: str, inputs: tuple[torch.Tensor, ...]) -> None:
+            squares[name] = squares[name].to(inputs[0].device) + inputs[0].float().square().flatten(0, -2).sum(0)
+
+        with ExitStack() as hooks, torch.inference_mode():
+            for name in names:
+                module = self.dense.get_submodule(name)
+                hook = module.register_forward_pre_hook(lambda _module, inputs, name=name: see(name, inputs))
+                hooks.callback(hook.remove)
+            for batch in self.batches:
+                output_of(self.dense, batch)
+        energies = [(squares[name] * _columns(self.dense.get_submodule(name))).double().cpu() for name in names]
+        width = self.layout.head_dim
+        return tuple(energy.reshape(-1, width).sum(1) for energy in energies[::2]), tuple(energies[1::2])
+
+    @cached_property
+    def _references(self) -> list[_Reference]:
+        found = []
+        with torch.inference_mode():
+            for seed, batch in enumerate(self.batches):
+                logits = output_of(self.dense, batch)
+                if self.dense.base_model is self.dense or logits.shape[-1] < 2:
+                    raise HawAdaError(
+                        f"{type(self.dense).__name__} predicts no classes or tokens, so plans cannot be compared by "
+                        "their divergence from it; pass the model with its head"
+                    )
+                flat = logits.flatten(0, -2)
+                drawn = draw_classes(flat, torch.Generator().manual_seed(seed)).reshape(*logits.shape[:-1], 1)
+                mask = position_mask(batch, logits.shape[:-1])
+                counts = torch.ones(logits.shape[:-1], device=logits.device) if mask is None else mask.float()
+                found.append(_Reference(batch, drawn, _log_odds(logits, drawn), counts))
+        return found
+
+    @contextmanager
+    def _walking(self) -> Iterator[Stream]:
+        training = self.dense.training
+        self.dense.eval()
+        try:
+            with torch.no_grad():
+                yield Stream.start(self.dense, self.layout, self.batches)
+        finally:
+            self.dense.train(training)
+
+
+def _log_odds(logits: torch.Tensor, outcomes: torch.Tensor) -> torch.Tensor:
+    """From logits (..., classes) and classes (..., 1) to log-probabilities (...), float32."""
+    rows = zip((row.float() for row in logits), outcomes, strict=True)  # one at a time: they can be large
+    return torch.stack([row.gather(-1, drawn).squeeze(-1) - row.logsumexp(-1) for row, drawn in rows])
+
+
+def _columns(module: nn.Module) -> torch.Tensor:
+    """The squared norm of what reads each input feature: (features,)."""
+    squares = module.get_parameter("weight").detach().float().square()
+    return squares.sum(1 if isinstance(module, Conv1D) else 0)

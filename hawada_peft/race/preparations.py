@@ -1,0 +1,56 @@
+"""How a slim model is prepared before it is trained. To add one: a function and a line in `PREPARATIONS`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from transformers import PreTrainedModel
+
+from ..planning.plan import Plan
+from ..refit.cosine import refine_cosine
+from ..refit.fidelity import all_reduced
+from ..refit.magnitude import compensate_magnitude, stream_magnitudes
+from ..refit.reconstruction import DAMPINGS, refit_model
+from ..vanilla.batches import Batch
+
+logger = logging.getLogger(__name__)
+Preparation = Callable[[PreTrainedModel, PreTrainedModel, Plan, Sequence[Batch]], None]
+"""Takes the dense model, the slim one, its plan and calibration batches, and changes the slim model in place."""
+
+PLAIN = "none"
+CLOSE = (1.0,)
+"""The damping of least squares that are held close to the weights: each feature counts twice as much, for them."""
+
+
+def _nothing(dense: PreTrainedModel, slim: PreTrainedModel, plan: Plan, batches: Sequence[Batch]) -> None:
+    """The slim model as it was cut."""
+
+
+def _least_squares(
+    dense: PreTrainedModel, slim: PreTrainedModel, plan: Plan, batches: Sequence[Batch], dampings: Sequence[float]
+) -> None:
+    """As `reconstruct`."""
+    report = refit_model(dense, slim, plan, batches, dampings=dampings, reduce=all_reduced)
+    logger.debug("%s: %s", plan, report)
+
+
+def _magnitude(dense: PreTrainedModel, slim: PreTrainedModel, plan: Plan, batches: Sequence[Batch]) -> None:
+    """As `compensate_magnitude`."""
+    compensate_magnitude(slim, plan, stream_magnitudes(dense, batches))
+
+
+def _cosine(dense: PreTrainedModel, slim: PreTrainedModel, plan: Plan, batches: Sequence[Batch]) -> None:
+    """As `refine_cosine`."""
+    refine_cosine(dense, slim, plan, batches)
+
+
+PREPARATIONS: dict[str, Preparation] = {
+    PLAIN: _nothing,
+    "least squares": partial(_least_squares, dampings=DAMPINGS),
+    "least squares, close": partial(_least_squares, dampings=CLOSE),
+    "magnitude": _magnitude,
+    "cosine": _cosine,
+}
+"""By the names that records and settings use."""

@@ -1,0 +1,249 @@
+"""A race before a recovery: real trainings of tiny models."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import (
+    LM_ROW,
+    VISION_ROW,
+    assert_same_state,
+    build,
+    gate,
+    scattered_plan,
+    state_of,
+    two_processes,
+)
+from peft import LoraConfig
+from test_distill_trainer import DATA, IMAGES, arguments, kl_of
+from transformers import TrainerCallback
+
+from hawada_peft import LatencyBudget, Race, RaceRecord, recover
+from hawada_peft.distil.raced import parts_of, rows_of
+from hawada_peft.errors import HawAdaError
+from hawada_peft.race import PREPARATIONS
+from hawada_peft.vanilla.family import locate
+from hawada_peft.vanilla.resize import parameters_at
+from hawada_peft.vanilla.shape import Shape
+
+LAYERS = 6
+TOKENS = torch.randint(3, 128, (16, 12), generator=torch.Generator().manual_seed(9))
+BATCHES = [{"input_ids": rows} for rows in TOKENS.split(4)]
+SMALL = {"plans": 2, "steps": 1, "preparations": ("none", "least squares")}
+QUICK = {"max_steps": 40, "learning_rate": 0.01, "lr_scheduler_type": "cosine"}
+
+
+def dense_model() -> Any:
+    return build(LM_ROW, num_hidden_layers=LAYERS)
+
+
+def budget(layers: int = 4) -> LatencyBudget:
+    """A budget without a clock: the parameters of so many layers."""
+    layout = locate(dense_model())
+    return LatencyBudget(
+        max_parameters=parameters_at(layout, replace(layout.dense, num_hidden_layers=layers)), seq_len=12
+    )
+
+
+def raced(folder: Path, model: Any = None, *, args: Any = None, **options: Any) -> tuple[Any, RaceRecord]:
+    options = {"race": Race(budget(), **SMALL), "train_dataset": DATA, "calibration": BATCHES} | options
+    args = arguments(folder, **(QUICK | (args or {})))
+    slimmed = recover(dense_model() if model is None else model, args, **options)
+    return slimmed.model, slimmed.race
+
+
+@pytest.mark.parametrize("onward", ["continued", "anew"])
+def test_the_winner_is_recovered_with_the_steps_that_are_left(tmp_path: Path, onward: str) -> None:
+    dense = dense_model()
+    before = state_of(dense)
+    slim, record = raced(tmp_path, dense, race=Race(budget(), onward=onward, **SMALL))
+    winner = record.best
+    assert slim.config.num_hidden_layers == winner.plan.shape.num_hidden_layers
+    assert slim.num_parameters() <= budget().max_parameters
+    assert_same_state(dense.state_dict(), before)
+    assert all(parameter.requires_grad for parameter in slim.parameters())
+    state = json.loads((tmp_path / "race" / "race.json").read_text())
+    assert state["winner"] == winner.key
+    assert not list((tmp_path / "race").glob("*.safetensors"))
+    losses = [run.loss for run in record.standing(len(record.lengths) - 1)]
+    assert losses == sorted(losses)
+    assert kl_of(slim, dense) < 1.2 * losses[0]
+
+
+def test_a_race_gives_the_same_again(tmp_path: Path) -> None:
+    runs = [raced(tmp_path / name) for name in "ab"]
+    assert_same_state(runs[0][0].state_dict(), runs[1][0].state_dict())
+    losses = [[(run.entrant, run.rung, run.loss) for run in record.runs] for _, record in runs]
+    assert losses[0] == losses[1]
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("onward", ["continued", "anew"])
+@pytest.mark.parametrize(("killed_at", "written"), [(0, True), (2, False), (4, True), (5, False)])
+def test_a_killed_race_loses_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, onward: str, killed_at: int, written: bool
+) -> None:
+    race = Race(budget(), onward=onward, **SMALL)
+    whole, record = raced(tmp_path / "whole", race=race)
+    write = RaceRecord.write
+
+    def killed(self: RaceRecord) -> None:
+        """Before or after the record of a run is there; the weights that it left are."""
+        if written:
+            write(self)
+        if len(self.runs) == killed_at:
+            raise KilledError
+        write(self)
+
+    monkeypatch.setattr(RaceRecord, "write", killed)
+    with pytest.raises(KilledError):
+        raced(tmp_path / "killed", race=race)
+    monkeypatch.setattr(RaceRecord, "write", write)
+    again, resumed = raced(tmp_path / "killed", race=race)
+    assert [replace(run, seconds=0) for run in resumed.runs] == [replace(run, seconds=0) for run in record.runs]
+    assert_same_state(again.state_dict(), whole.state_dict())
+
+
+def test_the_steps_of_the_race_are_taken_off(tmp_path: Path) -> None:
+    seen = []
+
+    class Count(TrainerCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(state.global_step)
+
+    _, record = raced(tmp_path, callbacks=[Count()])
+    assert record.share == 0.25  # of a step: 1 example instead of 4
+    assert seen == [40 - -(-sum(run.steps for run in record.runs) // 4)]
+    with pytest.raises(HawAdaError, match="leaves nothing"):
+        raced(tmp_path / "long", race=Race(budget(), **(SMALL | {"steps": 40})))
+
+
+def test_the_plan_of_trained_gates_enters_with_its_folded_weights(tmp_path: Path) -> None:
+    model = gate(dense_model(), gates=("heads", "ffn", "blocks", "layers"))
+    plan = scattered_plan(model, Shape(8, 4, 64, 3))
+    model.apply_plan(plan)
+    base = model.get_base_model()
+    slim, record = raced(tmp_path, model, race=Race(plans=2, steps=1, preparations=("none",)))
+    given = [each for each in record.entrants if each.source == "given"]
+    assert [each.plan for each in given] == [plan]
+    assert_same_state(base.state_dict(), dense_model().state_dict())
+    most = parameters_at(locate(base), plan.shape)
+    assert all(parameters_at(locate(base), each.plan.shape) <= most for each in record.entrants if not each.neighbour)
+    assert slim.num_parameters() <= most
+
+
+def test_gates_without_a_plan_are_taken_off(tmp_path: Path) -> None:
+    model = gate(dense_model())
+    base = model.get_base_model()
+    slim, record = raced(tmp_path, model, race=Race(budget(), plans=1, preparations=("none",)), args={"max_steps": 2})
+    assert [each.plan.shape.num_hidden_layers for each in record.entrants] == [4]
+    assert not record.runs
+    assert slim.num_parameters() <= budget().max_parameters
+    assert_same_state(base.state_dict(), dense_model().state_dict())
+
+
+def test_lora_races_too(tmp_path: Path) -> None:
+    lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    slim, record = raced(tmp_path, lora=lora)
+    assert slim.num_parameters() <= budget().max_parameters
+    assert not any("lora" in name for name in slim.state_dict())
+    assert record.best is not None
+
+
+def test_images(tmp_path: Path) -> None:
+    dense = build(VISION_ROW)
+    batches = [{"pixel_values": torch.stack([row["pixel_values"] for row in IMAGES])}]
+    layout = locate(dense)
+    limit = LatencyBudget(
+        max_parameters=parameters_at(layout, replace(layout.dense, num_hidden_layers=3)), image_size=16
+    )
+    race = Race(limit, plans=2, steps=1, preparations=tuple(PREPARATIONS))
+    slim, record = raced(tmp_path, dense, race=race, train_dataset=IMAGES, calibration=batches)
+    assert slim.num_parameters() <= limit.max_parameters
+    assert {each.preparation for each in record.entrants} == set(race.preparations)
+
+
+def test_all_that_is_wrong_is_said_before_anything_is_changed(tmp_path: Path) -> None:
+    dense = dense_model()
+    for options, words in (
+        ({"race": "yes"}, "race must be a Race"),
+        ({"calibration": None}, "needs `calibration`"),
+        ({"race": True}, "no plan"),
+        ({"calibration": [{"input_ids": TOKENS[:1]}]}, "two rows"),
+    ):
+        with pytest.raises(HawAdaError, match=words):
+            raced(tmp_path, dense, **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "whole", "expected"),
+    [
+        (None, (16, 1), (4, 0.25)),
+        (None, (4, 16), (16, 0.25)),
+        (3, (16, 1), (3, 3 / 16)),
+        (64, (16, 2), (32, 1.0)),
+        (None, (1, 1), (1, 1.0)),
+    ],
+)
+def test_rows_of_a_step(
+    tmp_path: Path, given: int | None, whole: tuple[int, int], expected: tuple[int, float]
+) -> None:
+    args = arguments(tmp_path, per_device_train_batch_size=whole[0], gradient_accumulation_steps=whole[1])
+    assert rows_of(Race(batch_size=given), args) == expected
+
+
+def test_calibration_batches_are_parted() -> None:
+    batches = [{"input_ids": TOKENS[i : i + 1], "labels": TOKENS[:1]} for i in range(8)]
+    fitted, held = parts_of(batches, 0.25, "input_ids")
+    assert [int(batch["input_ids"][0, 0]) for batch in held] == [int(TOKENS[i, 0]) for i in (3, 7)]
+    assert len(fitted) == 6
+    assert all("labels" not in batch for batch in (*fitted, *held))
+    fitted, held = parts_of([{"input_ids": TOKENS}], 0.25, "input_ids")
+    assert (len(fitted[0]["input_ids"]), len(held[0]["input_ids"])) == (12, 4)
+
+
+SCRIPT = """
+import hashlib, json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import torch
+from accelerate import PartialState
+from test_raced import BATCHES, DATA, QUICK, arguments, budget, dense_model
+from hawada_peft import Race, recover
+torch.set_num_threads(1)
+args = arguments(sys.argv[1], ddp_backend="gloo", ddp_find_unused_parameters=False, **QUICK)
+rank = PartialState().process_index
+slimmed = recover(
+    dense_model(), args, train_dataset=DATA, calibration=BATCHES[2 * rank : 2 * rank + 2],
+    race=Race(budget(), plans=2, steps=1, preparations=("none", "least squares")),
+)
+record = slimmed.race.to_dict()
+for run in record["runs"]:
+    del run["seconds"]
+digest = hashlib.sha256()
+for tensor in slimmed.model.state_dict().values():
+    digest.update(tensor.cpu().numpy().tobytes())
+Path(sys.argv[1], f"rank{rank}.json").write_text(json.dumps([record, digest.hexdigest()]))
+torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter
+"""
+
+
+def test_all_processes_run_one_race(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    out = tmp_path / "out"
+    out.mkdir()
+    two_processes(str(script), str(out), str(Path(__file__).parent))
+    found = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert found[0] == found[1]
+    assert found[0][0]["winner"] is not None
+    assert json.loads((out / "race" / "race.json").read_text())["winner"] == found[0][0]["winner"]
