@@ -141,7 +141,8 @@ class UnlabelledTrainer(Trainer):
     def _load_renamed(self, folder: Path) -> None:
         """By `from_pretrained`: `Trainer` would not know the names under which some families are saved."""
         model = cast(PreTrainedModel, self.model)
-        loaded, info = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+        cls: Any = type(model)
+        loaded, info = cls.from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
         if missing := sorted(info["missing_keys"]):
             raise CheckpointError(f"the checkpoint lacks {missing[:4]} ({len(missing)} tensors in all)")
         model.load_state_dict(loaded.state_dict())
