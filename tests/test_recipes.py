@@ -377,3 +377,28 @@ def test_a_folder_of_a_dataset_is_cut_into_windows(tmp_path: Path) -> None:
     assert found == sorted([(2, 3), (4, 0), (5, 6), (0, 7)])
     with pytest.raises(HawAdaError, match="no column 'text'"):
         load_data(DataSource(dataset=str(tmp_path / "data"), held_out=1), str(tmp_path / "teacher"), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": None, "keep_ratio": {}}, "keep_ratio names no axis"),
+        ({"shape": None, "keep_ratio": 0}, "keep_ratio of heads must be"),
+        ({"shape": None, "keep_ratio": float("nan")}, "keep_ratio of heads must be"),
+        ({"shape": None, "keep_ratio": {"depth": 0.5}}, "unknown axis"),
+        ({"training": SHORT | {"num_train_epochs": float("nan")}}, "num_train_epochs"),
+        ({"training": SHORT | {"save_steps": -1}}, "save_steps"),
+        ({"training": SHORT | {"logging_steps": -3}}, "logging_steps"),
+        ({"training": SHORT | {"gradient_accumulation_steps": -1}}, "gradient_accumulation_steps"),
+        ({"training": SHORT | {"seed": -1}}, "seed"),
+        ({"recovery": SHORT | {"max_steps": -3}}, "max_steps"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused_in_a_dry_run(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    given = {name: value for name, value in language(tmp_path, **changes).items() if value is not None}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(given))
+    result = run(app, ["train", str(tmp_path / "recipe.yaml"), "--dry-run"])
+    assert result.exit_code == 1
+    assert message in result.output

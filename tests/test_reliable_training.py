@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LM_ROW, build, gate, scattered_plan
+from conftest import LM_ROW, ROWS, build, gate, scattered_plan
 from filelock import FileLock
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -273,3 +273,22 @@ def test_the_state_is_written_whole(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-1"
     assert json.loads((folder / STATE_FILE).read_text())["goal"]["shape"]
     assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["vit", "deit", "dinov2"])
+def test_students_that_are_saved_under_other_names_are_resumed(tmp_path: Path, name: str) -> None:
+    data = [{"pixel_values": torch.full((3, 16, 16), value)} for value in (0.0, 0.5, 1.0, -1.0)]
+
+    def student(folder: Path, steps: int) -> DistillTrainer:
+        teacher = build(ROWS[name])
+        small = slim(teacher, scattered_plan(teacher, ROWS[name].slim))
+        return DistillTrainer(
+            small, arguments(folder, **SAVED | {"max_steps": steps}), teacher=teacher, train_dataset=data
+        )
+
+    whole = student(tmp_path / "whole", 4)
+    whole.train()
+    resumed = student(tmp_path / "whole", 4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for key, tensor in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[key], tensor), key

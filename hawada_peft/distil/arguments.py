@@ -34,6 +34,10 @@ def rate_problems(given: Mapping[str, Any]) -> list[str]:
     problems = []
     if wrong := {name: value for name, value in numbers.items() if name in RATES and not 0 <= value < math.inf}:
         problems.append(f"these must be finite and not negative: {wrong}")
+    least = {"num_train_epochs": 0, "max_steps": -1, "seed": 0, "dataloader_num_workers": 0}
+    counts = {name: given[name] for name in least if isinstance(given.get(name), int | float)}
+    if wrong := {name: value for name, value in counts.items() if not least[name] <= value < math.inf}:
+        problems.append(f"these must be finite, and at least {least}: {wrong}")
     betas = {name: given[name] for name in BETAS if isinstance(given.get(name), int | float)}
     if wrong := {name: value for name, value in betas.items() if not 0 <= value < 1}:
         problems.append(f"these must be at least 0 and below 1: {wrong}")

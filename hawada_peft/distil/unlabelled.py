@@ -137,8 +137,20 @@ class UnlabelledTrainer(Trainer):
         if isinstance(self.model, PeftModel):
             for name in self.model.active_adapters:
                 check_tensors(adapter_folder(folder, name), self.model, name)
+        if isinstance(self.model, PreTrainedModel) and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            self._load_renamed(folder)
+            return
         with keeping_trainable(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_renamed(self, folder: Path) -> None:
+        """By `from_pretrained`: `Trainer` would not know the names under which some families are saved."""
+        model = cast(PreTrainedModel, self.model)
+        cls: Any = type(model)
+        loaded, info = cls.from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+        if missing := sorted(info["missing_keys"]):
+            raise CheckpointError(f"the checkpoint lacks {missing[:4]} ({len(missing)} tensors in all)")
+        model.load_state_dict(loaded.state_dict())
 
     def _load_best_model(self) -> None:
         """As in `Trainer`, also of adapters that are not named "default"."""

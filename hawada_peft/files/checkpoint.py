@@ -195,6 +195,9 @@ def stored_names(model: PreTrainedModel, *, tied: bool = False) -> dict[str, str
 
 
 def _folder_of(base: str | os.PathLike[str]) -> Path:
+    files = {path.name for path in Path(base).iterdir()} if Path(base).is_dir() else set()
+    if "config.json" not in files and any(name.endswith(".gguf") for name in files):
+        raise UnsupportedModelError(f"{base} holds a GGUF file: {GGUF}")
     check_source(base)
     if Path(base).is_dir():
         return Path(base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -71,7 +72,15 @@ def ratio_sizes(layout: Layout, keep_ratio: float | Mapping[str, float]) -> dict
 
     Args, Raises: as in `ratio_shape`.
     """
-    ratios = dict(keep_ratio) if isinstance(keep_ratio, Mapping) else {HEADS: keep_ratio, FFN: keep_ratio}
+    if problems := ratio_problems(keep_ratio):
+        raise InvalidPlanError("\n".join(problems))
+    full, ratios = layout.full.to_dict(), _by_axis(keep_ratio)
+    return {BY_NAME[axis].field: ratio * full[BY_NAME[axis].field] for axis, ratio in ratios.items()}
+
+
+def ratio_problems(keep_ratio: Any) -> list[str]:
+    """What is wrong with a keep ratio, one line each."""
+    ratios = _by_axis(keep_ratio)
     allowed = (HEADS, FFN, LAYERS, HIDDEN)
     problems = [f"unknown axis {axis!r}; known are {list(allowed)}" for axis in ratios if axis not in allowed]
     problems += [
@@ -81,10 +90,11 @@ def ratio_sizes(layout: Layout, keep_ratio: float | Mapping[str, float]) -> dict
     ]
     if not ratios:
         problems.append(f"keep_ratio names no axis; give one number, or one per axis of {list(allowed)}")
-    if problems:
-        raise InvalidPlanError("\n".join(problems))
-    full = layout.full.to_dict()
-    return {BY_NAME[axis].field: ratio * full[BY_NAME[axis].field] for axis, ratio in ratios.items()}
+    return problems
+
+
+def _by_axis(keep_ratio: Any) -> dict[Any, Any]:
+    return dict(keep_ratio) if isinstance(keep_ratio, Mapping) else {HEADS: keep_ratio, FFN: keep_ratio}
 
 
 def open_shape(layout: Layout, scores: UnitScores, legal_heads: Sequence[Shape]) -> Shape:

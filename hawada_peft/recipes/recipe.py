@@ -26,6 +26,7 @@ from ..latency.clock import Clock
 from ..latency.effort import Effort
 from ..latency.regime import DTYPES
 from ..latency.toy import ToyClock
+from ..planning.sizes import ratio_problems
 from ..race.race import Race
 from ..training.arguments import GateTrainingArguments, gate_problems
 from ..vanilla.shape import Shape
@@ -292,6 +293,8 @@ class Recipe:
             problems.append(
                 f"keep_ratio must be a number, or a mapping of axes to numbers, got {shown(self.keep_ratio)}"
             )
+        elif self.keep_ratio is not None:
+            problems += ratio_problems(self.keep_ratio)
         for name, extra in (("dtype", "auto"), ("save_dtype", None)):
             if getattr(self, name) not in (*DTYPES, extra):
                 problems.append(f"{name} must be one of {[*DTYPES, extra]}, got {shown(getattr(self, name))}")
