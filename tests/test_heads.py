@@ -136,7 +136,7 @@ def test_recovery_lowers_it(headed: Headed, kl_weight: float, tmp_path: Path) ->
     start = output_of(slim(dense, plan), data.columns)
     expected = output_of(dense, data.columns)
     args = arguments(tmp_path, max_steps=40, per_device_train_batch_size=16)
-    trained = recover(dense, args, train_dataset=data, plan=plan, kl_weight=kl_weight, mse_weight=1 - kl_weight)
+    trained = recover(dense, args, train_dataset=data, plan=plan, kl_weight=kl_weight, mse_weight=1 - kl_weight).model
     found = output_of(trained, data.columns)
     assert headed.loss(found, expected) < 0.6 * headed.loss(start, expected)
 

@@ -251,7 +251,8 @@ class HawAdaTrainer(UnlabelledTrainer):
         if self._goal is None:
             self._goal, importance, plan = self._goal_of_budget(cast(LatencyBudget, self.budget), batches)
         if start:
-            init_gates(self.gated, batches, shape=self.goal.shape, plan=plan, importance=importance)
+            shape = self.goal.shape if plan is None else None
+            init_gates(self.gated, batches, shape=shape, plan=plan, importance=importance)
 
     def _goal_of_budget(
         self, budget: LatencyBudget, batches: Sequence[Batch]
