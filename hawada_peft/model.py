@@ -260,8 +260,14 @@ class HawAdaModel(GateTuner):
         in PEFT the base model is used up then, and returned with the gates in its weights.
 
         Args:
-            progressbar, safe_merge, adapter_names: as in PEFT.
-            plan, fold, calibration, verify, inputs: as in `slim`.
+            progressbar: as in PEFT.
+            safe_merge: as in PEFT.
+            adapter_names: as in PEFT.
+            plan: as in `slim`.
+            fold: as in `slim`.
+            calibration: as in `slim`.
+            verify: as in `slim`.
+            inputs: as in `slim`.
 
         Returns:
             `nn.Module`: the vanilla model.

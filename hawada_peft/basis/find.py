@@ -75,7 +75,9 @@ def init_basis(
 
     Args:
         model: with an adapter of `HawAdaConfig(gates=(..., "hidden"), rotate=True)`.
-        calibration, seed, progress: as in `find_basis`.
+        calibration: as in `find_basis`.
+        seed: as in `find_basis`.
+        progress: as in `find_basis`.
         adapter_name: whose; that of the active adapter if left out.
 
     Returns:

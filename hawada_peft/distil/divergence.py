@@ -46,7 +46,8 @@ def kl_divergence(
     Computed slice by slice, as is the gradient: no float32 copy of all logits is made.
 
     Args:
-        student_logits, teacher_logits: (..., classes); gradients flow to the student's alone.
+        student_logits: (..., classes); gradients flow to the student's alone.
+        teacher_logits: of the same shape.
         temperature: T, above 0.
         mask: (...), nonzero where a position counts; all if left out.
         head: what the logits stand for, as `head_of` tells of a model: one of several classes if left out. Of labels
@@ -66,7 +67,8 @@ def mean_squared_error(
     The squared difference of logits, averaged over classes and positions.
 
     Args:
-        student_logits, teacher_logits: (..., classes); gradients flow to the student's alone.
+        student_logits: (..., classes); gradients flow to the student's alone.
+        teacher_logits: of the same shape.
         mask: (...), nonzero where a position counts; all if left out.
 
     Returns:

@@ -22,7 +22,8 @@ class Distillation:
 
     Args:
         kd_temperature (`float`): T of the KL divergence, above 0.
-        kl_weight, mse_weight (`float`): weights of the two terms, not negative, and one of them above 0.
+        kl_weight (`float`): weight of the divergence; neither is negative, and one is above 0.
+        mse_weight (`float`): of the squared difference, likewise.
 
     Raises:
         HawAdaError: listing everything that is wrong with the arguments.
@@ -68,7 +69,8 @@ class Distillation:
         The terms of the loss before their weights.
 
         Args:
-            student_logits, teacher_logits: (..., classes), of any float dtypes.
+            student_logits: (..., classes), of any float dtypes.
+            teacher_logits: of the same shape.
             mask: (...), nonzero where a position counts; all if left out.
             head: what the logits stand for, as `head_of` tells of the model.
 

@@ -68,7 +68,8 @@ def recover(
             calibration batches are what it judges, prepares and decides by, and are needed; whether the model is
             refitted on them is decided by the race. `True` for `Race()`. The record is in the output folder, under
             `race`; a race that was interrupted goes on from there.
-        verify, inputs: as in `HawAdaModel.slim`, for the comparison of the gated and the slim model.
+        verify: as in `HawAdaModel.slim`, for the comparison of the gated and the slim model.
+        inputs: as in `HawAdaModel.slim`, for the comparison of the gated and the slim model.
         kd_temperature (`float`): T of the KL divergence.
         kl_weight (`float`): weight of the divergence.
         mse_weight (`float`): weight of the squared difference of logits.

@@ -27,7 +27,13 @@ class LatencyBudget(Conditions):
         fraction (`float`, *optional*): of the dense model's latency, in (0, 1].
         max_parameters (`int`, *optional*): parameters at most.
         max_memory (`float`, *optional*): bytes of weights and KV cache at most.
-        mode, batch_size, seq_len, image_size, dtype, backend, device: as in `Conditions`.
+        mode: as in `Conditions`.
+        batch_size: as in `Conditions`.
+        seq_len: as in `Conditions`.
+        image_size: as in `Conditions`.
+        dtype: as in `Conditions`.
+        backend: as in `Conditions`.
+        device: as in `Conditions`.
 
     Raises:
         InvalidBudgetError: with every problem.

@@ -99,11 +99,17 @@ class Conditions:
 @dataclass(frozen=True)
 class Regime(Conditions):
     """
-    Conditions that are complete: a latency is measured under them.
+    Conditions that are complete: a latency is measured under them. The defaults are one forward pass of float32 on the
+    CPU.
 
     Args:
-        mode, batch_size, seq_len, image_size, dtype, backend, device: as in `Conditions`; the defaults are one forward
-            pass of float32 on the CPU.
+        mode: as in `Conditions`.
+        batch_size: as in `Conditions`.
+        seq_len: as in `Conditions`.
+        image_size: as in `Conditions`.
+        dtype: as in `Conditions`.
+        backend: as in `Conditions`.
+        device: as in `Conditions`.
 
     Raises:
         InvalidRegimeError: with every problem.

@@ -143,7 +143,9 @@ class Race:
         a run is of `LEAST` steps. With `steps` of their own all run.
 
         Args:
-            plans, neighbours, steps: as in `lengths`.
+            plans: as in `lengths`.
+            neighbours: as in `lengths`.
+            steps: as in `lengths`.
 
         Returns:
             Plans, preparations besides the first, neighbours, and the steps of a run in each rung. One plan without

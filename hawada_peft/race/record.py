@@ -105,7 +105,8 @@ class RaceRecord:
         preparations (`list[str]`): the one that all plans run with, and those that the best of them is tried with.
         lengths (`list[int]`): steps of a run, by rung.
         runs (`list[Run]`): what has run.
-        dense_ms, limit_ms (`float`, *optional*): the dense model's latency, and the budget's on the same scale.
+        dense_ms (`float`, *optional*): the dense model's latency.
+        limit_ms (`float`, *optional*): the budget's, on the same scale.
         share (`float`): of a step of the recovery that a step of the race costs: its batches may be smaller.
         seconds (`float`): what finding the entrants took.
         latencies (`dict[Shape, float]`): of all shapes that were timed, in milliseconds.

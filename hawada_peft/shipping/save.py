@@ -149,7 +149,11 @@ class Slimmed:
             folder: must not exist yet, or be empty.
             processor: a tokenizer or image processor to save with it; or the folder or id of a model to take it from.
             base (*optional*): the dense model's id on the Hub or its folder; where it was loaded from if left out.
-            quality, latency, checked, license, repo_id: what only the user can know, for the card; see `ExportFacts`.
+            quality: what only the user can know, for the card; see `ExportFacts`.
+            latency: see `ExportFacts`.
+            checked: see `ExportFacts`.
+            license: see `ExportFacts`.
+            repo_id: see `ExportFacts`.
 
         Returns:
             `Slimmed`: this one, with the folder and its verification.

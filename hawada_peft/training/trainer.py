@@ -80,7 +80,8 @@ class HawAdaTrainer(UnlabelledTrainer):
         budget (`LatencyBudget`, *optional*): instead of a shape.
         effort (`Effort`, *optional*): how hard latency is measured and the shape for a budget searched.
         table (`LatencyTable`, *optional*): measured here before; measured or taken from the disk cache if left out.
-        hidden_sizes, refit (*optional*): as in `find_plan`.
+        hidden_sizes (*optional*): as in `find_plan`.
+        refit (*optional*): as in `find_plan`.
         kwargs: as in `Trainer`.
 
     Attributes:
