@@ -34,8 +34,9 @@ $(VENV)/.docs: $(VENV)/.made setup.cfg pyproject.toml constraints.txt
 demo: $(VENV)/.demo
 	$(BIN)/hawada demo $(QUICK)
 
+# A file's tests share what they build, so a file stays in one process.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # The benchmarks' own tests: they run on tiny models, and time nothing.
 test-benchmarks: $(VENV)/.bench

@@ -75,7 +75,7 @@ def the_dense_model(folder: Path) -> None:
 
 DEFECTS: dict[str, tuple[Callable[[Path], Any], set[str]]] = {
     "code": (lambda folder: (folder / "modeling_slim.py").touch(), {"files"}),
-    "adapter": (lambda folder: (folder / "adapter_model.safetensors").touch(), {"files"}),
+    "adapter": (lambda folder: (folder / "adapter_model.safetensors").touch(), {"files", "report"}),
     "pickle": (lambda folder: (folder / "pytorch_model.bin").touch(), {"files"}),
     "field": (lambda folder: change_json(folder / "config.json", extra={"hawada_gates": 1}), {"config", "report"}),
     "custom class": (lambda folder: change_json(folder / "generation_config.json", auto_map={}), {"config", "report"}),
