@@ -332,7 +332,11 @@ class HawAdaModel(GateTuner):
         return None if basis is None else partial(plan_turn, plan=plan, basis=basis, factor=factor)
 
     def _names(self, adapter_names: Sequence[str] | None) -> list[str]:
+        if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence | None):
+            raise InvalidPlanError(f"adapter_names must be a list of names, got {adapter_names!r}")
         names = list(self.active_adapters if adapter_names is None else adapter_names)
+        if not names:
+            raise InvalidPlanError(f"adapter_names names none; there are {list(self.peft_config)}")
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
             raise InvalidPlanError(f"there is no adapter {unknown}; there are {list(self.peft_config)}")

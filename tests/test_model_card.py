@@ -105,7 +105,7 @@ def table_for(dense: Shape, **fields: Any) -> LatencyTable:
     return LatencyTable(
         regime=Regime(mode="prefill", batch_size=8, seq_len=64, **fields),
         device_name="a device",
-        model={"model_type": "llama", "hidden_size": 64, "head_dim": 8, **sizes},
+        base_sizes={"model_type": "llama", "hidden_size": 64, "head_dim": 8, **sizes},
         versions={"torch": "9.9", "transformers": "8.8"},
         fixed_ms=1.0,
         layer_ms=1.0,
