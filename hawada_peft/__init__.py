@@ -20,7 +20,6 @@ from .model import HawAdaModel
 from .page.write import write_report
 from .planning.plan import Plan
 from .race.race import Race
-from .race.record import RaceRecord
 from .recipes.run import train_recipe
 from .search.budgeted import find_plan
 from .search.result import SearchResult
@@ -52,7 +51,6 @@ __all__ = [
     "Plan",
     "QualityChange",
     "Race",
-    "RaceRecord",
     "SearchResult",
     "Shape",
     "Slimmed",
