@@ -23,10 +23,10 @@ from peft import LoraConfig
 from test_distill_trainer import DATA, IMAGES, arguments, kl_of
 from transformers import TrainerCallback
 
-from hawada_peft import LatencyBudget, Race, RaceRecord, recover
+from hawada_peft import LatencyBudget, Race, recover
 from hawada_peft.distil.raced import parts_of, rows_of
 from hawada_peft.errors import HawAdaError
-from hawada_peft.race import PREPARATIONS
+from hawada_peft.race import PREPARATIONS, RaceRecord
 from hawada_peft.vanilla.family import locate
 from hawada_peft.vanilla.resize import parameters_at
 from hawada_peft.vanilla.shape import Shape
