@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import HawAdaError
+from ..files.atomic import write_text
 from ..planning.plan import Plan
 from ..vanilla.shape import Shape
 
@@ -230,9 +230,7 @@ class RaceRecord:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(f".{os.getpid()}")
-        beside.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        beside.replace(self.path)
+        write_text(self.path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     def lines(self) -> list[str]:
         """The race in words, one line for each rung, and one for the neighbours."""

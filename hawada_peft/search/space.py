@@ -8,14 +8,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
-import torch
 
 from ..latency.regime import Regime
 from ..planning.reasons import multiples
 from ..planning.sizes import ffn_choices, hidden_multiple
 from ..vanilla.family import Layout
 from ..vanilla.legality import fit_hidden, head_shapes, legal_head_shapes
-from ..vanilla.resize import edit_config
+from ..vanilla.resize import parameters_at
 from ..vanilla.shape import FFN, HEADS, LAYERS, Shape
 
 HIDDEN = (7 / 8, 3 / 4, 5 / 8, 1 / 2)
@@ -134,9 +133,9 @@ def search_space(
     bytes_each = regime.torch_dtype.itemsize
     cache = 2.0 * tokens * layout.head_dim * bytes_each * np.array([p.num_key_value_heads for p in pairs])
     plain = replace(dense, num_hidden_layers=1)
-    per_pair = [_parameters(layout, p.complete(plain)) for p in pairs]
-    one, two = (_parameters(layout, replace(plain, num_hidden_layers=count)) for count in (1, 2))
-    low = _parameters(layout, replace(plain, intermediate_size=ffn[0]))
+    per_pair = [parameters_at(layout, p.complete(plain)) for p in pairs]
+    one, two = (parameters_at(layout, replace(plain, num_hidden_layers=count)) for count in (1, 2))
+    low = parameters_at(layout, replace(plain, intermediate_size=ffn[0]))
     per_channel = (one - low) / (size - ffn[0]) if len(ffn) > 1 else 0.0
     count, width = np.array(layers, dtype=float)[:, None, None], np.array(ffn, dtype=float)[None, None, :]
     fixed = 2 * one - two
@@ -180,11 +179,3 @@ def narrower_sizes(layout: Layout, *, multiple: int = 1, group_size: int = 1) ->
 
 def _pair(shape: Shape) -> Shape:
     return Shape(shape.num_attention_heads, shape.num_key_value_heads)
-
-
-def _parameters(layout: Layout, shape: Shape) -> int:
-    """Parameters of a model of these sizes, by building it on the meta device."""
-    layers = (0,) * shape.sizes()["num_hidden_layers"]
-    with torch.device("meta"):
-        built = layout.model_class(edit_config(layout, shape, layers=layers))
-    return built.num_parameters()

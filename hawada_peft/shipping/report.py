@@ -18,7 +18,7 @@ from ..errors import HawAdaError, InvalidPlanError
 from ..files.names import REPORT_NAME
 from ..planning.plan import Plan
 from ..vanilla.family import Layout, locate
-from ..vanilla.resize import edit_config
+from ..vanilla.resize import parameters_at
 from ..vanilla.shape import Shape
 from ..vanilla.skeleton import auto_class_of, skeleton_of
 from .checks import Verification
@@ -70,7 +70,7 @@ def report_of(model: PreTrainedModel, facts: ExportFacts, verification: Verifica
         "repo_id": facts.repo_id,
         "base": base or None,
         "model": _model_facts(model, layout),
-        "dense": None if dense is None else dense.to_dict() | {"parameters": dense_parameters(layout, dense)},
+        "dense": None if dense is None else dense.to_dict() | {"parameters": parameters_at(layout, dense)},
         "plan": None if facts.plan is None else facts.plan.to_dict(),
         "verification": None if verification is None else verification.figures(),
         "latency": timing,
@@ -83,19 +83,6 @@ def report_of(model: PreTrainedModel, facts: ExportFacts, verification: Verifica
         "passport": [line.to_dict() for line in lines],
     }
     return {name: section for name, section in sections.items() if section is not None}
-
-
-def dense_parameters(layout: Layout, dense: Shape) -> int:
-    """
-    Parameters of the dense model, by building the slim model's class in the dense sizes on the meta device.
-
-    Args:
-        layout: the dense model's, with its class and config.
-        dense: the dense sizes, complete.
-    """
-    first = (0,) * dense.sizes()["num_hidden_layers"]  # per-layer lists say nothing of sizes
-    with torch.device("meta"):
-        return int(layout.model_class(edit_config(layout, dense, layers=first)).num_parameters())
 
 
 def _model_facts(model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
