@@ -1,6 +1,6 @@
 """For whoever adds a family: the rows that say where transformers' models keep what is gated."""
 
-from . import llama, vit
+from .rows import llama, vit
 from .family import (
     FAMILIES,
     TARGET_MODULES,
