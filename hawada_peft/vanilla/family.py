@@ -111,7 +111,7 @@ class Layout:
         hidden_size (`int`): features of the residual stream.
         model_class (`type[PreTrainedModel]`): the model's class.
         config (`PreTrainedConfig`): its config.
-        tower (`str`): path of the sub-config that the sizes are in, as `"text_config"`; empty if they are the config's.
+        tower (`str`): path of the sub-config that the sizes are in, as `"text_config"`; empty if it is the config.
     """
 
     model_type: str
@@ -239,6 +239,12 @@ def locate(model: nn.Module, tower: str | None = None) -> Layout:
         family = replace(family, hidden_norms=(), final_norm="", stream_scales=(), twin="", twin_fields=())
     stack = f"{chosen.root}.{family.layers}" if chosen.root else family.layers
     return _measured(model, family, chosen.path, stack, chosen.root)
+
+
+def mark(model: PreTrainedModel, layout: Layout) -> None:
+    """Have `locate` find the tower of a layout in a model, whatever else is in it."""
+    if layout.tower:
+        vars(model)[TOWER] = layout.tower
 
 
 def relocate(layout: Layout, model: PreTrainedModel) -> Layout:

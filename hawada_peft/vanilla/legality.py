@@ -106,7 +106,8 @@ def check_legal(layout: Layout, shape: Shape) -> None:
     if sizes["num_hidden_layers"] < len(layout.stages):
         problems.append(
             f"num_hidden_layers must be at least {len(layout.stages)}, a layer before each stage whose feature map "
-            f"the backbone gives (out_indices {list(layout.tower_config.out_indices)}), got {sizes['num_hidden_layers']}"
+            f"the backbone gives (out_indices {list(layout.tower_config.out_indices)}), got "
+            f"{sizes['num_hidden_layers']}"
         )
     if not problems and shape != layout.dense:
         reason = build_sizes(layout, shape)

@@ -106,6 +106,7 @@ def edit_config(layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None 
     edited = type(layout.config).from_dict(whole)
     for new, old in zip(_configs(edited), _configs(layout.config), strict=True):
         new._attn_implementation = old._attn_implementation
+        new._experts_implementation = old._experts_implementation
     return edited
 
 
