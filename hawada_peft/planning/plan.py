@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import IncompatibleBaseError, InvalidPlanError
-from ..vanilla.shape import FFN, HEADS, KV_GROUPS, Shape
+from ..vanilla.shape import FFN, HEADS, HIDDEN, KV_GROUPS, Shape
 from .rounding import Rounding
 from .stored import from_mask, json_problems, short, to_mask
 
@@ -101,7 +101,15 @@ class Plan:
         """The kept units of a dense layer on `"heads"`, `"kv_groups"` or `"ffn"`; None if the layer goes."""
         if layer not in self.layers:
             return None
-        return {HEADS: self.heads, KV_GROUPS: self.kv_groups, FFN: self.channels}[axis][self.layers.index(layer)]
+        return self.units(axis, self.layers.index(layer))
+
+    def units(self, axis: str, position: int) -> tuple[int, ...] | None:
+        """The kept units on an axis in the layer at a position of the plan; None if the plan leaves them all."""
+        if axis == HIDDEN:
+            return self.hidden
+        if axis == KV_GROUPS:
+            return tuple(_groups(self.heads[position], self.dense.heads_per_group))
+        return {HEADS: self.heads, FFN: self.channels}[axis][position]
 
     @property
     def kv_groups(self) -> tuple[tuple[int, ...], ...]:
