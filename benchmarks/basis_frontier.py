@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import frontier
-from frontier_quality import shape_of
+from frontier_bench.quality import shape_of
 from peers.minitron import MINITRON_DEPTH
 from peers.peer import Peer
 from peers.shortgpt import SHORTGPT
