@@ -510,7 +510,7 @@ def test_a_basis_and_its_gates_learn(tmp_path: Path) -> None:
 
 def test_too_few_positions_are_refused() -> None:
     model = build(LM_ROW)
-    with pytest.raises(HawAdaError, match="hold 8 positions and span"):
+    with pytest.raises(HawAdaError, match="hold 8 positions, which over all norms span"):
         rotate(model, [{"input_ids": torch.arange(8)[None] % 2}])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -149,6 +150,14 @@ def plan_turn(model: PreTrainedModel, plan: Plan, basis: Basis | None) -> Turn |
     return turn_of(model, locate(model), basis, torch.tensor(plan.hidden))
 
 
+def rows_untied(model: PreTrainedModel, layout: Layout) -> int:
+    """The rows of the output projection that a turned model has and the dense one has not; 0 if nothing is untied."""
+    weight = cast(torch.Tensor, stream_norms(model, layout)[-1].weight)
+    if not is_tied(model) or bool((weight == weight[0]).all()):
+        return 0
+    return len(cast(torch.Tensor, model.get_output_embeddings().weight))
+
+
 def is_tied(model: PreTrainedModel) -> bool:
     """Whether the embedding is the output projection as well."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -193,7 +202,13 @@ def moved_stream(base: nn.Module, layout: Layout, adapter_name: str) -> bool:
 
 
 def stream_basis(
-    base: nn.Module, layout: Layout, adapter_names: Sequence[str], plan: Plan, *, fold: bool
+    base: nn.Module,
+    layout: Layout,
+    adapter_names: Sequence[str],
+    plan: Plan,
+    *,
+    fold: bool,
+    given: Basis | None = None,
 ) -> tuple[Basis, torch.Tensor | None] | tuple[None, None]:
     """
     The basis in which adapters gate the residual stream, if they do and it matters, and their factors.
@@ -204,12 +219,20 @@ def stream_basis(
         adapter_names: whose gates.
         plan: what stays.
         fold: whether soft values are folded in.
+        given: the basis of a plan that was made without the adapters, for those that do not gate the stream.
 
     Raises:
         InvalidPlanError: if the plan keeps directions and the adapters gate channels, or the reverse; if several
-            adapters have bases.
+            adapters have bases, or another one than the plan's.
     """
     gates = [gate for name in adapter_names if (gate := basis_gate(base, layout, name)) is not None]
+    if given is not None and plan.rotated:
+        if not any(hidden_gate(base, layout, name) is not None for name in adapter_names):
+            return given, None
+        if gates and not torch.allclose(gates[0].vectors.cpu().float(), given.vectors.float(), atol=1e-4):
+            raise InvalidPlanError(
+                "the plan keeps directions of another basis than the adapter's: use the adapter that it was made with"
+            )
     if plan.hidden is not None and plan.rotated != bool(gates):
         raise InvalidPlanError(NO_BASIS if plan.rotated else NO_CHANNELS)
     if not gates:
