@@ -2,7 +2,7 @@
 Hardware-aware slimming of Hugging Face models, as a PEFT tuner. Importing it registers the tuner, nothing else.
 
 Here is what the main way needs. The folders hold more, each for an audience of its own: `gates`, `latency`,
-`planning`, `search`, `distil`, `surgery`, `refit`, `shipping`, `page`, `recipes`, `vanilla`.
+`discovery`, `planning`, `search`, `distil`, `surgery`, `refit`, `shipping`, `page`, `recipes`, `vanilla`.
 """
 
 from importlib.metadata import version
@@ -11,6 +11,7 @@ from ._register import register
 from .basis.find import init_basis
 from .basis.rotation import rotate
 from .config import HawAdaConfig
+from .discovery.inspected import inspect
 from .distil.recovery import recover
 from .distil.trainer import DistillTrainer
 from .gates.attach import attach_adapters, collect_gates
@@ -59,6 +60,7 @@ __all__ = [
     "find_plan",
     "init_basis",
     "init_gates",
+    "inspect",
     "recover",
     "register_family",
     "rotate",

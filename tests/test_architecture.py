@@ -33,6 +33,7 @@ FLOORS = (
     "discovery",
     "vanilla",
     "_register",
+    "folders",
     "processes",
     "progress",
     "errors",
