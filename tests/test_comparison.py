@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import LM_ROW, assert_same_state, build, difference, gate, logits_of, scattered_plan, state_of
+from gate_runs import TARGET, thetas, trainer_of
 from peft import LoraConfig, PeftModel
-from test_trainer import TARGET, thetas, trainer_of
 from torch.utils.data import IterableDataset
 
 from hawada_peft import HawAdaTrainer, Shape, init_gates
@@ -91,7 +91,7 @@ def test_comparing_changes_nothing_but_what_is_kept(tmp_path: Path) -> None:
     trainer.train()
     before = state_of(trainer.gated)
     drawn = torch.get_rng_state()
-    trainer._keep_better()
+    trainer._end()
     assert trainer.comparison.kept == "trained"  # the same, which is not worse
     assert trainer.comparison.start == pytest.approx(trainer.comparison.trained)
     assert_same_state(state_of(trainer.gated), before)

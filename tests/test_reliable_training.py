@@ -11,16 +11,16 @@ import pytest
 import torch
 from conftest import LM_ROW, ROWS, build, gate, scattered_plan
 from filelock import FileLock
+from gate_runs import DATA, TARGET, arguments, logged, thetas, trainer_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_trainer import DATA, TARGET, arguments, logged, thetas, trainer_of
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hawada_peft import DistillTrainer, HawAdaConfig, collect_gates, recover, slim
-from hawada_peft.distil.unlabelled import LOCK_FILE
 from hawada_peft.errors import CheckpointError, DivergedError, HawAdaError
-from hawada_peft.training.trainer import STATE_FILE
+from hawada_peft.files.locking import LOCK_FILE
+from hawada_peft.training.saved_state import STATE_FILE
 
 SAVED = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
 

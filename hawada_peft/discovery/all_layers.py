@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from .parts.depth import Cut, FoundStack, leave_out
+from .parts.cuts import Cut
+from .parts.depth import FoundStack, leave_out
 from .trial.specimen import Specimen
 
 DRAWS = 3

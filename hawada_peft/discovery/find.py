@@ -11,8 +11,8 @@ from ..errors import UnsupportedModelError
 from .all_layers import prove_all
 from .anatomy import Anatomy, Axis, PerLayer, Pinned, Refusal, Stack
 from .parts.depth import FoundStack
-from .scale import Large, Layers
-from .shortened import Shortened, at_full_depth, shorten
+from .scale import Large
+from .shortened import Layers, Shortened, at_full_depth, shorten
 from .study import Study, study_of
 from .trial.builds import Builds
 from .trial.config_tree import Path, dotted, edited

@@ -8,12 +8,13 @@ order of rows is that of the small model. Layers that were left out are like one
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .anatomy import EXPERTS, HEADS, INPUT, LOGITS, NORM, PARAMETER, Axis, Number, Place, Rows, Sizes
 from .patterns import Pattern, pattern_of
+from .shortened import Layers
 from .trial.builds import Builds, Dim, Moves
 from .trial.config_tree import Path, dotted, value_at
 from .trial.found import Found, changes_of, nearest
@@ -26,27 +27,6 @@ STEPS = (1, 2, 4, 8, 16, 32, 64, 128)
 """Sizes may be multiples of one of these, where not all are built."""
 
 NOT_BUILT = "no smaller size is built as asked"
-
-
-@dataclass(frozen=True)
-class Layers:
-    """
-    Which layers of the large model are like those of the small one.
-
-    Args:
-        like: for each stack by its dotted name, for each large layer the small one.
-    """
-
-    like: Mapping[str, Sequence[int]]
-
-    def template(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """A small model's name with `*` for the layer, and the large layers that are like it."""
-        for stack, like in self.like.items():
-            if name.startswith(f"{stack}."):
-                layer, _, rest = name[len(stack) + 1 :].partition(".")
-                alike = tuple(large for large, small in enumerate(like) if small == int(layer))
-                return f"{stack}.*.{rest}", alike
-        return name, ()
 
 
 class Large:

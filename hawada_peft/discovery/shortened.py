@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
-from .parts.depth import Cut, cuts_of, find_stacks
+from .parts.cuts import Cut, cuts_of
+from .parts.depth import find_stacks
 from .parts.effects import Effect
 from .trial.config_tree import Path, numbers_of, value_at
 from .trial.specimen import Specimen
@@ -132,3 +133,24 @@ def at_full_depth(cut: Cut, tree: dict[str, Any], count: int) -> Cut:
         also=tuple(path for path in cut.also if value_at(tree, path) == count),
         lists=tuple(path for path in cut.lists if listed(path)),
     )
+
+
+@dataclass(frozen=True)
+class Layers:
+    """
+    Which layers of the large model are like those of the small one.
+
+    Args:
+        like: for each stack by its dotted name, for each large layer the small one.
+    """
+
+    like: Mapping[str, Sequence[int]]
+
+    def template(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """A small model's name with `*` for the layer, and the large layers that are like it."""
+        for stack, like in self.like.items():
+            if name.startswith(f"{stack}."):
+                layer, _, rest = name[len(stack) + 1 :].partition(".")
+                alike = tuple(large for large, small in enumerate(like) if small == int(layer))
+                return f"{stack}.*.{rest}", alike
+        return name, ()

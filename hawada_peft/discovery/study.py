@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from .anatomy import EXPERTS, FFN, HIDDEN
 from .parts.branches import find_branches
-from .parts.depth import Cut, FoundStack, cuts_of, find_stacks, prove_layers
+from .parts.cuts import Cut, cuts_of
+from .parts.depth import FoundStack, find_stacks, prove_layers
 from .parts.effects import Effect, survey
 from .parts.heads import find_heads, head_numbers
 from .parts.stream import find_stream, step_of
