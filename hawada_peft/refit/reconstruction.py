@@ -22,7 +22,7 @@ from ..vanilla.batches import Batch, check_batch, main_input, position_mask, row
 from ..vanilla.family import locate
 from ..vanilla.mode import evaluating
 from ..vanilla.modules import parameters_of
-from .fidelity import Reduce, all_reduced, divergence
+from .fidelity import Expected, Reduce, all_reduced
 from .layerwise import Gains, Stream, residual_gains
 from .projections import Refit, as_projection, choose, new_moments
 
@@ -90,7 +90,8 @@ def reconstruct(
     the plain weights come back if the reconstructed ones are not better.
 
     Holds in memory, besides both models: the hidden states of all batches in both models and twice more for the
-    targets, the moments of one projection, and the plain weights of the slim model's projections. Where
+    targets, the inputs and the moments of one projection, the plain weights of the slim model's projections, and up to
+    1 GiB of the dense model's outputs on held-out batches. Where
     `torch.distributed` is in use every rank passes its own batches, and all get the same weights.
 
     Args:
@@ -191,7 +192,8 @@ def refit_model(
         coordinates = coordinates.to(slim.device)
     fitted, held = _split(calibration, slim, held_out, reduce)
     with evaluating(dense, slim), torch.no_grad():
-        metric, before = divergence(dense, slim, held, reduce)
+        expected = Expected(dense, held)
+        metric, before = expected.divergence(slim, reduce)
         teacher, student = (
             Stream.start(model, row, [*fitted, *held]) for model, row in ((dense, teacher_layout), (slim, layout))
         )
@@ -208,7 +210,7 @@ def refit_model(
             refits = tuple(
                 progress_bar(progress, iterable=layers, total=len(ends), desc="reconstructing", leave=False)
             )
-            _, after = divergence(dense, slim, held, reduce)
+            _, after = expected.divergence(slim, reduce)
             applied = after < before
         finally:  # also when a layer fails: never a model that is refitted in part
             if not applied:
@@ -242,6 +244,7 @@ def _refit_layers(
         for which, (name, wanted) in enumerate(zip(names, targets, strict=True)):
             module = as_projection(student.model.get_submodule(name), name)
             fit, held = new_moments(module), new_moments(module)
+            kept: list[tuple[torch.Tensor, torch.Tensor]] = []
             for number, mask in enumerate(masks):
                 inputs, stream = student.inputs_at(module, index, number, gains)
                 added = wanted[number].output.float()
@@ -253,10 +256,15 @@ def _refit_layers(
                 rows = slice(None) if mask is None else mask.flatten()
                 moments = fit if number < fit_count else held
                 moments.add(inputs.flatten(0, -2)[rows], added.flatten(0, -2)[rows])
+                if gains is not None and which == 1:
+                    kept.append((inputs, stream))
             wanted.clear()
             gain = None if gains is None else gains[which]
             yield choose(name, module, fit.reduced(reduce), held.reduced(reduce), gain, dampings)
-        student.advance(index)
+            for number, (inputs, stream) in enumerate(kept):
+                student.hidden[number] = stream + gain * module(inputs)
+        if gains is None:
+            student.advance(index)
         logger.debug("layer %d of %d is refitted", index + 1, len(plan.layers))
 
 
