@@ -13,30 +13,13 @@ from transformers import PreTrainedModel
 
 from ..vanilla.batches import Batch, main_input, rows_of
 from ..vanilla.family import Layout
+from .calls import Call
 
 Gains = tuple[torch.Tensor, torch.Tensor] | None
 
 
 class _EnoughError(Exception):
     """Ends a forward pass at the module whose input was wanted."""
-
-
-@dataclass
-class Call:
-    """How the model calls one layer on one batch, hidden states left out."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @property
-    def absent(self) -> list[bool]:
-        """Which of the values are None."""
-        return [value is None for value in (*self.args, *self.kwargs.values())]
-
-    def same(self, other: Call) -> bool:
-        """Whether the other call has the very same objects."""
-        mine, others = (self.args, *self.kwargs.items()), (other.args, *other.kwargs.items())
-        return len(mine) == len(others) and all(_same(*pair) for pair in zip(mine, others, strict=True))
 
 
 @dataclass
@@ -269,12 +252,3 @@ def residual_gains(stream: Stream, layer: int) -> Gains:
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
-
-
-def _same(value: Any, other: Any) -> bool:
-    """Whether two values are one object, equal plain values, or tuples of such."""
-    if isinstance(value, tuple) and isinstance(other, tuple):
-        return len(value) == len(other) and all(_same(*pair) for pair in zip(value, other, strict=True))
-    return value is other or (
-        isinstance(value, bool | int | float | str) and type(value) is type(other) and value == other
-    )
