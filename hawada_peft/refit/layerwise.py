@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -49,8 +49,8 @@ class Stream:
         The stream before the first layer, and the calls.
 
         One row of each kind of batch goes through the whole body. Layers that are called there with the very same
-        objects as an earlier one are called like that one on the other batches of the kind, which stop before the
-        first layer that has nothing new.
+        objects as an earlier one are called like that one on the other batches of the kind, which stop at the last
+        layer that has something new.
         """
         stream = cls(model, layout)
         kinds: dict[Any, list[Call]] = {}
@@ -65,10 +65,9 @@ class Stream:
             hidden, calls = stream._record(batch, max(like) + 1)
             if not all(call.absent == other.absent for call, other in zip(calls, sample, strict=False)):
                 # Masks that were not needed for the first row: whose they are shows only where there are some.
-                hidden, kinds[kind] = stream._record(batch, len(stream.layers))
-                stream.calls.append(kinds[kind])
-            else:
-                stream.calls.append([calls[index] for index in like])
+                hidden, calls = stream._record(batch, len(stream.layers))
+                kinds[kind], like = calls, list(range(len(calls)))
+            stream.calls.append([calls[index] for index in like])
             stream.hidden.append(hidden)
         return stream
 
@@ -80,27 +79,24 @@ class Stream:
 
     def _record(self, batch: Batch, count: int) -> tuple[torch.Tensor, list[Call]]:
         """What goes into the first layer, and how the first `count` layers are called."""
-        body = cast(nn.Module, self.model.base_model)
         # A cache would grow with every call of a layer.
         options = {"use_cache": False} if "use_cache" in self.model.config.to_dict() else {}
         calls: list[Call] = []
         inputs: list[torch.Tensor] = []
 
         def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if len(calls) == count:
-                raise _EnoughError
             kwargs = dict(kwargs)
             hidden = args[0] if args else kwargs.pop("hidden_states")
             calls.append(Call(args[1:], kwargs))
             inputs[:] = inputs or [hidden]
-            if count == 1:
+            if len(calls) == count:
                 raise _EnoughError
 
         with ExitStack() as hooks:
             for layer in self.layers:
                 hooks.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
             with suppress(_EnoughError):
-                body(**(options | dict(batch)))
+                cast(nn.Module, self.model.base_model)(**(options | dict(batch)))
         return inputs[0], calls
 
     @property
@@ -135,14 +131,14 @@ class Stream:
 
     def outputs(self, layer: int, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The outputs of a layer, of its attention's projection and of its FFN's, on a batch's stream."""
-        return self._outputs(layer, lambda: self.call(layer, number))
+        return self._outputs(layer, self.calls[number][layer], self.hidden[number])
 
     def outputs_of_row(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The same on `row`."""
-        return self._outputs(layer, lambda: self.call_row(layer, self.row))
+        return self._outputs(layer, self.row_calls[layer], self.row)
 
     def _outputs(
-        self, layer: int, call: Callable[[], torch.Tensor]
+        self, layer: int, call: Call, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         attention, ffn = self.attention_out(layer), self.ffn_out(layer)
         found: dict[nn.Module, torch.Tensor] = {}
@@ -153,7 +149,7 @@ class Stream:
         with ExitStack() as hooks:
             for module in (attention, ffn):
                 hooks.callback(module.register_forward_hook(keep).remove)
-            output = call()
+            output = self._called(layer, call, hidden)
         return output, found[attention], found[ffn]
 
     def inputs_at(self, module: nn.Module, layer: int, number: int, gains: Gains) -> tuple[torch.Tensor, torch.Tensor]:
