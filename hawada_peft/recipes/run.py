@@ -34,7 +34,7 @@ from ..distil.recovery import recover
 from ..errors import HawAdaError
 from ..latency.budget import LatencyBudget
 from ..latency.measuring import measure_many
-from ..latency.regime import DTYPES, Regime
+from ..latency.regime import Regime
 from ..latency.runner import check_call
 from ..latency.timing import Timing
 from ..planning.plan import Plan
@@ -263,7 +263,7 @@ def _save(
     """Evaluate, time and save."""
     dense, slim = (model.eval() for model in models)
     if recipe.save_dtype is not None:
-        nn.Module.to(slim, dtype=DTYPES[recipe.save_dtype])
+        nn.Module.to(slim, dtype=getattr(torch, recipe.save_dtype))
     state = PartialState()
     result = None
     if state.is_main_process:
