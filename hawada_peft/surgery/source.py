@@ -13,7 +13,7 @@ from transformers.initialization import guard_torch_init_functions
 from ..errors import UnsupportedModelError
 from ..planning.plan import Plan
 from ..vanilla.family import Layout
-from ..vanilla.shape import FFN, HEADS, HIDDEN, KV_GROUPS
+from ..vanilla.shape import BY_NAME
 from ..vanilla.skeleton import build_empty
 from .axes import SliceRule
 from .conformity import below
@@ -48,16 +48,10 @@ def source_of(name: str, layout: Layout, plan: Plan) -> tuple[str, int, str]:
 
 def rows_of(rule: SliceRule, layout: Layout, plan: Plan, layer: int) -> torch.Tensor:
     """The indices that stay along a rule's dimension, in the layer at a position of the plan."""
-    dense = layout.dense.sizes()
-    units = {
-        HEADS: (plan.heads[layer], dense["num_attention_heads"]),
-        KV_GROUPS: (plan.kv_groups[layer], dense["num_key_value_heads"]),
-        FFN: (plan.channels[layer], dense["intermediate_size"]),
-        HIDDEN: (plan.hidden or tuple(range(layout.hidden_size)), layout.hidden_size),
-    }
-    offset, rows = 0, []
+    offset, rows, sizes = 0, [], layout.full.to_dict()
     for axis in rule.segments:
-        kept, total = units[axis]
+        total = sizes[BY_NAME[axis].field]
+        kept = plan.units(axis, layer) or range(total)
         starts = offset + torch.tensor(kept) * rule.width
         rows.append((starts[:, None] + torch.arange(rule.width)).flatten())
         offset += total * rule.width
@@ -170,9 +164,11 @@ def _owners(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, PreTrained
 
 
 def _initialise(owner: PreTrainedModel, module: nn.Module) -> None:
-    """Have a class compute a module's buffers, its own parameters left as they are."""
-    own: list[torch.Tensor] = list(module.parameters(recurse=False))
-    own += [b for k, b in module._buffers.items() if b is not None and k not in module._non_persistent_buffers_set]
+    """Have a class compute a module's buffers; parameters are left as they are, also those of modules inside it."""
+    own: list[torch.Tensor] = list(module.parameters())
+    for inner in module.modules():
+        kept = inner._buffers.keys() - inner._non_persistent_buffers_set
+        own += [buffer for name, buffer in inner._buffers.items() if buffer is not None and name in kept]
     for tensor in own:
         tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' mark of what is loaded
     try:
