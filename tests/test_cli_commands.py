@@ -229,7 +229,7 @@ def test_a_file_that_is_not_there_or_of_another_kind_is_said(made: Path, tmp_pat
     assert "must be a file of" in refused("plan", made / "base", tmp_path / "data.doc", **budget)
 
 
-@pytest.mark.parametrize(("device", "message"), [("cuda:7", "no CUDA device here"), ("abacus", "is none")])
+@pytest.mark.parametrize(("device", "message"), [("cuda:7", "no CUDA device here"), ("abacus", "'abacus'")])
 def test_a_device_that_is_not_here_is_refused(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, message: str
 ) -> None:
