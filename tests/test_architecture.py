@@ -16,6 +16,7 @@ FLOORS = (
     "recipes",
     "page",
     "training",
+    "registered",
     "model",
     "distil",
     "shipping",
@@ -36,6 +37,8 @@ FLOORS = (
     "folders",
     "processes",
     "progress",
+    "sources",
+    "lazy",
     "errors",
 )
 """From the top down; as docs/architecture.md lists them."""

@@ -8,6 +8,7 @@ order of rows is that of the small model. Layers that were left out are like one
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -101,7 +102,7 @@ class Large:
             return size > 0 and not (groups and size % groups) and self.moves(size) is not None
 
         if self.units <= MANY:
-            return (*(size for size in range(1, self.units) if fits(size)), self.units)
+            return _regular((*(size for size in range(1, self.units) if fits(size)), self.units))
         for step in STEPS:
             if self.units % step or self.units < 4 * step:
                 continue
@@ -234,3 +235,9 @@ def _from(sizes: Sizes, least: int) -> Sizes:
     if isinstance(sizes, range):
         return sizes[-(-(least - sizes.start) // sizes.step) :] if least > sizes.start else sizes
     return tuple(size for size in sizes if size >= least)
+
+
+def _regular(sizes: tuple[int, ...]) -> Sizes:
+    """Three sizes and more at equal distances as a range."""
+    steps = {later - size for size, later in itertools.pairwise(sizes)}
+    return range(sizes[0], sizes[-1] + 1, steps.pop()) if len(sizes) > 2 and len(steps) == 1 else sizes
