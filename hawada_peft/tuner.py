@@ -7,7 +7,7 @@ Long because PEFT asks one class for all that a tuner does.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -31,8 +31,10 @@ from .gates.weighted import add_gates
 from .planning.plan import Plan
 from .surgery.conformity import check_conforms, vanilla_tensors
 from .surgery.dense import put_back, unmerge
+from .surgery.readers import check_readers
 from .vanilla.family import FAMILIES, FFN, HEADS, HIDDEN, TARGET_MODULES, Layout, locate
 from .vanilla.modules import check_loaded, check_own_weights, check_unquantized, quantized_weight
+from .vanilla.shape import KV_GROUPS
 from .vanilla.skeleton import check_constructor
 
 
@@ -61,7 +63,7 @@ class GateTuner(BaseTuner):
         self, peft_config: HawAdaConfig, model_config: dict[str, Any]
     ) -> HawAdaConfig:
         if peft_config.base_sizes is not None:
-            self._place = self._located()
+            self._place = self._located(peft_config.gates)
             peft_config.check_base(self._place)
         if peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             # PEFT tells tuner layers on linear modules by the name of their class; ours wrap convolutions too.
@@ -77,7 +79,7 @@ class GateTuner(BaseTuner):
             model_type in self.target_module_mapping and model_type not in FAMILIES
         ):
             return cast(HawAdaConfig, super()._prepare_adapter_config(peft_config, model_config))
-        layout = self._place = self._located()
+        layout = self._place = self._located(peft_config.gates)
         ends = {HEADS: layout.family.attention_out, FFN: layout.family.ffn_out}
         whole = {"blocks", "layers"} & set(peft_config.gates)
         names = {end for axis, end in ends.items() if whole or axis in peft_config.gates}
@@ -90,13 +92,14 @@ class GateTuner(BaseTuner):
         peft_config.base_sizes = layout.base_sizes()
         return peft_config
 
-    def _located(self) -> Layout:
+    def _located(self, kinds: Collection[str]) -> Layout:
         """The base model's layout. What no slim model of its class could hold is refused before any training."""
         layout = locate(self.model)
         check_loaded(self.model)
         check_constructor(layout.model_class)
         if quantized_weight(self.model) is None:
             check_conforms(layout, vanilla_tensors(self.model))
+        check_readers(layout, {*kinds, *([KV_GROUPS] if HEADS in kinds else [])})
         return layout
 
     def _prepare_model(self, peft_config: HawAdaConfig, model: nn.Module) -> None:  # type: ignore[override]

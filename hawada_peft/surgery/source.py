@@ -13,7 +13,7 @@ from transformers.initialization import guard_torch_init_functions
 from ..errors import UnsupportedModelError
 from ..planning.plan import Plan
 from ..vanilla.family import Layout
-from ..vanilla.shape import FFN, HEADS, HIDDEN, KV_GROUPS
+from ..vanilla.shape import FFN, HEADS, HIDDEN, KV_GROUPS, LAYERS
 from ..vanilla.skeleton import build_empty
 from .axes import SliceRule
 from .conformity import below
@@ -53,6 +53,7 @@ def rows_of(rule: SliceRule, layout: Layout, plan: Plan, layer: int) -> torch.Te
         HEADS: (plan.heads[layer], dense["num_attention_heads"]),
         KV_GROUPS: (plan.kv_groups[layer], dense["num_key_value_heads"]),
         FFN: (plan.channels[layer], dense["intermediate_size"]),
+        LAYERS: (plan.layers, dense["num_hidden_layers"]),
         HIDDEN: (plan.hidden or tuple(range(layout.hidden_size)), layout.hidden_size),
     }
     offset, rows = 0, []

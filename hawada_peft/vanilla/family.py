@@ -7,9 +7,10 @@ Long because every field of a row and of a layout is explained.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -18,6 +19,9 @@ from transformers.backbone_utils import BackboneConfigMixin
 from ..errors import UnsupportedModelError
 from .modules import feature_sizes
 from .shape import FFN, HEADS, HIDDEN, Shape
+
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Family:
         ffn_field (`str`): the config field with the FFN size.
         ffn_unit (`str`): the config field that `ffn_field` is a multiple of; empty if it counts channels.
         layer_lists (`tuple[str, ...]`): config fields that hold one entry per layer.
+        pinned (`tuple[tuple[int, str], ...]`): layers that must stay although a model without them can be built, each
+            with the reason.
         fused (`tuple[tuple[str, tuple[str, ...]], ...]`): modules (relative to a layer; with a dot before it, relative
             to the model) whose rows, or inputs from the residual stream, hold several things: the axes in their
             order. One axis alone means that everything of a unit is stored together.
@@ -59,6 +65,7 @@ class Family:
     ffn_field: str = "intermediate_size"
     ffn_unit: str = ""
     layer_lists: tuple[str, ...] = ()
+    pinned: tuple[tuple[int, str], ...] = ()
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
     twin: str = ""
     twin_fields: tuple[tuple[str, Any], ...] = ()
@@ -112,6 +119,13 @@ class Layout:
     hidden_size: int
     model_class: type[PreTrainedModel] = field(compare=False, repr=False)
     config: PreTrainedConfig = field(compare=False, repr=False)
+    _found: dict[Any, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
+
+    def once(self, key: Any, find: Callable[[], Found]) -> Found:
+        """What building this layout's class tells, found at the first call with a key, and kept."""
+        if key not in self._found:
+            self._found[key] = find()
+        return cast(Found, self._found[key])
 
     def attention_out(self, layer: int) -> str:
         """The dotted name of a layer's attention output projection."""
