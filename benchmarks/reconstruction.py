@@ -38,8 +38,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification, 
 
 from hawada_peft import HawAdaConfig, Plan, Shape, init_gates, slim
 from hawada_peft.refit import reconstruct
+from hawada_peft.refit.held_out import HELD_OUT
 from hawada_peft.refit.projections import as_projection, choose, new_moments
-from hawada_peft.refit.reconstruction import DAMPINGS, HELD_OUT
+from hawada_peft.refit.reconstruction import DAMPINGS
 from hawada_peft.vanilla.family import locate
 
 Batches = list[dict[str, torch.Tensor]]

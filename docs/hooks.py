@@ -106,6 +106,7 @@ def _skeleton(model_type: str, family: Family) -> PreTrainedModel:
     sizes = {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 2}
     sizes |= {family.kv_heads_field: 4} if family.kv_heads_field else {}
     sizes |= {family.ffn_field: 2 if family.ffn_unit else 96}
+    sizes |= {"head_dim": 8} if "head_dim" in cls().to_dict() else {}
     config = cls(**sizes)
     mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING)
     built = next(mapping[cls] for mapping in mappings if cls in mapping)

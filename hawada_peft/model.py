@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .basis.basis import moved_stream, stream_basis
-from .basis.rotation import plan_turn
+from .basis.rotation import exported_turn
 from .basis.turn import Turn
 from .errors import HawAdaError, InvalidPlanError
 from .gates.adapter import GateAdapter
@@ -334,7 +334,7 @@ class HawAdaModel(GateTuner):
     def _turn_of(self, names: Sequence[str], plan: Plan, fold: bool) -> Callable[[PreTrainedModel], Turn] | None:
         """What gives the residual stream the coordinates that a plan keeps, if these are of a basis."""
         basis, factor = stream_basis(self.model, self.layout_of(names), names, plan, fold=fold)
-        return None if basis is None else partial(plan_turn, plan=plan, basis=basis, factor=factor)
+        return None if basis is None else partial(exported_turn, plan=plan, basis=basis, factor=factor)
 
     def _names(self, adapter_names: Sequence[str] | None) -> list[str]:
         if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence | None):

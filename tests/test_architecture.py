@@ -30,6 +30,7 @@ FLOORS = (
     "gates",
     "latency",
     "files",
+    "discovery",
     "vanilla",
     "_register",
     "processes",

@@ -91,7 +91,7 @@ def test_comparing_changes_nothing_but_what_is_kept(tmp_path: Path) -> None:
     trainer.train()
     before = state_of(trainer.gated)
     drawn = torch.get_rng_state()
-    trainer._keep_better()
+    trainer._end()
     assert trainer.comparison.kept == "trained"  # the same, which is not worse
     assert trainer.comparison.start == pytest.approx(trainer.comparison.trained)
     assert_same_state(state_of(trainer.gated), before)

@@ -146,7 +146,7 @@ def test_layers_of_several_sizes_are_refused() -> None:
 @pytest.mark.parametrize(
     "row",
     [
-        Row("GPT2LMHeadModel", "GPT2Config", TOKENS | {"n_embd": 64, "n_head": 8, "n_layer": 1}, PLAIN),
+        Row("BloomForCausalLM", "BloomConfig", {"vocab_size": 128, "hidden_size": 64, "n_layer": 1}, PLAIN),
         Row("BertModel", "BertConfig", TOKENS | SIZES, PLAIN),
         Row("MixtralForCausalLM", "MixtralConfig", LM | {"num_local_experts": 2, "num_hidden_layers": 1}, PLAIN),
     ],

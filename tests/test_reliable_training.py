@@ -18,9 +18,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hawada_peft import DistillTrainer, HawAdaConfig, collect_gates, recover, slim
-from hawada_peft.distil.unlabelled import LOCK_FILE
 from hawada_peft.errors import CheckpointError, DivergedError, HawAdaError
-from hawada_peft.training.trainer import STATE_FILE
+from hawada_peft.files.locking import LOCK_FILE
+from hawada_peft.training.saved_state import STATE_FILE
 
 SAVED = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
 

@@ -35,12 +35,13 @@ from hawada_peft.latency.timing import Timing
 from hawada_peft.latency.toy import ToyClock
 from hawada_peft.planning.importance import gate_importance
 from hawada_peft.planning.plan import Plan
+from hawada_peft.search.answer import frontier
 from hawada_peft.search.budgeted import find_plan
 from hawada_peft.search.masked import MaskedQuality
 from hawada_peft.search.result import MOST_POINTS, SearchResult
 from hawada_peft.search.rounds import search
 from hawada_peft.search.space import SearchSpace, narrower_sizes, search_space
-from hawada_peft.search.state import SearchState, frontier
+from hawada_peft.search.state import SearchState
 from hawada_peft.search.timed import dense_model, measure_table, regime_of
 from hawada_peft.search.timed_models import realiser
 from hawada_peft.vanilla import rehome

@@ -23,7 +23,7 @@ from hawada_peft.errors import HawAdaError, InfeasibleBudgetError
 from hawada_peft.gates.relaxation import RELAXATIONS
 from hawada_peft.latency.effort import Effort
 from hawada_peft.latency.table import LatencyTable
-from hawada_peft.training.trainer import STATE_FILE
+from hawada_peft.training.saved_state import STATE_FILE
 from hawada_peft.vanilla.family import locate
 
 BUDGET = LatencyBudget(speedup=1.5, mode="prefill", seq_len=8)

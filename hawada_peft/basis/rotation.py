@@ -102,10 +102,10 @@ def slim_in_basis(
     Warns:
         UntiedEmbeddingsWarning: as `rotate`.
     """
-    return slim(model, plan, turn=plan_turn(model, plan, basis, factor=factor, keep_tied=keep_tied))
+    return slim(model, plan, turn=exported_turn(model, plan, basis, factor=factor, keep_tied=keep_tied))
 
 
-def plan_turn(
+def exported_turn(
     model: PreTrainedModel,
     plan: Plan,
     basis: Basis,
@@ -113,7 +113,7 @@ def plan_turn(
     factor: torch.Tensor | None = None,
     keep_tied: bool = False,
 ) -> Turn:
-    """The change of the stream's coordinates that a plan asks for. Arguments, errors and warning: `slim_in_basis`."""
+    """The change of the stream's coordinates for what is shipped. Arguments, errors and warning: `slim_in_basis`."""
     kept = None if plan.hidden is None else torch.tensor(plan.hidden)
     turn = turn_of(model, locate(model), basis, kept, factor)
     if is_tied(model) and not turn.tied:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -109,3 +110,19 @@ def check_tensors(folder: Path, model: PeftModel, name: str) -> None:
     missing = sorted(set(state) - found)
     if missing:
         raise CheckpointError(f"{path} lacks {missing[:4]} ({len(missing)} of {len(state)} tensors)")
+
+
+def adapter_folder(checkpoint: Path, name: str) -> Path:
+    """Where PEFT saves an adapter within a folder."""
+    return checkpoint if name == "default" else checkpoint / name
+
+
+@contextmanager
+def keeping_trainable(model: Any) -> Iterator[None]:
+    """What requires gradients afterwards is what did before: PEFT's `set_adapter` switches all of an adapter on."""
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(before.get(name, parameter.requires_grad))

@@ -1,41 +1,34 @@
-"""
-What trainers that need no labels have in common: a loss for evaluation, and checkpoints that can be relied on.
-
-Long because transformers asks one class for all of a training.
-"""
+"""What trainers that need no labels have in common: a loss for evaluation, and checkpoints that can be relied on."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from filelock import FileLock, Timeout
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
     Trainer,
-    TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_utils import has_length
 
-from ..errors import BadDataError, CheckpointError, DivergedError, HawAdaError
-from ..processes import in_main_process
+from ..errors import BadDataError, CheckpointError, DivergedError
+from ..files.locking import held
 from ..vanilla.batches import check_batch
-from .checkpoints import check_complete, check_tensors, checkpoint_of
+from .checkpointing import embeddings_with_gradients
+from .checkpoints import adapter_folder, check_complete, check_tensors, checkpoint_of, keeping_trainable
+from .events import Events, Told
 from .finite import check_finite
-
-LOCK_FILE = ".training.lock"
-"""In the output folder while a training writes there."""
 
 
 class UnlabelledTrainer(Trainer):
@@ -60,7 +53,7 @@ class UnlabelledTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         self._checked = False
         self.can_return_loss = True  # the teacher takes the place of labels
-        self.add_callback(_Finite(self))
+        self.add_callback(Events(**self._events()))
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """
@@ -76,41 +69,22 @@ class UnlabelledTrainer(Trainer):
         if resume_from_checkpoint:
             self._check_checkpoint(checkpoint_of(resume_from_checkpoint, self.args))
         reentrant = self.args.gradient_checkpointing and options.get("use_reentrant")
-        with self._output_folder():
+        with held(Path(str(self.args.output_dir))):
             self.check_data()
             if not resume_from_checkpoint:
                 self._prepare()
             try:
-                with _embeddings_with_gradients(cast(nn.Module, self.model)) if reentrant else nullcontext():
+                with embeddings_with_gradients(cast(nn.Module, self.model)) if reentrant else nullcontext():
                     return super().train(resume_from_checkpoint, *args, **kwargs)
             finally:
                 self._set_cache(self._use_cache)
 
+    def _events(self) -> dict[str, Told]:
+        """What is called at which moments of a training."""
+        return {"on_pre_optimizer_step": self._on_update, "on_step_end": self._on_step_end}
+
     def _prepare(self) -> None:
         """Called before a training that is not resumed."""
-
-    @contextmanager
-    def _output_folder(self) -> Iterator[None]:
-        """The output folder, held by the first process for as long as the block runs."""
-        folder = Path(str(self.args.output_dir))
-        lock = FileLock(folder / LOCK_FILE)
-
-        def acquire() -> None:
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                raise HawAdaError(
-                    f"another training writes to {folder}; wait for it, or choose another output_dir"
-                ) from None
-
-        in_main_process(acquire)
-        try:
-            yield
-        finally:
-            if lock.is_locked:
-                Path(lock.lock_file).unlink(missing_ok=True)
-                lock.release()
 
     # ------------------------------------------------------- numbers that are none
 
@@ -119,6 +93,15 @@ class UnlabelledTrainer(Trainer):
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         self._step_loss = loss if self._step_loss is None else self._step_loss + loss
         return loss
+
+    def _on_update(self, state: TrainerState, control: TrainerControl) -> None:
+        """The loss of a step, and the weights that gave it, before the optimizer spreads what is wrong."""
+        self._check_finite(state.global_step + 1)
+
+    def _on_step_end(self, state: TrainerState, control: TrainerControl) -> None:
+        """The weights that come of a step, where the next one does not look at them before somebody uses them."""
+        if control.should_save or control.should_evaluate or state.global_step >= state.max_steps:
+            self._check_finite(state.global_step)
 
     def _check_finite(self, step: int) -> None:
         loss, self._step_loss = self._step_loss, None
@@ -261,56 +244,3 @@ class UnlabelledTrainer(Trainer):
     def _set_cache(self, use_cache: bool | None) -> None:
         if self._use_cache is not None:
             self._model_config.use_cache = use_cache
-
-
-@contextmanager
-def _embeddings_with_gradients(model: nn.Module) -> Iterator[None]:
-    """
-    Embeddings whose outputs require gradients, as reentrant gradient checkpointing asks of what goes into a layer: it
-    passes nothing back through layers whose input does not, and all below the first trained weight is frozen.
-    """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not isinstance(base, PreTrainedModel):
-        yield
-        return
-    hook = base.get_input_embeddings().register_forward_hook(lambda _module, _args, output: output.requires_grad_())
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-class _Finite(TrainerCallback):
-    """Looks at the numbers of every step: before the optimizer spreads what is wrong, and before anything is saved."""
-
-    def __init__(self, trainer: UnlabelledTrainer) -> None:
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The loss of a step, and the weights that gave it."""
-        self.trainer._check_finite(state.global_step + 1)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The weights that come of a step, where the next one does not look at them before somebody uses them."""
-        if control.should_save or control.should_evaluate or state.global_step >= state.max_steps:
-            self.trainer._check_finite(state.global_step)
-
-
-def adapter_folder(checkpoint: Path, name: str) -> Path:
-    """Where PEFT saves an adapter within a folder."""
-    return checkpoint if name == "default" else checkpoint / name
-
-
-@contextmanager
-def keeping_trainable(model: Any) -> Iterator[None]:
-    """What requires gradients afterwards is what did before: PEFT's `set_adapter` switches all of an adapter on."""
-    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    try:
-        yield
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(before.get(name, parameter.requires_grad))

@@ -13,7 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..errors import HawAdaError
 from ..files.atomic import write_text
 from ..training.history import HISTORY_FILE
-from ..training.trainer import STATE_FILE
+from ..training.saved_state import STATE_FILE
 from .digests import recipe_digests
 from .recipe import Recipe
 

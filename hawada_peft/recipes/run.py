@@ -1,17 +1,11 @@
-"""
-Doing what a recipe says: load, gates, train, save, merge, refit, recover, time, save.
-
-Long because it lists the steps of the whole way, each a short call.
-"""
+"""Doing what a recipe says: load, gates, train, save, merge, refit, recover, time, save."""
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,13 +13,9 @@ import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
 from peft import PeftModel, get_peft_model
-from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -33,31 +23,22 @@ from transformers import (
 from ..distil.recovery import recover
 from ..errors import HawAdaError
 from ..latency.budget import LatencyBudget
-from ..latency.measuring import measure_many
-from ..latency.regime import DTYPES, Regime
 from ..latency.runner import check_call
-from ..latency.timing import Timing
 from ..planning.plan import Plan
 from ..progress import Progress
-from ..race.record import RaceRecord
-from ..refit.reconstruction import Reconstruction
 from ..search.timed import regime_of
-from ..shipping.facts import ExportFacts, calibration_facts
-from ..shipping.save import save_slim
+from ..shipping.facts import calibration_facts
 from ..training.trainer import HawAdaTrainer
-from ..vanilla.family import locate
-from ..vanilla.loading import load_model, load_skeleton, processor_of
+from ..vanilla.loading import load_model, load_skeleton
+from .ending import finish
 from .examples import Example, batches_from, load_data
-from .measures import qualities
+from .facts import Facts
 from .recipe import Recipe
 from .record import Record
 from .result import RecipeResult
 from .settings import ReconstructionStep
 
 logger = logging.getLogger(__name__)
-
-HELD_OUT_BATCH = 8
-"""Examples per batch when the held-out ones are evaluated."""
 
 
 def train_recipe(
@@ -123,11 +104,11 @@ def _run(recipe: Recipe, record: Record, arguments: tuple[TrainingArguments, Tra
     model = PeftModel.from_pretrained(load_model(recipe.model, dtype=recipe.dtype), str(record.adapter))
     model.to(args.device)
     plan: Plan = cast(Any, model).applied_plan()
-    facts = _Facts(record.stage("gates") or {})
+    facts = Facts(record.stage("gates") or {})
     slim, dense = _cut(recipe, record, model, recovery_args, (train, held_out), facts)
     if facts.race is not None and facts.race.best is not None:
         plan = facts.race.best.plan
-    return _save(recipe, record, (dense, slim), plan, held_out, facts)
+    return finish(recipe, record, (dense, slim), plan, held_out, facts)
 
 
 def _check_device(recipe: Recipe, device: torch.device) -> None:
@@ -145,39 +126,6 @@ def _check_device(recipe: Recipe, device: torch.device) -> None:
         raise HawAdaError("\n".join(problems))
     if budget is not None:
         check_call(skeleton, regime_of(skeleton, budget))
-
-
-class _Facts:
-    """What is learnt on the way."""
-
-    def __init__(self, losses: Mapping[str, float]) -> None:
-        self.losses = dict(losses)
-        self.reconstruction: Reconstruction | None = None
-        self.race: RaceRecord | None = None
-        self.calibration: dict[str, Any] | None = None
-
-
-class _Evaluations(TrainerCallback):
-    """Evaluates after the last step, and keeps what was logged."""
-
-    def __init__(self, facts: _Facts) -> None:
-        self.facts = facts
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """The last step is evaluated."""
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = True
-        return control
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The first and the last evaluation."""
-        found = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-        if found:
-            self.facts.losses |= {"recovery_start": found[0], "recovery_end": found[-1]}
 
 
 def _train_gates(
@@ -214,7 +162,7 @@ def _cut(
     model: PeftModel,
     args: TrainingArguments,
     data: tuple[Dataset[Example], Dataset[Example]],
-    facts: _Facts,
+    facts: Facts,
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Merge, refit, recover. Returns the slim model and the dense one."""
     train, held_out = data
@@ -234,7 +182,7 @@ def _cut(
         lora=recipe.lora(),
         calibration=calibration,
         race=recipe.racing() or False,
-        callbacks=[_Evaluations(facts)],
+        callbacks=[facts.evaluations()],
         resume_from_checkpoint=record.checkpoint("recovery"),
         **recipe.options(),
     )
@@ -242,7 +190,7 @@ def _cut(
     return slimmed.model, base
 
 
-def _calibration(recipe: Recipe, train: Dataset[Example], facts: _Facts) -> list[Example] | None:
+def _calibration(recipe: Recipe, train: Dataset[Example], facts: Facts) -> list[Example] | None:
     """This process's share of the calibration batches, if a reconstruction or a race needs them."""
     if recipe.reconstruction is None and recipe.racing() is None:
         return None
@@ -250,79 +198,3 @@ def _calibration(recipe: Recipe, train: Dataset[Example], facts: _Facts) -> list
     batches = batches_from(train, step.examples, step.batch_size)
     facts.calibration = calibration_facts(batches)
     return batches[state.process_index :: state.num_processes]
-
-
-def _save(
-    recipe: Recipe,
-    record: Record,
-    models: tuple[PreTrainedModel, PreTrainedModel],
-    plan: Plan,
-    held_out: Dataset[Example],
-    facts: _Facts,
-) -> RecipeResult:
-    """Evaluate, time and save."""
-    dense, slim = (model.eval() for model in models)
-    if recipe.save_dtype is not None:
-        nn.Module.to(slim, dtype=DTYPES[recipe.save_dtype])
-    state = PartialState()
-    result = None
-    if state.is_main_process:
-        nn.Module.to(slim, dense.device)
-        count = recipe.source().held_out
-        batches = batches_from(held_out, count, HELD_OUT_BATCH)
-        quality = qualities(dense, slim, batches, f"{count} held-out examples")
-        timings = _time(recipe, dense, slim)
-        refit = None if facts.reconstruction is None else asdict(facts.reconstruction)
-        save_slim(
-            slim,
-            record.slim,
-            processor=processor_of(recipe.model),
-            card=ExportFacts(
-                base=recipe.model,
-                plan=plan,
-                latency=timings,
-                search=record.search(),
-                race=facts.race,
-                quality=quality,
-                reconstruction=refit,
-                calibration=facts.calibration,
-            ),
-        )
-        result = RecipeResult(
-            folder=str(record.slim),
-            dense=locate(dense).full.to_dict(),
-            slim=locate(slim).full.to_dict(),
-            dense_parameters=dense.num_parameters(),
-            slim_parameters=slim.num_parameters(),
-            losses=facts.losses,
-            reconstruction=refit,
-            quality=[asdict(change) for change in quality],
-            latency=None if timings is None else _latency(timings),
-        )
-        record.finish(result.to_dict())
-    state.wait_for_everyone()
-    return result or RecipeResult.from_dict(cast(dict[str, Any], record.result()))
-
-
-def _time(recipe: Recipe, dense: PreTrainedModel, slim: PreTrainedModel) -> dict[str, Timing] | None:
-    """Both models side by side, under the budget's regime. The dense one is used up."""
-    if not recipe.times():
-        return None
-    regime: Regime = regime_of(dense, LatencyBudget(**cast(dict[str, Any], recipe.budget)))
-    small: nn.Module = copy.deepcopy(slim)  # what is saved keeps its dtype
-    timed = {
-        name: cast(PreTrainedModel, nn.Module.to(model, regime.device, regime.torch_dtype))
-        for name, model in (("dense", dense), ("slim", small))
-    }
-    return measure_many(timed, regime, effort=recipe.effort())
-
-
-def _latency(timings: Mapping[str, Timing]) -> dict[str, Any]:
-    dense, slim = timings["dense"], timings["slim"]
-    return {
-        "dense_ms": dense.median_ms,
-        "slim_ms": slim.median_ms,
-        "speedup": dense.median_ms / slim.median_ms,
-        "regime": str(slim.regime),
-        "device": slim.device_name,
-    }

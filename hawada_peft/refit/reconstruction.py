@@ -1,14 +1,10 @@
-"""
-Least-squares reconstruction: the slim model's output projections refitted to the dense model's hidden states.
-
-Long because the method is explained where it is called, and its layers share their targets.
-"""
+"""Least-squares reconstruction: the slim model's output projections refitted to the dense model's hidden states."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +14,15 @@ from transformers import PreTrainedModel
 from ..errors import HawAdaError, IncompatibleBaseError, UnsupportedModelError
 from ..planning.plan import Plan
 from ..progress import Progress, progress_bar
-from ..vanilla.batches import Batch, check_batch, main_input, position_mask, rows_of, without_labels
+from ..vanilla.batches import Batch, position_mask
 from ..vanilla.family import locate
 from ..vanilla.mode import evaluating
 from ..vanilla.modules import parameters_of
 from .fidelity import Reduce, all_reduced, divergence
-from .layerwise import Gains, Stream, residual_gains
-from .projections import Refit, as_projection, choose, new_moments
+from .held_out import HELD_OUT, split
+from .layerwise import Stream
+from .projections import Refit, as_projection
+from .sweep import refit_layers
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +31,6 @@ DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
 
 CORRECTION = 0.5
 """The part of the error left by earlier layers that each projection is asked to make up for."""
-
-HELD_OUT = 0.125
-"""The part of the calibration batches that nothing is fitted to."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +184,7 @@ def refit_model(
         coordinates = torch.eye(teacher_layout.hidden_size)[:, list(plan.hidden)]
     if coordinates is not None:
         coordinates = coordinates.to(slim.device)
-    fitted, held = _split(calibration, slim, held_out, reduce)
+    fitted, held = split(calibration, slim, held_out, reduce)
     with evaluating(dense, slim), torch.no_grad():
         metric, before = divergence(dense, slim, held, reduce)
         teacher, student = (
@@ -202,7 +197,7 @@ def refit_model(
         plain = {name: [p.data for p in parameters_of(module)] for name, module in projections.items()}
         applied = False
         try:
-            layers = _refit_layers(
+            layers = refit_layers(
                 teacher, student, plan, masks, len(fitted), dampings, correction, coordinates, reduce
             )
             refits = tuple(
@@ -216,146 +211,3 @@ def refit_model(
                     for parameter, tensor in zip(parameters_of(module), plain[name], strict=True):
                         parameter.data = tensor
     return Reconstruction(refits, metric, before, after, applied)
-
-
-def _refit_layers(
-    teacher: Stream,
-    student: Stream,
-    plan: Plan,
-    masks: Sequence[torch.Tensor | None],
-    fit_count: int,
-    dampings: Sequence[float],
-    correction: float,
-    coordinates: torch.Tensor | None,
-    reduce: Reduce,
-) -> Iterator[Refit]:
-    """Refit layer after layer; the first `fit_count` batches are fitted to, the others choose the damping."""
-    ends = [*plan.layers[1:], plan.dense.sizes()["num_hidden_layers"]]
-    for layer in range(plan.layers[0]):
-        teacher.advance(layer)
-    for index, (layer, end) in enumerate(zip(plan.layers, ends, strict=True)):
-        gains, dense_gains = residual_gains(student, index), residual_gains(teacher, layer)
-        if gains is None or dense_gains is None:
-            gains = dense_gains = None
-        targets = _targets(teacher, layer, end, dense_gains, coordinates)
-        names = student.layout.attention_out(index), student.layout.ffn_out(index)
-        for which, (name, wanted) in enumerate(zip(names, targets, strict=True)):
-            module = as_projection(student.model.get_submodule(name), name)
-            fit, held = new_moments(module), new_moments(module)
-            for number, mask in enumerate(masks):
-                inputs, stream = student.inputs_at(module, index, number, gains)
-                added = wanted[number].output.float()
-                if dense_gains is not None:
-                    block = wanted[number].block
-                    added = _local(teacher, layer, number, which, stream, dense_gains) if block is None else block
-                    added = added + wanted[number].dropped
-                    added = added + correction * (wanted[number].output.float() - stream.float() - added)
-                rows = slice(None) if mask is None else mask.flatten()
-                moments = fit if number < fit_count else held
-                moments.add(inputs.flatten(0, -2)[rows], added.flatten(0, -2)[rows])
-            wanted.clear()
-            gain = None if gains is None else gains[which]
-            yield choose(name, module, fit.reduced(reduce), held.reduced(reduce), gain, dampings)
-        student.advance(index)
-        logger.debug("layer %d of %d is refitted", index + 1, len(plan.layers))
-
-
-@dataclass(frozen=True)
-class _Target:
-    """
-    Where the teacher arrives on one batch.
-
-    Args:
-        output: (batch, positions, hidden_size), its residual stream after a block; without gains the output of the
-            block's projection.
-        dropped: what layers that the slim model does not have added to that, float32; 0 if there are none.
-        block: what the block added to the teacher's stream, float32, where that is not the student's in width.
-    """
-
-    output: torch.Tensor
-    dropped: torch.Tensor | float = 0.0
-    block: torch.Tensor | None = None
-
-    def narrowed(self, coordinates: torch.Tensor, block: torch.Tensor) -> _Target:
-        """In the coordinates of a narrower stream."""
-        output, block = self.output.float(), block.float()
-        matrix = coordinates.to(output)
-        dropped = self.dropped @ matrix if isinstance(self.dropped, torch.Tensor) else self.dropped
-        return _Target(output @ matrix, dropped, block @ matrix)
-
-
-def _targets(
-    teacher: Stream, layer: int, end: int, gains: Gains, coordinates: torch.Tensor | None
-) -> tuple[list[_Target], list[_Target]]:
-    """
-    Take the teacher through a layer, and through those after it up to `end`, which the slim model does not have: what
-    they add is for the FFN of the layer before them to make up for.
-
-    Returns:
-        Per batch the target of the attention, and that of the FFN.
-    """
-    if gains is None and coordinates is not None:
-        raise UnsupportedModelError(
-            f"layer {layer} does not add its blocks to the residual stream: what is narrower cannot be refitted to it"
-        )
-    attention, ffn, blocks = [], [], []
-    for number, stream in enumerate(teacher.hidden):
-        output, from_attention, from_ffn = teacher.outputs(layer, number)
-        if gains is not None and coordinates is not None:
-            blocks.append((gains[0] * from_attention, gains[1] * from_ffn))
-        attention.append(_Target(from_attention if gains is None else stream + gains[0] * from_attention))
-        ffn.append(_Target(from_ffn if gains is None else output))
-        teacher.hidden[number] = output
-    for dropped in range(layer + 1, end):
-        teacher.advance(dropped)
-    if gains is not None and end > layer + 1:
-        arrived = zip(teacher.hidden, ffn, strict=True)
-        ffn = [_Target(hidden, hidden.float() - before.output.float()) for hidden, before in arrived]
-    if coordinates is None:
-        return attention, ffn
-    return (
-        [target.narrowed(coordinates, block) for target, (block, _) in zip(attention, blocks, strict=True)],
-        [target.narrowed(coordinates, block) for target, (_, block) in zip(ffn, blocks, strict=True)],
-    )
-
-
-def _local(
-    teacher: Stream,
-    layer: int,
-    number: int,
-    which: int,
-    stream: torch.Tensor,
-    gains: tuple[torch.Tensor, torch.Tensor],
-) -> torch.Tensor:
-    """What the teacher's attention (0) or FFN (1) would add to the student's stream, in float32."""
-    attention, ffn = teacher.attention_out(layer), teacher.ffn_out(layer)
-    if which == 0:
-        output = teacher.output_on(attention, layer, number, stream)
-    else:  # the stream already holds what the student's attention added
-        output = teacher.output_on(ffn, layer, number, stream, silent=attention)
-    return gains[which].float() * output.float()
-
-
-def _split(
-    calibration: Iterable[Batch], slim: PreTrainedModel, held_out: float, reduce: Reduce
-) -> tuple[list[Batch], list[Batch]]:
-    """The batches to fit and those to hold out, on the device, without labels; the rows, if there is one batch."""
-    batches: list[Batch] = []
-    for batch in calibration:
-        check_batch(slim, batch)
-        batches.append(without_labels(batch, slim.device))
-    if len(batches) == 1:
-        total = len(main_input(slim, batches[0]))
-        cut = total - max(1, round(held_out * total))
-        parts = [rows for rows in (slice(cut), slice(cut, total)) if rows.stop > (rows.start or 0)]
-        batches = [rows_of(batches[0], rows, total) for rows in parts]
-    period = max(2, round(1 / held_out))
-    held = [batch for index, batch in enumerate(batches) if index % period == period - 1] or batches[-1:]
-    fitted = [batch for batch in batches if all(batch is not other for other in held)]
-    counts = torch.tensor([len(fitted), len(held), not batches], device=slim.device)
-    if min(reduce(counts)[:2].tolist()) == 0 or counts[2]:
-        raise HawAdaError(
-            f"{len(batches)} calibration batch(es) here; reconstruction needs at least one on every rank, and two "
-            "rows in all: some to fit and some to hold out"
-        )
-    return fitted, held

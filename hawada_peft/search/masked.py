@@ -1,35 +1,28 @@
-"""
-The quality of a shape, judged by masking the dense model.
-
-Long because every axis is measured in a way of its own, from the same masked passes.
-"""
+"""The quality of a shape, judged by masking the dense model."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 import torch
 from peft import PeftModel
-from torch import nn
 
 from ..errors import HawAdaError, InvalidPlanError
 from ..gates.attach import collect_gates
-from ..gates.kinds import SigmoidGate
-from ..gates.reading import UnitScores, gate_scores, hidden_gate, layers_of
 from ..planning.plan import Plan
 from ..planning.ranking import rank
 from ..progress import Progress, progress_bar
-from ..vanilla.batches import Batch, check_batch, position_mask, without_labels
+from ..vanilla.batches import Batch
 from ..vanilla.family import HIDDEN, Layout
-from ..vanilla.heads import Classes, Head, head_of
-from ..vanilla.mode import adapters_off, evaluating
-from ..vanilla.outputs import get_student_logits
+from ..vanilla.mode import evaluating
 from ..vanilla.shape import BY_NAME, FFN, HEADS, LAYERS, Shape
+from .reference import Reference
+from .scores import channels_cut, heads_cut, unit_scores
 from .space import SearchSpace
 
 logger = logging.getLogger(__name__)
@@ -43,26 +36,6 @@ DEPTH, WIDTHS_OF = "dropping layers", "judging widths"
 
 WIDTHS = (0.75, 0.5, 0.25)
 """Parts of an axis of width at which the predicted loss is held against a measured one."""
-
-
-@dataclass(frozen=True)
-class Reference:
-    """
-    A calibration batch, and what the dense model predicts on it.
-
-    Args:
-        batch: without labels, on the device.
-        head: what the outputs stand for.
-        dense: of classes one per prediction, drawn from the dense model: (rows, ...); otherwise its outputs.
-        surprise: the dense model's, of what was drawn: (rows, ...); None where nothing was.
-        mask: (rows, ...), 1 where a prediction counts.
-    """
-
-    batch: Batch
-    head: Head
-    dense: torch.Tensor
-    surprise: torch.Tensor | None
-    mask: torch.Tensor
 
 
 class MaskedQuality:
@@ -113,7 +86,7 @@ class MaskedQuality:
             raise InvalidPlanError(f"one adapter must be active, got {self.names}; see `model.set_adapter`")
         self.layout: Layout = self.tuner.layout_of(self.names)
         self.scores = unit_scores(model, self.layout, self.names, importance)
-        self.references = [self._reference(batch, index) for index, batch in enumerate(batches)]
+        self.references = [Reference.of(model, batch, index) for index, batch in enumerate(batches)]
         self.measured: dict[Plan, float] = {}
         self._order: list[int] = []
         self._depth_loss: list[float] = []
@@ -149,7 +122,7 @@ class MaskedQuality:
         """The divergence of the masked model from the dense one on the calibration batches, for a plan."""
         if plan not in self.measured:
             with self._masked(plan), torch.inference_mode():
-                sums = np.sum([self._divergence(reference) for reference in self.references], axis=0)
+                sums = np.sum([reference.divergence(self.model) for reference in self.references], axis=0)
             self.measured[plan] = float(sums[0] / sums[1])
         return self.measured[plan]
 
@@ -160,8 +133,8 @@ class MaskedQuality:
         self._drop_layers(min(space.layers))
         total = self.layout.dense.sizes()["num_hidden_layers"]
         depth_loss = self.depth_losses(min(space.layers))
-        heads = np.stack([self._heads_cut(layer, space.heads) for layer in range(total)])
-        ffn = np.stack([self._channels_cut(layer, space.ffn) for layer in range(total)])
+        heads = np.stack([heads_cut(scores, self.layout.dense, space.heads) for scores in self.scores.heads])
+        ffn = np.stack([channels_cut(scores, space.ffn) for scores in self.scores.channels])
         heads_loss = self._measured_curve(heads.sum(0), space.heads, BY_NAME[HEADS].field)
         sizes = [Shape(intermediate_size=size) for size in space.ffn]
         ffn_loss = self._measured_curve(ffn.sum(0), sizes, BY_NAME[FFN].field)
@@ -226,25 +199,6 @@ class MaskedQuality:
         keep = [index for index in full.layers if index not in dropped]
         return replace(full, layers=tuple(keep), heads=full.heads[: len(keep)], channels=full.channels[: len(keep)])
 
-    def _heads_cut(self, layer: int, pairs: Sequence[Shape]) -> np.ndarray:
-        """The sum of the scores that a layer loses at each (query heads, KV groups): (pairs,)."""
-        scores = self.scores.heads[layer]
-        if scores is None:
-            return np.zeros(len(pairs))
-        table = scores.reshape(-1, self.layout.dense.heads_per_group).sort(dim=1, descending=True).values
-        best_groups = scores.reshape(table.shape).sum(1).argsort(descending=True, stable=True)
-        kept = table[best_groups].cumsum(0).cumsum(1)  # (KV groups, heads per group)
-        cut = [float(kept[-1, -1] - kept[(p.num_key_value_heads or 1) - 1, p.heads_per_group - 1]) for p in pairs]
-        return np.maximum(cut, 0.0)
-
-    def _channels_cut(self, layer: int, sizes: Sequence[int]) -> np.ndarray:
-        """The sum of the scores that a layer loses at each FFN size: (sizes,)."""
-        scores = self.scores.channels[layer]
-        if scores is None:
-            return np.zeros(len(sizes))
-        kept = scores.sort(descending=True).values.cumsum(0)
-        return np.maximum([float(kept[-1] - kept[size - 1]) for size in sizes], 0.0)
-
     def _measured_curve(self, cut: np.ndarray, shapes: Sequence[Shape], field: str) -> Any:
         """From sums of scores to nats: straight lines between measured points, both axes logarithmic."""
         dense = self.layout.dense.sizes()[field]
@@ -280,84 +234,3 @@ class MaskedQuality:
             finally:
                 for gate, (kept, hard) in zip(gates, before, strict=True):
                     gate.set_plan(kept, in_training=hard)
-
-    def _reference(self, batch: Batch, seed: int) -> Reference:
-        check_batch(self.model, batch)
-        inputs = without_labels(batch, next(self.model.parameters()).device)
-        with evaluating(self.model), torch.inference_mode(), adapters_off(self.model):
-            logits = get_student_logits(self.model, inputs)
-        head, given = head_of(self.model, logits), position_mask(inputs, logits.shape[:-1])
-        mask = torch.ones(logits.shape[:-1], device=logits.device) if given is None else given.float()
-        if not isinstance(head, Classes):
-            return Reference(inputs, head, logits, None, mask)
-        # By a generator of our own: the same on every device, and the caller's random state stays. Row by row, as
-        # wider copies of a whole batch's logits could be larger than the model.
-        generator = torch.Generator().manual_seed(seed)
-        rows = [row.reshape(-1, row.shape[-1]) for row in logits]
-        drawn = torch.stack([head.draw(row, generator) for row in rows]).reshape(mask.shape)
-        return Reference(inputs, head, drawn, _surprise(head, logits, drawn), mask)
-
-    def _divergence(self, reference: Reference) -> tuple[float, float]:
-        logits, head = get_student_logits(self.model, reference.batch), reference.head
-        if reference.surprise is None:
-            dtype, loss = torch.promote_types(logits.dtype, torch.float32), head.loss()
-            divergence = loss.value(logits, reference.dense, dtype) * reference.mask
-        else:
-            ratio = reference.surprise - _surprise(head, logits, reference.dense)
-            divergence = (ratio.exp() - 1 - ratio) * reference.mask
-        return float(divergence.double().sum()), float(reference.mask.double().sum())
-
-
-def _surprise(head: Head, logits: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-    """The negative log-likelihood of each outcome, in float32, formed row by row: like `drawn`."""
-    pairs = zip(logits, drawn, strict=True)
-    found = [head.surprise(row.reshape(-1, row.shape[-1]).float(), targets.reshape(-1)) for row, targets in pairs]
-    return torch.stack(found).reshape(drawn.shape)
-
-
-def unit_scores(
-    model: PeftModel, layout: Layout, adapter_names: Sequence[str], importance: Mapping[str, torch.Tensor] | None
-) -> UnitScores:
-    """
-    What cutting each unit is expected to cost, up to a factor: the importance of its gate times the square of the
-    gate's value over its start; the gate's value if there is no importance.
-
-    Raises:
-        InvalidPlanError: if importance is given under other names than the model's gates have.
-        BrokenGatesError: if a gate is NaN.
-    """
-    base = cast(nn.Module, model.base_model.model)
-    plain = gate_scores(base, layout, adapter_names)
-    if importance is None:
-        return plain
-    gates = collect_gates(model)
-    unknown = sorted(set(importance) - set(gates))
-    if unknown:
-        raise InvalidPlanError(
-            f"importance is given for gates that the model lacks: {unknown[:4]}; compute it from the same model"
-        )
-    by_gate = {id(gates[name]): value for name, value in importance.items()}
-
-    def scores(gates: Sequence[SigmoidGate]) -> torch.Tensor | None:
-        total: torch.Tensor | None = None
-        for gate in gates:
-            if id(gate) in by_gate:
-                value = by_gate[id(gate)].double().cpu() * gate.factor(hard=False).detach().double().cpu().square()
-                total = value if total is None else total + value
-        return total
-
-    layers = layers_of(base, layout, adapter_names)
-    size = layout.dense.sizes()["intermediate_size"]
-    stream = [gate for name in adapter_names if (gate := hidden_gate(base, layout, name)) is not None]
-    hidden = None if plain.hidden is None else _spread(scores(stream), layout.hidden_size)
-    return replace(
-        plain,
-        heads=tuple(scores(layer.heads) for layer in layers),
-        channels=tuple(_spread(scores(layer.ffn), size) for layer in layers),
-        hidden=None if hidden is None else stream[0].ranked(hidden, trained=False),
-    )
-
-
-def _spread(scores: torch.Tensor | None, size: int) -> torch.Tensor | None:
-    """Scores of groups as scores of their channels: (size,)."""
-    return None if scores is None else (scores * len(scores) / size).repeat_interleave(size // len(scores))

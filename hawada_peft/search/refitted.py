@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from ..basis.basis import basis_gate, gate_basis, turn_of
+from ..basis.basis import basis_gate, gate_basis, plan_turn
 from ..errors import HawAdaError, IllegalShapeError
 from ..planning.plan import Plan
 from ..progress import Progress, progress_bar
@@ -102,9 +102,7 @@ class RefittedQuality(MaskedQuality):
                 check_legal(self.layout, plan.shape)
             except IllegalShapeError:  # head counts that exist at another hidden size alone
                 return self.loss(plan)
-            turn = None
-            if self._stream is not None and plan.hidden is not None:
-                turn = turn_of(self.dense, self.layout, self._stream, torch.tensor(plan.hidden))
+            turn = plan_turn(self.dense, plan, self._stream)
             small = slim(self.dense, plan, turn=turn)
             batches = [reference.batch for reference in self.references]
             coordinates = None if turn is None else turn.write

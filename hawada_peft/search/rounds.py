@@ -11,6 +11,7 @@ import numpy as np
 from ..latency.budget import LatencyBudget
 from ..latency.effort import Effort
 from ..latency.table import LatencyTable
+from .answer import check_feasible, result_of, settle
 from .quality import Quality
 from .result import SearchResult
 from .space import SearchSpace
@@ -50,7 +51,7 @@ def search(
     """
     effort = effort or Effort()
     state = SearchState(space, table, budget, effort, narrower)
-    state.check_feasible()
+    check_feasible(state)
     state = state.of_worthwhile_depth()
     state.predict(quality)
     confirmed: set[int] = set()
@@ -62,7 +63,7 @@ def search(
         ranked = fits[np.lexsort((state.ms()[fits], loss[fits]))]
         best = int(ranked[0])
         if best in confirmed:
-            return state.result(best, quality, number)
+            return result_of(state, best, quality, number)
         if best in state.times or math.isinf(state.limit):
             logger.info("round %d: timing %s once more", number, state.shape(best).to_dict())
             state.time([best], realise, final=True)
@@ -73,4 +74,4 @@ def search(
         logger.info("round %d: realising %s", number, [state.shape(index).to_dict() for index in chosen])
         state.evaluate(chosen, quality)
         state.time(chosen, realise)
-    return state.settle(quality, effort.search_rounds)
+    return settle(state, quality, effort.search_rounds)

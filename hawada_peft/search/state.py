@@ -1,19 +1,13 @@
-"""
-What is known while shapes are searched.
-
-Long because a round asks all of it: estimates, losses, what fits, what to time, and why not.
-"""
+"""What is known while shapes are searched."""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 
-from ..errors import InfeasibleBudgetError
 from ..latency.budget import LatencyBudget
 from ..latency.effort import Effort
 from ..latency.interpolate import smooth
@@ -21,10 +15,8 @@ from ..latency.table import LatencyTable, Realised
 from ..latency.timing import Timing
 from ..vanilla.shape import Shape
 from .quality import Quality
-from .result import Candidate, SearchResult
 from .space import SearchSpace
 
-logger = logging.getLogger(__name__)
 Realise = Callable[[Sequence[Shape]], Mapping[Shape, Timing]]
 """Builds shapes with random weights and times them side by side, the dense shape among them."""
 
@@ -117,16 +109,17 @@ class SearchState:
     def fits(self) -> np.ndarray:
         """Over the space: whether all limits hold, with the margin for what is only estimated."""
         ms = self.ms()
-        latency = ms <= self.limit * self._room() if math.isfinite(self.limit) else np.ones(len(ms), dtype=bool)
-        return latency & self._small()
+        latency = ms <= self.limit * self.room() if math.isfinite(self.limit) else np.ones(len(ms), dtype=bool)
+        return latency & self.small()
 
-    def _room(self) -> np.ndarray:
+    def room(self) -> np.ndarray:
         """Over the space: what of the limit may be used."""
         room = np.full(len(self.parameters), 1 - self.effort.margin)
         room[list(self.times)] = 1 - self.effort.margin / 2
         return room
 
-    def _small(self) -> np.ndarray:
+    def small(self) -> np.ndarray:
+        """Over the space: whether the limits of size hold."""
         parameters, memory = self.budget.max_parameters, self.budget.max_memory
         fits = np.ones(len(self.parameters), dtype=bool)
         if parameters is not None:
@@ -134,32 +127,6 @@ class SearchState:
         if memory is not None:
             fits &= self.memory <= memory
         return fits
-
-    def check_feasible(self) -> None:
-        """
-        Raises:
-            InfeasibleBudgetError: if no shape meets the budget by the table, with the range and what binds.
-        """
-        if self.fits().any():
-            return
-        fast = self.ms() <= self.limit * (1 - self.effort.margin)
-        small = self._small()
-        binding = []
-        if not fast.any():
-            binding.append("latency")
-        if not small.any():
-            binding.append("size")
-        together = "" if binding else " Each limit can be met, but not all of them by one shape."
-        dense, least = self.table.dense_ms, float(self.ms().min())
-        asked = f" (asked: {self.limit:.3f} ms)" if math.isfinite(self.limit) else ""
-        raise InfeasibleBudgetError(
-            f"no legal shape meets the budget ({self.budget}); binding: {' and '.join(binding) or 'both together'}."
-            f"{together} Reachable on {self.table.device_name} ({self.table.regime}): {least:.3f} to {dense:.3f} ms, "
-            f"a speedup of 1 to {dense / least:.2f}{asked}; "
-            f"{int(self.parameters.min()):,} to {int(self.parameters.max()):,} parameters; "
-            f"{self.memory.min() / 2**20:,.1f} to {self.memory.max() / 2**20:,.1f} MiB. Ask for less, or "
-            "give the search more to cut (the config's `gates`)."
-        )
 
     def of_worthwhile_depth(self) -> SearchState:
         """
@@ -224,82 +191,6 @@ class SearchState:
             self.tables[part] = self.tables[part].with_realised(realised)
         self._estimates = None
 
-    def settle(self, quality: Quality, rounds: int) -> SearchResult:
-        """
-        The rounds are used up: the best of the shapes that were timed and met the budget.
-
-        Raises:
-            InfeasibleBudgetError: if none did.
-        """
-        fits, loss = self.fits(), self.loss()
-        met = [index for index in self.times if fits[index]]
-        if met:
-            return self.result(min(met, key=lambda index: loss[index]), quality, rounds)
-        least = min(self.times.values(), default=float(self.ms().min()))
-        raise InfeasibleBudgetError(
-            f"no shape that was built and timed met the budget ({self.budget}): the fastest took {least:.3f} ms, "
-            f"{self.limit:.3f} ms was asked for, dense {self.table.dense_ms:.3f} ms. Ask for less, or measure on a "
-            "quieter machine."
-        )
-
-    def result(self, index: int, quality: Quality, rounds: int) -> SearchResult:
-        """What is returned for a shape."""
-        ms, loss = self.ms(), self.loss()
-        scale = self.dense_ms / self.table.dense_ms
-
-        def candidate(place: int) -> Candidate:
-            timed, (part, local) = self.times.get(place), self.place(place)
-            expected, space = self.expected_ms.get(place), self.spaces[part]
-            return Candidate(
-                shape=space.shape(local),
-                estimate_ms=float(ms[place]) * scale,
-                predicted_loss=float(loss[place]),
-                parameters=int(self.parameters[place]),
-                memory=float(self.memory[place]),
-                measured_ms=None if timed is None else timed * scale,
-                measured_loss=self.losses.get(place),
-                expected_ms=None if expected is None else expected * scale,
-                expected_loss=self.expected_loss.get(place),
-                rejected=None if place == index else self._rejected(place, loss, index),
-            )
-
-        result = SearchResult(
-            budget=self.budget,
-            best=candidate(index),
-            plan=quality.plan(self.shape(index)),
-            dense_ms=self.dense_ms,
-            limit_ms=self.limit * scale,
-            frontier=tuple(candidate(int(place)) for place in frontier(ms, loss)),
-            measured=tuple(candidate(place) for place in self.times),
-            table=self.table,
-            rounds=rounds,
-            margin=self.effort.margin,
-            shapes=self.shapes,
-            steps=self.spaces[0].steps,
-            loss=quality.meaning,
-        )
-        logger.info("%s", result)
-        return result
-
-    def _rejected(self, index: int, loss: np.ndarray, best: int) -> str:
-        """Why another shape was chosen."""
-        ms, parameters, memory = self.ms()[index], self.budget.max_parameters, self.budget.max_memory
-        room = self._room()[index]
-        reasons = []
-        if ms > self.limit:
-            reasons.append("slower than the budget")
-        elif ms > self.limit * room:
-            reasons.append(f"within the budget, but not by the margin of {1 - room:.1%}")
-        if parameters is not None and self.parameters[index] > parameters:
-            reasons.append("too many parameters")
-        if memory is not None and self.memory[index] > memory:
-            reasons.append("too much memory")
-        if reasons:
-            return ", ".join(reasons)
-        if loss[index] < loss[best]:
-            return "not timed and confirmed before the rounds were used up"
-        return "no less loss than the chosen shape"
-
     def _places(self) -> torch.Tensor:
         """(space, 4) in parts of the dense sizes; (space, 5) where there are several hidden sizes."""
         rows = []
@@ -312,19 +203,3 @@ class SearchState:
                 parts.append(np.full((1, 1, 1), widths[0] / widths[1]))
             rows.append(np.stack(np.broadcast_arrays(*parts), axis=-1).reshape(-1, len(parts)))
         return torch.from_numpy(np.concatenate(rows))
-
-
-def frontier(ms: np.ndarray, loss: np.ndarray) -> np.ndarray:
-    """
-    The shapes that no other beats in both latency and loss.
-
-    Args:
-        ms, loss: (shapes,).
-
-    Returns:
-        Indices, the slowest and best first.
-    """
-    order = np.lexsort((loss, ms))
-    best = np.minimum.accumulate(loss[order])
-    keep = np.concatenate([[True], loss[order][1:] < best[:-1]])
-    return order[keep][::-1]

@@ -171,9 +171,11 @@ def _owners(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, PreTrained
 
 
 def _initialise(owner: PreTrainedModel, module: nn.Module) -> None:
-    """Have a class compute a module's buffers, its own parameters left as they are."""
-    own: list[torch.Tensor] = list(module.parameters(recurse=False))
-    own += [b for k, b in module._buffers.items() if b is not None and k not in module._non_persistent_buffers_set]
+    """Have a class compute a module's buffers; parameters are left as they are, also those of modules inside it."""
+    own: list[torch.Tensor] = list(module.parameters())
+    for inner in module.modules():
+        kept = inner._buffers.keys() - inner._non_persistent_buffers_set
+        own += [buffer for name, buffer in inner._buffers.items() if buffer is not None and name in kept]
     for tensor in own:
         tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' mark of what is loaded
     try:

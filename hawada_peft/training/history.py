@@ -13,11 +13,11 @@ from peft import PeftModel
 
 from ..files.atomic import write_text
 from ..gates.kinds import SigmoidGate
-from ..gates.reading import expected_sizes, layers_of
+from ..gates.reading import expected_sizes, layers_of, open_probabilities
 from ..planning.plan import Plan
 from ..search.timed import dense_model
 from ..vanilla.family import FFN, HEADS, locate
-from ..vanilla.shape import BY_NAME, LAYERS
+from ..vanilla.shape import BY_FIELD, BY_NAME, LAYERS
 
 HISTORY_FILE = "gate_history.json"
 FORMAT = 1
@@ -108,6 +108,26 @@ def layer_means(model: PeftModel, plan: Plan | None) -> dict[str, dict[str, list
         for axis, found in gates.items()
         if all(found)
     }
+
+
+@torch.no_grad()
+def keep_ratios(model: PeftModel, plan: Plan | None) -> dict[str, float]:
+    """
+    Per axis what stays of it, as `keep_heads` and so on.
+
+    Args:
+        model: with one active adapter, placed by a family row.
+        plan: what stays; what the gates expect if there is none.
+    """
+    ratios = {}
+    for field, probabilities in open_probabilities(model, locate(dense_model(model))).items():
+        if plan is None:
+            ratio = torch.cat([each.flatten().cpu() for each in probabilities]).mean().item()
+        else:
+            kept, dense = plan.shape.to_dict(), plan.dense.to_dict()
+            ratio = kept[field] / dense[field] if field in kept else 1.0
+        ratios[f"keep_{BY_FIELD[field].name}"] = ratio
+    return ratios
 
 
 def _mean_product(gates: Sequence[SigmoidGate]) -> float:

@@ -7,13 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from peft import PeftModel
 
 from ..gates.attach import collect_gates
+from ..gates.reading import axes_of
 from ..gates.relaxation import RELAXATIONS, Relaxation
 from ..planning.plan import Plan
 from ..vanilla.shape import Shape
+from .arguments import GateTrainingArguments
 from .goal import Goal
+from .penalties import bimodality_penalty, floor_penalty
 
 
 class Phases:
@@ -44,6 +48,10 @@ class Phases:
         """How much of the soft part is over when a step of so many is; 0 in the warm-up."""
         first, last = self._first_soft(steps), self._first_hard(steps)
         return min(1.0, max(0.0, (step + 1 - first) / max(1, last - first)))
+
+    def name(self, step: int, steps: int) -> str:
+        """The phase after so many steps."""
+        return "hard" if self.decided else "soft" if self.progress(step - 1, steps) > 0 else "warm-up"
 
     def _first_soft(self, steps: int) -> int:
         return _whole(self.warmup_fraction * steps)
@@ -82,6 +90,31 @@ class Phases:
             yield
         finally:
             self.model.set_masks(self.approached)
+
+    def penalties(
+        self, args: GateTrainingArguments, goal: Goal, progress: float
+    ) -> dict[str, tuple[float, torch.Tensor]]:
+        """
+        What is added to the loss while the gates are soft.
+
+        Args:
+            args: the weights.
+            goal: what the gates are drawn to.
+            progress: of the soft part of training, in [0, 1].
+
+        Returns:
+            By name the weight, and the penalty: (), differentiable.
+        """
+        found: dict[str, tuple[float, torch.Tensor]] = {}
+        gates = [gate for axis in axes_of(self.model).values() for gate in axis]
+        if self.relaxation.draws_to_size and progress > 0 and (weight := args.size_weight):
+            found["size"] = (weight, goal.penalty(progress))
+        if weight := args.bimodality_weight:
+            found["bimodality"] = (weight, bimodality_penalty([gate.open_probability() for gate in gates]))
+        if weight := args.floor_weight:
+            layers = [gate.open_probability() for gate in gates if gate.units > 1]
+            found["floor"] = (weight, floor_penalty(layers, args.keep_floor))
+        return found
 
     def relax(self, relaxation: Relaxation | None) -> None:
         """Give all active gates a relaxation, or take it from them."""

@@ -36,6 +36,7 @@ SIZES = (
 """Every axis, in the order of the fields of `Shape`."""
 
 BY_NAME = {axis.name: axis for axis in SIZES}
+BY_FIELD = {axis.field: axis for axis in SIZES}
 HEADS, KV_GROUPS, FFN, LAYERS, HIDDEN = BY_NAME
 AXES = tuple(axis.field for axis in SIZES if axis.name != HIDDEN)
 """The sizes that every complete shape states."""

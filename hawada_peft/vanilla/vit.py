@@ -1,4 +1,4 @@
-"""ViT and the families that share its module names."""
+"""ViT and the families that share its module names, or most of them."""
 
 from dataclasses import replace
 
@@ -15,6 +15,11 @@ VIT = Family(
 for _model_type in ("vit", "deit"):
     register_family(_model_type, VIT)
 
+# The mean of the patches is normed, a decoder reads the stream, or nothing is known of who does.
+FIXED_STREAM = replace(VIT, hidden_norms=(), final_norm="")
+for _model_type in ("audio-spectrogram-transformer", "beit", "ijepa", "vit_mae", "vit_msn"):
+    register_family(_model_type, FIXED_STREAM)
+
 # DINOv2 states its FFN size as a multiple of the hidden size; its classifier reads the class token and the mean patch.
 DINOV2 = replace(
     VIT,
@@ -25,4 +30,14 @@ DINOV2 = replace(
     hidden_norms=("norm1", "norm2"),
     stream_scales=(("layer_scale1.lambda1", "attention.o_proj"), ("layer_scale2.lambda1", "mlp.fc2")),
 )
-register_family("dinov2", DINOV2)
+for _model_type in ("dinov2", "dinov2_with_registers"):
+    register_family(_model_type, DINOV2)
+
+# The head size is derived from the hidden size: heads stay.
+BOUND = replace(FIXED_STREAM, head_dim_field="")
+register_family("dinov3_vit", replace(BOUND, layers="layer", ffn_out="mlp.down_proj"))
+register_family(
+    "videomae", replace(BOUND, layers="encoder.layer", attention_out="attention.output.dense", ffn_out="output.dense")
+)
+for _model_type in ("clip_text_model", "clip_vision_model"):
+    register_family(_model_type, replace(BOUND, layers="encoder.layers", attention_out="self_attn.out_proj"))
