@@ -42,9 +42,9 @@ from hawada_peft.basis.rotation import rotate, slim_in_basis
 from hawada_peft.errors import HawAdaError, IllegalShapeError
 from hawada_peft.planning.importance import gate_importance
 from hawada_peft.surgery.slimming import slim
+from hawada_peft.vanilla.families.llama import LLAMA
 from hawada_peft.vanilla.family import FAMILIES, Family, locate, register_family
 from hawada_peft.vanilla.legality import check_legal
-from hawada_peft.vanilla.llama import LLAMA
 from hawada_peft.vanilla.outputs import example_inputs, output_of
 from hawada_peft.vanilla.rehoming import rehome
 

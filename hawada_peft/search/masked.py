@@ -19,6 +19,7 @@ from ..planning.ranking import rank
 from ..progress import Progress, progress_bar
 from ..vanilla.batches import Batch
 from ..vanilla.family import HIDDEN, Layout
+from ..vanilla.legality import depth_of
 from ..vanilla.mode import evaluating
 from ..vanilla.shape import BY_NAME, FFN, HEADS, LAYERS, Shape
 from .reference import Reference

@@ -92,9 +92,7 @@ def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None) -> Model
     return result.train(model.training)
 
 
-def check_exists(
-    layout: Layout, plan: Plan, dense: Mapping[str, torch.Tensor]
-) -> dict[str, tuple[SliceRule, ...]]:
+def check_exists(layout: Layout, plan: Plan, dense: Mapping[str, torch.Tensor]) -> dict[str, tuple[SliceRule, ...]]:
     """
     Check that what a plan leaves of a model is, tensor by tensor, what its class builds: on the meta device.
 

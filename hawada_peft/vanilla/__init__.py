@@ -1,6 +1,6 @@
 """For whoever adds a family: the rows that say where transformers' models keep what is gated."""
 
-from . import llama, vit
+from . import families
 from .family import (
     FAMILIES,
     TARGET_MODULES,
@@ -26,10 +26,9 @@ __all__ = [
     "Family",
     "Layout",
     "Shape",
+    "families",
     "find_module",
-    "llama",
     "locate",
     "register_family",
     "rehome",
-    "vit",
 ]

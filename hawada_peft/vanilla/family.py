@@ -20,7 +20,6 @@ from ..errors import UnsupportedModelError
 from .modules import feature_sizes
 from .shape import FFN, HEADS, HIDDEN, Shape
 
-
 Found = TypeVar("Found")
 
 

@@ -17,7 +17,6 @@ from .resize import edit_config
 from .shape import Shape
 from .skeleton import build_empty, check_constructor
 
-
 MOST_REASONS = 3
 """Of one kind, in a message."""
 

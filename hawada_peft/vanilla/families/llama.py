@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from .family import Family, register_family
+from ..family import Family, register_family
 
 LLAMA = Family(
     layers="layers",
