@@ -24,7 +24,7 @@ from .config import HawAdaConfig
 from .errors import InvalidPlanError, UnsupportedModelError
 from .gates.adapter import LAYER, GateAdapter
 from .gates.lora import inject_lora, lora_layers
-from .gates.placement import check_norms, gates_at, other_end, set_masks, share_hidden
+from .gates.placement import check_norms, connect, gates_at, set_masks, share_hidden, siblings, whole_ends
 from .gates.rows import adapter_per_row
 from .gates.saved import check_adapter_tensors, check_modules_to_save
 from .gates.weighted import add_gates
@@ -81,8 +81,8 @@ class GateTuner(BaseTuner):
             return cast(HawAdaConfig, super()._prepare_adapter_config(peft_config, model_config))
         layout = self._place = self._located(peft_config.gates)
         ends = {HEADS: layout.family.attention_out, FFN: layout.family.ffn_out}
-        whole = {"blocks", "layers"} & set(peft_config.gates)
-        names = {end for axis, end in ends.items() if whole or axis in peft_config.gates}
+        names = {end for axis, end in ends.items() if axis in peft_config.gates}
+        names |= whole_ends(layout, peft_config.gates)
         if HIDDEN in peft_config.gates:
             check_norms(self.model, layout)
             if peft_config.rotate:
@@ -128,9 +128,10 @@ class GateTuner(BaseTuner):
             start=peft_config.start(),
             centred=is_centred(self.model, layout) if layout is not None and peft_config.rotate else None,
         )
-        twin = other_end(self.model, layout, current_key)
-        if twin is not None and adapter_name in getattr(twin, LAYER):
-            gates.pop(LAYER, None)
+        if layout is not None and any(
+            adapter_name in getattr(each, LAYER) for each in siblings(self.model, layout, current_key)
+        ):
+            gates.pop(LAYER, None)  # the layer's one gate lives there
         if isinstance(target, GateAdapter):
             adapter: GateAdapter = target
             adapter.update_layer(adapter_name, gates, peft_config.inference_mode)
@@ -140,9 +141,8 @@ class GateTuner(BaseTuner):
                 # adding an additional adapter: it is not automatically trainable
                 adapter.requires_grad_(False)
             self._replace_module(parent, target_name, adapter, target)
-        if twin is not None:
-            adapter.share_layer_gate(twin)
-            twin.share_layer_gate(adapter)
+        if layout is not None:
+            connect(self.model, layout, current_key, adapter)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         super()._replace_module(parent, child_name, new_module, child)

@@ -156,7 +156,7 @@ class HiddenAdapter(GateAdapter):
 
     def share_hidden_gate(self, home: GateAdapter) -> None:
         """Use the gate that lives in `home` for every name that has none here."""
-        self._gate_homes[HIDDEN_UNITS] = home
+        self.share(HIDDEN_UNITS, home)
 
     def _kept(self, adapter_names: Iterable[str], hard: bool | None) -> torch.Tensor | None:
         """The features that the plans leave, or None for all."""

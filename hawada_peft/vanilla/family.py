@@ -42,6 +42,9 @@ class Family:
         layer_lists (`tuple[str, ...]`): config fields that hold one entry per layer.
         pinned (`tuple[tuple[int, str], ...]`): layers that must stay although a model without them can be built, each
             with the reason.
+        branches (`tuple[str, ...]`, *optional*): the modules of a layer whose outputs its gate multiplies, relative to
+            it: what they give must be added to the residual stream as it is. Empty: there are none, as each layer
+            norms its sum. Left out, they are found by running one layer (`gates.branches`).
         fused (`tuple[tuple[str, tuple[str, ...]], ...]`): modules (relative to a layer; with a dot before it, relative
             to the model) whose rows, or inputs from the residual stream, hold several things: the axes in their
             order. One axis alone means that everything of a unit is stored together.
@@ -65,6 +68,7 @@ class Family:
     ffn_unit: str = ""
     layer_lists: tuple[str, ...] = ()
     pinned: tuple[tuple[int, str], ...] = ()
+    branches: tuple[str, ...] | None = None
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
     twin: str = ""
     twin_fields: tuple[tuple[str, Any], ...] = ()
@@ -191,6 +195,11 @@ class Layout:
         if match is None or match[2] not in axes:
             return None
         return int(match[1]), axes[match[2]]
+
+    def within(self, name: str) -> tuple[int, str] | None:
+        """The layer that a module is in, and its name there; None if it is in none."""
+        index, _, short = name.removeprefix(f"{self.stack}.").partition(".")
+        return (int(index), short) if name.startswith(f"{self.stack}.") and index.isdigit() and short else None
 
     def base_sizes(self) -> dict[str, int | str]:
         """What a plan or an adapter for this model depends on, for JSON."""
