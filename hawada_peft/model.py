@@ -28,7 +28,7 @@ from .planning.legal import check_plan, legal_plan
 from .planning.plan import Plan
 from .shipping.facts import calibration_facts
 from .shipping.save import Slimmed
-from .surgery.comparison import check_gates
+from .surgery.comparison import check_binary, check_gates
 from .surgery.conformity import vanilla_tensors
 from .surgery.gated import Gated
 from .surgery.slimming import check_exists
@@ -298,6 +298,7 @@ class HawAdaModel(GateTuner):
                 safe_merge=safe_merge,
                 progressbar=progressbar,
             ).model
+        check_binary(self.model, names)
         warnings.warn(
             "merge_and_unload folded the gates and removed nothing, because no plan is applied. To get a smaller "
             "model: `model.apply_plan(model.plan(keep_ratio=0.5))` (or `plan(shape=Shape(...))`) before it.",

@@ -7,7 +7,7 @@ Long because PEFT asks one class for all that a tuner does.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -24,7 +24,16 @@ from .config import HawAdaConfig
 from .errors import InvalidPlanError, UnsupportedModelError
 from .gates.adapter import LAYER, GateAdapter
 from .gates.lora import inject_lora, lora_layers
-from .gates.placement import check_norms, connect, gates_at, set_masks, share_hidden, siblings, whole_ends
+from .gates.placement import (
+    check_norms,
+    connect,
+    follow_units,
+    gates_at,
+    set_masks,
+    share_hidden,
+    siblings,
+    whole_ends,
+)
 from .gates.rows import adapter_per_row
 from .gates.saved import check_adapter_tensors, check_modules_to_save
 from .gates.weighted import add_gates
@@ -47,6 +56,7 @@ class GateTuner(BaseTuner):
 
     peft_config: dict[str, HawAdaConfig]  # type: ignore[assignment]
     _place: Layout  # of the model into which gates are injected
+    _unit_norms: Mapping[str, str]  # of a layer, over units of it, and the axes of these
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -82,7 +92,7 @@ class GateTuner(BaseTuner):
         layout = self._place = self._located(peft_config.gates)
         ends = {HEADS: layout.family.attention_out, FFN: layout.family.ffn_out}
         names = {end for axis, end in ends.items() if axis in peft_config.gates}
-        names |= whole_ends(layout, peft_config.gates)
+        names |= whole_ends(layout, peft_config.gates) | self._unit_norms.keys()
         if HIDDEN in peft_config.gates:
             check_norms(self.model, layout)
             if peft_config.rotate:
@@ -99,7 +109,7 @@ class GateTuner(BaseTuner):
         check_constructor(layout.model_class)
         if quantized_weight(self.model) is None:
             check_conforms(layout, vanilla_tensors(self.model))
-        check_readers(layout, {*kinds, *([KV_GROUPS] if HEADS in kinds else [])})
+        self._unit_norms = check_readers(layout, {*kinds, *([KV_GROUPS] if HEADS in kinds else [])})
         return layout
 
     def _prepare_model(self, peft_config: HawAdaConfig, model: nn.Module) -> None:  # type: ignore[override]
@@ -127,6 +137,7 @@ class GateTuner(BaseTuner):
             group_size=peft_config.group_size,
             start=peft_config.start(),
             centred=is_centred(self.model, layout) if layout is not None and peft_config.rotate else None,
+            norms=() if layout is None else self._unit_norms,
         )
         if layout is not None and any(
             adapter_name in getattr(each, LAYER) for each in siblings(self.model, layout, current_key)
@@ -156,8 +167,10 @@ class GateTuner(BaseTuner):
             check_modules_to_save(self.model, config.modules_to_save or (), config._saved)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
-        if config.base_sizes is not None and HIDDEN in config.gates:
-            share_hidden(self.model, self._place)
+        if config.base_sizes is not None:
+            follow_units(self.model, self._place, self._unit_norms)
+            if HIDDEN in config.gates:
+                share_hidden(self.model, self._place)
         if config.plan is not None:
             plan, layout = Plan.from_dict(config.plan), self.layout_of([adapter_name])
             set_masks(self.model, layout, plan, adapter_name, in_training=config.plan_in_training)

@@ -76,7 +76,7 @@ def test_a_layer_of_its_own_kind_stays() -> None:
 
 
 def test_no_layer_is_pinned_without_reason() -> None:
-    for name in ("gemma2", "phi3", "dinov2_with_registers", "stablelm"):
+    for name in ("gemma3_text", "phi3", "dinov2_with_registers", "stablelm"):
         assert depth_of(locate(build(FURTHER[name]))).pinned == {}
 
 

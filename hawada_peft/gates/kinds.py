@@ -177,6 +177,10 @@ class SigmoidGate(nn.Module):
         """
         return self.factor(hard=self._is_hard(hard))
 
+    def kept_units(self, *, hard: bool | None = None) -> torch.Tensor | None:
+        """Which units the plan keeps, of theta's shape; None for all. `hard` as in `features`."""
+        return self.kept if self._is_hard(hard) else None
+
     def _is_hard(self, hard: bool | None) -> bool:
         return (self.hard_in_training or not self.training) if hard is None else hard
 

@@ -12,10 +12,11 @@ from ..errors import InvalidPlanError, UnsupportedModelError
 from ..vanilla.family import FFN, HEADS, HIDDEN, Layout, find_module, hidden_home
 from ..vanilla.legality import depth_of
 from ..vanilla.modules import feature_dim, feature_sizes
+from ..vanilla.shape import KV_GROUPS
 from .adapter import BLOCK, HIDDEN_UNITS, LAYER, UNITS, GateAdapter
 from .branches import branches_of
 from .concrete import AttentionHeadAdapter, BlockAdapter, ChannelAdapter
-from .hidden import HiddenAdapter, norm_sizes
+from .hidden import HiddenAdapter, UnitNormAdapter, norm_sizes
 from .kinds import BlendGate, BlockGate, ChannelGate, GateStart, HeadGate, HiddenGate, SigmoidGate
 from .reading import adapters_in, hidden_gate, whole_gates
 from .stream_basis import BasisGate
@@ -60,6 +61,7 @@ def gates_at(
     group_size: int,
     start: GateStart,
     centred: bool | None = None,
+    norms: Collection[str] = (),
 ) -> tuple[type[GateAdapter], dict[str, SigmoidGate]]:
     """
     What a module is gated by.
@@ -72,6 +74,7 @@ def gates_at(
         group_size: channels per gate.
         start: how the gates start.
         centred: as in `stream_gate`.
+        norms: the norms of a layer over units of it, relative to it.
 
     Returns:
         The adapter's class, and slot to new gate.
@@ -79,6 +82,8 @@ def gates_at(
     position = None if layout is None else layout.position(name)
     inside = None if layout is None else layout.within(name)
     whole = {} if layout is None or inside is None else _whole(layout, *inside, kinds=kinds, start=start)
+    if inside is not None and inside[1] in norms:
+        return UnitNormAdapter, {}
     if position is None and whole:
         return BlockAdapter, whole
     if layout is None or position is None:
@@ -137,7 +142,7 @@ def connect(model: nn.Module, layout: Layout, name: str, adapter: GateAdapter) -
     inside = layout.within(name)
     if inside is None or layout.position(name) == (inside[0], HIDDEN):
         return
-    if any(isinstance(gate, BlendGate) for gate in getattr(adapter, LAYER).values()):
+    if any(isinstance(gate, BlendGate) for gate in getattr(adapter, LAYER, {}).values()):
         adapter.blend(model.get_submodule(f"{layout.stack}.{inside[0]}"))
         return
     for other in siblings(model, layout, name):
@@ -165,6 +170,24 @@ def share_hidden(model: nn.Module, layout: Layout) -> None:
     for site, norm in enumerate(norms):
         if isinstance(norm, HiddenAdapter):
             norm.site = site
+
+
+def follow_units(model: nn.Module, layout: Layout, norms: Mapping[str, str]) -> None:
+    """
+    Have the norms over units of a layer know what a plan leaves of them.
+
+    Args:
+        model: the base model with adapters in it.
+        layout: its family row and sizes.
+        norms: their names relative to a layer, and the axes that their features belong to.
+    """
+    for layer in range(layout.dense.sizes()["num_hidden_layers"]):
+        for name, axis in norms.items():
+            norm = model.get_submodule(f"{layout.stack}.{layer}.{name}")
+            end = layout.ffn_out(layer) if axis == FFN else layout.attention_out(layer)
+            home = model.get_submodule(end)
+            if isinstance(norm, UnitNormAdapter) and isinstance(home, GateAdapter):
+                norm.follow(home, layout.dense.heads_per_group if axis == KV_GROUPS else 1)
 
 
 def check_norms(model: nn.Module, layout: Layout) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModelError
 from ..vanilla.family import Layout
-from ..vanilla.modules import gateable
+from ..vanilla.modules import gateable, norm_offset
 from ..vanilla.resize import edit_config
 from ..vanilla.shape import FFN, HEADS, KV_GROUPS, Shape
 from ..vanilla.skeleton import build_empty
@@ -21,30 +21,42 @@ CUT = {HEADS, KV_GROUPS, FFN}
 """Axes of which every layer keeps its own units."""
 
 
-def check_readers(layout: Layout, cut: Collection[str]) -> None:
+Problems = list[tuple[set[str], str]]
+"""What stands in the way of cutting axes: of which, and what."""
+
+
+def check_readers(layout: Layout, cut: Collection[str]) -> dict[str, str]:
     """
     Check that everything that reads the units of a layer is where the family's row has a gate.
 
-    A linear map that reads them without a gate there, a weight of which it is not known what it does with them, and a
-    norm over them, whose statistics change with what is cut, would make a slim model that computes something else.
+    A linear map that reads them without a gate there, or a weight of which it is not known what it does with them,
+    would make a slim model that computes something else.
 
     Args:
         layout: the dense model's, with its class and config.
         cut: the axes that are to be cut; see `find_axes`.
 
+    Returns:
+        The norms over these units, by their names relative to a layer, and the axis of each: what they make of the
+        units that stay depends on those that go.
+
     Raises:
         UnsupportedModelError: naming the tensor; as `find_axes`.
     """
     rules = find_axes(layout, cut=cut)
-    for axes, problem in layout.once("readers", lambda: list(_problems(layout, rules))):
+    problems, norms = layout.once("readers", lambda: _readers(layout, rules))
+    for axes, problem in problems:
         if axes & {*cut}:
-            raise UnsupportedModelError(problem)
+            raise UnsupportedModelError(f"{problem}. {leave_out(axes)}")
+    return {name: axis for name, axis in norms.items() if axis in cut}
 
 
-def _problems(layout: Layout, rules: Mapping[str, tuple[SliceRule, ...]]) -> Iterator[tuple[set[str], str]]:
+def _readers(layout: Layout, rules: Mapping[str, tuple[SliceRule, ...]]) -> tuple[Problems, dict[str, str]]:
     one_layer = Shape(num_hidden_layers=1).complete(layout.dense)
     built = build_empty(layout.model_class, edit_config(layout, one_layer, layers=(0,)))
     gated = {layout.family.attention_out: {HEADS}, layout.family.ffn_out: {FFN}}
+    problems: Problems = []
+    norms: dict[str, str] = {}
     for name, each in rules.items():
         owner, _, parameter = name.rpartition(".")
         module = built.get_submodule(owner[1:] if name.startswith(".") else f"{layout.stack}.0.{owner}")
@@ -54,23 +66,19 @@ def _problems(layout: Layout, rules: Mapping[str, tuple[SliceRule, ...]]) -> Ite
                 continue
             where = f"{name!r} of {layout.model_class.__name__} depends on {sorted(axes)} along dimension {rule.dim}"
             if rule.dim == _input_dim(module, parameter) and not axes <= gated.get(owner, set()):
-                yield (
-                    axes,
-                    f"{where}: {owner} reads {sorted(axes)}, and the family row of {layout.model_type!r} has no gate "
-                    f"there, only on {layout.family.attention_out} and {layout.family.ffn_out}. {leave_out(axes)}",
+                problem = (
+                    f"{where}: {owner} reads them, and the family row of {layout.model_type!r} has no gate there, "
+                    f"only on {layout.family.attention_out} and {layout.family.ffn_out}"
                 )
+                problems.append((axes, problem))
             elif not gateable(module) and getattr(module, parameter).ndim > 2:
-                yield (
-                    axes,
-                    f"{where}: it is not known what a {type(module).__name__} does with it, so nothing of it can be "
-                    f"cut exactly. {leave_out(axes)}",
-                )
+                problem = f"{where}: it is not known what a {type(module).__name__} does with them"
+                problems.append((axes, problem))
             elif mixes(module, parameter):
-                yield (
-                    axes,
-                    f"{where}: it belongs to a norm over all of them, and what the norm makes of those that stay "
-                    f"depends on those that go. {leave_out(axes)}",
-                )
+                if len(axes) > 1 or name.startswith(".") or norm_offset(module) is None:
+                    problems.append((axes, f"{where}: it belongs to a norm over them that is not known"))
+                norms[owner] = min(axes)
+    return problems, norms
 
 
 def leave_out(axes: set[str]) -> str:

@@ -1,5 +1,5 @@
 """Rows of data: where transformers' models of each family keep what is gated."""
 
-from . import llama, vit
+from . import bert, llama, vit
 
-__all__ = ["llama", "vit"]
+__all__ = ["bert", "llama", "vit"]
