@@ -42,11 +42,11 @@ from hawada_peft.basis.rotation import rotate, slim_in_basis
 from hawada_peft.errors import HawAdaError, IllegalShapeError
 from hawada_peft.planning.importance import gate_importance
 from hawada_peft.surgery.slimming import slim
-from hawada_peft.vanilla.families.llama import LLAMA
 from hawada_peft.vanilla.family import FAMILIES, Family, locate, register_family
 from hawada_peft.vanilla.legality import check_legal
 from hawada_peft.vanilla.outputs import example_inputs, output_of
 from hawada_peft.vanilla.rehoming import rehome
+from hawada_peft.vanilla.rows.llama import LLAMA
 
 POST_NORMS = {
     "gemma2": ("input_layernorm", "pre_feedforward_layernorm"),

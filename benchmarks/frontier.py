@@ -27,10 +27,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from frontier_page import write
-from frontier_quality import HAWADA, quality
-from frontier_shapes import parse_regime, shapes
-from frontier_summary import summarise
+from frontier_bench.page import write
+from frontier_bench.quality import HAWADA, quality
+from frontier_bench.shapes import parse_regime, shapes
+from frontier_bench.summary import summarise
 from peers.peer import Peer
 from work import add_work_arguments, read_pool
 

@@ -286,7 +286,7 @@ class HawAdaModel(GateTuner):
         if not removes and placed:
             layout = self.layout_of(names)
             if any(moved_stream(self.model, layout, name) for name in names):
-                plan = Plan.keep_all(layout.dense)  # nothing in place can take up what scales directions
+                plan = Plan.keep_all(layout.dense, layout.tower)  # nothing in place can take up what scales directions
         if removes or plan is not None:
             return self.slim(
                 adapter_names=names,

@@ -7,7 +7,8 @@ Long because PEFT asks one class for all that a tuner does.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, ModulesToSaveWrapper
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ._register import PREFIX
@@ -41,10 +43,12 @@ from .planning.plan import Plan
 from .surgery.conformity import check_conforms, vanilla_tensors
 from .surgery.dense import put_back, unmerge
 from .surgery.readers import check_readers
-from .vanilla.family import FAMILIES, FFN, HEADS, HIDDEN, TARGET_MODULES, Layout, locate
+from .vanilla.family import FAMILIES, FFN, HEADS, HIDDEN, TARGET_MODULES, Layout, locate, mark, tower_names
 from .vanilla.modules import check_loaded, check_own_weights, check_unquantized, quantized_weight
 from .vanilla.shape import KV_GROUPS
 from .vanilla.skeleton import check_constructor
+
+logger = logging.getLogger(__name__)
 
 
 class GateTuner(BaseTuner):
@@ -73,7 +77,7 @@ class GateTuner(BaseTuner):
         self, peft_config: HawAdaConfig, model_config: dict[str, Any]
     ) -> HawAdaConfig:
         if peft_config.base_sizes is not None:
-            self._place = self._located(peft_config.gates)
+            self._place = self._located(peft_config)
             peft_config.check_base(self._place)
         if peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             # PEFT tells tuner layers on linear modules by the name of their class; ours wrap convolutions too.
@@ -89,7 +93,7 @@ class GateTuner(BaseTuner):
             model_type in self.target_module_mapping and model_type not in FAMILIES
         ):
             return cast(HawAdaConfig, super()._prepare_adapter_config(peft_config, model_config))
-        layout = self._place = self._located(peft_config.gates)
+        layout = self._place = self._located(peft_config)
         ends = {HEADS: layout.family.attention_out, FFN: layout.family.ffn_out}
         names = {end for axis, end in ends.items() if axis in peft_config.gates}
         names |= whole_ends(layout, peft_config.gates) | self._unit_norms.keys()
@@ -98,18 +102,38 @@ class GateTuner(BaseTuner):
             if peft_config.rotate:
                 check_exact(layout)
             names |= {*layout.family.hidden_norms, layout.norms[-1]}
-        peft_config.target_modules = names  # type: ignore[assignment]
+        peft_config.target_modules = self._targets(layout, names, peft_config)  # type: ignore[assignment]
         peft_config.base_sizes = layout.base_sizes()
         return peft_config
 
-    def _located(self, kinds: Collection[str]) -> Layout:
+    def _targets(self, layout: Layout, names: set[str], peft_config: HawAdaConfig) -> set[str]:
+        """The modules to wrap: by short names; in full where other parts of the model have modules of these names."""
+        ends = tuple(f".{name}" for name in names)
+        found = [name for name, _ in self.model.named_modules() if name in names or name.endswith(ends)]
+        inside = {name: layout.within(name) or (-1, name) for name in found}
+        placed = {name: layer for name, (layer, short) in inside.items() if short in names}
+        if len(placed) == len(found):
+            return names
+        chosen = peft_config.layers_to_transform
+        layers = [chosen] if isinstance(chosen, int) else chosen
+        return {name for name, layer in placed.items() if layers is None or layer in layers}
+
+    def _located(self, peft_config: HawAdaConfig) -> Layout:
         """The base model's layout. What no slim model of its class could hold is refused before any training."""
-        layout = locate(self.model)
+        sizes = peft_config.base_sizes
+        asked = sizes.get("tower", "") if sizes is not None else peft_config.towers[0] if peft_config.towers else None
+        layout = locate(self.model, asked)
+        mark(cast(PreTrainedModel, self.model), layout)
+        if layout.tower and asked is None:
+            others = [name for name in tower_names(cast(PreTrainedModel, self.model)) if name != layout.tower]
+            more = f"; others: towers={others}" if others else ""
+            logger.info("gates are placed in %r of %s%s", layout.tower, type(self.model).__name__, more)
         check_loaded(self.model)
         check_constructor(layout.model_class)
         if quantized_weight(self.model) is None:
             check_conforms(layout, vanilla_tensors(self.model))
-        self._unit_norms = check_readers(layout, {*kinds, *([KV_GROUPS] if HEADS in kinds else [])})
+        grouped = {KV_GROUPS} if HEADS in peft_config.gates else set()
+        self._unit_norms = check_readers(layout, {*peft_config.gates} | grouped)
         return layout
 
     def _prepare_model(self, peft_config: HawAdaConfig, model: nn.Module) -> None:  # type: ignore[override]

@@ -37,7 +37,7 @@ from hawada_peft import ExportFacts, Family, Plan, Shape
 from hawada_peft.cli.program import app
 from hawada_peft.gates.relaxation import RELAXATIONS
 from hawada_peft.latency import Effort, Regime, ToyClock
-from hawada_peft.recipes import Recipe
+from hawada_peft.recipes import Recipe, steps_of
 from hawada_peft.vanilla.family import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -391,7 +391,7 @@ def test_yaml_blocks_parse(page: Path, block: Block, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(block.text, encoding="utf-8")
     if "output" in yaml.safe_load(block.text):
-        assert Recipe.read(file).steps()
+        assert steps_of(Recipe.read(file))
 
 
 @pytest.mark.parametrize(("page", "block"), of_language("json"))

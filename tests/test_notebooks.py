@@ -40,6 +40,7 @@ def test_is_valid_and_stripped(notebook: NotebookNode) -> None:
 def test_runs(notebook: NotebookNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
         monkeypatch.setenv(name, str(tmp_path / ".jupyter"))
+    monkeypatch.setenv("HAWADA_CACHE", str(tmp_path / ".tables"))
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     where = {"metadata": {"path": str(tmp_path)}}
     client = NotebookClient(notebook, timeout=TIMEOUT, kernel_name="python3", resources=where)

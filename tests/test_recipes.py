@@ -257,16 +257,23 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     recipe = language(tmp_path, modle="x", dtype="int4", gates={"gates": ["heads"], "group_size": "8"})
     recipe["training"] = {"relaxatio": "closing", "max_steps": "5", "output_dir": "x"}
     recipe["recovery"] = {"lora": {"rank": 8}}
+    recipe["search"] = {"effort": {"candidates": 1.5}}
+    recipe["race"] = {"preparations": [1]}
+    recipe["keep_ratio"] = {"heads": "half"}
     with pytest.raises(HawAdaError) as error:
         done(recipe)
     for part in (
         "unknown name 'modle'; near are ['model'",
         "unknown name 'relaxatio'; near are ['relaxation']",
         "unknown name 'output_dir'",
-        "training.max_steps must be int, got '5'",
-        "gates.group_size must be int, got '8'",
+        "training.max_steps must be a valid integer, got '5'",
+        "gates.group_size must be a valid integer, got '8'",
         "recovery.lora: unknown name 'rank'",
-        "dtype must be one of",
+        "search.effort.candidates must be a valid integer, got 1.5",
+        "race.preparations.0 must be a valid string, got 1",
+        "keep_ratio.heads must be a valid number, got 'half'",
+        "give one of ['budget', 'shape', 'keep_ratio'], got ['shape', 'keep_ratio']",
+        "dtype must be 'auto', 'float32'",
     ):
         assert part in str(error.value), part
     assert not (tmp_path / "out").exists()

@@ -21,8 +21,9 @@ from hawada_peft.vanilla.family import locate
 pytest.importorskip("matplotlib")
 
 from frontier import main
-from frontier_page import comparison, entries_of, out_of_reach, plain_commands
-from frontier_shapes import parse_regime
+from frontier_bench.entries import entries_of
+from frontier_bench.page import comparison, out_of_reach, plain_commands
+from frontier_bench.shapes import parse_regime
 from peers.peer import Peer, Prepared, Work
 from rows import read_rows
 from sizing import SHORT, Fit, Timed, fit_amount, sizes_of

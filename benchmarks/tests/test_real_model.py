@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import real_model as bench
+import real_work
+from real_cells import OURS, RIVALS, Cell, groups_of, unmade
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -21,25 +24,44 @@ def run(out: Path, *more: str) -> int:
 
 
 def test_the_most_telling_cells_come_first() -> None:
-    options = bench.parser_of().parse_args(["run", "--out", "x"])
-    cells = bench.cells_of(options)
-    assert len(set(cells)) == len(cells)
-    first, rest = cells[:18], cells[18:]
-    assert {(cell.contestant, cell.steps) for cell in first} == {("race", 300), ("minitron_depth", 300)}
-    assert {(cell.budget, cell.seed) for cell in first} == {(b, s) for b in (1.25, 1.5, 2.0) for s in (0, 1, 2)}
-    assert {cell.contestant for cell in rest if cell.steps == 300} == set(bench.PEERS_ORDER)
-    assert {cell.contestant for cell in rest if cell.steps == 1000} == set(bench.FIRST)
+    groups = list(groups_of([1.25, 1.5], [0, 1], [300, 1000]))
+    cells = [cell for group in groups for cell in group.cells]
+    peers = [cell for cell in cells if cell.contestant not in OURS]
+    assert cells[: len(RIVALS) * 4] == [cell for cell in peers if (cell.seed, cell.steps) == (0, 300)]
+    ours = cells[len(RIVALS) * 4 :][:4]
+    assert {(cell.contestant, cell.steps) for cell in ours} == {("race", 300)}
+    assert {(cell.budget, cell.seed) for cell in ours} == {(b, s) for b in (1.25, 1.5) for s in (0, 1)}
+    assert {cell.contestant for cell in cells} == {*OURS, *RIVALS, *(f"{name}+muon" for name in RIVALS)} - {
+        "race_long"
+    }
+    assert {cell.contestant for cell in cells if cell.steps == 1000} == {"race", RIVALS[0], f"{RIVALS[0]}+muon"}
 
 
-def test_shards_share_the_cells(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_what_is_made_is_left_out() -> None:
+    groups = list(groups_of([1.25], [0], [300]))
+    assert len(set(groups)) < len(groups)
+    assert unmade(groups, ()) == list(dict.fromkeys(groups))
+    done = groups[0].cells
+    assert unmade(groups, done[:1])[0] == groups[0]
+    assert unmade(groups, done) == list(dict.fromkeys(groups))[1:]
+
+
+def test_jobs_print_the_command_lines_of_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    known = tmp_path / "known.jsonl"
+    common = ["jobs", "--tiny", "--out", str(tmp_path / "rows"), "--known", str(known)]
+    bench.main([*common, "--steps", "8"])
+    lines = capsys.readouterr().out.splitlines()
+    assert all("{until}" in line and "{turns}" in line for line in lines)
     parts = []
     for shard in range(3):
-        run(tmp_path / "rows", "--dry-run", "--shard", f"{shard}/3")
-        parts.append(capsys.readouterr().out.splitlines()[:-1])
-    run(tmp_path / "rows", "--dry-run")
-    whole = capsys.readouterr().out.splitlines()[:-1]
-    assert sorted(line for part in parts for line in part) == sorted(whole)
-    assert not (tmp_path / "rows").exists()
+        bench.main([*common, "--steps", "8", "--shard", f"{shard}/3"])
+        parts += capsys.readouterr().out.splitlines()
+    assert sorted(parts) == sorted(lines)
+    words = shlex.split(lines[0].replace("{until}", "1").replace("{turns}", "x"))
+    first = bench.chosen(bench.parser_of().parse_args(words[2:]))[0]
+    known.write_text("".join(json.dumps(vars(cell)) + "\n" for cell in first.cells))
+    bench.main([*common, "--steps", "8"])
+    assert capsys.readouterr().out.splitlines() == lines[1:]
 
 
 def test_a_cell_that_fails_leaves_its_error_and_the_run_goes_on(
@@ -49,7 +71,7 @@ def test_a_cell_that_fails_leaves_its_error_and_the_run_goes_on(
         raise RuntimeError("no such kernel")
 
     with monkeypatch.context() as patch:
-        patch.setitem(bench.PEERS, "flap", replace(bench.PEERS["flap"], prepare=broken))
+        patch.setitem(real_work.PEERS, "flap", replace(real_work.PEERS["flap"], prepare=broken))
         assert run(tmp_path / "rows", "--contestants", "flap", "no_race") == 1
     rows = {row["contestant"]: row for row in rows_of(tmp_path / "rows")}
     assert set(rows) == {"dense", "flap", "no_race"}
@@ -65,3 +87,25 @@ def test_a_cell_that_fails_leaves_its_error_and_the_run_goes_on(
     printed = capsys.readouterr().out
     assert "| 8 | 1.2 | no_race | 1 |" in printed
     assert "failed after" in printed
+
+
+def test_what_was_timed_is_what_is_measured_and_a_race_times_nothing_itself(tmp_path: Path) -> None:
+    out = tmp_path / "rows"
+    assert run(out, "--contestants", "race", "minitron_depth", "minitron_depth+muon", "--turns", str(out) + ".t") == 0
+    race, adamw, muon = rows_of(out)[1:]
+    timed = {row["parameters"]: row for row in rows_of(tmp_path / "timings.jsonl")}
+    for row in (race, adamw, muon):
+        assert row["met"]
+        assert row["speedup"] == timed[row["parameters"]]["dense_ms"] / timed[row["parameters"]]["ms"]
+    assert adamw["before"] == muon["before"]
+    assert adamw["after"] != muon["after"]
+    assert (adamw["optimizer"], muon["optimizer"]) == ("adamw", "muon")
+
+
+def test_nothing_is_begun_for_which_there_is_no_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path / "rows", "--contestants", "no_race", "--until", "1") == 0
+    assert [row["contestant"] for row in rows_of(tmp_path / "rows")] == ["dense"]
+    assert "no time left" in capsys.readouterr().out
+    assert Cell.of(rows_of(tmp_path / "rows")[0]) in bench.made(
+        bench.parser_of().parse_args(["run", "--out", str(tmp_path / "rows")])
+    )

@@ -36,12 +36,14 @@ def run(
     from accelerate import PartialState  # type: ignore[import-untyped]
 
     from ..processes import run_program
+    from ..recipes.here import missing_here
     from ..recipes.recipe import Recipe
     from ..recipes.run import train_recipe
+    from ..recipes.words import steps_of
 
     read = Recipe.read(recipe, overrides or ())
     if dry_run:
-        steps, missing = read.steps(), read.missing()
+        steps, missing = steps_of(read), missing_here(read)
         lines = [f"{number}. {step}" for number, step in enumerate(steps, 1)]
         text = "\n".join([*lines, *(f"missing here: {each}" for each in missing)])
         return Said(text, {"recipe": read.to_dict(), "steps": steps, "missing": missing})

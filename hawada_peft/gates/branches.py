@@ -129,8 +129,7 @@ def _layer(layout: Layout) -> tuple[nn.Module, torch.Tensor, Call]:
     """A layer with random weights, as small as its class allows, in float64; its input; and how to run it."""
     shape, depth = _small(layout), min(2, layout.dense.sizes()["num_hidden_layers"])
     config = edit_config(layout, replace(shape, num_hidden_layers=depth), layers=tuple(range(depth)))
-    for each in (config, config.get_text_config()):
-        each._attn_implementation = "eager"  # others look at the values of masks, and here are none
+    config._attn_implementation = "eager"  # others look at the values of masks, and here are none
     model = build_empty(layout.model_class, config).eval()
     empty = model.get_submodule(f"{layout.stack}.{depth - 1}")
     kwargs = _arguments(model, empty)
@@ -140,7 +139,7 @@ def _layer(layout: Layout) -> tuple[nn.Module, torch.Tensor, Call]:
             tensor.copy_(0.3 * torch.randn_like(tensor) + float(tensor.ndim == 1 and name.endswith("weight")))
         else:
             tensor.zero_()
-    x = torch.randn(2, POSITIONS, config.hidden_size, dtype=torch.float64)
+    x = torch.randn(2, POSITIONS, shape.hidden_size or layout.hidden_size, dtype=torch.float64)
     if kwargs is None:
         return layer, x, partial(_first, layer, (x,), {})
     args, named = kwargs

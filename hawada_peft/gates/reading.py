@@ -12,9 +12,13 @@ from torch import nn
 
 from ..errors import BrokenGatesError
 from ..vanilla.family import Layout
+from ..vanilla.shape import BY_NAME, FFN, HEADS, HIDDEN, LAYERS
 from .adapter import BLOCK, HIDDEN_UNITS, LAYER, UNITS, GateAdapter
 from .attach import collect_gates
 from .kinds import BlockGate, ChannelGate, HeadGate, HiddenGate, SigmoidGate
+
+SLOTS = {HIDDEN_UNITS: HIDDEN, BLOCK: LAYERS, LAYER: LAYERS}
+"""The axis of what is gated in a slot of an adapter; `UNITS` are of the module that it wraps."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,11 @@ class LayerGates:
     heads: tuple[SigmoidGate, ...]
     ffn: tuple[SigmoidGate, ...]
     whole: tuple[SigmoidGate, ...]
+
+    @property
+    def by_axis(self) -> dict[str, tuple[SigmoidGate, ...]]:
+        """The same by the names of axes."""
+        return {HEADS: self.heads, FFN: self.ffn, LAYERS: self.whole}
 
 
 def layers_of(model: nn.Module, layout: Layout, adapter_names: Sequence[str]) -> list[LayerGates]:
@@ -138,16 +147,12 @@ def open_probabilities(model: PeftModel, layout: Layout) -> dict[str, list[torch
     base = model.get_base_model()
     found: dict[str, list[torch.Tensor]] = {}
     for layer in layers_of(base, layout, [name]):
-        for size, gates in (
-            ("num_attention_heads", layer.heads),
-            ("intermediate_size", layer.ffn),
-            ("num_hidden_layers", layer.whole),
-        ):
+        for axis, gates in layer.by_axis.items():
             if gates:
                 values = [gate.open_probability() for gate in gates]
-                found.setdefault(size, []).append(math.prod(values[1:], start=values[0]))
+                found.setdefault(BY_NAME[axis].field, []).append(math.prod(values[1:], start=values[0]))
     if (stream := hidden_gate(base, layout, name)) is not None:
-        found["hidden_size"] = [stream.open_probability()]
+        found[BY_NAME[HIDDEN].field] = [stream.open_probability()]
     return found
 
 
@@ -160,12 +165,11 @@ def are_fresh(model: PeftModel) -> bool:
 def axes_of(model: PeftModel) -> dict[str, list[SigmoidGate]]:
     """The active adapter's gates by the size that they gate."""
     axes: dict[str, list[SigmoidGate]] = {}
-    names = {HIDDEN_UNITS: "hidden_size", BLOCK: "num_hidden_layers", LAYER: "num_hidden_layers"}
     for name, gate in collect_gates(model).items():
         slot, adapter = name.split(".")[-2:]
         if adapter in model.active_adapters:
-            width = "num_attention_heads" if isinstance(gate, HeadGate) else "intermediate_size"
-            axes.setdefault(width if slot == UNITS else names[slot], []).append(gate)
+            axis = (HEADS if isinstance(gate, HeadGate) else FFN) if slot == UNITS else SLOTS[slot]
+            axes.setdefault(BY_NAME[axis].field, []).append(gate)
     return axes
 
 

@@ -68,6 +68,7 @@ def rank(layout: Layout, scores: UnitScores, shape: Shape) -> Plan:
         channels=tuple(channels),
         hidden=hidden,
         rotated=scores.rotated and hidden is not None,
+        tower=layout.tower,
     )
 
 

@@ -3,5 +3,6 @@
 from .recipe import Recipe
 from .result import RecipeResult
 from .run import train_recipe
+from .words import steps_of
 
-__all__ = ["Recipe", "RecipeResult", "train_recipe"]
+__all__ = ["Recipe", "RecipeResult", "steps_of", "train_recipe"]

@@ -103,6 +103,34 @@ def parsed(text: str, source: object) -> Any:
         raise HawAdaError(f"{source} is no YAML that is taken: {error}") from None
 
 
+def override(data: dict[str, Any], text: str) -> None:
+    """
+    Set one value of nested mappings.
+
+    Args:
+        data: the mapping, changed in place.
+        text: `"section.name=value"`, the value as YAML; `null` takes the name out.
+
+    Raises:
+        HawAdaError: if it is not written like that, or a section on the way is none.
+    """
+    path, equals, value = text.partition("=")
+    *outer, last = path.strip().split(".")
+    if not equals or not last or "" in outer:
+        raise HawAdaError(f"an override must be written as section.name=value, got {shown(text)}")
+    for index, name in enumerate(outer):
+        inner = data.get(name)
+        if inner is not None and not isinstance(inner, dict):
+            raise HawAdaError(
+                f"{shown(text)}: {'.'.join(outer[: index + 1])} is {shown(inner)}, and holds no {last!r}"
+            )
+        data[name] = inner or {}
+        data = data[name]
+    data[last] = parsed(value, shown(text))
+    if data[last] is None:
+        del data[last]
+
+
 def shown(value: Any) -> str:
     """A value in a message: not all of it if it is long."""
     text = repr(value)

@@ -1,20 +1,15 @@
-"""
-The recipe: a whole slimming as data, checked before any of it is done.
-
-Long because whatever can be wrong with a recipe is found in one place, before any work.
-"""
+"""The recipe: a whole slimming as data, checked before any of it is done."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 from transformers import TrainingArguments
-from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from ..config import HawAdaConfig
 from ..distil.arguments import rate_problems
@@ -22,24 +17,17 @@ from ..distil.muon import optimizer_problems
 from ..distil.objective import Distillation
 from ..errors import HawAdaError
 from ..latency.budget import LatencyBudget
-from ..latency.clock import Clock
 from ..latency.effort import Effort
-from ..latency.regime import DTYPES
-from ..latency.toy import ToyClock
 from ..planning.sizes import ratio_problems
 from ..race.race import Race
 from ..training.arguments import GateTrainingArguments, gate_problems
 from ..vanilla.shape import Shape
-from .document import parsed, read_mapping, shown
-from .schema import checked, fields_of, sections, unknown_names
-from .settings import DataSource, ReconstructionStep
+from .document import override, read_mapping
+from .schema import fields_of, validated
+from .settings import DataSource, ReconstructionStep, SearchStep
 
 ENOUGH = 100
 """Steps of a recovery from which on there is a race unless the recipe says otherwise."""
-
-GOALS = ("budget", "shape", "keep_ratio")
-CLOCKS: dict[str, Callable[[], Clock]] = {"real": Clock, "toy": ToyClock}
-"""What a recipe may name as the clock."""
 
 DEFAULTS: dict[str, Any] = {"save_total_limit": 2, "logging_steps": 10}
 """Of both trainings, where the recipe and `TrainingArguments` differ."""
@@ -77,8 +65,9 @@ class Recipe:
 
     Example:
 
+        >>> from hawada_peft.recipes import steps_of
         >>> recipe = Recipe(model="teacher", output="out", data={"files": "text.txt"}, keep_ratio=0.5)
-        >>> print(recipe.steps()[-1])
+        >>> print(steps_of(recipe)[-1])
         save the slim model, reloaded and compared first, with card and report: out/slim
     """
 
@@ -99,19 +88,17 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        problems: list[str] = []
-        allowed = sections()
-        for name in ("data", "budget", "shape", "search", "gates", "training", "reconstruction", "recovery", "race"):
-            if getattr(self, name) is not None and not (name == "race" and isinstance(self.race, bool)):
-                section = _checked_deep(name, getattr(self, name), allowed, problems)
-                object.__setattr__(self, name, section)
-        problems += self._problems()
-        if not problems:  # values are judged by the classes that they go to; wrong types would confuse those
-            for name, make in self._makers().items():
-                try:
-                    make()
-                except (HawAdaError, TypeError, ValueError) as error:
-                    problems += [f"{name}: {line}" for line in str(error).splitlines()]
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        values, problems = validated(given)
+        if problems:
+            raise HawAdaError("\n".join(problems))
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        for name, make in self._makers().items():  # values are judged by the classes that they go to
+            try:
+                make()
+            except (HawAdaError, TypeError, ValueError) as error:
+                problems += [f"{name}: {line}" for line in str(error).splitlines()]
         if problems:
             raise HawAdaError("\n".join(problems))
 
@@ -129,8 +116,8 @@ class Recipe:
             FileNotFoundError: if there is no such file.
         """
         data = read_mapping(path)
-        for override in overrides:
-            _override(data, override)
+        for each in overrides:
+            override(data, each)
         return cls.from_dict(data)
 
     @classmethod
@@ -141,19 +128,10 @@ class Recipe:
         Raises:
             HawAdaError: as for `Recipe`.
         """
-        allowed = [field.name for field in fields(cls)]
-        problems = list(unknown_names("recipe", data, allowed))
-        missing = [name for name in ("model", "output", "data") if data.get(name) is None]
-        if missing:
-            problems.append(f"recipe: missing {missing}")
-        known = {name: value for name, value in data.items() if name in allowed and value is not None}
-        try:
-            recipe = cls(**({"model": "?", "output": "?", "data": {"files": "?"}} | known))
-        except HawAdaError as error:
-            raise HawAdaError("\n".join([*problems, str(error)])) from None
+        values, problems = validated(data)
         if problems:
             raise HawAdaError("\n".join(problems))
-        return recipe
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """What was given, for YAML or JSON."""
@@ -229,81 +207,22 @@ class Recipe:
         Raises:
             HawAdaError: with every impossible number.
         """
-        search = self.search or {}
-        name = search.get("clock") or "real"
-        if name not in CLOCKS:
-            raise HawAdaError(f"search.clock must be one of {list(CLOCKS)}, got {name!r}")
-        make = Effort.quick if search.get("quick") else Effort
-        return make(clock=CLOCKS[name](), **(search.get("effort") or {}))
+        return SearchStep(**(self.search or {})).made()
 
     def searching(self) -> dict[str, Any]:
         """The arguments of `HawAdaTrainer` that say how a budget becomes a shape."""
         search = self.search or {}
         return {"effort": self.effort()} | {name: search[name] for name in ("hidden_sizes", "refit") if name in search}
 
-    def steps(self) -> list[str]:
-        """What will be done, in words."""
-        goal = next(name for name in GOALS if getattr(self, name) is not None)
-        data, training, folder = self.source(), self.training or {}, Path(self.output)
-        where = ", ".join(data.paths()) or f"the dataset {data.dataset}"
-        kinds = ", ".join(self.config().gates) + (" and LoRA" if (self.gates or {}).get("lora") else "")
-        steps = [
-            f"load {self.model} ({self.dtype}), and examples from {where}; {data.held_out} of them are held out",
-            f"put gates in: {kinds}",
-            f"train them{_length(training)} towards {goal} {_plain(getattr(self, goal))}",
-            f"save the adapter: {folder / 'adapter'}",
-            "merge: fold the gates, remove what the plan closes",
-        ]
-        if self.reconstruction is not None:
-            refit = ReconstructionStep(**self.reconstruction)
-            steps.append(f"refit the output projections on {refit.examples} examples")
-        race = self.racing()
-        if race is not None:
-            steps.append(
-                f"let the plan and at most {race.plans} others race with short recoveries; what recovers best goes on"
-            )
-        if self.recovery is not None:
-            weights = "all weights" if self.recovery.get("lora") is None else "LoRA"
-            steps.append(f"distil the dense model into the slim one{_length(self.recovery)}: {weights}")
-        if self.times():
-            steps.append(f"time both under {LatencyBudget(**(self.budget or {}))}")
-        steps.append(f"save the slim model, reloaded and compared first, with card and report: {folder / 'slim'}")
-        return steps
-
     def times(self) -> bool:
         """Whether the recipe says under which conditions latency is measured."""
         return self.budget is not None
 
-    def missing(self) -> list[str]:
-        """What this machine lacks: data files that are not there, packages that `report_to` names."""
-        lost = [path for path in self.source().paths() if not Path(path).exists()]
-        return lost + [each for section in ("training", "recovery") for each in _loggers_missing(self, section)]
-
     # ----------------------------------------------------------------- checks
-
-    def _problems(self) -> list[str]:
-        problems = []
-        for name in ("model", "output"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                problems.append(f"{name} must be a name or a folder, got {shown(getattr(self, name))}")
-        given = [name for name in GOALS if getattr(self, name) is not None]
-        if len(given) != 1:
-            problems.append(f"recipe: give one of {list(GOALS)}, got {given or 'none'}")
-        if not isinstance(self.keep_ratio, int | float | dict | None) or isinstance(self.keep_ratio, bool):
-            problems.append(
-                f"keep_ratio must be a number, or a mapping of axes to numbers, got {shown(self.keep_ratio)}"
-            )
-        elif self.keep_ratio is not None:
-            problems += ratio_problems(self.keep_ratio)
-        for name, extra in (("dtype", "auto"), ("save_dtype", None)):
-            if getattr(self, name) not in (*DTYPES, extra):
-                problems.append(f"{name} must be one of {[*DTYPES, extra]}, got {shown(getattr(self, name))}")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            problems.append(f"seed must be a whole number, got {shown(self.seed)}")
-        return problems
 
     def _makers(self) -> dict[str, Callable[[], Any]]:
         return {
+            "recipe": lambda: _refuse([] if self.keep_ratio is None else ratio_problems(self.keep_ratio)),
             "data": self.source,
             "budget" if self.budget is not None else "shape": self.goal,
             "search": self.effort,
@@ -324,57 +243,5 @@ def _refuse(problems: list[str]) -> None:
         raise HawAdaError("\n".join(problems))
 
 
-def _loggers_missing(recipe: Recipe, section: str) -> Iterator[str]:
-    """What `Trainer` would find out when it begins."""
-    wanted = (getattr(recipe, section) or {}).get("report_to")
-    for name in [wanted] if isinstance(wanted, str) else wanted or []:
-        if name in ("none", "all"):
-            continue
-        try:
-            for callback in get_reporting_integration_callbacks([name]):
-                callback()
-        except (RuntimeError, ImportError, ValueError) as error:
-            yield f"{section}.report_to: {str(error).strip().splitlines()[0]}"
-
-
 def _objective(options: Mapping[str, Any]) -> Distillation:
     return Distillation(**{name: options[name] for name in Distillation.__dataclass_fields__ if name in options})
-
-
-def _checked_deep(name: str, given: Any, allowed: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    """A section, and the sections within it."""
-    values = checked(name, given, allowed[name], problems)
-    for key, value in values.items():
-        if f"{name}.{key}" in allowed and isinstance(value, Mapping):
-            values[key] = _checked_deep(f"{name}.{key}", value, allowed, problems)
-    return values
-
-
-def _override(data: dict[str, Any], text: str) -> None:
-    """Set one value of nested mappings."""
-    path, equals, value = text.partition("=")
-    *outer, last = path.strip().split(".")
-    if not equals or not last or "" in outer:
-        raise HawAdaError(f"an override must be written as section.name=value, got {shown(text)}")
-    for index, name in enumerate(outer):
-        inner = data.get(name)
-        if inner is not None and not isinstance(inner, dict):
-            raise HawAdaError(
-                f"{shown(text)}: {'.'.join(outer[: index + 1])} is {shown(inner)}, and holds no {last!r}"
-            )
-        data[name] = inner or {}
-        data = data[name]
-    data[last] = parsed(value, shown(text))
-    if data[last] is None:
-        del data[last]
-
-
-def _length(training: Mapping[str, Any]) -> str:
-    steps = training.get("max_steps", -1)
-    if steps > 0:
-        return f" for {steps} steps"
-    return f" for {training.get('num_train_epochs', TrainingArguments.num_train_epochs):g} epochs"
-
-
-def _plain(value: Any) -> str:
-    return ", ".join(f"{name} {each}" for name, each in value.items()) if isinstance(value, dict) else str(value)

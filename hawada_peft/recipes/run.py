@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
 from peft import PeftModel, get_peft_model
@@ -22,17 +21,15 @@ from transformers import (
 
 from ..distil.recovery import recover
 from ..errors import HawAdaError
-from ..latency.budget import LatencyBudget
-from ..latency.runner import check_call
 from ..planning.plan import Plan
 from ..progress import Progress
-from ..search.timed import regime_of
 from ..shipping.facts import calibration_facts
 from ..training.trainer import HawAdaTrainer
-from ..vanilla.loading import load_model, load_skeleton
+from ..vanilla.loading import load_model
 from .ending import finish
 from .examples import Example, batches_from, load_data
 from .facts import Facts
+from .here import check_device, missing_here
 from .recipe import Recipe
 from .record import Record
 from .result import RecipeResult
@@ -72,12 +69,12 @@ def train_recipe(
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.read(recipe, overrides)
-    if missing := recipe.missing():
+    if missing := missing_here(recipe):
         raise FileNotFoundError("\n".join(f"missing here, and named in the recipe: {each}" for each in missing))
     args = recipe.arguments("training", Path(recipe.output) / "gates")
     recovery_args = recipe.arguments("recovery", Path(recipe.output) / "recovery")
     args.disable_tqdm = recovery_args.disable_tqdm = progress is None
-    _check_device(recipe, args.device)  # it joins the other processes, if there are any
+    check_device(recipe, args.device)  # it joins the other processes, if there are any
     state = PartialState()
     record = Record(recipe, resume=resume, main=state.is_main_process)
     state.wait_for_everyone()  # all have looked before anything is written
@@ -109,23 +106,6 @@ def _run(recipe: Recipe, record: Record, arguments: tuple[TrainingArguments, Tra
     if facts.race is not None and facts.race.best is not None:
         plan = facts.race.best.plan
     return finish(recipe, record, (dense, slim), plan, held_out, facts)
-
-
-def _check_device(recipe: Recipe, device: torch.device) -> None:
-    """Refuse what this device or this kind of model cannot do, before any work."""
-    problems = [
-        f"{section}.fp16 needs a GPU, and this is trained on the CPU: use bf16, or neither"
-        for section in ("training", "recovery")
-        if device.type == "cpu" and (getattr(recipe, section) or {}).get("fp16")
-    ]
-    skeleton = load_skeleton(recipe.model)
-    budget = None if recipe.budget is None else LatencyBudget(**recipe.budget)
-    if budget is not None and budget.image_size is not None and skeleton.main_input_name == "input_ids":
-        problems.append(f"budget.image_size is not for {type(skeleton).__name__}, which takes input_ids")
-    if problems:
-        raise HawAdaError("\n".join(problems))
-    if budget is not None:
-        check_call(skeleton, regime_of(skeleton, budget))
 
 
 def _train_gates(

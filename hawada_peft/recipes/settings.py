@@ -1,10 +1,18 @@
-"""The sections of a recipe that are no class elsewhere: where the data is, and what is refitted on."""
+"""The sections of a recipe that are no class elsewhere: data, search, and what is refitted on."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import HawAdaError
+from ..latency.clock import Clock
+from ..latency.effort import Effort
+from ..latency.toy import ToyClock
+
+CLOCKS: dict[str, Callable[[], Clock]] = {"real": Clock, "toy": ToyClock}
+"""What a recipe may name as the clock: by a toy's nothing depends on the machine."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,43 @@ class DataSource:
     def paths(self) -> list[str]:
         """The files, as a list."""
         return [self.files] if isinstance(self.files, str) else list(self.files or [])
+
+
+@dataclass(frozen=True)
+class SearchStep:
+    """
+    How a budget becomes a shape.
+
+    Args:
+        effort (`dict`, *optional*): fields of `Effort`.
+        quick (`bool`): what `effort` leaves out is as in `Effort.quick`.
+        clock (`str`): one of `CLOCKS`.
+        hidden_sizes (`list[int]`, *optional*): as in `find_plan`.
+        refit (`bool`, *optional*): as in `find_plan`.
+
+    Raises:
+        HawAdaError: if there is no such clock.
+    """
+
+    effort: dict[str, Any] | None = None
+    quick: bool = False
+    clock: str = "real"
+    hidden_sizes: list[int] | None = None
+    refit: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.clock not in CLOCKS:
+            raise HawAdaError(f"clock must be one of {list(CLOCKS)}, got {self.clock!r}")
+
+    def made(self) -> Effort:
+        """
+        As an `Effort`.
+
+        Raises:
+            HawAdaError: with every impossible number.
+        """
+        make = Effort.quick if self.quick else Effort
+        return make(clock=CLOCKS[self.clock](), **(self.effort or {}))
 
 
 @dataclass(frozen=True)

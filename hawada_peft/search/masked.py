@@ -196,7 +196,7 @@ class MaskedQuality:
         return [layer for layer in remaining if layer not in needed]
 
     def _without(self, dropped: Sequence[int]) -> Plan:
-        full = Plan.keep_all(self.layout.dense)
+        full = Plan.keep_all(self.layout.dense, self.layout.tower)
         keep = [index for index in full.layers if index not in dropped]
         return replace(full, layers=tuple(keep), heads=full.heads[: len(keep)], channels=full.channels[: len(keep)])
 

@@ -74,7 +74,7 @@ class _Export:
         if plan is None:
             raise InvalidPlanError(NO_PLAN)
         self.plan = plan
-        self._layout = locate(self.dense)
+        self._layout = locate(self.dense, plan.tower or None)
         plan.check_base(self._layout.full)
         self._rules: dict[str, tuple[SliceRule, ...]] = {}
         self.slim = self.dense

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..gates.adapter import GateAdapter
 from ..planning.plan import Plan
-from ..vanilla.family import locate
+from ..vanilla.family import locate, mark
 from .conformity import below, check_conforms, vanilla_tensors
 from .source import build_tied, materialise
 
@@ -117,6 +117,7 @@ def dense_view(base: PreTrainedModel) -> PreTrainedModel:
     view = build_tied(layout.model_class, copy.deepcopy(base.config), tensors)
     values = {name: tensor.data for name, tensor in tensors.items()}
     view.load_state_dict({name: values[name] for name in view.state_dict()}, strict=True, assign=True)
-    materialise(base, view, layout, Plan.keep_all(layout.dense))
+    materialise(base, view, layout, Plan.keep_all(layout.dense, layout.tower))
     view.tie_weights()
+    mark(view, layout)
     return view.eval()

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..errors import InvalidPlanError, UnsupportedModelError
 from ..planning.legal import check_plan
 from ..planning.plan import Plan
-from ..vanilla.family import Layout, locate
+from ..vanilla.family import Layout, locate, mark
 from ..vanilla.modules import check_loaded, check_unquantized
 from ..vanilla.resize import add_v4_rope_keys, edit_config, origin_of, rename
 from ..vanilla.skeleton import build_empty
@@ -61,7 +61,7 @@ def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None) -> Model
             "slim() takes a vanilla model, and this one has adapters in it: use `model.slim(plan=...)` or "
             "`merge_and_unload(plan=...)` of the PEFT model, or `unload()` first"
         )
-    layout = locate(model)
+    layout = locate(model, plan.tower or None)
     check_loaded(model)
     check_unquantized(model)
     if plan.hidden is not None and plan.rotated != (turn is not None):
@@ -84,6 +84,7 @@ def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None) -> Model
     materialise(model, result, layout, plan)
     result.tie_weights()
     rename(result, "", origin_of(model))
+    mark(result, layout)
     if model.can_generate():
         result.generation_config = copy.deepcopy(model.generation_config)
     for parameter in result.parameters():

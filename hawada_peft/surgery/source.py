@@ -13,7 +13,7 @@ from transformers.initialization import guard_torch_init_functions
 from ..errors import UnsupportedModelError
 from ..planning.plan import Plan
 from ..vanilla.family import Layout
-from ..vanilla.shape import FFN, HEADS, HIDDEN, KV_GROUPS, LAYERS
+from ..vanilla.shape import BY_NAME
 from ..vanilla.skeleton import build_empty
 from .axes import SliceRule
 from .conformity import below
@@ -48,17 +48,10 @@ def source_of(name: str, layout: Layout, plan: Plan) -> tuple[str, int, str]:
 
 def rows_of(rule: SliceRule, layout: Layout, plan: Plan, layer: int) -> torch.Tensor:
     """The indices that stay along a rule's dimension, in the layer at a position of the plan."""
-    dense = layout.dense.sizes()
-    units = {
-        HEADS: (plan.heads[layer], dense["num_attention_heads"]),
-        KV_GROUPS: (plan.kv_groups[layer], dense["num_key_value_heads"]),
-        FFN: (plan.channels[layer], dense["intermediate_size"]),
-        LAYERS: (plan.layers, dense["num_hidden_layers"]),
-        HIDDEN: (plan.hidden or tuple(range(layout.hidden_size)), layout.hidden_size),
-    }
-    offset, rows = 0, []
+    offset, rows, sizes = 0, [], layout.full.to_dict()
     for axis in rule.segments:
-        kept, total = units[axis]
+        total = sizes[BY_NAME[axis].field]
+        kept = plan.units(axis, layer) or range(total)
         starts = offset + torch.tensor(kept) * rule.width
         rows.append((starts[:, None] + torch.arange(rule.width)).flatten())
         offset += total * rule.width

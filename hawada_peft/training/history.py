@@ -98,11 +98,7 @@ def layer_means(model: PeftModel, plan: Plan | None) -> dict[str, dict[str, list
         totals = {axis: dense[BY_NAME[axis].field] for axis in (HEADS, FFN)}
         keep = {axis: [len(plan.kept(axis, i) or ()) / total for i in count] for axis, total in totals.items()}
         keep[LAYERS] = [float(layer in plan.layers) for layer in count]
-    gates = {
-        HEADS: [layer.heads for layer in layers],
-        FFN: [layer.ffn for layer in layers],
-        LAYERS: [layer.whole for layer in layers],
-    }
+    gates = {axis: [layer.by_axis[axis] for layer in layers] for axis in keep}
     return {
         axis: {"gate": _short(map(_mean_product, found)), "keep": _short(keep[axis])}
         for axis, found in gates.items()

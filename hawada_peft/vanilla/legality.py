@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from huggingface_hub.errors import StrictDataclassError
 
 from ..errors import IllegalShapeError
-from .family import Layout, hidden_home, locate
+from .family import Layout, hidden_home, relocate
 from .resize import edit_config
 from .shape import Shape
 from .skeleton import build_empty, check_constructor
@@ -54,10 +54,10 @@ def build_sizes(layout: Layout, shape: Shape) -> str | None:
     hidden = shape.hidden_size or layout.hidden_size
     try:
         config = edit_config(layout, wanted, layers=(0,))
-        built = locate(build_empty(layout.model_class, config))
+        built = relocate(layout, build_empty(layout.model_class, config))
     except (StrictDataclassError, ValueError, TypeError) as error:
         # The last line holds the cause; those before it name transformers' validator.
-        return f"{type(layout.config).__name__} refuses: {str(error).strip().splitlines()[-1].strip()}"
+        return f"{type(layout.tower_config).__name__} refuses: {str(error).strip().splitlines()[-1].strip()}"
     if built.full != replace(wanted, hidden_size=hidden) or built.head_dim != layout.head_dim:
         found = built.dense if shape.hidden_size is None and built.hidden_size == hidden else built.full
         return (
@@ -212,7 +212,7 @@ def check_legal(layout: Layout, shape: Shape) -> None:
         if layout.stages:
             reasons.append(
                 "a layer stays before each stage whose feature map the backbone gives (out_indices "
-                f"{list(layout.config.out_indices)})"
+                f"{list(layout.tower_config.out_indices)})"
             )
         problems.append(
             f"num_hidden_layers must be at least {least_layers(layout)}, got {sizes['num_hidden_layers']}; "
@@ -231,7 +231,7 @@ def check_legal(layout: Layout, shape: Shape) -> None:
         nearest = fit_hidden(layout, shape, step=1)
         problems.append(f"nearest that {layout.model_class.__name__} builds: {nearest.to_dict()}")
     elif layout.family.ffn_unit:
-        unit = getattr(layout.config, layout.family.ffn_unit)
+        unit = getattr(layout.tower_config, layout.family.ffn_unit)
         problems.append(f"possible intermediate_size: multiples of {layout.family.ffn_unit} = {unit}")
     raise IllegalShapeError(f"no vanilla model of the shape {shape.to_dict()}:\n" + "\n".join(problems))
 

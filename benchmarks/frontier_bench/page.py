@@ -6,89 +6,20 @@ import argparse
 import math
 import os
 import shlex
-import statistics
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from document import replace_section
-from frontier_quality import HAWADA, shape_of
 from peers.peer import Peer
 from rows import Row, read_rows
 
-from hawada_peft.errors import HawAdaError
+from frontier_bench.entries import METRICS, STAGES, Entry, best_of, entries_of
 
 DIVIDING = ("--shard", "--out")
 """Options of a command that only say which part of the work it does."""
 
 JOINED = ("--contestants", "--seeds")
 """Options whose values are put together where commands differ in nothing else."""
-
-STAGES = {"before": "before recovery", "after": "after recovery"}
-METRICS = {"text": ("perplexity",), "image": ("accuracy", "agreement")}
-"""What is shown of a kind of teacher; the first decides. Accuracy and agreement with the teacher are in percent."""
-
-
-@dataclass
-class Entry:
-    """A contestant at a budget, over its seeds. `stages["after"]["accuracy"]` are the values of a metric."""
-
-    contestant: str
-    title: str
-    ours: bool
-    budget: float
-    speedups: list[float] = field(default_factory=list)
-    parameters: list[int] = field(default_factory=list)
-    met: bool = True
-    stages: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-
-    def values(self, stage: str, metric: str) -> list[float]:
-        return self.stages.get(stage, {}).get(metric, [])
-
-    def mean(self, stage: str, metric: str) -> float:
-        return statistics.fmean(self.values(stage, metric))
-
-    def spread(self, stage: str, metric: str) -> float:
-        """Standard deviation over seeds; 0 for one seed."""
-        values = self.values(stage, metric)
-        return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else 0.0
-
-
-def entries_of(shapes: Sequence[Row], quality: Iterable[Row], peers: Mapping[str, Peer]) -> list[Entry]:
-    """One entry per contestant and budget, in the order of budgets, ours first; the last row of a run counts."""
-    groups: dict[tuple[float, str], dict[int, Row]] = defaultdict(dict)
-    for row in quality:
-        if row["budget"] is not None:
-            groups[row["budget"], row["contestant"]][row["seed"]] = row
-    names = [*HAWADA, *peers]
-    entries = []
-    for (budget, name), runs in sorted(groups.items(), key=lambda item: (item[0][0], names.index(item[0][1]))):
-        ours = name in HAWADA
-        entry = Entry(
-            name, name.replace("hawada_", "hawada ").replace("_", "-") if ours else peers[name].name, ours, budget
-        )
-        for seed, row in sorted(runs.items()):
-            shape = shape_of(shapes, name, budget, seed)
-            if shape is None:
-                raise HawAdaError(
-                    f"{name} at {budget}x has a quality but no shape: give the file that it was made from"
-                )
-            entry.speedups.append(shape["speedup"])
-            entry.parameters.append(row["parameters"])
-            entry.met &= shape["met"]
-            for stage in STAGES:
-                for metric, value in row.get(stage, {}).items():
-                    entry.stages.setdefault(stage, {}).setdefault(metric, []).append(value)
-        entries.append(entry)
-    return entries
-
-
-def best_of(entries: Sequence[Entry], stage: str, kind: str) -> Entry | None:
-    """The best by mean of those that meet the budget and were measured at the stage."""
-    metric, sign = METRICS[kind][0], 1 if kind == "text" else -1
-    measured = [entry for entry in entries if entry.met and entry.values(stage, metric)]
-    return min(measured, key=lambda entry: sign * entry.mean(stage, metric), default=None)
 
 
 def table(entries: Sequence[Entry], dense: Row, kind: str) -> str:
@@ -147,7 +78,7 @@ def comparison(entries: Sequence[Entry], kind: str) -> str:
 
 def write(options: argparse.Namespace, peers: Mapping[str, Peer]) -> None:
     """Put the section and the pictures in their places."""
-    from frontier_picture import draw  # matplotlib, an extra
+    from frontier_bench.picture import draw  # matplotlib, an extra
 
     shapes, quality = read_rows(options.shapes), read_rows(options.quality)
     dense = next(row for row in quality if row["budget"] is None)

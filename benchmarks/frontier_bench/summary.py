@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from document import replace_section
-from frontier_page import METRICS, STAGES, best_of, entries_of, number
-from frontier_quality import HAWADA
 from peers.peer import Peer
 from rows import read_rows
+
+from frontier_bench.entries import METRICS, STAGES, best_of, entries_of
+from frontier_bench.page import number
+from frontier_bench.quality import HAWADA
 
 UNMET, ABSENT = "out of reach", "not run"
 

@@ -7,10 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from frontier_page import Entry
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from PIL import Image
+
+from frontier_bench.entries import Entry
 
 OURS = ("#c2410c", "#e8590c", "#f59f00")
 PEERS = ("#495057", "#748ffc", "#5f7c8a", "#8d6e97", "#6b8e6b", "#868e96", "#9c8468", "#4c6b8a", "#a0a4a8", "#7a8f9c")

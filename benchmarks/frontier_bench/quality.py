@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 from document import circumstances
-from frontier_shapes import work_of
 from peers.peer import Peer
 from recipes import Recipe, gated
 from rows import Row, append_row, read_rows
@@ -18,6 +17,7 @@ from sizing import sizes_of
 from transformers import PreTrainedModel
 from work import Bench
 
+from frontier_bench.shapes import work_of
 from hawada_peft import Plan, Shape
 from hawada_peft.refit import reconstruct
 
