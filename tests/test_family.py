@@ -145,7 +145,7 @@ def test_layers_of_several_sizes_are_refused() -> None:
     "row",
     [
         Row("BloomForCausalLM", "BloomConfig", {"vocab_size": 128, "hidden_size": 64, "n_layer": 1}, PLAIN),
-        Row("BertModel", "BertConfig", TOKENS | SIZES, PLAIN),
+        Row("MegatronBertModel", "MegatronBertConfig", TOKENS | SIZES, PLAIN),
         Row("MixtralForCausalLM", "MixtralConfig", LM | {"num_local_experts": 2, "num_hidden_layers": 1}, PLAIN),
     ],
     ids=lambda row: row.config,

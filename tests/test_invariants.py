@@ -8,6 +8,8 @@ import pytest
 import torch
 import transformers
 from conftest import (
+    KINDS,
+    ROWS,
     Export,
     Row,
     assert_same_state,
@@ -28,6 +30,12 @@ from hawada_peft.gates import HeadGate
 from hawada_peft.gates.adapter import BLOCK, LAYER, UNITS
 from hawada_peft.surgery.axes import find_axes
 from hawada_peft.vanilla.family import locate
+
+
+@pytest.fixture(params=ROWS | KINDS)
+def row(request: pytest.FixtureRequest) -> Row:
+    """Every row of both tables."""
+    return (ROWS | KINDS)[request.param]
 
 
 def test_output_is_unchanged_at_the_start(row: Row) -> None:

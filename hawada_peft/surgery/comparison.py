@@ -217,7 +217,8 @@ def check_binary(base: nn.Module, adapter_names: Sequence[str]) -> None:
         InvalidPlanError: if there are some that no plan has made binary.
     """
     for name, module in base.named_modules():
-        factor = module.blend_factor(adapter_names, hard=True) if isinstance(module, GateAdapter) else None
+        found = module.blend_factor(adapter_names, hard=True) if isinstance(module, GateAdapter) else None
+        factor = None if found is None else found.detach()
         if factor is not None and not (factor == 1).all():
             raise InvalidPlanError(
                 f"the gate on the layer of {name} is at {float(factor):.3g} and blends the layer's output with its "
