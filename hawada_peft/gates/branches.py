@@ -195,7 +195,7 @@ def _try(model: PreTrainedModel, *, masked: bool) -> None:
         inputs = example_inputs(model)
         if "input_ids" in inputs:
             inputs |= {"attention_mask": torch.ones_like(inputs["input_ids"])} if masked else {}
-            inputs["use_cache"] = False  # type: ignore[assignment]
+            inputs["use_cache"] = False
         model(**inputs)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError):
         return
