@@ -16,6 +16,7 @@ FLOORS = (
     "recipes",
     "page",
     "training",
+    "registered",
     "model",
     "distil",
     "shipping",
@@ -35,6 +36,8 @@ FLOORS = (
     "_register",
     "processes",
     "progress",
+    "sources",
+    "lazy",
     "errors",
 )
 """From the top down; as docs/architecture.md lists them."""
