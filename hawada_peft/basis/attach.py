@@ -16,7 +16,8 @@ from ..gates.placement import check_norms, share_hidden, stream_gate
 from ..gates.stream_basis import BasisGate
 from ..planning.plan import Plan
 from ..vanilla.family import HIDDEN, Layout, hidden_home, locate
-from .basis import Basis, is_centred
+from .basis import Basis
+from .marks import is_centred
 from .proof import check_exact
 
 

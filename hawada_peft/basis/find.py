@@ -16,7 +16,8 @@ from ..progress import Progress
 from ..vanilla.batches import Batch
 from ..vanilla.family import Layout, locate
 from ..vanilla.mode import adapters_off
-from .basis import Basis, basis_gate, is_centred, stream_norms, weight_marks
+from .basis import Basis, basis_gate
+from .marks import is_centred, stream_norms, weight_marks
 from .moments import Moments, collect_moments
 from .refine import pooled, principal_directions, refined
 from .scales import fit_scales
