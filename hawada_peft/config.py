@@ -63,6 +63,8 @@ class HawAdaConfig(PeftConfig):
         lora (`LoraConfig` or `dict`, *optional*): LoRA to train with the gates, on the same base, below them. It
             belongs to the same adapter: switched off, saved and merged with it. Kept as the fields that differ from
             PEFT's defaults.
+        towers (`list[str]`, *optional*): of a model made of several, which one to gate, by the path of its sub-config:
+            `("text_config",)`. If left out, the model itself, or the tower with the most parameters in its layers.
         plan (`dict`, *optional*): the applied plan; written by `apply_plan`, saved with the adapter.
         plan_in_training (`bool`, *optional*, defaults to `False`): whether the plan closes gates in training as well.
         base_sizes (`dict`, *optional*): the sizes of the base model whose family row placed the gates; written at
@@ -94,6 +96,9 @@ class HawAdaConfig(PeftConfig):
     lora: LoraConfig | dict[str, Any] | None = field(
         default=None, metadata={"help": "LoRA to train with the gates, below them."}
     )
+    towers: Sequence[str] | None = field(
+        default=None, metadata={"help": "Which tower to gate, by the path of its sub-config."}
+    )
     plan: dict[str, Any] | None = field(default=None, metadata={"help": "The applied plan; written by apply_plan."})
     plan_in_training: bool = field(default=False, metadata={"help": "The plan closes gates in training as well."})
     base_sizes: dict[str, Any] | None = field(
@@ -109,6 +114,8 @@ class HawAdaConfig(PeftConfig):
             raise HawAdaError("\n".join(problems))
         self.peft_type = PeftType(NAME)
         self.gates = [self.gates] if isinstance(self.gates, str) else list(self.gates)  # as JSON gives it back
+        if self.towers is not None:
+            self.towers = [self.towers] if isinstance(self.towers, str) else list(self.towers)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT's own convention
         if isinstance(self.exclude_modules, list):
@@ -151,7 +158,7 @@ class HawAdaConfig(PeftConfig):
     def _type_problems(self) -> Iterator[str]:
         """Fields of a type that JSON, or a slip, may have brought: `_problems` takes them for granted."""
         strings = "a string, or a list of strings"
-        for name in ("gates", "target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+        for name in ("gates", "towers", "target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             value = getattr(self, name)
             if value is None and name != "gates":
                 continue
@@ -196,6 +203,12 @@ class HawAdaConfig(PeftConfig):
             self.start()
         except HawAdaError as error:
             yield str(error)
+        if self.towers is not None and len(self.towers) != 1:
+            yield (
+                f"towers must name one tower, got {list(self.towers)}: slim one, then gate the next in the slim model"
+            )
+        if self.towers and self.target_modules is not None and not self.base_sizes:
+            yield "towers is about the gates that a family row places: leave out it or `target_modules`"
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             yield "`layers_to_transform` cannot be used when `target_modules` is a str."
         if isinstance(self.target_modules, str) and self.layers_pattern is not None:

@@ -91,7 +91,7 @@ def least_bytes(model: PreTrainedModel, regime: Regime) -> int:
     layout, tokens = locate(model), regime.seq_len or 1
     each = 0 if regime.mode == "decode" else layout.hidden_size
     if regime.mode == "forward" and model.can_generate():
-        each += model.config.vocab_size
+        each += model.config.get_text_config().vocab_size
     if regime.mode != "forward":
         sizes = layout.dense.sizes()
         each += 2 * sizes["num_key_value_heads"] * layout.head_dim * sizes["num_hidden_layers"]
@@ -147,7 +147,7 @@ def make_inputs(model: PreTrainedModel, regime: Regime) -> torch.Tensor:
         pixels = (regime.batch_size, model.config.num_channels, size, size)
         return torch.randn(pixels, generator=generator).to(device=regime.device, dtype=regime.torch_dtype)
     shape = (regime.batch_size, cast(int, regime.seq_len))
-    return torch.randint(model.config.vocab_size, shape, generator=generator).to(regime.device)
+    return torch.randint(model.config.get_text_config().vocab_size, shape, generator=generator).to(regime.device)
 
 
 def _forward(model: PreTrainedModel, regime: Regime, inputs: torch.Tensor) -> Runner:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import IncompatibleBaseError, InvalidPlanError
-from ..vanilla.shape import FFN, HEADS, HIDDEN, KV_GROUPS, Shape
+from ..vanilla.shape import FFN, HEADS, HIDDEN, KV_GROUPS, LAYERS, Shape
 from .rounding import Rounding
 from .stored import from_mask, json_problems, short, to_mask
 
@@ -36,6 +36,8 @@ class Plan:
         hidden (`tuple[int, ...]`, *optional*): the kept channels of the residual stream, of which `dense` states the
             number then; all if left out.
         rotated (`bool`): `hidden` are directions of a basis of the stream, which the adapter has, not channels.
+        tower (`str`): path of the sub-config in the model's config that the sizes are in, as `"text_config"`; empty if
+            they are the config's own, or that of the one tower.
         roundings (`tuple[Rounding, ...]`): what was asked for where that is not what the plan has, and why. Plans that
             keep the same are equal, whatever was asked for.
 
@@ -49,6 +51,7 @@ class Plan:
     channels: tuple[tuple[int, ...], ...]
     hidden: tuple[int, ...] | None = None
     rotated: bool = False
+    tower: str = ""
     roundings: tuple[Rounding, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -105,8 +108,8 @@ class Plan:
 
     def units(self, axis: str, position: int) -> tuple[int, ...] | None:
         """The kept units on an axis in the layer at a position of the plan; None if the plan leaves them all."""
-        if axis == HIDDEN:
-            return self.hidden
+        if axis in (HIDDEN, LAYERS):
+            return self.hidden if axis == HIDDEN else self.layers
         if axis == KV_GROUPS:
             return tuple(_groups(self.heads[position], self.dense.heads_per_group))
         return {HEADS: self.heads, FFN: self.channels}[axis][position]
@@ -133,7 +136,7 @@ class Plan:
         return self.shape == self.dense
 
     @classmethod
-    def keep_all(cls, dense: Shape) -> Plan:
+    def keep_all(cls, dense: Shape, tower: str = "") -> Plan:
         """The plan that removes nothing of a model of these (complete) sizes."""
         dense = replace(dense, hidden_size=None)
         sizes = dense.sizes()
@@ -143,6 +146,7 @@ class Plan:
             layers=tuple(range(layers)),
             heads=(tuple(range(sizes["num_attention_heads"])),) * layers,
             channels=(tuple(range(sizes["intermediate_size"])),) * layers,
+            tower=tower,
         )
 
     def check_base(self, dense: Shape) -> None:
@@ -175,6 +179,7 @@ class Plan:
         if self.hidden is not None:
             data["hidden"] = to_mask(self.hidden)
             data |= {"rotated": True} if self.rotated else {}
+        data |= {"tower": self.tower} if self.tower else {}
         if self.roundings:
             data["roundings"] = [rounding.to_dict() for rounding in self.roundings]
         return data
@@ -193,7 +198,7 @@ class Plan:
             raise InvalidPlanError(
                 f"cannot read a plan of format {short(data.get('format'))}; this version reads {FORMAT}"
             )
-        known = {"format", "dense", "layers", "heads", "channels", "hidden", "rotated", "roundings"}
+        known = {"format", "dense", "layers", "heads", "channels", "hidden", "rotated", "tower", "roundings"}
         if unknown := sorted(map(short, set(data) - known)):
             raise InvalidPlanError(f"a plan has no fields {unknown[:5]}; it has {sorted(known)}")
         missing = sorted({"dense", "layers", "heads", "channels"} - set(data))
@@ -213,6 +218,7 @@ class Plan:
             channels=tuple(from_mask(mask) for mask in data["channels"]),
             hidden=None if data.get("hidden") is None else from_mask(data["hidden"]),
             rotated=data.get("rotated", False),
+            tower=data.get("tower", ""),
             roundings=roundings,
         )
 
@@ -243,7 +249,8 @@ class Plan:
         slim, dense = self.shape.to_dict(), self.dense.to_dict()
         changes = ", ".join(f"{name} {slim[name]}/{dense[name]}" for name in dense)
         dropped = sorted(set(range(dense["num_hidden_layers"])) - set(self.layers))
-        return f"Plan({changes}; dropped layers {dropped})"
+        where = f"{self.tower}: " if self.tower else ""
+        return f"Plan({where}{changes}; dropped layers {dropped})"
 
 
 def _groups(heads: tuple[int, ...], per_group: int) -> tuple[int, ...]:

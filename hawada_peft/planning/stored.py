@@ -28,6 +28,8 @@ def json_problems(data: Mapping[str, Any]) -> Iterator[str]:
         yield f"channels must be a list of bit masks of {total} bits, in hexadecimal, got {short(data['channels'])}"
     if data.get("hidden") is not None and not _is_mask(data["hidden"], dense.get("hidden_size", 0)):
         yield f"hidden must be a bit mask of the residual stream, in hexadecimal, got {short(data['hidden'])}"
+    if not isinstance(data.get("tower", ""), str):
+        yield f"tower must be the path of a sub-config, got {short(data['tower'])}"
     roundings = data.get("roundings", [])
     if not isinstance(roundings, list) or not all(isinstance(rounding, Mapping) for rounding in roundings):
         yield f"roundings must be a list of objects, got {short(roundings)}"

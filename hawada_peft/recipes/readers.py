@@ -86,7 +86,7 @@ def _token_problems(
     if tokens.ndim != 2 or tokens.is_floating_point():
         yield f"input_ids must be whole numbers, (examples, tokens), got {tokens.dtype} of {tuple(tokens.shape)}"
         return
-    vocabulary = getattr(model.config, "vocab_size", None)
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or (vocabulary is not None and high >= vocabulary):
         yield f"input_ids holds {low} to {high}, and the model's vocabulary has {vocabulary} tokens"

@@ -126,7 +126,7 @@ def alignment(model: PreTrainedModel, layout: Layout) -> dict[str, dict[str, Any
         "intermediate_size": sizes["intermediate_size"],
     }
     if model.main_input_name == "input_ids":
-        named["vocab_size"] = model.config.vocab_size
+        named["vocab_size"] = model.config.get_text_config().vocab_size
     return {
         name: {"size": size, "multiple_of": [step for step in ALIGNMENTS if size % step == 0]}
         for name, size in named.items()
@@ -189,7 +189,7 @@ def _tensor_parallel(model: PreTrainedModel, layout: Layout) -> list[PassportLin
     """
     sizes = layout.dense.sizes()
     heads, groups, ffn = sizes["num_attention_heads"], sizes["num_key_value_heads"], sizes["intermediate_size"]
-    vocab = -(-model.config.vocab_size // VLLM_VOCAB_PADDING) * VLLM_VOCAB_PADDING
+    vocab = -(-model.config.get_text_config().vocab_size // VLLM_VOCAB_PADDING) * VLLM_VOCAB_PADDING
     lines = []
     for size in TENSOR_PARALLEL_SIZES:
         problems = [

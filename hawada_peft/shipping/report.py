@@ -43,7 +43,7 @@ def report_of(model: PreTrainedModel, facts: ExportFacts, verification: Verifica
         IncompatibleTableError: if the latency is that of other sizes, or the timings lack `"dense"` or `"slim"`.
         HawAdaError: if what reconstruction reported is neither a dataclass nor a mapping.
     """
-    layout = locate(model)
+    layout = locate(model, _tower_of(facts.plan))
     if facts.plan is not None and layout.complete(facts.plan.shape) != layout.dense:
         raise InvalidPlanError(
             f"the plan leaves {facts.plan.shape.to_dict()}, the slim model has {layout.dense.to_dict()}: pass the "
@@ -85,6 +85,11 @@ def report_of(model: PreTrainedModel, facts: ExportFacts, verification: Verifica
     return {name: section for name, section in sections.items() if section is not None}
 
 
+def _tower_of(plan: Plan | None) -> str | None:
+    """Which part of a model a plan is about; None: what `locate` takes."""
+    return plan.tower or None if plan is not None else None
+
+
 def _model_facts(model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
     dtype = model.config.dtype if model.device.type == "meta" else model.dtype  # a skeleton has the default dtype
     return {
@@ -96,6 +101,7 @@ def _model_facts(model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
         "hidden_size": layout.hidden_size,
         "head_dim": layout.head_dim,
         **layout.dense.sizes(),
+        **({"tower": layout.tower} if layout.tower else {}),
     }
 
 
@@ -136,13 +142,12 @@ def size_problems(model: PreTrainedModel, report: Mapping[str, Any]) -> list[str
     Raises:
         HawAdaError: if the model has no family row, or the report's plan is none.
     """
-    layout, problems = locate(model), []
+    plan, problems = Plan.from_dict(report["plan"]) if "plan" in report else None, []
     said = report.get("model", {}).get("parameters")
     if said is not None and said != model.num_parameters():
         problems.append(f"{REPORT_NAME} says {said:,} parameters, the model has {model.num_parameters():,}")
-    if "plan" in report:
-        plan = Plan.from_dict(report["plan"])
-        wanted, found = plan.shape.to_dict(), layout.full.to_dict()
+    if plan is not None:
+        wanted, found = plan.shape.to_dict(), locate(model, _tower_of(plan)).full.to_dict()
         off = [f"{name} {found[name]} instead of {size}" for name, size in wanted.items() if found[name] != size]
         if off:
             untouched = all(found[name] == size for name, size in plan.dense.to_dict().items())

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..gates.adapter import GateAdapter
 from ..planning.plan import Plan
-from ..vanilla.family import locate
+from ..vanilla.family import locate, mark
 from .conformity import below, check_conforms, vanilla_tensors
 from .source import build_tied, materialise
 
@@ -94,6 +94,9 @@ def take_off(base: PreTrainedModel) -> None:
     for name in sorted(found, key=len):  # outer ones first: what they hold goes with them
         if not any(name.startswith(f"{outer}.") for outer in found):
             base.set_submodule(name, below(found[name]))
+    for module in found.values():
+        if isinstance(module, GateAdapter):
+            module.release()
     vars(base).pop("peft_config", None)
 
 
@@ -114,6 +117,7 @@ def dense_view(base: PreTrainedModel) -> PreTrainedModel:
     view = build_tied(layout.model_class, copy.deepcopy(base.config), tensors)
     values = {name: tensor.data for name, tensor in tensors.items()}
     view.load_state_dict({name: values[name] for name in view.state_dict()}, strict=True, assign=True)
-    materialise(base, view, layout, Plan.keep_all(layout.dense))
+    materialise(base, view, layout, Plan.keep_all(layout.dense, layout.tower))
     view.tie_weights()
+    mark(view, layout)
     return view.eval()

@@ -135,7 +135,7 @@ def _without(model: PeftModel, dropped: Sequence[int]) -> tuple[Plan, dict[int, 
     """The plan that drops layers and nothing else; places of their gates by identity, below any importance."""
     base = dense_model(model)
     layout = locate(base)
-    full = Plan.keep_all(layout.dense)
+    full = Plan.keep_all(layout.dense, layout.tower)
     keep = [layer for layer in full.layers if layer not in dropped]
     plan = replace(full, layers=tuple(keep), heads=full.heads[: len(keep)], channels=full.channels[: len(keep)])
     layers = layers_of(base, layout, model.active_adapters)

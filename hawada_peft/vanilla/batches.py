@@ -137,14 +137,21 @@ def _token_problems(model: PreTrainedModel, tokens: torch.Tensor) -> list[str]:
         return [
             f"'input_ids' must be integers of shape (batch, tokens), got {tokens.dtype} of shape {tuple(tokens.shape)}"
         ]
-    embeddings = cast(nn.Embedding, model.get_input_embeddings())
-    size, low, high = len(embeddings.weight), int(tokens.min()), int(tokens.max())
+    size, low, high = _vocabulary(model), int(tokens.min()), int(tokens.max())
     if low >= 0 and high < size:
         return []
     return [
         f"'input_ids' holds token ids from {low} to {high}, and the model has embeddings for 0 to {size - 1}: use the "
         "tokenizer that belongs to it, or resize its embeddings before the gates are placed"
     ]
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    """Token ids that a model has embeddings for."""
+    try:
+        return len(cast(nn.Embedding, model.get_input_embeddings()).weight)
+    except NotImplementedError:  # transformers' for models of several towers
+        return cast(int, model.config.get_text_config().vocab_size)
 
 
 def _label_problems(model: PreTrainedModel, labels: Any, rows: int) -> list[str]:

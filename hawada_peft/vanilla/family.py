@@ -7,9 +7,10 @@ Long because every field of a row and of a layout is explained.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -18,6 +19,12 @@ from transformers.backbone_utils import BackboneConfigMixin
 from ..errors import UnsupportedModelError
 from .modules import feature_sizes
 from .shape import FFN, HEADS, HIDDEN, Shape
+from .towers import Tower, config_at, towers_of
+
+TOWER = "_hawada_tower"
+"""Attribute of a model: which of its towers is slimmed."""
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,16 @@ class Family:
         head_dim_field (`str`): the config field that fixes the size of a head; empty if attention ignores it, and so
             heads cannot be removed.
         ffn_field (`str`): the config field with the FFN size.
+        heads_field (`str`): the config field with the number of query heads.
+        layers_field (`str`): the config field with the number of layers.
+        hidden_field (`str`): the config field with the size of the residual stream.
         ffn_unit (`str`): the config field that `ffn_field` is a multiple of; empty if it counts channels.
         layer_lists (`tuple[str, ...]`): config fields that hold one entry per layer.
+        pinned (`tuple[tuple[int, str], ...]`): layers that must stay although a model without them can be built, each
+            with the reason.
+        branches (`tuple[str, ...]`, *optional*): the modules of a layer whose outputs its gate multiplies, relative to
+            it: what they give must be added to the residual stream as it is. Empty: there are none, as each layer
+            norms its sum. Left out, they are found by running one layer (`gates.branches`).
         fused (`tuple[tuple[str, tuple[str, ...]], ...]`): modules (relative to a layer; with a dot before it, relative
             to the model) whose rows, or inputs from the residual stream, hold several things: the axes in their
             order. One axis alone means that everything of a unit is stored together.
@@ -58,7 +73,12 @@ class Family:
     head_dim_field: str = "head_dim"
     ffn_field: str = "intermediate_size"
     ffn_unit: str = ""
+    heads_field: str = "num_attention_heads"
+    layers_field: str = "num_hidden_layers"
+    hidden_field: str = "hidden_size"
     layer_lists: tuple[str, ...] = ()
+    pinned: tuple[tuple[int, str], ...] = ()
+    branches: tuple[str, ...] | None = None
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
     twin: str = ""
     twin_fields: tuple[tuple[str, Any], ...] = ()
@@ -101,6 +121,7 @@ class Layout:
         hidden_size (`int`): features of the residual stream.
         model_class (`type[PreTrainedModel]`): the model's class.
         config (`PreTrainedConfig`): its config.
+        tower (`str`): path of the sub-config that the sizes are in, as `"text_config"`; empty if it is the config.
     """
 
     model_type: str
@@ -112,6 +133,19 @@ class Layout:
     hidden_size: int
     model_class: type[PreTrainedModel] = field(compare=False, repr=False)
     config: PreTrainedConfig = field(compare=False, repr=False)
+    tower: str = ""
+
+    def once(self, key: Any, find: Callable[[], Found]) -> Found:
+        """What building this layout's class tells, found at the first call with a key, and kept."""
+        kept = vars(self).setdefault("_found", {})  # no field: another layout starts with none of it
+        if key not in kept:
+            kept[key] = find()
+        return cast(Found, kept[key])
+
+    @property
+    def tower_config(self) -> PreTrainedConfig:
+        """The config that the sizes are in: the model's, or one inside it."""
+        return config_at(self.config, self.tower)
 
     def attention_out(self, layer: int) -> str:
         """The dotted name of a layer's attention output projection."""
@@ -136,9 +170,10 @@ class Layout:
         The stretches of layers (first, behind the last) before each stage whose feature map a backbone gives: one of
         each has to stay. Empty for models that are no backbones.
         """
-        if not isinstance(self.config, BackboneConfigMixin):
+        config = self.tower_config
+        if not isinstance(config, BackboneConfigMixin):
             return ()
-        ends = sorted({index for index in self.config.out_indices if index > 0})
+        ends = sorted({index for index in config.out_indices if index > 0})
         return tuple(zip([0, *ends], ends, strict=False))
 
     @property
@@ -179,6 +214,11 @@ class Layout:
             return None
         return int(match[1]), axes[match[2]]
 
+    def within(self, name: str) -> tuple[int, str] | None:
+        """The layer that a module is in, and its name there; None if it is in none."""
+        index, _, short = name.removeprefix(f"{self.stack}.").partition(".")
+        return (int(index), short) if name.startswith(f"{self.stack}.") and index.isdigit() and short else None
+
     def base_sizes(self) -> dict[str, int | str]:
         """What a plan or an adapter for this model depends on, for JSON."""
         return {
@@ -186,32 +226,87 @@ class Layout:
             "hidden_size": self.hidden_size,
             "head_dim": self.head_dim,
             **self.dense.sizes(),
+            **({"tower": self.tower} if self.tower else {}),
         }
 
 
-def locate(model: nn.Module) -> Layout:
+def locate(model: nn.Module, tower: str | None = None) -> Layout:
     """
     Find the row of a model and its sizes.
+
+    Args:
+        model: a transformers model.
+        tower: path of the sub-config whose model is meant, as `"text_config"`, or empty for the model's own. Left out,
+            it is what the model was gated or cut in before; else the model itself if it has a row; else the tower
+            that has one and the most parameters in its layers.
 
     Raises:
         UnsupportedModelError: if there is no row for the model, or the model does not have the row's modules. The
             message says which names were looked for.
     """
-    config = getattr(model, "config", None)
-    if not isinstance(model, PreTrainedModel) or not isinstance(config, PreTrainedConfig):
+    if not isinstance(model, PreTrainedModel) or not isinstance(model.config, PreTrainedConfig):
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a transformers model, so the places of its gates are not known. "
             "Please specify `target_modules` in `peft_config` to gate the inputs of modules by name."
         )
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise UnsupportedModelError(
-            f"There is no family row for model_type={config.model_type!r}; rows exist for {sorted(FAMILIES)}. "
-            "Please specify `target_modules` in `peft_config` to gate the inputs of modules by name (such gates fold "
-            "into the weights but remove nothing), or describe the family with `hawada_peft.register_family`."
-        )
-    root = next(name for name, module in model.named_modules() if module is model.base_model)
-    stack_name = f"{root}.{family.layers}" if root else family.layers
+    wanted = vars(model).get(TOWER) if tower is None else tower
+    towers = towers_of(model)
+    known = [each for each in towers if each.config.model_type in FAMILIES and wanted in (None, each.path)]
+    if not known:
+        raise _no_row(model, towers, wanted)
+    chosen = known[0] if not known[0].path or len(known) == 1 else max(known, key=lambda each: _weight(model, each))
+    family = FAMILIES[chosen.config.model_type]
+    if chosen.path:
+        # Of a row that is about whole models: who else reads the stream, and which class computes the same.
+        family = replace(family, hidden_norms=(), final_norm="", stream_scales=(), twin="", twin_fields=())
+    stack = f"{chosen.root}.{family.layers}" if chosen.root else family.layers
+    return _measured(model, family, chosen.path, stack, chosen.root)
+
+
+def mark(model: PreTrainedModel, layout: Layout) -> None:
+    """Have `locate` find the tower of a layout in a model, whatever else is in it."""
+    if layout.tower:
+        vars(model)[TOWER] = layout.tower
+
+
+def relocate(layout: Layout, model: PreTrainedModel) -> Layout:
+    """
+    The layout of a model of the same class and family, of other sizes.
+
+    Raises:
+        UnsupportedModelError: if it does not have the family's modules.
+    """
+    return _measured(model, layout.family, layout.tower, layout.stack, layout.root)
+
+
+def tower_names(model: PreTrainedModel) -> list[str]:
+    """The towers of a model that a row is known for; the empty name is the model's own."""
+    return [each.path for each in towers_of(model) if each.config.model_type in FAMILIES]
+
+
+def _weight(model: PreTrainedModel, tower: Tower) -> int:
+    """Parameters of a tower's layers."""
+    layers = FAMILIES[tower.config.model_type].layers
+    stack = find_module(model, f"{tower.root}.{layers}", tower.config.model_type)
+    return sum(parameter.numel() for parameter in stack.parameters())
+
+
+def _no_row(model: PreTrainedModel, towers: list[Tower], wanted: str | None) -> UnsupportedModelError:
+    inside = {each.path: each.config.model_type for each in towers[1:]}
+    paths = ", ".join(f"{path} ({kind})" for path, kind in inside.items())
+    has = f" It has the towers {paths}." if inside else ""
+    if wanted is not None and wanted not in [each.path for each in towers]:
+        return UnsupportedModelError(f"{type(model).__name__} has no tower {wanted!r}.{has}")
+    kind = inside.get(wanted or "", model.config.model_type)
+    return UnsupportedModelError(
+        f"There is no family row for model_type={kind!r}; rows exist for {sorted(FAMILIES)}.{has} "
+        "Please specify `target_modules` in `peft_config` to gate the inputs of modules by name (such gates fold "
+        "into the weights but remove nothing), or describe the family with `hawada_peft.register_family`."
+    )
+
+
+def _measured(model: PreTrainedModel, family: Family, tower: str, stack_name: str, root: str) -> Layout:
+    config = config_at(model.config, tower)
     stack = find_module(model, stack_name, config.model_type)
     if not isinstance(stack, nn.ModuleList) or len(stack) == 0:
         raise UnsupportedModelError(
@@ -223,14 +318,14 @@ def locate(model: nn.Module) -> Layout:
         attention = feature_sizes(find_module(model, f"{layer}.{family.attention_out}", config.model_type))
         ffn = feature_sizes(find_module(model, f"{layer}.{family.ffn_out}", config.model_type))
         sizes.append((attention[0], ffn[0]))
-    heads = config.num_attention_heads
+    heads = getattr(config, family.heads_field)
     if len(set(sizes)) > 1 or sizes[0][0] % heads:
         raise UnsupportedModelError(
             f"model_type={config.model_type!r}: every layer should have the same sizes, and {heads} heads; the input "
             f"features of {family.attention_out} and {family.ffn_out} are {sorted(set(sizes))}"
         )
     return Layout(
-        model_type=config.model_type,
+        model_type=model.config.model_type,
         family=family,
         stack=stack_name,
         root=root,
@@ -241,9 +336,10 @@ def locate(model: nn.Module) -> Layout:
             num_hidden_layers=len(stack),
         ),
         head_dim=sizes[0][0] // heads,
-        hidden_size=config.hidden_size,
+        hidden_size=getattr(config, family.hidden_field),
         model_class=type(model),
-        config=config,
+        config=model.config,
+        tower=tower,
     )
 
 

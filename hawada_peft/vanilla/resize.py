@@ -66,18 +66,21 @@ def edit_config(layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None 
     Raises:
         StrictDataclassError, ValueError, TypeError: whatever the config class raises on sizes that it refuses.
     """
-    config, family = layout.config, layout.family
+    config, family = layout.tower_config, layout.family
     sizes, dense = shape.sizes(), layout.dense.sizes()
     layers = layers or tuple(range(sizes["num_hidden_layers"]))
-    fields: dict[str, Any] = plain_fields(copy.deepcopy(config.to_dict()))
+    whole: dict[str, Any] = plain_fields(copy.deepcopy(layout.config.to_dict()))
+    fields = whole
+    for name in layout.tower.split(".") if layout.tower else []:
+        fields = fields[name]
 
     def put(name: str, value: Any) -> None:
         fields[config.attribute_map.get(name, name)] = value
 
     hidden = shape.hidden_size or layout.hidden_size
-    put("hidden_size", hidden)
-    put("num_attention_heads", sizes["num_attention_heads"])
-    put("num_hidden_layers", sizes["num_hidden_layers"])
+    put(family.hidden_field, hidden)
+    put(family.heads_field, sizes["num_attention_heads"])
+    put(family.layers_field, sizes["num_hidden_layers"])
     if family.kv_heads_field:
         put(family.kv_heads_field, sizes["num_key_value_heads"])
     if family.head_dim_field and (
@@ -100,8 +103,10 @@ def edit_config(layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None 
         fields.pop("stage_names", None)
         fields.pop("out_features", None)
         fields["out_indices"] = sorted({sum(layer < i for layer in layers) for i in config.out_indices})
-    edited = type(config).from_dict(fields)
-    edited._attn_implementation = config._attn_implementation
+    edited = type(layout.config).from_dict(whole)
+    for new, old in zip(_configs(edited), _configs(layout.config), strict=True):
+        new._attn_implementation = old._attn_implementation
+        new._experts_implementation = old._experts_implementation
     return edited
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from .family import HIDDEN, Family, register_family
+from ..family import HIDDEN, Family, register_family
 
 VIT = Family(
     layers="layers",

@@ -1,0 +1,1 @@
+"""The rows of known families, registered when they are imported."""

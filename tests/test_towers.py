@@ -1,0 +1,216 @@
+"""Models made of several: one tower is gated, planned, cut, written and loaded, and the rest stays bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import LM, SIZES, TOKENS, VISION, Row, assert_same_state, difference, gate, shuffle_gates
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForImageTextToText
+
+from hawada_peft import ExportFacts, HawAdaConfig, Plan, Shape, save_slim, slim_checkpoint
+from hawada_peft.errors import HawAdaError, IncompatibleBaseError, UnsupportedModelError
+from hawada_peft.vanilla.batches import Batch
+from hawada_peft.vanilla.family import locate
+from hawada_peft.vanilla.outputs import output_of, outputs_of
+
+IMAGE, PATCHES = 120, 16
+EYES = VISION | {"patch_size": 4}
+CLIP = {
+    "projection_dim": 32,
+    "text_config": TOKENS | SIZES | {"eos_token_id": 127},
+    "vision_config": EYES,
+}
+LLAVA = {
+    "text_config": LM | {"model_type": "llama"},
+    "vision_config": EYES | {"model_type": "clip_vision_model"},
+    "image_token_index": IMAGE,
+    "image_seq_length": PATCHES,
+    "vision_feature_layer": -1,
+    "pad_token_id": 0,
+}
+GEMMA = {
+    "text_config": LM | {"sliding_window": 6, "query_pre_attn_scalar": 8},
+    "vision_config": EYES,
+    "mm_tokens_per_image": PATCHES,
+    "image_token_id": IMAGE,
+    "boi_token_id": 121,
+    "eoi_token_id": 122,
+    "pad_token_id": 0,
+}
+DEPTH = {
+    "backbone_config": SIZES | {"model_type": "dinov2", "image_size": 28, "patch_size": 7, "num_hidden_layers": 6,
+                                "mlp_ratio": 2, "out_indices": [1, 3, 5, 6], "reshape_hidden_states": False},
+    "patch_size": 7, "reassemble_hidden_size": 64, "neck_hidden_sizes": [8, 8, 16, 16], "fusion_hidden_size": 8,
+    "head_hidden_size": 8,
+}  # fmt: skip
+HALF, THIN, NARROW = Shape(4, 2, 40, 3), Shape(8, 8, 40, 3), Shape(4, 4, 64, 6)
+CASES: dict[str, tuple[Row, str]] = {
+    "llava text": (Row("LlavaForConditionalGeneration", "LlavaConfig", LLAVA, HALF), "text_config"),
+    "llava vision": (Row("LlavaForConditionalGeneration", "LlavaConfig", LLAVA, THIN), "vision_config"),
+    "gemma3 text": (Row("Gemma3ForConditionalGeneration", "Gemma3Config", GEMMA, HALF), "text_config"),
+    "clip text": (Row("CLIPModel", "CLIPConfig", CLIP, THIN), "text_config"),
+    "clip vision": (Row("CLIPModel", "CLIPConfig", CLIP, THIN), "vision_config"),
+    "depth": (Row("DepthAnythingForDepthEstimation", "DepthAnythingConfig", DEPTH, NARROW), "backbone_config"),
+}
+
+
+def build(row: Row, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
+    torch.manual_seed(1)
+    model = getattr(transformers, row.model)(getattr(transformers, row.config)(**copy.deepcopy(row.fields)))
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    if "backbone_config" in row.fields:  # keeps the last ReLU open
+        model.head.conv3.bias.data += 8
+    return model.to(dtype).eval()
+
+
+def example_of(row: Row, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    side = 28 if "backbone_config" in row.fields else 16
+    pixels = torch.randn(2, 3, side, side, generator=generator, dtype=dtype)
+    if "backbone_config" in row.fields:
+        return {"pixel_values": pixels}
+    tokens = torch.randint(5, 118, (2, 12), generator=generator)
+    if row.model == "CLIPModel":
+        tokens[:, -1] = 127
+    else:
+        tokens = torch.cat([tokens[:, :3], torch.full((2, PATCHES), IMAGE), tokens[:, 3:]], 1)
+    return {"input_ids": tokens, "pixel_values": pixels}
+
+
+def planned(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[PeftModel, Batch, Plan]:
+    row, tower = CASES[name]
+    model = gate(build(row, dtype), towers=(tower,), **options)
+    plan = model.plan(row.slim)
+    model.apply_plan(plan)
+    return model, example_of(row, dtype), plan
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_tower_slims_exactly_and_the_rest_stays(name: str) -> None:
+    row, tower = CASES[name]
+    dense = build(row, torch.float64)
+    model, inputs, plan = planned(name, torch.float64)
+    assert plan.tower == tower
+    masked, before = outputs_of(model, inputs), outputs_of(dense, inputs)
+    small = model.merge_and_unload(inputs=inputs)
+    found = outputs_of(small, inputs)
+    assert type(small) is type(dense)
+    assert max(difference(found[key], masked[key]) for key in masked) <= 1e-7  # float32 constants inside
+    assert max(difference(masked[key], before[key]) for key in masked) > 1e-6
+    layout = locate(small)
+    assert (layout.tower, layout.dense) == (tower, row.slim)
+    prefix = f"{layout.stack}."
+    outside = {key: value for key, value in small.state_dict().items() if not key.startswith(prefix)}
+    assert_same_state(outside, {key: value for key, value in dense.state_dict().items() if not key.startswith(prefix)})
+
+
+@pytest.mark.parametrize("name", ["llava text", "llava vision", "clip text"])
+def test_an_adapter_on_a_tower_is_saved_loaded_and_streamed_with_the_same_bytes(name: str, tmp_path: Path) -> None:
+    row, tower = CASES[name]
+    build(row).save_pretrained(tmp_path / "base")
+    model, inputs, _ = planned(name)
+    masked = output_or_logits(model, inputs)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(build(row), tmp_path / "adapter").eval()
+    assert torch.equal(output_or_logits(again, inputs), masked)
+    again.merge_and_unload(inputs=inputs).save_pretrained(tmp_path / "expected")
+    slim_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "slim")
+    mine, expected = (tmp_path / each / "model.safetensors" for each in ("slim", "expected"))
+    assert mine.read_bytes() == expected.read_bytes()
+    report = json.loads((tmp_path / "slim" / "hawada_report.json").read_text())
+    assert report["plan"]["tower"] == report["model"]["tower"] == tower
+    assert report["dense"]["parameters"] == build(row).num_parameters()
+    assert f"{row.slim.intermediate_size}" in (tmp_path / "slim" / "README.md").read_text()
+
+
+def output_or_logits(model: torch.nn.Module, inputs: Batch) -> torch.Tensor:
+    found = outputs_of(model, inputs)
+    return torch.cat([value.flatten() for value in found.values()])
+
+
+def test_a_slim_folder_loads_by_its_auto_class(tmp_path: Path) -> None:
+    model, inputs, plan = planned("llava text")
+    slimmed = model.slim(inputs=inputs)
+    save_slim(slimmed.model, tmp_path / "slim", inputs=inputs, card=ExportFacts(plan=plan))
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "slim")
+    assert type(loaded) is type(slimmed.model)
+    assert loaded.config.text_config.intermediate_size == 40
+    assert torch.equal(output_of(loaded, inputs), output_of(slimmed.model, inputs))
+
+
+def test_one_tower_after_the_other() -> None:
+    text, inputs, _ = planned("llava text", torch.float64)
+    smaller = gate(text.merge_and_unload(inputs=inputs), towers=("vision_config",))
+    smaller.apply_plan(smaller.plan(THIN))
+    masked = outputs_of(smaller, inputs)
+    both = smaller.merge_and_unload(inputs=inputs)
+    assert (locate(both, "text_config").dense, locate(both, "vision_config").dense) == (HALF, THIN)
+    assert difference(output_of(both, inputs), masked["logits"]) <= 1e-12
+
+
+def test_the_largest_tower_is_gated_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="hawada_peft"):
+        model = get_peft_model(build(CASES["llava text"][0]), HawAdaConfig())
+    assert "'text_config' of LlavaForConditionalGeneration; others: towers=['vision_config']" in caplog.text
+    names = [name for name in model.state_dict() if "hawada_" in name]
+    assert names
+    assert all("language_model" in name for name in names)
+
+
+@pytest.mark.parametrize("layers", [None, [1, 2]])
+def test_modules_of_the_other_tower_with_the_same_names_are_left_alone(layers: list[int] | None) -> None:
+    model = get_peft_model(
+        build(CASES["clip text"][0]), HawAdaConfig(towers="text_config", layers_to_transform=layers)
+    )
+    gated = {name.split(".layers.")[1][0] for name in model.state_dict() if "hawada_" in name and "text_model" in name}
+    assert gated == {str(layer) for layer in layers or range(4)}
+    assert not [name for name in model.state_dict() if "hawada_" in name and "vision_model" in name]
+
+
+def test_gates_of_a_tower_learn() -> None:
+    row, _ = CASES["llava text"]
+    model = shuffle_gates(get_peft_model(build(row), HawAdaConfig(towers=("text_config",))))
+    inputs = example_of(row)
+    model.train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(5):
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+
+
+def test_a_plan_of_one_tower_is_none_of_another() -> None:
+    row, _ = CASES["clip text"]
+    plan = gate(build(row), towers=("text_config",)).plan(keep_ratio=0.5)
+    assert Plan.from_json(plan.to_json()) == plan
+    with pytest.raises(IncompatibleBaseError, match=r"plan is for the tower 'text_config'.*'vision_config'"):
+        gate(build(row), towers=("vision_config",)).apply_plan(plan)
+
+
+@pytest.mark.parametrize(
+    ("towers", "facts"),
+    [
+        (
+            ("audio_config",),
+            r"LlavaForConditionalGeneration has no tower 'audio_config'. It has the towers",
+        ),
+        (("text_config", "vision_config"), r"towers must name one tower"),
+        (3, r"towers must be a string, or a list of strings, got 3"),
+    ],
+)
+def test_a_wrong_tower_is_refused(towers: Any, facts: str) -> None:
+    with pytest.raises((UnsupportedModelError, HawAdaError), match=facts):
+        get_peft_model(build(CASES["llava text"][0]), HawAdaConfig(towers=towers))
