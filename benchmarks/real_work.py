@@ -30,6 +30,7 @@ from hawada_peft.basis.proof import check_exact
 from hawada_peft.distil.raced import first_of, parts_of
 from hawada_peft.errors import HawAdaError
 from hawada_peft.latency.regime import Regime
+from hawada_peft.latency.toy import ToyClock
 from hawada_peft.race import PREPARATIONS, Fits, Judge, field_of
 from hawada_peft.race.candidates import neighbours
 from hawada_peft.search.timed_models import realiser
@@ -76,7 +77,7 @@ class Conditions:
 
 
 def tiny(folder: Path) -> tuple[str, Path, Conditions]:
-    """A tiny model and data that repeat themselves, so that there is something to lose and to win back."""
+    """A tiny model, timed by a law of sizes, and data that repeat themselves: something to lose and to win back."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256,
@@ -92,7 +93,7 @@ def tiny(folder: Path) -> tuple[str, Path, Conditions]:
     for name, count in (("train", 200), ("eval", 8)):
         starts, strides = generator.integers(0, 250, (count, 1)), generator.integers(1, 9, (count, 1))
         np.save(folder / f"{name}.npy", ((starts + strides * np.arange(32)) % 251).astype(np.uint16))
-    effort = Effort(warmup=1, lead_in=0, min_rounds=3, max_rounds=5, max_seconds=0.5)
+    effort = Effort(warmup=1, lead_in=0, min_rounds=3, max_rounds=5, max_seconds=0.5, clock=ToyClock())
     conditions = Conditions("cpu", 8, 1e-3, 32, 16, 8, 4, effort)
     return str(folder / "teacher"), folder, conditions
 
