@@ -61,8 +61,7 @@ class HawAdaTrainer(PhasedTrainer):
         effort (`Effort`, *optional*): how hard latency is measured and the shape for a budget searched.
         table (`LatencyTable`, *optional*): measured here before; measured or taken from the disk cache if left out.
         hidden_sizes (*optional*): as in `find_plan`.
-        rotate (*optional*): as in `find_plan`, for a budget: whether hidden sizes are searched, cut along directions
-            of the residual stream.
+        rotate (*optional*): as in `find_plan`.
         refit (*optional*): as in `find_plan`.
         kwargs: as in `Trainer`.
 
@@ -151,10 +150,8 @@ class HawAdaTrainer(PhasedTrainer):
                 progress=progress,
             )
 
-        # Gates come and go in every process; the first one searches.
-        self.search, importance = with_directions(
-            self.gated, batches, self.rotate, lambda: in_main_process(find_shape), progress=progress
-        )
+        search = partial(in_main_process, find_shape)  # gates come and go in every process
+        self.search, importance = with_directions(self.gated, batches, self.rotate, search, progress=progress)
         return Goal(self.gated, self.search.best.shape), importance, self.search.plan
 
     def _calibration(self) -> list[Batch]:
