@@ -563,6 +563,23 @@ def test_a_base_that_was_rotated_since_is_refused() -> None:
         slim_in_basis(turned, Plan.keep_all(locate(model).dense), basis)
 
 
+@pytest.mark.parametrize("fields", [{"num_hidden_layers": 2}, {"hidden_size": 32}], ids=["layers", "hidden"])
+def test_a_base_that_was_cut_since_is_refused(fields: dict[str, int]) -> None:
+    basis, small = random_basis(build(LM_ROW)), build(LM_ROW, **fields)
+    with pytest.raises(IncompatibleBaseError, match="found on another model"):
+        slim_in_basis(small, Plan.keep_all(locate(small).dense), basis)
+
+
+@pytest.mark.parametrize("shared", ["self_attn.q_proj", "input_layernorm", "mlp"])
+def test_weights_that_are_shared_unknown_to_the_row_are_refused(shared: str) -> None:
+    model = build(LM_ROW)
+    model.model.layers[1].set_submodule(shared, model.model.layers[0].get_submodule(shared))
+    before = state_of(model)
+    with pytest.raises(UnsupportedModelError, match=rf"layers\.0\.{shared}.*layers\.1\.{shared}.* are one tensor"):
+        rotate(model, calibration(model))
+    assert_same_state(state_of(model), before)
+
+
 def test_a_basis_needs_gates_on_the_stream() -> None:
     with pytest.raises(HawAdaError, match="rotate is about the gate on 'hidden'"):
         HawAdaConfig(rotate=True)
