@@ -85,6 +85,10 @@ def test_all_at_once_as_a_folder_and_from_files_with_the_same_bytes(row: Row, tm
     save_slim(small, tmp_path / "slim", reference=masked, inputs=inputs_of(small))
     auto = AutoModelForCausalLM.from_pretrained(tmp_path / "slim")
     assert_same_state(state_of(auto), state_of(small))
+    if row is not MIXTURES["gpt_oss"]:  # the files hold each expert's weights apart
+        with pytest.raises(UnsupportedModelError, match="in another form than the model has it"):
+            slim_checkpoint(tmp_path / "dense", tmp_path / "adapter", tmp_path / "streamed")
+        return
     slim_checkpoint(tmp_path / "dense", tmp_path / "adapter", tmp_path / "streamed")
     streamed, saved = (load_file(tmp_path / each / "model.safetensors") for each in ("streamed", "slim"))
     assert_same_state(streamed, saved)
@@ -124,7 +128,7 @@ def test_ratios_and_open_gates_find_legal_numbers() -> None:
         found.theta.data[: 3 + layer % 2] = -4.0
     plan = model.plan()
     assert plan.shape.num_experts == 5
-    assert plan.experts[1] == (2, 4, 5, 6, 7) or plan.experts[1][-4:] == (4, 5, 6, 7)
+    assert plan.experts[0] == (3, 4, 5, 6, 7)
     for count in (1, 9):
         with pytest.raises(IllegalShapeError, match="num_experts must be 2"):
             model.plan(Shape(num_experts=count))
@@ -146,7 +150,7 @@ def test_a_closed_expert_is_never_chosen_and_a_soft_one_less() -> None:
     found.set_plan(kept)
     _, weights, chosen = router(x)
     assert not {1, 3} & {*chosen.unique().tolist()}
-    torch.testing.assert_close(weights.sum(-1), torch.ones(64, dtype=torch.float64))
+    torch.testing.assert_close(weights.sum(-1).double(), torch.ones(64, dtype=torch.float64))
 
 
 def test_soft_experts_are_not_folded_silently() -> None:
