@@ -19,11 +19,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from ..discovery.inputs import example_inputs
 from ..errors import UnsupportedModelError
 from ..vanilla.family import Layout
 from ..vanilla.legality import build_sizes
 from ..vanilla.modules import gateable, norm_offset
-from ..vanilla.outputs import example_inputs
 from ..vanilla.resize import edit_config
 from ..vanilla.shape import Shape
 from ..vanilla.skeleton import build_empty
@@ -201,7 +201,7 @@ def _try(model: PreTrainedModel, *, masked: bool) -> None:
         inputs = example_inputs(model)
         if "input_ids" in inputs:
             inputs |= {"attention_mask": torch.ones_like(inputs["input_ids"])} if masked else {}
-            inputs["use_cache"] = False  # type: ignore[assignment]
+            inputs["use_cache"] = False
         model(**inputs)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError):
         return
