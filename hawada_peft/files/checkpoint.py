@@ -23,7 +23,7 @@ from ..sources import check_source
 from ..vanilla.skeleton import skeleton_of
 from .names import CARD_NAME, REPORT_NAME
 from .pieces import Piece, stored_pieces
-from .shards import FLOATS, Stored, read_header, read_rows
+from .shards import FLOATS, Stored, read_all, read_header, read_rows
 
 PART = 2**20
 """
@@ -145,10 +145,7 @@ class Checkpoint:
     def _stacked(self, name: str, entries: list[int]) -> torch.Tensor:
         """Some entries of a tensor that the files hold in pieces."""
         pieces = {entry: [part for part in self._apart[name] if part[0].entry == entry] for entry in entries}
-        whole = [
-            [read_rows(stored, torch.arange(stored.shape[0])) for _, stored in pieces[entry]] for entry in entries
-        ]
-        return torch.stack([torch.cat(parts) for parts in whole])
+        return torch.stack([torch.cat([read_all(stored) for _, stored in pieces[entry]]) for entry in entries])
 
     def copy_companions(self, folder: Path) -> None:
         """Copy what is neither weights nor config: tokenizer, processor, chat templates, licence."""

@@ -45,7 +45,7 @@ def stored_form(model: PreTrainedModel, *, tied: bool = False) -> dict[str, torc
         model: may be on the meta device.
         tied: also the tied tensors that are not written.
     """
-    return revert_weight_conversion(model, _state(model, tied))  # type: ignore[no-any-return]
+    return revert_weight_conversion(model, _state(model, tied))
 
 
 def stored_pieces(model: PreTrainedModel, *, tied: bool = False) -> dict[str, Piece]:
@@ -86,22 +86,17 @@ def _apart(
     found: Mapping[str, Piece],
 ) -> dict[str, Piece]:
     """The pieces of weights that are stacked in the model: each row is a number, and each number a row."""
-    stacked = [name for name, tensor in state.items() if tensor.ndim == 3]
-    rows = {name: state[name].shape[0] * state[name].shape[1] for name in stacked}
-    first, offset = {}, 0
-    for name in stacked:
-        first[name], offset = offset, offset + rows[name]
-    coded = {
-        name: torch.arange(first[name], first[name] + rows[name]).reshape(*state[name].shape[:2], 1)
-        if name in first
-        else tensor
-        for name, tensor in state.items()
-    }
+    coded, offset = dict(state), 0
+    entries: list[tuple[str, int]] = []
+    starts: list[int] = []
+    for name, tensor in state.items():
+        if tensor.ndim == 3:
+            count, rows = tensor.shape[:2]
+            coded[name] = torch.arange(offset, offset + count * rows).reshape(count, rows, 1)
+            entries += [(name, entry) for entry in range(count)]
+            starts += range(offset, offset + count * rows, rows)
+            offset += count * rows
     pieces = dict(found)
-    owners = [name for name in stacked for _ in range(state[name].shape[0])]
-    starts = torch.tensor(
-        [first[name] + e * state[name].shape[1] for name in stacked for e in range(len(state[name]))]
-    )
     for key, codes in revert_weight_conversion(model, coded).items():
         if key in found:
             continue
