@@ -1,4 +1,8 @@
-"""The gates of a model, read: scores, expected sizes, the gate on the residual stream."""
+"""
+The gates of a model, read: scores, expected sizes, the gate on the residual stream.
+
+Long because each fold over the gates is named, and says what it counts.
+"""
 
 from __future__ import annotations
 
