@@ -213,7 +213,8 @@ def write(options: argparse.Namespace, peers: Mapping[str, Peer]) -> None:
     )
     parts = [
         f"{metric.capitalize()}, dense {number(dense['after'][metric])}; {dense['regime']}; {devices} ({dates}; "
-        f"{versions}). Mean and standard deviation over seeds. *Before* is as cut and prepared; the best of a column in bold.",
+        f"{versions}). Mean and standard deviation over seeds. *Before* is as cut and prepared; the best of a column "
+        "is bold.",
         f"![{metric} against measured speedup, after recovery]({_link(options.picture, options.page)})",
         "\n".join(said),
         f"The leader after the first rung of a race won {won} of {raced} races.",
