@@ -80,8 +80,9 @@ def main() -> None:
         error, rough = np.abs(estimates / real - 1), np.abs(plain / real - 1)
         found = (np.median(error), np.percentile(error, 95), error.max(), np.median(estimates / real - 1))
         shares = " | ".join(f"{value:.2%}" for value in found)
+        name = str(case) if size is None else f"{case}, hidden {size}"
         print(
-            f"| {case}{'' if size is None else f', hidden {size}'} | {table.dense_ms:.3f} | {seconds:.0f} | {table.multiple} | {len(shapes)} | {shares} | "
+            f"| {name} | {table.dense_ms:.3f} | {seconds:.0f} | {table.multiple} | {len(shapes)} | {shares} | "
             f"{rank_correlation(estimates, real):.4f} | {np.median(rough):.2%} | {np.percentile(rough, 95):.2%} |",
             flush=True,
         )
