@@ -23,6 +23,7 @@ from .anatomy import (
     Stack,
 )
 from .inspected import inspect
+from .table import table_of
 
 __all__ = [
     "EXPERTS",
@@ -46,4 +47,5 @@ __all__ = [
     "Segment",
     "Stack",
     "inspect",
+    "table_of",
 ]
