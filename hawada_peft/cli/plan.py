@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..progress import Progress
+from .data import DATA, check_data
+from .errors import say
 from .options import Effort, Fresh, Level, Model, Said
+from .tables import table
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ..planning.plan import Plan
+    from ..search.result import SearchResult
 
 EXAMPLES = (
     "hawada plan ./teacher text.txt --speedup 1.5 --batch-size 8 --seq-len 256",
     "hawada plan ./vit images.safetensors --latency-ms 8 --batch-size 64 --output plan.json",
+    "hawada plan ./chat Salesforce/wikitext:wikitext-2-raw-v1 --speedup 1.3 --seq-len 512 --effort quick",
     "hawada plan ./teacher text.txt --speedup 1.5 --seq-len 256 --adapter ./adapter --json",
 )
 
@@ -24,9 +32,7 @@ EXAMPLES = (
 def run(
     model: Model,
     progress: Progress | None,
-    calibration: Annotated[
-        Path, typer.Argument(exists=True, help="Examples: .safetensors of inputs, .npy, or .txt for an LM.")
-    ],
+    calibration: Annotated[str, typer.Argument(metavar="DATA", help=DATA, show_default=False)],
     output: Annotated[Path, typer.Option(help="Where to write the plan.")] = Path("plan.json"),
     adapter: Annotated[str | None, typer.Option(help="Trained gates; Fisher importance if left out.")] = None,
     examples: Annotated[int, typer.Option(min=1, help="Calibration examples at most.")] = 64,
@@ -49,9 +55,11 @@ def run(
     from ..latency.budget import LatencyBudget
     from ..latency.runner import check_call
     from ..search.budgeted import find_plan
+    from ..search.refitted import obstacle
     from ..search.result import FORMAT
     from ..search.timed import regime_of
     from ..vanilla.loading import checked_device, load_model, load_skeleton
+    from .expected import expected_of
     from .shared import effort_of, gates_of, read_batches
 
     device = checked_device(budget["device"])
@@ -61,11 +69,14 @@ def run(
     output.parent.mkdir(parents=True, exist_ok=True)
     batches = read_batches(calibration, model, seq_len=limits.seq_len, examples=examples)
     gated = gates_of(load_model(model, device), adapter, hidden=hidden)
-    hard = effort_of(effort, fresh=fresh)
-    found = find_plan(gated, limits, batches, refit=refit, effort=hard, progress=progress)
-    beside = output.with_suffix(".search.json")
+    if progress is not None:
+        say(expected_of(gated, batches, limits))
+    found = find_plan(gated, limits, batches, refit=refit, effort=effort_of(effort, fresh=fresh), progress=progress)
+    refitted = not obstacle(gated, batches) if refit is None else refit
+    made = {"model": model, "data": calibration, "seq_len": limits.seq_len, "examples": examples, "refitted": refitted}
+    beside = search_file(output)
     write_text(output, found.plan.to_json())
-    write_text(beside, json.dumps({"format": FORMAT} | found.figures()) + "\n")
+    write_text(beside, json.dumps({"format": FORMAT, MADE: made} | found.figures()) + "\n")
     best = found.best
     data = {
         "shape": best.shape.to_dict(),
@@ -77,16 +88,70 @@ def run(
         "plan": str(output),
         "search": str(beside),
     }
-    return Said(f"{found}\nplan written to {output}", data)
+    words = " ".join(["hawada slim", model, *([adapter] if adapter else []), f"slim --plan {output}"])
+    return Said(f"{_table(found, skeleton)}\nplan written to {output}, the search to {beside}", data, next=[words])
 
 
-def check(model: str, calibration: Path, **options: Any) -> None:
+def _table(found: SearchResult, skeleton: PreTrainedModel) -> str:
+    """The dense model and the shape."""
+    from ..vanilla.family import locate
+
+    best, dense, layout = found.best, locate(skeleton).dense.sizes(), locate(skeleton)
+    slim = best.shape.complete(layout.dense).sizes()
+    rows: list[tuple[object, ...]] = [
+        ("latency, ms (measured)", f"{found.dense_ms:.3f}", f"{found.ms:.3f}", f"{found.speedup:.2f}x faster"),
+        ("parameters", f"{skeleton.num_parameters():,}", f"{best.parameters:,}", ""),
+    ]
+    rows += [(name.replace("num_", "").replace("_", " "), dense[name], slim[name], "") for name in dense]
+    loss = best.predicted_loss if best.measured_loss is None else best.measured_loss
+    times = f"perplexity about {math.exp(min(loss, 50.0)):.2f} times the dense one's"
+    rows.append(("loss before training, nats", 0, f"{loss:.4f}", times if skeleton.can_generate() else ""))
+    limit = "" if math.isinf(found.limit_ms) else f"; allowed {found.limit_ms:.3f} ms"
+    return "\n".join(
+        [table(["", "dense", "slim", ""], rows), f"{found.table.regime}, {found.table.device_name}{limit}"]
+    )
+
+
+def check(model: str, calibration: str, **options: Any) -> None:
     """Refuse a budget that contradicts itself, and what is not there."""
     from ..latency.budget import LatencyBudget
     from ..sources import check_source
 
     LatencyBudget(**{name: each for name, each in options.items() if name in LatencyBudget.__dataclass_fields__})
+    check_data(calibration)
     check_source(model)
+
+
+MADE = "made"
+"""Where a search's file says what it was made of."""
+
+
+def search_file(plan: Path) -> Path:
+    """Where the search is that a plan came of."""
+    return plan.with_suffix(".search.json")
+
+
+def read_search(plan: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """
+    The search beside a plan, for a report, and what it was made of; None and nothing if there is none.
+
+    Raises:
+        HawAdaError: if the file holds no search.
+    """
+    from ..errors import HawAdaError
+    from ..search.result import FORMAT
+
+    file = search_file(plan)
+    if not file.is_file():
+        return None, {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise HawAdaError(f"{file} holds no search: {error}") from None
+    if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
+        raise HawAdaError(f"{file} holds no search of this version: plan again, or move it away")
+    made = found.pop(MADE, {})
+    return found, made
 
 
 def read_plan(path: Path) -> Plan:

@@ -7,16 +7,18 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import demo, measure, plan, report, slim, train, verify
+from . import demo, evaluate, measure, plan, push, report, slim, train, verify
 from .errors import EXIT_CODES
 from .options import add, listed
 
 WHOLE_WAY = (
     "hawada measure ./teacher --batch-size 8 --seq-len 256      what sizes cost here",
     "hawada plan ./teacher text.txt --speedup 1.5 --seq-len 256 the best shape so fast",
+    "hawada slim ./teacher ./slim --plan plan.json              without training; or",
     "hawada train recipe.yaml                                   gates, merge, recover",
-    "hawada slim ./teacher ./slim --plan plan.json              or only the last step",
+    "hawada evaluate ./slim --base ./teacher --data text.txt    quality and latency",
     "hawada verify ./slim && hawada report ./slim               is it sound; a page on it",
+    "hawada push ./slim name/model                              on the Hub",
 )
 
 app = typer.Typer(
@@ -54,7 +56,9 @@ for module, check in (
     (plan, plan.check),
     (slim, slim.check),
     (train, None),
+    (evaluate, evaluate.check),
     (verify, None),
     (report, None),
+    (push, None),
 ):
     add(app, module.run, module.EXAMPLES, check)
