@@ -11,6 +11,7 @@ import torch
 from ..search.masked import RESCORED
 from ..vanilla.batches import on_device
 from ..vanilla.family import locate
+from .tables import spoken
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -46,10 +47,6 @@ def expected_of(model: PeftModel, batches: Batches, budget: LatencyBudget) -> st
     examples = sum(len(next(iter(each.values()))) for each in batches)
     return (
         f"{examples} examples, {once:.1f} s for all of them; about {passes} times to rank the layers: "
-        f"{_spoken(once * passes)} at most, beside the measuring of the latency table (once per model and machine). "
+        f"{spoken(once * passes)} at most, beside the measuring of the latency table (once per model and machine). "
         f"Weights: {weights / 2**30:.2f} GiB, at times twice."
     )
-
-
-def _spoken(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -29,3 +29,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     written = StringIO()
     Console(file=written, width=WIDTH, color_system=None, markup=False, highlight=False, emoji=False).print(made)
     return "\n".join(line.rstrip() for line in written.getvalue().splitlines() if line.strip())
+
+
+def spoken(seconds: float) -> str:
+    """A duration in words."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

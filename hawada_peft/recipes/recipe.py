@@ -45,6 +45,8 @@ class Recipe:
         budget (`dict`, *optional*): fields of `LatencyBudget`. One of `budget`, `shape` and `keep_ratio` is given.
         shape (`dict`, *optional*): fields of `Shape`.
         keep_ratio (`float` or `dict`, *optional*): as in `HawAdaModel.plan`.
+        plan (`str`, *optional*): file of a plan, as `hawada plan` writes it: no gates are trained, the model is cut by
+            it, refitted and recovered. With a `budget`, its conditions say how both models are timed.
         search (`dict`, *optional*): how a budget becomes a shape: `effort` (fields of `Effort`), `quick` (what it
             leaves out is as in `Effort.quick`), `clock` (`"real"`, or `"toy"`, by which nothing depends on the
             machine), `hidden_sizes` and `refit` of `find_plan`.
@@ -77,6 +79,7 @@ class Recipe:
     budget: dict[str, Any] | None = None
     shape: dict[str, Any] | None = None
     keep_ratio: float | dict[str, float] | None = None
+    plan: str | None = None
     search: dict[str, Any] | None = None
     gates: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
@@ -145,6 +148,8 @@ class Recipe:
 
     def goal(self) -> dict[str, Any]:
         """The argument of `HawAdaTrainer` that says what the gates are trained towards."""
+        if self.plan is not None:
+            return {}
         if self.budget is not None:
             return {"budget": LatencyBudget(**self.budget)}
         return {"keep_ratio": self.keep_ratio} if self.shape is None else {"shape": Shape(**self.shape)}
