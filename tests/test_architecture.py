@@ -35,6 +35,7 @@ FLOORS = (
     "discovery",
     "vanilla",
     "_register",
+    "folders",
     "processes",
     "progress",
     "sources",

@@ -24,7 +24,7 @@ RATES = ((5e8, 1e-4), (3e9, 5e-5), (math.inf, 2e-5))
 """Learning rates of the recovery up to so many parameters: larger models want smaller ones."""
 
 PASSES = {"gates": 5, "recovery": 4}
-"""Forward passes that a step is worth: the teacher's one, the student's one, its backward pass two; for gates a plan."""
+"""Forward passes that a step is worth: the teacher's, the student's, two for its backward pass; one for a plan."""
 
 ADAM = 16
 """Bytes for every weight that is trained in float32: the weight, its gradient and two moments."""
