@@ -84,7 +84,7 @@ def test_a_plan_is_what_slim_takes(made: Path, tmp_path: Path, gates: str, refit
     assert plan.shape.to_dict() == found["shape"]
     assert found["shape"] in [point["shape"] for point in json.loads(Path(found["search"]).read_text())["points"]]
     places = [made / "adapter", tmp_path / "slim"] if gates == "trained" else [tmp_path / "slim"]
-    written = said("slim", made / "base", *places, plan=path)
+    written = said("slim", made / "base", *places, plan=path, refit=False)
     assert written["shape"] == found["shape"]
     assert written["parameters"] == found["parameters"]
     assert said("verify", tmp_path / "slim", base=made / "base")["ok"]
@@ -146,7 +146,9 @@ def test_slim_by_a_plan_can_leave_the_weights_as_they_are(made: Path, tmp_path: 
     plan, data = tmp_path / "plan.json", made / "data.safetensors"
     said("plan", made / "base", data, speedup=1.2, batch_size=2, seq_len=8, examples=4, output=plan, effort="quick")
     assert said("slim", made / "base", tmp_path / "slim", plan=plan, refit=False)["reconstruction"] is None
-    wrong = refused("slim", made / "base", tmp_path / "x", plan=plan, refit=True, verify="full", code=errors.WRONG_USAGE)
+    wrong = refused(
+        "slim", made / "base", tmp_path / "x", plan=plan, refit=True, verify="full", code=errors.WRONG_USAGE
+    )
     assert "--verify does not go with --refit" in wrong
     plan.with_suffix(".search.json").write_text("[]")
     assert "holds no search" in refused("slim", made / "base", tmp_path / "x", plan=plan)

@@ -342,9 +342,15 @@ def command(words: list[str]) -> Any:
 
 
 @pytest.mark.parametrize("line", lines_of_shell("hawada") + lines_of_shell("accelerate launch -m hawada_peft.cli"))
-def test_command_parses(line: str) -> None:
+def test_command_parses(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     words = words_of(line.replace("accelerate launch -m hawada_peft.cli", "hawada"))[1:]
     words = list(takewhile(lambda word: word not in {"|", "||", "&&", ">"}, words))
+    for word in words[1:]:  # what must be there to be accepted
+        made = tmp_path / word
+        if not word.startswith("-") and not made.exists():
+            made.parent.mkdir(parents=True, exist_ok=True)
+            made.touch() if made.suffix in (".yaml", ".json") else made.mkdir()
     command(words).make_context(words[0], words[1:])  # raises on what it does not know, or misses
 
 

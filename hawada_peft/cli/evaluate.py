@@ -35,10 +35,11 @@ def run(
     **regime: Any,
 ) -> Said:
     """
-    Compare a slim model with its dense one, and write what was found into its card and report.
+    Compare a slim model with its dense one.
 
     Perplexity or accuracy or the cosine of embeddings, how often both say the same, and the latency of both in turns:
-    under the conditions of the search if none are given. Examples that the slim model was calibrated on are left out.
+    under the conditions of the search if none are given. What was found goes into its card and report. Examples that
+    the slim model was calibrated on are left out.
     """
     from ..evaluation.evaluate import evaluate_slim
     from ..shipping.report import read_report

@@ -33,10 +33,10 @@ def run(
     **budget: Any,
 ) -> Said:
     """
-    Write a recipe for a model, its data and a budget, with an estimate of time and memory.
+    Write a recipe for a model, data and a budget.
 
-    All numbers are starting points by the model's size and this machine's speed: read the recipe, change it, run it
-    with `hawada train`. No weights are loaded.
+    With an estimate of time and memory. All numbers are starting points by the model's size and this machine's speed:
+    read the recipe, change it, run it with `hawada train`. No weights are loaded.
     """
     import yaml  # type: ignore[import-untyped]
 
@@ -80,8 +80,8 @@ def check(model: str, data: str, output: Path, **options: Any) -> None:
 
 def _estimates(made: Draft) -> list[str]:
     """What the trainings take, as far as sizes tell."""
-    spoken = ", ".join(f"{name} about {spoken(seconds)}" for name, seconds in made.seconds.items() if seconds)
+    trainings = ", ".join(f"{name} about {spoken(seconds)}" for name, seconds in made.seconds.items() if seconds)
     return [
-        f"Estimates at {made.rate / 1e9:,.0f} GFLOP/s, as measured here now: {spoken}; the search comes on top.",
+        f"Estimates at {made.rate / 1e9:,.0f} GFLOP/s, as measured here now: {trainings}; the search comes on top.",
         f"Memory: about {made.bytes / 2**30:.1f} GiB for weights, gradients and optimizer, and activations.",
     ]
