@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ._register import PREFIX
-from .basis.basis import is_centred
+from .basis.marks import is_centred
 from .basis.proof import check_exact
 from .config import HawAdaConfig
 from .errors import InvalidPlanError, UnsupportedModelError

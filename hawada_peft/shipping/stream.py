@@ -44,17 +44,23 @@ class _Export:
 
     Args:
         checkpoint: the dense model.
-        adapter, plan, fold: as in `slim_checkpoint`.
+        adapter, plan, basis, fold: as in `slim_checkpoint`.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, adapter: str | os.PathLike[str] | None, plan: Plan | None, *, fold: bool
+        self,
+        checkpoint: Checkpoint,
+        adapter: str | os.PathLike[str] | None,
+        plan: Plan | None,
+        *,
+        fold: bool,
+        basis: Basis | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self._factors: dict[str, Factors] = {}
         self._lora: dict[str, Any] = {}
         self._turn: Turn | None = None
-        stream: Basis | None = None
+        stream = basis if plan is not None and plan.rotated else None
         factor: torch.Tensor | None = None
         self.dense = checkpoint.skeleton
         if adapter is not None:
@@ -67,7 +73,8 @@ class _Export:
             self._factors = factors_of(gated) if fold else {}
             self._lora = lora_of(gated)
             base = gated.get_base_model()
-            stream, factor = stream_basis(base, locate(base), [DEFAULT], plan, fold=fold) if plan else (None, None)
+            if plan is not None:
+                stream, factor = stream_basis(base, locate(base), [DEFAULT], plan, fold=fold, given=basis)
             self.dense = cast(PreTrainedModel, gated.unload())
             untie(self.dense)
         make_plain(self.dense)
