@@ -30,6 +30,7 @@ import yaml
 from conftest import LM_ROW, build, gate, scattered_plan
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
 
 import hawada_peft
@@ -245,6 +246,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build(LM_ROW).save_pretrained(folder / "teacher")
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 128)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    (folder / "text.txt").write_text(" ".join(f"w{3 + index**2 % 125}" for index in range(5000)), encoding="utf-8")
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(
         folder / "teacher"
     )
