@@ -131,7 +131,7 @@ def test_demo_does_not_overwrite(tmp_path: Path) -> None:
         (["plan", "m", "data.npy", "--backend", "magic"], errors.WRONG_USAGE, "--backend"),
         (["measure", "m", "--mode", "idle"], errors.WRONG_USAGE, "'prefill'"),
         (["measure", "m", "--seq-len", "0"], errors.WRONG_USAGE, "--seq-len"),
-        (["plan", "m"], errors.WRONG_USAGE, "calibration"),
+        (["plan", "m"], errors.WRONG_USAGE, "DATA"),
         (["plan", "m", "data.npy", "--examples", "0"], errors.WRONG_USAGE, "--examples"),
         (["measure", "m", "--nonsense"], errors.WRONG_USAGE, "--nonsense"),
         (["nonsense"], errors.WRONG_USAGE, "nonsense"),

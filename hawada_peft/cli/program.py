@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import demo, evaluate, init, measure, plan, push, report, slim, train, verify
+from .commands import demo, evaluate, init, measure, plan, push, report, slim, train, verify
 from .errors import EXIT_CODES
 from .options import add, listed
 

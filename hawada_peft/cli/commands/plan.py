@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from ..progress import Progress
-from .data import DATA, check_data
-from .errors import say
-from .options import Effort, Fresh, Level, Model, Said
-from .tables import table
+from ...progress import Progress
+from ..data import DATA, check_data
+from ..errors import say
+from ..options import Effort, Fresh, Level, Model, Said
+from ..tables import table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..basis.basis import Basis
-    from ..gates.stream_basis import BasisGate
-    from ..planning.plan import Plan
-    from ..search.result import SearchResult
+    from ...basis.basis import Basis
+    from ...gates.stream_basis import BasisGate
+    from ...planning.plan import Plan
+    from ...search.result import SearchResult
 
 EXAMPLES = (
     "hawada plan ./teacher text.txt --speedup 1.5 --batch-size 8 --seq-len 256",
@@ -60,19 +60,19 @@ def run(
 
     Give one of --speedup, --latency-ms and --fraction, or --max-parameters or --max-memory, or both.
     """
-    from ..basis.basis import basis_gate, gate_basis
-    from ..basis.stored import SUFFIX, save_basis
-    from ..files.atomic import write_text
-    from ..latency.budget import LatencyBudget
-    from ..latency.runner import check_call
-    from ..search.budgeted import find_plan
-    from ..search.refitted import obstacle
-    from ..search.result import FORMAT
-    from ..search.timed import regime_of
-    from ..vanilla.family import locate
-    from ..vanilla.loading import checked_device, load_model, load_skeleton
-    from .expected import expected_of
-    from .shared import effort_of, gates_of, read_batches
+    from ...basis.basis import basis_gate, gate_basis
+    from ...basis.stored import SUFFIX, save_basis
+    from ...files.atomic import write_text
+    from ...latency.budget import LatencyBudget
+    from ...latency.runner import check_call
+    from ...search.budgeted import find_plan
+    from ...search.refitted import obstacle
+    from ...search.result import FORMAT
+    from ...search.timed import regime_of
+    from ...vanilla.family import locate
+    from ...vanilla.loading import checked_device, load_model, load_skeleton
+    from ..expected import expected_of
+    from ..shared import effort_of, gates_of, read_batches
 
     device = checked_device(budget["device"])
     limits = LatencyBudget(**budget)
@@ -116,7 +116,7 @@ def run(
 
 def _table(found: SearchResult, skeleton: PreTrainedModel) -> str:
     """The dense model and the shape."""
-    from ..vanilla.family import locate
+    from ...vanilla.family import locate
 
     best, dense, layout = found.best, locate(skeleton).dense.sizes(), locate(skeleton)
     slim = best.shape.complete(layout.dense).sizes()
@@ -136,8 +136,8 @@ def _table(found: SearchResult, skeleton: PreTrainedModel) -> str:
 
 def check(model: str, calibration: str, **options: Any) -> None:
     """Refuse a budget that contradicts itself, and what is not there."""
-    from ..latency.budget import LatencyBudget
-    from ..sources import check_source
+    from ...latency.budget import LatencyBudget
+    from ...sources import check_source
 
     LatencyBudget(**{name: each for name, each in options.items() if name in LatencyBudget.__dataclass_fields__})
     check_data(calibration)
@@ -160,8 +160,8 @@ def read_search(plan: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     Raises:
         HawAdaError: if the file holds no search.
     """
-    from ..errors import HawAdaError
-    from ..search.result import FORMAT
+    from ...errors import HawAdaError
+    from ...search.result import FORMAT
 
     file = search_file(plan)
     if not file.is_file():
@@ -184,8 +184,8 @@ def read_plan(path: Path) -> Plan:
         HawAdaError: if it holds none, with the file's name.
         OSError: if it cannot be read.
     """
-    from ..errors import HawAdaError
-    from ..planning.plan import Plan
+    from ...errors import HawAdaError
+    from ...planning.plan import Plan
 
     try:
         return Plan.from_json(path.read_text(encoding="utf-8"))
@@ -200,7 +200,7 @@ def read_basis(path: Path, plan: Plan) -> Basis | None:
     Raises:
         HawAdaError: if the file holds none, or is damaged.
     """
-    from ..basis.stored import SUFFIX, load_basis
+    from ...basis.stored import SUFFIX, load_basis
 
     beside = path.with_suffix(SUFFIX)
     return load_basis(beside) if plan.rotated and beside.exists() else None

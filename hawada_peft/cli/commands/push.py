@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from .errors import say
-from .options import Said, Slim
-from .tables import table
+from ..errors import say
+from ..options import Said, Slim
+from ..tables import table
 
 EXAMPLES = (
     "hawada push ./slim name/model --dry-run",
@@ -31,7 +31,7 @@ def run(
 
     The token is that of `hf auth login`.
     """
-    from ..shipping.hub import check_complete, push_to_hub
+    from ...shipping.hub import check_complete, push_to_hub
 
     check_complete(slim)
     files = {str(path.relative_to(slim)): path.stat().st_size for path in sorted(slim.rglob("*")) if path.is_file()}
@@ -55,8 +55,8 @@ def _files(files: dict[str, int]) -> str:
 
 def _metadata(slim: Path) -> str:
     """What the card says to the Hub, or that there is none."""
-    from ..files.names import CARD_NAME
-    from ..shipping.facts import metadata_of
+    from ...files.names import CARD_NAME
+    from ...shipping.facts import metadata_of
 
     card = slim / CARD_NAME
     if not card.is_file():

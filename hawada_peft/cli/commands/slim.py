@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ..progress import Progress
-from .data import check_data
-from .errors import say
-from .options import FILE, Fold, Model, Said, refuse, size
+from ...progress import Progress
+from ..data import check_data
+from ..errors import say
+from ..options import FILE, Fold, Model, Said, refuse, size
 
 EXAMPLES = (
     "hawada slim ./teacher ./adapter ./slim",
@@ -79,11 +79,11 @@ def run(
     Tensor by tensor: the dense model is never in memory. With --calibration it is, and the slim model's output
     projections are refitted to it; with a plan of `hawada plan`, whose search refitted, this is done on its data.
     """
-    from ..shipping.checkpoint import slim_checkpoint
-    from ..shipping.facts import ExportFacts
-    from ..vanilla.loading import checked_device
+    from ...shipping.checkpoint import slim_checkpoint
+    from ...shipping.facts import ExportFacts
+    from ...vanilla.loading import checked_device
+    from ..shared import read_batches
     from .plan import read_basis, read_plan, read_search
-    from .shared import read_batches
 
     *adapters, output = places
     adapter = adapters[0] if adapters else None
@@ -123,8 +123,8 @@ def check(
     base: str, places: list[str], plan: Path | None, calibration: str | None, refit: bool | None, **options: Any
 ) -> None:
     """Refuse options that do not go together, and what is not there."""
-    from ..files.folder import check_free
-    from ..sources import ADAPTER_FILE, check_source
+    from ...files.folder import check_free
+    from ...sources import ADAPTER_FILE, check_source
 
     *adapters, output = places
     if not adapters and plan is None:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .data import DATA, check_data, fields_of_data
-from .options import FILE, Effort, Level, Model, Said
-from .tables import spoken
+from ..data import DATA, check_data, fields_of_data
+from ..options import FILE, Effort, Level, Model, Said
+from ..tables import spoken
 
 if TYPE_CHECKING:
-    from ..recipes.draft import Draft
+    from ...recipes.draft import Draft
 
 EXAMPLES = (
     "hawada init ./teacher text.txt --speedup 1.5 --batch-size 8 --seq-len 256",
@@ -40,12 +40,12 @@ def run(
     """
     import yaml  # type: ignore[import-untyped]
 
-    from ..files.atomic import write_text
-    from ..latency.budget import LatencyBudget
-    from ..recipes.draft import draft_recipe
-    from ..recipes.recipe import Recipe
-    from ..recipes.words import steps_of
-    from ..vanilla.loading import load_skeleton
+    from ...files.atomic import write_text
+    from ...latency.budget import LatencyBudget
+    from ...recipes.draft import draft_recipe
+    from ...recipes.recipe import Recipe
+    from ...recipes.words import steps_of
+    from ...vanilla.loading import load_skeleton
 
     made = draft_recipe(
         model,
@@ -68,8 +68,8 @@ def run(
 
 def check(model: str, data: str, output: Path, **options: Any) -> None:
     """Refuse a budget that contradicts itself, what is not there, and to overwrite."""
-    from ..latency.budget import LatencyBudget
-    from ..sources import check_source
+    from ...latency.budget import LatencyBudget
+    from ...sources import check_source
 
     LatencyBudget(**{name: each for name, each in options.items() if name in LatencyBudget.__dataclass_fields__})
     check_data(data)

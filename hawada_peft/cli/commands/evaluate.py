@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..progress import Progress
-from .data import DATA, check_data
-from .options import DEVICE, Effort, Level, Said, Slim
-from .tables import table
+from ...progress import Progress
+from ..data import DATA, check_data
+from ..options import DEVICE, Effort, Level, Said, Slim
+from ..tables import table
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..evaluation.evaluate import Evaluation
-    from ..latency.regime import Regime
+    from ...evaluation.evaluate import Evaluation
+    from ...latency.regime import Regime
 
 EXAMPLES = (
     "hawada evaluate ./slim --base ./teacher --data text.txt",
@@ -41,10 +41,10 @@ def run(
     under the conditions of the search if none are given. What was found goes into its card and report. Examples that
     the slim model was calibrated on are left out.
     """
-    from ..evaluation.evaluate import evaluate_slim
-    from ..shipping.report import read_report
-    from ..vanilla.loading import checked_device
-    from .shared import effort_of, read_last_batches
+    from ...evaluation.evaluate import evaluate_slim
+    from ...shipping.report import read_report
+    from ...vanilla.loading import checked_device
+    from ..shared import effort_of, read_last_batches
 
     device = checked_device(regime["device"])
     report = read_report(slim) or {}
@@ -69,7 +69,7 @@ def run(
 
 def check(slim: Path, base: str, data: str) -> None:
     """Refuse what is not there."""
-    from ..sources import check_source
+    from ...sources import check_source
 
     check_data(data)
     check_source(str(slim))
@@ -78,10 +78,10 @@ def check(slim: Path, base: str, data: str) -> None:
 
 def _regime(slim: Path, report: dict[str, Any], given: dict[str, Any]) -> Regime:
     """What was asked for; or how the search or an earlier evaluation timed."""
-    from ..latency.budget import LatencyBudget
-    from ..latency.regime import Conditions, Regime
-    from ..search.timed import regime_of
-    from ..vanilla.loading import load_skeleton
+    from ...latency.budget import LatencyBudget
+    from ...latency.regime import Conditions, Regime
+    from ...search.timed import regime_of
+    from ...vanilla.loading import load_skeleton
 
     known = (report.get("latency") or report.get("search") or {}).get("regime")
     if known is not None and Conditions(**given) == Conditions(device=DEVICE):
