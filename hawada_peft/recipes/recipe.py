@@ -45,8 +45,7 @@ class Recipe:
         budget (`dict`, *optional*): fields of `LatencyBudget`. One of `budget`, `shape` and `keep_ratio` is given.
         shape (`dict`, *optional*): fields of `Shape`.
         keep_ratio (`float` or `dict`, *optional*): as in `HawAdaModel.plan`.
-        plan (`str`, *optional*): file of a plan, as `hawada plan` writes it: no gates are trained, the model is cut by
-            it, refitted and recovered. With a `budget`, its conditions say how both models are timed.
+        plan (`str`, *optional*): file of a plan to cut by instead of training gates; with a `budget`, to time under it.
         search (`dict`, *optional*): how a budget becomes a shape: `effort` (fields of `Effort`), `quick` (what it
             leaves out is as in `Effort.quick`), `clock` (`"real"`, or `"toy"`, by which nothing depends on the
             machine), `hidden_sizes`, `rotate` and `refit` of `find_plan`.
@@ -148,8 +147,6 @@ class Recipe:
 
     def goal(self) -> dict[str, Any]:
         """The argument of `HawAdaTrainer` that says what the gates are trained towards."""
-        if self.plan is not None:
-            return {}
         if self.budget is not None:
             return {"budget": LatencyBudget(**self.budget)}
         return {"keep_ratio": self.keep_ratio} if self.shape is None else {"shape": Shape(**self.shape)}
