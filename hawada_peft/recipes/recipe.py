@@ -45,7 +45,7 @@ class Recipe:
         budget (`dict`, *optional*): fields of `LatencyBudget`. One of `budget`, `shape` and `keep_ratio` is given.
         shape (`dict`, *optional*): fields of `Shape`.
         keep_ratio (`float` or `dict`, *optional*): as in `HawAdaModel.plan`.
-        plan (`str`, *optional*): file of a plan to cut by instead of training gates; with a `budget`, to time under it.
+        plan (`str`, *optional*): file of a plan to cut by, without training gates; with a `budget`, timed under that.
         search (`dict`, *optional*): how a budget becomes a shape: `effort` (fields of `Effort`), `quick` (what it
             leaves out is as in `Effort.quick`), `clock` (`"real"`, or `"toy"`, by which nothing depends on the
             machine), `hidden_sizes`, `rotate` and `refit` of `find_plan`.
