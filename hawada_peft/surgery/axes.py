@@ -3,30 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from ..errors import UnsupportedModelError
 from ..vanilla.family import Layout
 from ..vanilla.legality import build_sizes
 from ..vanilla.resize import edit_config
-from ..vanilla.shape import FFN, HEADS, HIDDEN, KV_GROUPS, SIZES, Shape
+from ..vanilla.shape import FFN, HEADS, HIDDEN, KV_GROUPS, SIZES, Shape, SliceRule
 from ..vanilla.skeleton import build_empty
-
-
-@dataclass(frozen=True)
-class SliceRule:
-    """
-    How one dimension of one parameter is made of units.
-
-    Args:
-        dim (`int`): the dimension.
-        segments (`tuple[str, ...]`): the axes whose units follow each other along it.
-        width (`int`): rows per unit.
-    """
-
-    dim: int
-    segments: tuple[str, ...]
-    width: int
 
 
 def find_axes(layout: Layout, *, hidden: bool = False) -> dict[str, tuple[SliceRule, ...]]:
@@ -47,6 +30,12 @@ def find_axes(layout: Layout, *, hidden: bool = False) -> dict[str, tuple[SliceR
     Raises:
         UnsupportedModelError: if a dimension is not made of whole units, or of several things in an undeclared order.
     """
+    if layout.rules is not None:
+        return {
+            name: kept
+            for name, rules in layout.rules.items()
+            if (kept := tuple(rule for rule in rules if hidden or HIDDEN not in rule.segments))
+        }
     one_layer = Shape(num_hidden_layers=1).complete(layout.dense)
     plain = _shapes(layout, one_layer)
     axes_of: dict[tuple[str, int], list[str]] = {}

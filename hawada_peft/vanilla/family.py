@@ -7,9 +7,10 @@ Long because every field of a row and of a layout is explained.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -17,8 +18,8 @@ from transformers.backbone_utils import BackboneConfigMixin
 
 from ..errors import UnsupportedModelError
 from .modules import feature_sizes
-from .shape import FFN, HEADS, HIDDEN, Shape
-from .towers import Tower, config_at, towers_of
+from .shape import FFN, HEADS, HIDDEN, Shape, SliceRule
+from .towers import Tower, config_at, towers_of, value_at
 
 TOWER = "_hawada_tower"
 """Attribute of a model: which of its towers is slimmed."""
@@ -43,7 +44,13 @@ class Family:
         layers_field (`str`): the config field with the number of layers.
         hidden_field (`str`): the config field with the size of the residual stream.
         ffn_unit (`str`): the config field that `ffn_field` is a multiple of; empty if it counts channels.
+        ffn_channels (`float`): channels that 1 of `ffn_field` stands for, where it is a ratio; 0 if it counts them.
         layer_lists (`tuple[str, ...]`): config fields that hold one entry per layer.
+        layer_counts (`tuple[str, ...]`): further config fields with the number of layers.
+        layer_indices (`tuple[str, ...]`): config fields that list layers, counted from 0.
+        layer_stages (`tuple[str, ...]`): config fields that list layers counted from 1, 0 being what goes into the first.
+        leading (`tuple[str, ...]`): config fields that tell how many of the first layers are of a kind.
+        removed (`tuple[str, ...]`): config fields that follow from others, left out of an edited config.
         fused (`tuple[tuple[str, tuple[str, ...]], ...]`): modules (relative to a layer; with a dot before it, relative
             to the model) whose rows, or inputs from the residual stream, hold several things: the axes in their
             order. One axis alone means that everything of a unit is stored together.
@@ -68,7 +75,13 @@ class Family:
     heads_field: str = "num_attention_heads"
     layers_field: str = "num_hidden_layers"
     hidden_field: str = "hidden_size"
+    ffn_channels: float = 0
     layer_lists: tuple[str, ...] = ()
+    layer_counts: tuple[str, ...] = ()
+    layer_indices: tuple[str, ...] = ()
+    layer_stages: tuple[str, ...] = ()
+    leading: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
     twin: str = ""
     twin_fields: tuple[tuple[str, Any], ...] = ()
@@ -97,6 +110,44 @@ def register_family(model_type: str, family: Family) -> None:
 
 
 @dataclass(frozen=True)
+class Known:
+    """
+    What was found of the layers of one class and config, so that it needs not be asked again.
+
+    Args:
+        rules (`Mapping[str, tuple[SliceRule, ...]]`): how parameters are made of units, as `find_axes` gives them.
+        sizes (`Mapping[str, Container[int]]`): the numbers of units that are built as asked, by the axis.
+    """
+
+    rules: Mapping[str, tuple[SliceRule, ...]]
+    sizes: Mapping[str, Container[int]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """
+    A list of layers of a model for which a row was found and not written.
+
+    Args:
+        tower (`str`): what it is called among the others of the model; empty if it is the only one.
+        scope (`str`): path of the config that its sizes are in; empty for the model's own.
+        stack (`str`): its full dotted name.
+        family (`Family`): the row; config fields of lists end in the place there, as `"depths.1"`.
+        known (`Known`): what else was found.
+    """
+
+    tower: str
+    scope: str
+    stack: str
+    family: Family
+    known: Known | None = None
+
+
+FINDERS: list[Callable[[PreTrainedModel], list[Part]]] = []
+"""Who is asked for the parts of a model that has no row."""
+
+
+@dataclass(frozen=True)
 class Layout:
     """
     A family's row found in a model, with its class and config: all that decides which sizes it can have.
@@ -111,7 +162,10 @@ class Layout:
         hidden_size (`int`): features of the residual stream.
         model_class (`type[PreTrainedModel]`): the model's class.
         config (`PreTrainedConfig`): its config.
-        tower (`str`): path of the sub-config that the sizes are in, as `"text_config"`; empty if it is the config.
+        tower (`str`): what the layers are called, in a model of several towers: the path of their sub-config, as
+            `"text_config"`, or part of the name of their list, as `"decoder"`.
+        scope (`str`): path of the sub-config that the sizes are in; empty if it is the config.
+        known (`Known`, *optional*): what was found with the row.
     """
 
     model_type: str
@@ -124,11 +178,18 @@ class Layout:
     model_class: type[PreTrainedModel] = field(compare=False, repr=False)
     config: PreTrainedConfig = field(compare=False, repr=False)
     tower: str = ""
+    scope: str = ""
+    known: Known | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def rules(self) -> Mapping[str, tuple[SliceRule, ...]] | None:
+        """How parameters are made of units, if that was found with the row."""
+        return None if self.known is None else self.known.rules
 
     @property
     def tower_config(self) -> PreTrainedConfig:
         """The config that the sizes are in: the model's, or one inside it."""
-        return config_at(self.config, self.tower)
+        return config_at(self.config, self.scope)
 
     def attention_out(self, layer: int) -> str:
         """The dotted name of a layer's attention output projection."""
@@ -231,14 +292,27 @@ def locate(model: nn.Module, tower: str | None = None) -> Layout:
     towers = towers_of(model)
     known = [each for each in towers if each.config.model_type in FAMILIES and wanted in (None, each.path)]
     if not known:
-        raise _no_row(model, towers, wanted)
+        return _discovered(model, towers, wanted)
     chosen = known[0] if not known[0].path or len(known) == 1 else max(known, key=lambda each: _weight(model, each))
     family = FAMILIES[chosen.config.model_type]
     if chosen.path:
         # Of a row that is about whole models: who else reads the stream, and which class computes the same.
         family = replace(family, hidden_norms=(), final_norm="", stream_scales=(), twin="", twin_fields=())
     stack = f"{chosen.root}.{family.layers}" if chosen.root else family.layers
-    return _measured(model, family, chosen.path, stack, chosen.root)
+    return _measured(model, Part(chosen.path, chosen.path, stack, family), chosen.root)
+
+
+def _discovered(model: PreTrainedModel, towers: list[Tower], wanted: str | None) -> Layout:
+    """The layout of a model without a row, by what is found of it."""
+    parts = [part for find in FINDERS for part in find(model)]
+    chosen = [part for part in parts if wanted in (None, part.tower)]
+    if not chosen:
+        raise _no_row(model, towers, wanted)
+
+    def weight(part: Part) -> int:
+        return sum(parameter.numel() for parameter in model.get_submodule(part.stack).parameters())
+
+    return _measured(model, max(chosen, key=weight), "")
 
 
 def mark(model: PreTrainedModel, layout: Layout) -> None:
@@ -254,12 +328,13 @@ def relocate(layout: Layout, model: PreTrainedModel) -> Layout:
     Raises:
         UnsupportedModelError: if it does not have the family's modules.
     """
-    return _measured(model, layout.family, layout.tower, layout.stack, layout.root)
+    return _measured(model, Part(layout.tower, layout.scope, layout.stack, layout.family, layout.known), layout.root)
 
 
 def tower_names(model: PreTrainedModel) -> list[str]:
     """The towers of a model that a row is known for; the empty name is the model's own."""
-    return [each.path for each in towers_of(model) if each.config.model_type in FAMILIES]
+    known = [each.path for each in towers_of(model) if each.config.model_type in FAMILIES]
+    return known or [part.tower for find in FINDERS for part in find(model)]
 
 
 def _weight(model: PreTrainedModel, tower: Tower) -> int:
@@ -283,42 +358,56 @@ def _no_row(model: PreTrainedModel, towers: list[Tower], wanted: str | None) -> 
     )
 
 
-def _measured(model: PreTrainedModel, family: Family, tower: str, stack_name: str, root: str) -> Layout:
-    config = config_at(model.config, tower)
-    stack = find_module(model, stack_name, config.model_type)
-    if not isinstance(stack, nn.ModuleList) or len(stack) == 0:
+def _measured(model: PreTrainedModel, part: Part, root: str) -> Layout:
+    config, family = config_at(model.config, part.scope), part.family
+    stack = find_module(model, part.stack, config.model_type)
+    if not isinstance(stack, nn.ModuleList | nn.Sequential) or len(stack) == 0:
         raise UnsupportedModelError(
-            f"model_type={config.model_type!r}: {stack_name!r} should be a list of layers, is a {type(stack).__name__}"
+            f"model_type={config.model_type!r}: {part.stack!r} should be a list of layers, is a "
+            f"{type(stack).__name__}"
         )
-    sizes = []
-    for index in range(len(stack)):
-        layer = f"{stack_name}.{index}"
-        attention = feature_sizes(find_module(model, f"{layer}.{family.attention_out}", config.model_type))
-        ffn = feature_sizes(find_module(model, f"{layer}.{family.ffn_out}", config.model_type))
-        sizes.append((attention[0], ffn[0]))
-    heads = getattr(config, family.heads_field)
-    if len(set(sizes)) > 1 or sizes[0][0] % heads:
+    heads = int(value_at(config, family.heads_field)) if family.attention_out else 1
+    attention, ffn = _inputs(model, part, family.attention_out), _inputs(model, part, family.ffn_out)
+    if len({*attention}) > 1 or len({*ffn}) > 1 or any(size % heads for size in attention):
         raise UnsupportedModelError(
             f"model_type={config.model_type!r}: every layer should have the same sizes, and {heads} heads; the input "
-            f"features of {family.attention_out} and {family.ffn_out} are {sorted(set(sizes))}"
+            f"features of {family.attention_out} and {family.ffn_out} are "
+            f"{sorted({*zip(attention, ffn, strict=False)})}"
         )
+    groups = int(value_at(config, family.kv_heads_field)) if family.kv_heads_field else heads
     return Layout(
         model_type=model.config.model_type,
         family=family,
-        stack=stack_name,
+        stack=part.stack,
         root=root,
         dense=Shape(
             num_attention_heads=heads,
-            num_key_value_heads=getattr(config, family.kv_heads_field) if family.kv_heads_field else heads,
-            intermediate_size=sizes[0][1],
+            num_key_value_heads=groups,
+            intermediate_size=next(iter(ffn), 1),
             num_hidden_layers=len(stack),
         ),
-        head_dim=sizes[0][0] // heads,
-        hidden_size=getattr(config, family.hidden_field),
+        head_dim=next(iter(attention), 1) // heads,
+        hidden_size=int(value_at(config, family.hidden_field)) if family.hidden_field else 1,
         model_class=type(model),
         config=model.config,
-        tower=tower,
+        tower=part.tower,
+        scope=part.scope,
+        known=part.known,
     )
+
+
+def _inputs(model: PreTrainedModel, part: Part, end: str) -> list[int]:
+    """The input features of one end of every layer, in layers of several kinds of those that have it."""
+    stack = cast(Sequence[nn.Module], model.get_submodule(part.stack))
+    names = {name for layer in stack for name, _ in layer.named_modules()} if part.known is not None else set()
+    sizes = []
+    for index, layer in enumerate(stack):
+        if end and (part.known is None or end in dict(layer.named_modules())):
+            module = find_module(model, f"{part.stack}.{index}.{end}", model.config.model_type)
+            sizes.append(feature_sizes(module)[0])
+    if end and not sizes:
+        raise UnsupportedModelError(f"no layer of {part.stack!r} has a module {end!r}, only {sorted(names)}")
+    return sizes
 
 
 def find_module(model: nn.Module, name: str, model_type: str) -> nn.Module:

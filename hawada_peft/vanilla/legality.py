@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from ..errors import IllegalShapeError
 from .family import Layout, hidden_home, relocate
 from .resize import edit_config
-from .shape import Shape
+from .shape import HEADS, LAYERS, SIZES, Shape
 from .skeleton import build_empty, check_constructor
 
 
@@ -25,6 +25,8 @@ def build_sizes(layout: Layout, shape: Shape) -> str | None:
         UnsupportedModelError: if the class cannot be built from a config alone.
     """
     check_constructor(layout.model_class)
+    if layout.known is not None:
+        return _unknown_size(layout, shape)
     wanted = Shape(num_hidden_layers=1).complete(shape)
     hidden = shape.hidden_size or layout.hidden_size
     try:
@@ -39,6 +41,22 @@ def build_sizes(layout: Layout, shape: Shape) -> str | None:
             f"{layout.model_class.__name__} builds {found.to_dict()} with heads of {built.head_dim} features when "
             f"asked for {wanted.to_dict()} with heads of {layout.head_dim}"
         )
+    return None
+
+
+def _unknown_size(layout: Layout, shape: Shape) -> str | None:
+    """Which of a shape's widths is none of those that were found to be built."""
+    sizes, full = shape.complete(layout.full).to_dict(), layout.full.to_dict()
+    known = {} if layout.known is None else layout.known.sizes
+    per_group = shape.complete(layout.dense).heads_per_group
+    # Within kept KV groups, heads are counted as if all groups stayed.
+    asked = {axis.name: sizes[axis.field] for axis in SIZES if axis.name != LAYERS}
+    asked[HEADS] = per_group * full["num_key_value_heads"]
+    for axis in SIZES:
+        name, size = axis.name, asked.get(axis.name)
+        if size is None or size == full[axis.field] or size in known.get(name, ()):
+            continue
+        return f"{layout.model_class.__name__} was not found to build {size} of {full[axis.field]} {axis.plural}"
     return None
 
 
