@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-benchmarks quality docs peft-suite clean
+.PHONY: demo test test-loaded test-benchmarks quality docs peft-suite clean
 
 # Markers: made when the installation succeeded, older than the files that it depends on when it must be repeated.
 $(VENV)/.made:
@@ -37,6 +37,12 @@ demo: $(VENV)/.demo
 # A file's tests share what they build, so a file stays in one process.
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# The same three times in a row with four busy loops beside it: no test may depend on how fast the machine is just now.
+LOOPS ?= 4
+TIMES ?= 3
+test-loaded: $(VENV)/.dev
+	tests/under_load.sh $(LOOPS) $(TIMES) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # The benchmarks' own tests: they run on tiny models, and time nothing.
 test-benchmarks: $(VENV)/.bench

@@ -11,6 +11,10 @@ before and after some steps of distillation; rows are appended to a file as they
     python benchmarks/basis.py sizes --teacher TEACHER --data TRAIN --evaluation EVAL --sizes 336 288 240 \\
         --rows rows.jsonl [--steps 300 --rates 2e-4 5e-4 --device cuda --shard 0/4]
 
+What finding a basis takes, of a model of some sizes with random weights:
+
+    python benchmarks/basis.py seconds --model llama-3.2-1b --dtype bfloat16 --windows 16 --length 512 --device cuda
+
 The picture of these rows:
 
     python benchmarks/basis.py picture rows.jsonl docs/pictures/basis.png
@@ -27,6 +31,7 @@ from typing import Any
 
 import torch
 from exactness import build
+from latency_cases import PRESETS, random_inputs, random_model
 from peft import get_peft_model
 from rows import append_row, read_rows
 from torch import nn
@@ -183,6 +188,28 @@ def sizes(options: argparse.Namespace) -> None:
             append_row(options.rows, row)
 
 
+def seconds(options: argparse.Namespace) -> None:
+    """Of the wall clock and of the processor, and the most memory beside the model's."""
+    model = random_model(PRESETS[options.model], getattr(torch, options.dtype), options.device)
+    cuda = model.device.type == "cuda"
+    batches = [random_inputs(model, 1, options.length) for _ in range(options.windows)]
+    before = 0
+    if cuda:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    wall, processor = time.perf_counter(), time.process_time()
+    found = find_basis(model, batches)
+    if cuda:
+        torch.cuda.synchronize()
+    peak = f", {(torch.cuda.max_memory_allocated() - before) / 2**20:.0f} MiB beside the model" if cuda else ""
+    print(
+        f"{options.model}, {options.dtype}, {options.windows} windows of {options.length} on {options.device}, "
+        f"{torch.get_num_threads()} threads: {time.perf_counter() - wall:.1f} s, "
+        f"{time.process_time() - processor:.1f} s of the processor{peak}; {found.nbytes / 1e6:.1f} MB"
+    )
+
+
 def picture(options: argparse.Namespace) -> None:
     import matplotlib
 
@@ -219,11 +246,17 @@ def main() -> None:
     some.add_argument("--shard", default="0/1", help="i/n: every n-th job from the i-th on")
     some.add_argument("--rows", help="file of JSON lines to append to")
     some.set_defaults(steps=0)
+    timed = commands.add_parser("seconds")
+    timed.add_argument("--model", choices=PRESETS, default="llama-3.2-1b")
+    timed.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    timed.add_argument("--windows", type=int, default=16)
+    timed.add_argument("--length", type=int, default=512)
+    timed.add_argument("--device", default="cpu")
     drawn = commands.add_parser("picture")
     drawn.add_argument("rows")
     drawn.add_argument("output")
     options = parser.parse_args()
-    {"exact": lambda _: exact(), "sizes": sizes, "picture": picture}[options.command](options)
+    {"exact": lambda _: exact(), "sizes": sizes, "seconds": seconds, "picture": picture}[options.command](options)
 
 
 if __name__ == "__main__":

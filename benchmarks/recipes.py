@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
 from work import Batch, Bench, whole
 
-from hawada_peft import HawAdaConfig, HawAdaTrainer, Shape, init_gates
+from hawada_peft import HawAdaConfig, HawAdaTrainer, Shape, init_basis, init_gates
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Recipe:
     steps, gate_rate, soft_fraction: of that training.
     keep_better: of the trained gates and their start, as in `GateTrainingArguments`.
     lora_rank, lora_rate: of adapters that are trained with the gates; rank 0 for none.
+    rotate: cut the hidden size too, along directions that the batches name.
     """
 
     relaxation: str | None = None
@@ -31,13 +33,24 @@ class Recipe:
     keep_better: str = "both"
     lora_rank: int = 0
     lora_rate: float = 2e-3
+    rotate: bool = False
+
+    def model(self, base: PreTrainedModel, batches: Sequence[Batch]) -> PeftModel:
+        """Fresh gates on a teacher of one's own, the basis of its stream found if there is to be one."""
+        lora = LoraConfig(r=self.lora_rank, lora_alpha=2 * self.lora_rank, target_modules="all-linear")
+        kinds = ("heads", "ffn", "layers", *(["hidden"] if self.rotate else []))
+        model = get_peft_model(
+            base, HawAdaConfig(gates=kinds, rotate=self.rotate, lora=lora if self.lora_rank else None)
+        )
+        if self.rotate:
+            init_basis(model, batches)
+        return model
 
 
 def gated(bench: Bench, recipe: Recipe, shape: Shape, batches: Sequence[Batch], seed: int) -> tuple[PeftModel, int]:
     """A gated teacher under the plan of a recipe at a shape, and the training steps that it took."""
     rank = recipe.lora_rank
-    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear") if rank else None
-    model = get_peft_model(bench.load(), HawAdaConfig(lora=lora) if lora else HawAdaConfig())
+    model = recipe.model(bench.load(), batches)
     init_gates(model, batches, shape=shape if recipe.aimed else None)
     if recipe.relaxation is None:
         model.apply_plan(model.plan(shape))

@@ -94,12 +94,17 @@ def rows_of_families() -> Iterator[None]:
         current.update(saved)
 
 
-def start_two(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a script (or `-m module`) in two processes that form a group."""
+def free_port() -> int:
+    """One that nobody listens at just now."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def start_two(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a script (or `-m module`) in two processes that form a group."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
     return subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=1800)
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import (
     BARE_ROW,
-    EVERYTHING,
     LM_ROW,
     ROWS,
     VISION_ROW,
@@ -26,9 +25,10 @@ from conftest import (
     shuffle_gates,
     state_of,
 )
+from gate_runs import trainer_of
+from narrow_streams import ALL, HIDDEN, two_rows
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_trainer import trainer_of
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -65,11 +65,6 @@ from hawada_peft.search.masked import MaskedQuality
 from hawada_peft.search.refitted import RefittedQuality
 from hawada_peft.vanilla.family import FAMILIES, locate, register_family
 
-ALL = (*EVERYTHING, "hidden")
-HIDDEN = {"llama": 40, "llama-bare": 40, "llama-mha": 40, "qwen3": 45, "dinov2": 32}
-"""Sizes that are legal with the rows' slim shapes; 44 elsewhere."""
-
-two_rows = pytest.mark.parametrize("row", [LM_ROW, VISION_ROW], ids=["text", "vision"])
 pytestmark = pytest.mark.filterwarnings("ignore::hawada_peft.errors.UntiedEmbeddingsWarning")
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import LM_ROW, assert_same_state, build, difference, gate, logits_of, scattered_plan, state_of
+from gate_runs import TARGET, thetas, trainer_of
 from peft import LoraConfig, PeftModel
-from test_trainer import TARGET, thetas, trainer_of
 from torch.utils.data import IterableDataset
 
 from hawada_peft import HawAdaTrainer, Shape, init_gates

@@ -15,66 +15,21 @@ from conftest import (
     assert_same_state,
     build,
     logits_of,
-    scattered_plan,
     state_of,
-    two_processes,
 )
+from distil_runs import DATA, IMAGES, kl_of, logged, slimmed, trainer_of
+from pairs import in_two
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
-    PreTrainedModel,
-    TrainingArguments,
 )
 
-from hawada_peft import DistillTrainer, slim
-from hawada_peft.distil.objective import Distillation
+from hawada_peft import DistillTrainer
 from hawada_peft.errors import HawAdaError, IncompatibleBaseError
-from hawada_peft.vanilla.heads import Classes
 
-LENGTHS = [12, 5, 9, 7, 12, 4, 10, 8]
-
-
-def padded(length: int, seed: int) -> dict[str, torch.Tensor]:
-    tokens = torch.randint(3, 128, (12,), generator=torch.Generator().manual_seed(seed))
-    mask = (torch.arange(12) < length).long()
-    return {"input_ids": tokens * mask, "attention_mask": mask}
-
-
-DATA = [padded(length, seed) for seed, length in enumerate(LENGTHS)]
-IMAGES = [{"pixel_values": torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(i))} for i in range(8)]
 SGD = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.1}
-
-
-def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    fixed = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
-    defaults = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 0.01, "save_strategy": "no"}
-    return TrainingArguments(str(folder), **(fixed | defaults | {"lr_scheduler_type": "constant"} | options))
-
-
-def slimmed(row: Row = LM_ROW, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    dense = build(row, dtype)
-    return slim(dense, scattered_plan(dense, row.slim))
-
-
-def trainer_of(folder: Path, student: Any = None, *, args: Any = None, **options: Any) -> DistillTrainer:
-    student = slimmed() if student is None else student
-    options = {"teacher": build(LM_ROW), "train_dataset": DATA, "eval_dataset": DATA} | options
-    return DistillTrainer(student, arguments(folder, **(args or {})), **options)
-
-
-def logged(trainer: DistillTrainer, name: str) -> list[float]:
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
-
-
-def kl_of(student: torch.nn.Module, teacher: torch.nn.Module, **weights: float) -> float:
-    """The loss over all positions of the data that are not padding."""
-    batch = {name: torch.stack([row[name] for row in DATA]) for name in DATA[0]}
-    objective = Distillation(**weights)
-    with torch.no_grad():
-        logits = [model.eval()(**batch).logits for model in (student, teacher)]
-    return float(objective.loss(objective.terms(*logits, batch["attention_mask"], head=Classes())))
 
 
 @pytest.fixture(scope="module")
@@ -243,16 +198,6 @@ def test_another_vocabulary_is_refused(tmp_path: Path, row: Row, fields: Any, si
         trainer_of(tmp_path, slimmed(row), teacher=build(row, **fields))
 
 
-PROCESS = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import test_distill_trainer as tests
-from hawada_peft.processes import run_program
-run_program(lambda: tests.process(Path(sys.argv[2])))
-"""
-
-
 def process(folder: Path) -> None:
     """What each of two processes does."""
     trainer = trainer_of(folder, args=PARALLEL | {"per_device_train_batch_size": 2, "ddp_backend": "gloo"})
@@ -269,9 +214,7 @@ PARALLEL = SGD | {"max_steps": 2, "gradient_accumulation_steps": 2, "ddp_find_un
 
 
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None:
-    script = tmp_path / "process.py"
-    script.write_text(PROCESS)
-    two_processes(str(script), str(Path(__file__).parent), str(tmp_path))
+    in_two(process, tmp_path)
     two = json.loads((tmp_path / "logs.json").read_text())
     one = trainer_of(tmp_path / "one", args=PARALLEL)
     one.train()

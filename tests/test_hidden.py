@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from conftest import (
     ROWS,
     SIZES,
     TOKENS,
-    VISION_ROW,
     Row,
     assert_same_state,
     build,
@@ -27,10 +25,10 @@ from conftest import (
     gate,
     inputs_of,
     logits_of,
-    scattered_plan,
     shuffle_gates,
     state_of,
 )
+from narrow_streams import ALL, hidden_plan, narrow, size_of, two_rows
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
@@ -50,37 +48,12 @@ from hawada_peft.planning.importance import gate_importance
 from hawada_peft.surgery.axes import SliceRule, find_axes
 from hawada_peft.vanilla.family import locate
 
-ALL = (*EVERYTHING, "hidden")
-HIDDEN = {"llama": 40, "llama-bare": 40, "llama-mha": 40, "qwen3": 45, "dinov2": 32}
-"""Sizes that are legal with the rows' slim shapes; 44 elsewhere."""
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-
-
-def hidden_plan(model: nn.Module, shape: Shape, size: int | None = None) -> Plan:
-    """A scattered plan that keeps some channels of the residual stream, drawn at random."""
-    layout = locate(model.get_base_model() if isinstance(model, PeftModel) else model)
-    kept = random.Random(5).sample(range(layout.hidden_size), size or shape.hidden_size)
-    return replace(
-        scattered_plan(model, replace(shape, hidden_size=None)), dense=layout.full, hidden=tuple(sorted(kept))
-    )
-
-
-def narrow(outputs: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """Hidden states of the channels that stay; logits as they are."""
-    wide = outputs.shape[-1] == plan.dense.hidden_size
-    return outputs[..., list(plan.hidden)] if wide else outputs
-
-
-two_rows = pytest.mark.parametrize("row", [LM_ROW, VISION_ROW], ids=["text", "vision"])
 
 
 def stream_gate(model: nn.Module, adapter_name: str = "default") -> Any:
     (found,) = [g for name, g in collect_gates(model, adapter_name).items() if f".{HIDDEN_UNITS}." in name]
     return found
-
-
-def size_of(name: str) -> int:
-    return HIDDEN.get(name, 44)
 
 
 @pytest.fixture(params=ROWS)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import LM_ROW, build, gate
-from test_trainer import StopAt, trainer_of
+from gate_runs import StopAt, trainer_of
 
 from hawada_peft import HawAdaTrainer, collect_gates
 from hawada_peft.training.history import HISTORY_FILE, MOST_ENTRIES, GateHistory, layer_means

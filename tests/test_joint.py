@@ -23,9 +23,9 @@ from conftest import (
     scattered_plan,
     state_of,
 )
+from distil_runs import DATA, arguments, kl_of
+from gate_runs import arguments as gate_arguments
 from peft import LoraConfig, PeftModel
-from test_distill_trainer import DATA, arguments, kl_of
-from test_trainer import arguments as gate_arguments
 
 from hawada_peft import HawAdaConfig, HawAdaTrainer, Shape, collect_gates, recover, save_slim
 from hawada_peft.distil import get_teacher_logits

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import LM_ROW, VISION_ROW, assert_same_state, build, gate, scattered_plan, state_of
+from distil_runs import DATA, arguments, kl_of, slimmed, trainer_of
 from peft import LoraConfig, get_peft_model
-from test_distill_trainer import DATA, arguments, kl_of, slimmed, trainer_of
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from conftest import (
     LM_ROW,
     VISION_ROW,
@@ -17,10 +19,10 @@ from conftest import (
     gate,
     scattered_plan,
     state_of,
-    two_processes,
 )
+from distil_runs import DATA, IMAGES, arguments, kl_of
+from pairs import in_two
 from peft import LoraConfig
-from test_distill_trainer import DATA, IMAGES, arguments, kl_of
 from transformers import TrainerCallback
 
 from hawada_peft import LatencyBudget, Race, recover
@@ -211,38 +213,30 @@ def test_calibration_batches_are_parted() -> None:
     assert (len(fitted[0]["input_ids"]), len(held[0]["input_ids"])) == (12, 4)
 
 
-SCRIPT = """
-import hashlib, json, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-import torch
-from accelerate import PartialState
-from test_raced import BATCHES, DATA, QUICK, arguments, budget, dense_model
-from hawada_peft import Race, recover
-torch.set_num_threads(1)
-args = arguments(sys.argv[1], ddp_backend="gloo", ddp_find_unused_parameters=False, **QUICK)
-rank = PartialState().process_index
-slimmed = recover(
-    dense_model(), args, train_dataset=DATA, calibration=BATCHES[2 * rank : 2 * rank + 2],
-    race=Race(budget(), plans=2, steps=1, preparations=("none", "least squares")),
-)
-record = slimmed.race.to_dict()
-for run in record["runs"]:
-    del run["seconds"]
-digest = hashlib.sha256()
-for tensor in slimmed.model.state_dict().values():
-    digest.update(tensor.cpu().numpy().tobytes())
-Path(sys.argv[1], f"rank{rank}.json").write_text(json.dumps([record, digest.hexdigest()]))
-torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter
-"""
+def process(folder: Path) -> None:
+    """What each of two processes does."""
+    args = arguments(folder, ddp_backend="gloo", ddp_find_unused_parameters=False, **QUICK)
+    rank = PartialState().process_index
+    slimmed = recover(
+        dense_model(),
+        args,
+        train_dataset=DATA,
+        calibration=BATCHES[2 * rank : 2 * rank + 2],
+        race=Race(budget(), plans=2, steps=1, preparations=("none", "least squares")),
+    )
+    record = slimmed.race.to_dict()
+    for run in record["runs"]:
+        del run["seconds"]
+    digest = hashlib.sha256()
+    for tensor in slimmed.model.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    (folder / f"rank{rank}.json").write_text(json.dumps([record, digest.hexdigest()]))
 
 
 def test_all_processes_run_one_race(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
     out = tmp_path / "out"
     out.mkdir()
-    two_processes(str(script), str(out), str(Path(__file__).parent))
+    in_two(process, out)
     found = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert found[0] == found[1]
     assert found[0][0]["winner"] is not None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,11 @@ from conftest import (
     scattered_plan,
     state_of,
 )
-from safetensors.torch import load_file
+from pairs import in_two
+from safetensors.torch import load_file, save_file
+from torch import distributed
 from torch.utils.data import DataLoader
-from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from hawada_peft import Plan, Shape, register_family, save_slim, slim
 from hawada_peft.errors import HawAdaError, IncompatibleBaseError, UnsupportedModelError
@@ -297,24 +297,15 @@ def test_a_norm_behind_the_projection_is_noticed() -> None:
     assert all(refit.after <= refit.before for refit in result.refits)
 
 
-RANK = """
-import sys, torch
-from torch import distributed
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
-from hawada_peft import Plan, slim
-from hawada_peft.refit import reconstruct
-torch.set_num_threads(1)
-rank, folder = int(sys.argv[1]), sys.argv[2]
-distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-model = AutoModelForCausalLM.from_pretrained(folder + "/dense")
-plan = Plan.from_json(open(folder + "/plan.json").read())
-small = slim(model, plan)
-result = reconstruct(model, small, plan, torch.load(f"{folder}/batches-{rank}.pt"))
-save_file(dict(small.state_dict()), f"{folder}/{rank}.safetensors")
-torch.save((result.before, result.after), f"{folder}/divergence-{rank}.pt")
-distributed.destroy_process_group()
-"""
+def process(folder: Path) -> None:
+    """What each of two processes does."""
+    distributed.init_process_group("gloo")
+    rank, model = distributed.get_rank(), AutoModelForCausalLM.from_pretrained(folder / "dense")
+    plan = Plan.from_json((folder / "plan.json").read_text())
+    small = slim(model, plan)
+    result = reconstruct(model, small, plan, torch.load(folder / f"batches-{rank}.pt"))
+    save_file(dict(small.state_dict()), folder / f"{rank}.safetensors")
+    torch.save((result.before, result.after), folder / f"divergence-{rank}.pt")
 
 
 def test_two_processes_get_what_one_gets_from_all_batches(tmp_path: Path) -> None:
@@ -324,11 +315,10 @@ def test_two_processes_get_what_one_gets_from_all_batches(tmp_path: Path) -> Non
     (tmp_path / "plan.json").write_text(plan.to_json())
     for rank in range(2):
         torch.save(batches[8 * rank : 8 * rank + 8], tmp_path / f"batches-{rank}.pt")
-    running = [subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)]) for rank in range(2)]
+    in_two(process, tmp_path)
     alone = slim(model, plan)
     result = reconstruct(model, alone, plan, batches)
     assert result.applied
-    assert [process.wait() for process in running] == [0, 0]
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
     assert_same_state(second, first)
     for rank in range(2):

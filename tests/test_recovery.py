@@ -19,8 +19,8 @@ from conftest import (
     scattered_plan,
     state_of,
 )
+from distil_runs import DATA, IMAGES, arguments, kl_of
 from peft import LoraConfig, PeftModel
-from test_distill_trainer import DATA, IMAGES, arguments, kl_of
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, TrainerCallback
 
 from hawada_peft import HawAdaConfig, recover, save_slim

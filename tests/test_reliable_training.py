@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import LM_ROW, ROWS, build, gate, scattered_plan
 from filelock import FileLock
+from gate_runs import DATA, TARGET, arguments, logged, thetas, trainer_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_trainer import DATA, TARGET, arguments, logged, thetas, trainer_of
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 

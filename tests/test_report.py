@@ -13,10 +13,10 @@ from xml.etree import ElementTree
 
 import pytest
 from conftest import LM_ROW, VISION_ROW, build, gate
+from gate_runs import trainer_of
 from PIL import Image
-from test_race import RACE, Trials, record_of
-from test_search_export import DENSE, Machine, ToyQuality, toy_space
-from test_trainer import trainer_of
+from toy_race import RACE, Trials, record_of
+from toy_search import DENSE, Machine, ToyQuality, toy_space
 from toys import toy_table
 
 from hawada_peft import ExportFacts, LatencyBudget, Plan, QualityChange, save_slim, write_report

@@ -8,35 +8,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import LM_ROW, VISION_ROW, assert_same_state, build, difference, gate, scattered_plan
+from gate_runs import DATA, LABELLED, TARGET, StopAt, arguments, logged, thetas, trainer_of
 from peft import PeftModel
-from torch import nn
-from transformers import TrainerCallback
 
 from hawada_peft import HawAdaTrainer, Shape, collect_gates
 from hawada_peft.distil.divergence import kl_divergence
-from hawada_peft.training.arguments import GATE_OPTIONS, GateTrainingArguments
-
-TARGET = Shape(4, 2, 40, 2)
-DATA = [{"input_ids": torch.randint(3, 128, (12,), generator=torch.Generator().manual_seed(i))} for i in range(8)]
-LABELLED = [row | {"labels": row["input_ids"]} for row in DATA]
-
-
-def arguments(folder: Path, **options: Any) -> GateTrainingArguments:
-    fixed = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
-    defaults = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 0.3, "save_strategy": "no"}
-    defaults["keep_better"] = "never"  # what training does is what these tests are about
-    return GateTrainingArguments(str(folder), **(fixed | defaults | {"lr_scheduler_type": "constant"} | options))
-
-
-def trainer_of(folder: Path, model: PeftModel | None = None, *, args: Any = None, **options: Any) -> HawAdaTrainer:
-    model = gate(build(LM_ROW), shuffle=False) if model is None else model
-    options = {"shape": TARGET, "train_dataset": DATA, "eval_dataset": LABELLED, "soft_fraction": 0.5} | options
-    named = {name: options.pop(name) for name in list(options) if name in GATE_OPTIONS}
-    return HawAdaTrainer(model, arguments(folder, **named, **(args or {})), **options)
-
-
-def thetas(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: found.theta.detach().clone() for name, found in collect_gates(model).items()}
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +21,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> HawAdaTrainer:
     trainer = trainer_of(tmp_path_factory.mktemp("trained"), **options)
     trainer.train()
     return trainer
-
-
-def logged(trainer: HawAdaTrainer, name: str) -> list[float]:
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 def test_training_ends_with_the_target_plan_applied(trained: HawAdaTrainer) -> None:
@@ -154,14 +126,6 @@ def test_accumulated_steps_are_those_of_the_whole_batch(tmp_path: Path) -> None:
         found.append((thetas(trainer.model), logged(trainer, "loss")))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-5)
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-3)
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = state.global_step == self.step
 
 
 @pytest.mark.parametrize("interrupted", [2, 4], ids=["while soft", "after the decision"])

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BARE_ROW, LM_ROW, build, gate, two_processes
+from conftest import BARE_ROW, LM_ROW, build, gate
+from gate_runs import DATA, LABELLED, TARGET, StopAt, logged, thetas, trainer_of
+from pairs import in_two
 from peft import PeftModel
-from test_trainer import DATA, LABELLED, TARGET, StopAt, logged, thetas, trainer_of
 from torch.utils.data import IterableDataset
 from toys import StoppedClock, by_table, once, toy_table
 from transformers import TrainerCallback
@@ -390,19 +391,9 @@ def test_calibration_on_dropped_remainders(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- processes
 
-PROCESS = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import test_trainer_runs as tests
-from hawada_peft.processes import run_program
-run_program(lambda: tests.process(Path(sys.argv[2])))
-"""
-
 
 def process(folder: Path) -> None:
     """What each of two processes does."""
-    torch.set_num_threads(1)
     for name in ("shape", "budget"):
         trainer = parallel(name, folder, {"per_device_train_batch_size": 2, "ddp_backend": "gloo"})
         trainer.train()
@@ -425,9 +416,7 @@ def parallel(name: str, folder: Path, args: dict[str, Any]) -> HawAdaTrainer:
 
 
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None:
-    script = tmp_path / "process.py"
-    script.write_text(PROCESS)
-    two_processes(str(script), str(Path(__file__).parent), str(tmp_path))
+    in_two(process, tmp_path)
     found = {
         name: [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in range(2)]
         for name in ("shape", "budget")

@@ -17,24 +17,38 @@ from sizing import sizes_of
 from transformers import PreTrainedModel
 from work import Bench
 
-from frontier_bench.shapes import work_of
+from frontier_bench.shapes import PLAIN, ROTATED, work_of
 from hawada_peft import Plan, Shape
+from hawada_peft.basis.basis import basis_gate, gate_basis, plan_turn
+from hawada_peft.errors import UntiedEmbeddingsWarning
 from hawada_peft.refit import reconstruct
+from hawada_peft.vanilla.family import locate
 
 HAWADA = {
     "hawada_one_shot": Recipe(),
     "hawada_trained": Recipe("hard_concrete"),
     "hawada_joint": Recipe("hard_concrete", lora_rank=16),
+    "hawada_rotated": Recipe(rotate=True),
 }
-"""The package's own contestants. They share a shape; all are refitted by least squares before anything is measured."""
+"""
+The package's own contestants. Those that cut the hidden size share a shape, and so do the others; all are refitted by
+least squares before anything is measured.
+"""
 
 GATE_STEPS = 64
 """Of trained gates; a quarter of all steps where that is less. They are taken off the recovery."""
 
 
+def shape_name(contestant: str) -> str:
+    """Under which name the sizes of a contestant were found."""
+    if contestant not in HAWADA:
+        return contestant
+    return ROTATED if HAWADA[contestant].rotate else PLAIN
+
+
 def shape_of(shapes: Sequence[Row], contestant: str, budget: float, seed: int) -> Row | None:
     """How a contestant meets a budget: the row of the seed, or else of the first seed that was timed."""
-    name = "hawada" if contestant in HAWADA else contestant
+    name = shape_name(contestant)
     found = [row for row in shapes if (row["contestant"], row["budget"]) == (name, budget)]
     return next((row for row in found if row["seed"] == seed), found[0] if found else None)
 
@@ -113,11 +127,16 @@ def hawada(
     batches = bench.examples(options.calibration, seed)
     model, used = gated(bench, recipe, Shape.from_dict(row["shape"]), batches, seed)
     plan: Plan = model.applied_plan()
-    small = model.merge_and_unload().to(bench.device)
-    plain = bench.quality(small)
+    base = model.get_base_model()
+    gate = basis_gate(base, locate(base), "default")
+    turn = plan_turn(bench.model, plan, None if gate is None else gate_basis(gate))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the slim model keeps its plain weights")  # the row says so
-        report = reconstruct(bench.model, small, plan, batches)
+        warnings.simplefilter("ignore", UntiedEmbeddingsWarning)
+        small = model.merge_and_unload().to(bench.device)
+        plain = bench.quality(small)
+        coordinates = None if turn is None else turn.write
+        report = reconstruct(bench.model, small, plan, batches, coordinates=coordinates)
     return small, {"steps": used, "slice": plain, "reconstructed": report.applied, "layers": list(plan.layers)}
 
 

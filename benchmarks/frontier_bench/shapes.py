@@ -13,13 +13,14 @@ import torch
 from document import circumstances
 from latency_cases import parse_case
 from peers.peer import Peer, Prepared, Work
-from peft import get_peft_model
+from recipes import Recipe
 from rows import Row, append_row, read_rows
 from sizing import SHORT, Fit, Stopwatch, Timed, fit_amount
 from transformers import PreTrainedModel
 from work import Bench, kind_of
 
-from hawada_peft import HawAdaConfig, Plan, slim
+from hawada_peft import Plan, Shape, slim
+from hawada_peft.basis.basis import basis_gate, gate_basis, plan_turn
 from hawada_peft.errors import InfeasibleBudgetError
 from hawada_peft.latency.budget import LatencyBudget
 from hawada_peft.latency.clock import Clock
@@ -30,9 +31,15 @@ from hawada_peft.latency.toy import ToyClock
 from hawada_peft.planning.importance import gate_importance
 from hawada_peft.search.refitted import RefittedQuality
 from hawada_peft.search.rounds import search
-from hawada_peft.search.space import search_space
+from hawada_peft.search.space import narrower_sizes, search_space
 from hawada_peft.search.timed import Timer, measure_table
 from hawada_peft.vanilla.family import locate
+
+Find = Callable[[float], tuple[Plan, PreTrainedModel]]
+"""From a speedup to a plan and its slim model."""
+
+PLAIN, ROTATED = "hawada", "hawada_rotated"
+"""The names of the sizes that the package's search finds: without the hidden size, and with it, cut in a basis."""
 
 STRICTER = (1.0, 1.01, 1.02, 1.03)
 """What the search is asked for, times the budget, where its answer missed the budget in the contestants' timing."""
@@ -71,14 +78,15 @@ def shapes(options: argparse.Namespace, peers: Mapping[str, Peer]) -> None:
     shard, shards = map(int, options.shard.split("/"))
     kind = kind_of(options.data)
     able = [name for name in options.contestants if name in peers and kind in peers[name].kinds]
-    ours = ["hawada"] if set(options.contestants) - set(peers) else []  # one shape for all of them
+    mine = set(options.contestants) - set(peers)
+    ours = [name for name, some in ((PLAIN, mine - {ROTATED}), (ROTATED, mine & {ROTATED})) if some]
     names = [*ours, *able][shard::shards]
     done = {(row["contestant"], row["budget"], row["seed"]): row for row in read_rows(options.out)}
     wanted = [
         (seed, name, budget)
         for seed in options.seeds
         for name in names
-        if name != "hawada" or seed == options.seeds[0]
+        if name not in ours or seed == options.seeds[0]
         for budget in options.budgets
         if (name, budget, seed) not in done
     ]
@@ -90,13 +98,14 @@ def shapes(options: argparse.Namespace, peers: Mapping[str, Peer]) -> None:
     )
     dense = bench.load().to(device=regime.device, dtype=regime.torch_dtype)
     watch = Stopwatch(dense, regime, effort_of(options))
-    find = None
+    finders: dict[str, Find] = {}
     prepared: dict[tuple[str, int], Prepared] = {}
     for seed, name, budget in wanted:
         started = time.perf_counter()
-        if name == "hawada":
-            find = find or searcher(bench, regime, options)
-            row = hawada_row(bench, find, watch, budget)
+        if name in ours:
+            if name not in finders:
+                finders[name] = searcher(bench, regime, options, rotate=name == ROTATED)
+            row = hawada_row(finders[name], watch, budget)
         else:
             if (name, seed) not in prepared:
                 prepared = {(name, seed): peers[name].prepare(work_of(bench, budget, seed, options))}
@@ -137,11 +146,11 @@ def peer_row(bench: Bench, prepared: Prepared, watch: Stopwatch, budget: float, 
     return {"amount": fit.amount, "steps": prepared.steps} | _row(fit.timed, fit.met, fit.timings)
 
 
-def hawada_row(bench: Bench, find: Callable[[float], Plan], watch: Stopwatch, budget: float) -> Row:
+def hawada_row(find: Find, watch: Stopwatch, budget: float) -> Row:
     """The search's shape, timed as the peers' models are; a stricter search if that misses the budget."""
     for number, factor in enumerate(STRICTER, 1):
-        plan = find(budget * factor)
-        timed = watch(slim(bench.model, plan))
+        plan, model = find(budget * factor)
+        timed = watch(model)
         met = timed.speedup >= SHORT * budget
         if met or number == len(STRICTER):
             break
@@ -152,38 +161,65 @@ def _row(timed: Timed, met: bool, timings: int) -> Row:
     return asdict(timed) | {"speedup": timed.speedup, "met": met, "timings": timings}
 
 
-def searcher(bench: Bench, regime: Regime, options: argparse.Namespace) -> Callable[[float], Plan]:
+def searcher(bench: Bench, regime: Regime, options: argparse.Namespace, *, rotate: bool = False) -> Find:
     """
-    The package's search, as `find_plan` runs it, on the clock of the bench. Table, importance and the loss of what was
-    tried are made once, for all budgets. A budget out of reach gives the fastest shape that the table knows.
+    The package's search, as `find_plan` runs it, on the clock of the bench. Tables, importance and the loss of what
+    was tried are made once, for all budgets. A budget out of reach gives the fastest shape that the tables know.
     """
-    base, path = bench.model, Path(options.table) if options.table else None
+    base = bench.model
     layout = locate(base)
+    batches = bench.examples(options.calibration, options.seeds[0])
+    model = Recipe(rotate=rotate).model(bench.load(), batches)
+    quality = RefittedQuality(model, batches, gate_importance(model, batches))
+    tables = [table_for(base, regime, options)]
+    multiple = tables[0].multiple
+    sizes = narrower_sizes(layout, multiple=multiple) if rotate else []
+    tables += [table_for(base, regime, options, size) for size in sizes]
+    spaces = [
+        search_space(layout, regime, multiple=table.multiple, free=quality.free, hidden_size=size)
+        for size, table in zip((None, *sizes), tables, strict=True)
+    ]
+    realise = Timer(base, regime, effort_of(options))
+
+    def cut(shape: Shape) -> tuple[Plan, PreTrainedModel]:
+        plan, gate = quality.plan(shape), basis_gate(model.get_base_model(), layout, "default")
+        return plan, slim(base, plan, turn=plan_turn(base, plan, None if gate is None else gate_basis(gate)))
+
+    def find(speedup: float) -> tuple[Plan, PreTrainedModel]:
+        narrower = list(zip(spaces[1:], tables[1:], strict=True))
+        try:
+            result = search(spaces[0], tables[0], quality, LatencyBudget(speedup=speedup), realise, narrower=narrower)
+        except InfeasibleBudgetError:
+            pairs = zip(spaces, tables, strict=True)
+            least = [table.estimate_sizes(*space.axes) / table.dense_ms for space, table in pairs]
+            part = min(range(len(least)), key=lambda place: float(least[place].min()))
+            return cut(spaces[part].shape(int(least[part].argmin())))
+        tables[0] = result.table  # corrected by all that was timed
+        if options.table:
+            result.table.save(options.table)
+        return cut(result.best.shape)
+
+    return find
+
+
+def table_for(
+    base: PreTrainedModel, regime: Regime, options: argparse.Namespace, hidden_size: int | None = None
+) -> LatencyTable:
+    """The table of a hidden size: from its file beside `--table`, or measured."""
+    path = Path(options.table) if options.table else None
+    if path is not None and hidden_size is not None:
+        path = path.with_name(f"{path.stem}-{hidden_size}{path.suffix}")
     if path is not None and path.exists():
         table = LatencyTable.load(path)
     else:
         effort = Effort(
             min_rounds=7, max_rounds=40, max_seconds=options.timing_seconds, cache=False, clock=clock_of(options)
         )
-        table = measure_table(base, regime, effort=effort)
-    table.check(regime=regime, base_sizes=layout.base_sizes(), device_name=clock_of(options).device_name(regime))
-    space = search_space(layout, regime, multiple=table.multiple)
-    batches = bench.examples(options.calibration, options.seeds[0])
-    model = get_peft_model(bench.load(), HawAdaConfig())
-    quality = RefittedQuality(model, batches, gate_importance(model, batches))
-    realise = Timer(base, regime, effort_of(options))
-    tables = [table]
-
-    def find(speedup: float) -> Plan:
-        try:
-            result = search(space, tables[-1], quality, LatencyBudget(speedup=speedup), realise)
-        except InfeasibleBudgetError:
-            return quality.plan(space.shape(int(tables[-1].estimate_sizes(*space.axes).argmin())))
-        tables.append(result.table)  # corrected by all that was timed
+        effort = effort if hidden_size is None else effort.narrower()
+        table = measure_table(base, regime, effort=effort, hidden_size=hidden_size)
         if path is not None:
-            result.table.save(path)
-        return quality.plan(result.best.shape)
-
-    if path is not None:
-        table.save(path)
-    return find
+            table.save(path)
+    device = clock_of(options).device_name(regime)
+    sizes = locate(base).base_sizes() | ({} if hidden_size is None else {"hidden_size": hidden_size})
+    table.check(regime=regime, base_sizes=sizes, device_name=device)
+    return table

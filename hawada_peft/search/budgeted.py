@@ -49,7 +49,7 @@ def find_plan(
         budget (`LatencyBudget`): what the slim model may cost.
         calibration: batches, keyword arguments of the forward pass. Labels count for that importance only.
         table: measured here before; measured or taken from the disk cache if left out.
-        hidden_sizes: to search besides the dense one, each by a table of its own; a few even steps down to half of it
+        hidden_sizes: to search besides the dense one, each by a table of its own; a few even steps down to 3/8 of it
             if left out. Only with gates on `"hidden"`.
         refit: judge shapes by slim models that are refitted on the calibration batches (`RefittedQuality`), as
             `merge_and_unload(calibration=...)` gives them; this foretells best which shape recovers best. `False`

@@ -17,7 +17,7 @@ from ..vanilla.legality import fit_hidden, head_shapes, legal_head_shapes
 from ..vanilla.resize import parameters_at
 from ..vanilla.shape import FFN, HEADS, LAYERS, Shape
 
-HIDDEN = (7 / 8, 3 / 4, 5 / 8, 1 / 2)
+HIDDEN = (7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8)
 """Hidden sizes that are searched, in parts of the dense one. Each needs a latency table of its own."""
 
 FIXED = "has no gates: stays as it is"
