@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from os.path import commonprefix
 
 from ..vanilla import shape as sizes
 from ..vanilla.family import Family, Known, Part
@@ -25,7 +24,7 @@ def parts_of(anatomy: Anatomy) -> list[Part]:
         anatomy: what was found of the model's class and config.
     """
     names = _names([stack.path for stack in anatomy.stacks])
-    scopes = [stack.field.rpartition(".")[0] if not _listed(stack.field) else _scope(stack) for stack in anatomy.stacks]
+    scopes = [_scope(stack.field) for stack in anatomy.stacks]
     parts = []
     for stack, name, scope in zip(anatomy.stacks, names, scopes, strict=True):
         own = [axis for axis in anatomy.axes if _inside(axis, stack)]
@@ -35,12 +34,10 @@ def parts_of(anatomy: Anatomy) -> list[Part]:
     return parts
 
 
-def _listed(field: str) -> bool:
-    return field.rpartition(".")[2].isdigit()
-
-
-def _scope(stack: Stack) -> str:
-    return stack.field.rpartition(".")[0].rpartition(".")[0]
+def _scope(field: str) -> str:
+    """The config that a field is in; it may be an entry of a list there."""
+    before, _, last = field.rpartition(".")
+    return _scope(before) if last.isdigit() else before
 
 
 def _names(paths: Sequence[str]) -> list[str]:
@@ -48,9 +45,13 @@ def _names(paths: Sequence[str]) -> list[str]:
     if len(paths) < 2:
         return [""] * len(paths)
     split = [path.split(".") for path in paths]
-    start = len(commonprefix(split))
-    end = len(commonprefix([parts[::-1] for parts in split]))
+    start, end = _common(split), _common([parts[::-1] for parts in split])
     return [".".join(parts[start : max(start + 1, len(parts) - end)]) for parts in split]
+
+
+def _common(names: Sequence[Sequence[str]]) -> int:
+    """How many first parts are the same in all."""
+    return next((i for i, parts in enumerate(zip(*names, strict=False)) if len(set(parts)) > 1), min(map(len, names)))
 
 
 def _inside(axis: Axis, stack: Stack) -> bool:

@@ -13,7 +13,7 @@ from ..latency.regime import Regime
 from ..planning.reasons import multiples
 from ..planning.sizes import ffn_choices, hidden_multiple
 from ..vanilla.family import Layout
-from ..vanilla.legality import fit_hidden, head_shapes, legal_head_shapes
+from ..vanilla.legality import fit_hidden, head_shapes, least_layers, legal_head_shapes
 from ..vanilla.resize import parameters_at
 from ..vanilla.shape import FFN, HEADS, LAYERS, Shape
 
@@ -127,7 +127,7 @@ def search_space(
     if FFN in free:
         ffn, parts = ffn_choices(layout, dense, multiple=multiple, group_size=group_size)
     total = dense.sizes()["num_hidden_layers"]
-    layers = tuple(range(max(1, len(layout.stages)), total + 1)) if LAYERS in free else (total,)
+    layers = tuple(range(least_layers(layout), total + 1)) if LAYERS in free else (total,)
     pairs = tuple(heads)
     tokens = regime.batch_size * ((regime.seq_len or 0) + (regime.mode == "decode")) if regime.mode != "forward" else 0
     bytes_each = regime.torch_dtype.itemsize

@@ -24,7 +24,7 @@ from ..files.shards import write_shard
 from ..gates.reading import gate_scores
 from ..planning.plan import Plan
 from ..progress import Progress, progress_bar
-from ..surgery.axes import SliceRule, find_axes
+from ..surgery.axes import SliceRule, cut_by, find_axes
 from ..surgery.fold import DEFAULT, Factors, factors_of, fold_tensor, load_gates, lora_of, merge_tensor
 from ..surgery.slicing import slice_tensor
 from ..surgery.slimming import slim
@@ -83,7 +83,8 @@ class _Export:
             self._turn = turn_of(self.dense, self._layout, stream, kept, factor, self._whole)
         if not plan.keeps_all or self._turn is not None:
             self.slim = slim(self.dense, plan, turn=self._turn)
-            self._rules = find_axes(self._layout, hidden=plan.hidden is not None and self._turn is None)
+            hidden = plan.hidden is not None and self._turn is None
+            self._rules = find_axes(self._layout, hidden=hidden, cut=cut_by(plan))
 
     def write(self, folder: Path, max_shard_size: int | str, progress: Progress | None) -> int:
         """

@@ -13,7 +13,7 @@ from transformers.initialization import guard_torch_init_functions
 from ..errors import UnsupportedModelError
 from ..planning.plan import Plan
 from ..vanilla.family import Layout
-from ..vanilla.shape import BY_NAME
+from ..vanilla.shape import BY_NAME, SliceRule
 from ..vanilla.skeleton import build_empty
 from .conformity import below
 

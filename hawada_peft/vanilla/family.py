@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -23,6 +23,8 @@ from .towers import Tower, config_at, towers_of, value_at
 
 TOWER = "_hawada_tower"
 """Attribute of a model: which of its towers is slimmed."""
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,14 @@ class Family:
         layer_lists (`tuple[str, ...]`): config fields that hold one entry per layer.
         layer_counts (`tuple[str, ...]`): further config fields with the number of layers.
         layer_indices (`tuple[str, ...]`): config fields that list layers, counted from 0.
-        layer_stages (`tuple[str, ...]`): config fields that list layers counted from 1, 0 being what goes into the first.
+        layer_stages (`tuple[str, ...]`): config fields that list layers counted from 1; 0 is what goes into the first.
         leading (`tuple[str, ...]`): config fields that tell how many of the first layers are of a kind.
         removed (`tuple[str, ...]`): config fields that follow from others, left out of an edited config.
+        pinned (`tuple[tuple[int, str], ...]`): layers that must stay although a model without them can be built, each
+            with the reason.
+        branches (`tuple[str, ...]`, *optional*): the modules of a layer whose outputs its gate multiplies, relative to
+            it: what they give must be added to the residual stream as it is. Empty: there are none, as each layer
+            norms its sum. Left out, they are found by running one layer (`gates.branches`).
         fused (`tuple[tuple[str, tuple[str, ...]], ...]`): modules (relative to a layer; with a dot before it, relative
             to the model) whose rows, or inputs from the residual stream, hold several things: the axes in their
             order. One axis alone means that everything of a unit is stored together.
@@ -82,6 +89,8 @@ class Family:
     layer_stages: tuple[str, ...] = ()
     leading: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
+    pinned: tuple[tuple[int, str], ...] = ()
+    branches: tuple[str, ...] | None = None
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
     twin: str = ""
     twin_fields: tuple[tuple[str, Any], ...] = ()
@@ -117,10 +126,13 @@ class Known:
     Args:
         rules (`Mapping[str, tuple[SliceRule, ...]]`): how parameters are made of units, as `find_axes` gives them.
         sizes (`Mapping[str, Container[int]]`): the numbers of units that are built as asked, by the axis.
+        per_layer (`Mapping[str, tuple[int, int]]`): tensors outside of the layers with a stretch for each of them:
+            along which dimension, and how long a stretch is.
     """
 
     rules: Mapping[str, tuple[SliceRule, ...]]
     sizes: Mapping[str, Container[int]]
+    per_layer: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -180,11 +192,13 @@ class Layout:
     tower: str = ""
     scope: str = ""
     known: Known | None = field(default=None, compare=False, repr=False)
+    _found: dict[Any, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
 
-    @property
-    def rules(self) -> Mapping[str, tuple[SliceRule, ...]] | None:
-        """How parameters are made of units, if that was found with the row."""
-        return None if self.known is None else self.known.rules
+    def once(self, key: Any, find: Callable[[], Found]) -> Found:
+        """What building this layout's class tells, found at the first call with a key, and kept."""
+        if key not in self._found:
+            self._found[key] = find()
+        return cast(Found, self._found[key])
 
     @property
     def tower_config(self) -> PreTrainedConfig:
@@ -257,6 +271,11 @@ class Layout:
         if match is None or match[2] not in axes:
             return None
         return int(match[1]), axes[match[2]]
+
+    def within(self, name: str) -> tuple[int, str] | None:
+        """The layer that a module is in, and its name there; None if it is in none."""
+        index, _, short = name.removeprefix(f"{self.stack}.").partition(".")
+        return (int(index), short) if name.startswith(f"{self.stack}.") and index.isdigit() and short else None
 
     def base_sizes(self) -> dict[str, int | str]:
         """What a plan or an adapter for this model depends on, for JSON."""
