@@ -97,6 +97,7 @@ def _row(stack: Stack, axes: Sequence[Axis], scope: str, anatomy: Anatomy) -> tu
         layer_stages=tuple(map(field, stack.stages)),
         leading=tuple(map(field, stack.leading)),
         removed=tuple(map(field, stack.removed)),
+        pinned=tuple((each.layer, each.reason) for each in stack.pinned),
     )
     if ffn is not None:
         number = ffn.numbers[0]
@@ -132,7 +133,18 @@ def _row(stack: Stack, axes: Sequence[Axis], scope: str, anatomy: Anatomy) -> tu
         )
         legal[sizes.HIDDEN] = stream.sizes
         _add(rules, stack, {sizes.HIDDEN: stream.rows})
-    return family, Known(rules, legal)
+    for each in stack.per_layer:
+        rule = SliceRule(each.dim, (sizes.LAYERS,), each.width)
+        rules[f".{each.parameter}"] = (*rules.get(f".{each.parameter}", ()), rule)
+    cut = {sizes.FFN: ffn, sizes.HEADS: heads}
+    return family, Known(
+        rules,
+        legal,
+        {axis: frozenset(_layers(each)) for axis, each in cut.items() if each is not None},
+        # Discovery names them from the last to the first.
+        tuple(names[::-1] for names in stack.branches),
+        {each.parameter: (each.dim, each.width) for each in stack.per_layer},
+    )
 
 
 def _largest(axes: Sequence[Axis]) -> Axis | None:

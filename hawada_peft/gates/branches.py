@@ -59,8 +59,15 @@ def branches_of(layout: Layout) -> tuple[str, ...]:
     Raises:
         UnsupportedModelError: if a layer does not run on its own, and the family's row does not tell.
     """
+    if layout.known is not None:
+        return tuple(dict.fromkeys(name for each in layout.known.branches for name in each))
     declared = layout.family.branches
     return layout.once("branches", lambda: _find(layout)) if declared is None else declared
+
+
+def branches_at(layout: Layout, layer: int) -> tuple[str, ...]:
+    """As `branches_of`, of one layer: in stacks of layers of several kinds they may have other modules."""
+    return branches_of(layout) if layout.known is None else layout.known.branches[layer]
 
 
 def _find(layout: Layout) -> tuple[str, ...]:

@@ -126,12 +126,16 @@ class Known:
     Args:
         rules (`Mapping[str, tuple[SliceRule, ...]]`): how parameters are made of units, as `find_axes` gives them.
         sizes (`Mapping[str, Container[int]]`): the numbers of units that are built as asked, by the axis.
+        layers (`Mapping[str, Container[int]]`): the layers that have units of an axis, by the axis.
+        branches (`tuple[tuple[str, ...], ...]`): of every layer what `Family.branches` says of all.
         per_layer (`Mapping[str, tuple[int, int]]`): tensors outside of the layers with a stretch for each of them:
             along which dimension, and how long a stretch is.
     """
 
     rules: Mapping[str, tuple[SliceRule, ...]]
     sizes: Mapping[str, Container[int]]
+    layers: Mapping[str, Container[int]]
+    branches: tuple[tuple[str, ...], ...]
     per_layer: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
@@ -206,12 +210,16 @@ class Layout:
         return config_at(self.config, self.scope)
 
     def attention_out(self, layer: int) -> str:
-        """The dotted name of a layer's attention output projection."""
-        return f"{self.stack}.{layer}.{self.family.attention_out}"
+        """The dotted name of a layer's attention output projection; empty if none is known there."""
+        return self._end(layer, HEADS, self.family.attention_out)
 
     def ffn_out(self, layer: int) -> str:
-        """The dotted name of a layer's FFN output projection."""
-        return f"{self.stack}.{layer}.{self.family.ffn_out}"
+        """The dotted name of a layer's FFN output projection; empty if none is known there."""
+        return self._end(layer, FFN, self.family.ffn_out)
+
+    def _end(self, layer: int, axis: str, name: str) -> str:
+        there = self.known is None or layer in self.known.layers.get(axis, ())
+        return f"{self.stack}.{layer}.{name}" if name and there else ""
 
     @cached_property
     def norms(self) -> tuple[str, ...]:
