@@ -21,10 +21,11 @@ from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from hawada_peft import HawAdaConfig, Plan, Shape, collect_gates, save_slim
+from hawada_peft.discovery.inputs import example_inputs
 from hawada_peft.latency import Clock, ToyClock
 from hawada_peft.shipping import Verification
 from hawada_peft.vanilla.family import FAMILIES, TARGET_MODULES, locate
-from hawada_peft.vanilla.outputs import example_inputs, output_of
+from hawada_peft.vanilla.outputs import output_of
 
 
 @dataclass(frozen=True)

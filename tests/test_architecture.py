@@ -16,6 +16,7 @@ FLOORS = (
     "recipes",
     "page",
     "training",
+    "registered",
     "model",
     "distil",
     "shipping",
@@ -33,8 +34,11 @@ FLOORS = (
     "discovery",
     "vanilla",
     "_register",
+    "folders",
     "processes",
     "progress",
+    "sources",
+    "lazy",
     "errors",
 )
 """From the top down; as docs/architecture.md lists them."""

@@ -145,17 +145,18 @@ def test_slim_refuses_what_it_has_no_use_for(made: Path, tmp_path: Path) -> None
         (["slim", "{made}/adapter", "{made}/base", "x"], "does not hold a model, but an adapter"),
         (["slim", "{made}/base", "{made}/vit", "x"], "does not hold an adapter, but a model"),
         (["slim", "{made}/base", "{made}/nosuch", "x"], "there is no folder {made}/nosuch"),
-        (["verify", "nosuch"], "there is no folder nosuch"),
-        (["report", "nosuch"], "there is no folder nosuch"),
+        (["verify", "nosuch"], "'nosuch' does not exist"),
+        (["report", "nosuch"], "'nosuch' does not exist"),
         (["report", "{made}/base"], "holds no hawada_report.json"),
-        (["train", "nosuch.yaml"], "nosuch.yaml"),
+        (["train", "nosuch.yaml"], "'nosuch.yaml' does not exist"),
     ],
 )
 def test_what_is_not_there_is_said_and_the_hub_is_not_asked_for_folders(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert message.format(made=made) in refused(*(word.format(made=made) for word in given))
+    code = errors.WRONG_USAGE if "does not exist" in message else errors.FAILED
+    assert message.format(made=made) in refused(*(word.format(made=made) for word in given), code=code)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -222,11 +223,13 @@ def test_a_cut_file_is_one_message(made: Path, tmp_path: Path, ending: str, left
 
 def test_a_file_that_is_not_there_or_of_another_kind_is_said(made: Path, tmp_path: Path) -> None:
     budget: dict[str, Any] = {"speedup": 1.2, "seq_len": 16, "output": tmp_path / "plan.json"}
-    assert "there is no file nosuch.txt" in refused("plan", made / "base", "nosuch.txt", **budget)
-    assert "must be a file of" in refused("plan", made / "base", "data.md", **budget)
+    wrong = errors.WRONG_USAGE
+    assert "'nosuch.txt' does not exist" in refused("plan", made / "base", "nosuch.txt", code=wrong, **budget)
+    (tmp_path / "data.doc").touch()
+    assert "must be a file of" in refused("plan", made / "base", tmp_path / "data.doc", **budget)
 
 
-@pytest.mark.parametrize(("device", "message"), [("cuda:7", "no CUDA device here"), ("abacus", "is none")])
+@pytest.mark.parametrize(("device", "message"), [("cuda:7", "no CUDA device here"), ("abacus", "'abacus'")])
 def test_a_device_that_is_not_here_is_refused(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, message: str
 ) -> None:

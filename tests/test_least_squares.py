@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hawada_peft.refit.least_squares import Moments, refit
+from hawada_peft.refit.fidelity import of_this_rank
+from hawada_peft.refit.least_squares import COLUMNS, ROWS, Fit, Moments
 
 CPU = torch.device("cpu")
 
@@ -21,7 +22,29 @@ def moments_of(x: torch.Tensor, y: torch.Tensor, parts: int = 4) -> Moments:
     moments = Moments(x.shape[1], y.shape[1], CPU)
     for rows in torch.arange(len(x)).chunk(parts):
         moments.add(x[rows], y[rows])
-    return moments
+    return moments.reduced(of_this_rank)
+
+
+def refit(
+    moments: Moments, weight: torch.Tensor, bias: torch.Tensor | None, damping: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    change, shift = Fit(moments, weight, bias).step(damping)
+    return weight + change, None if bias is None else bias + shift
+
+
+def test_moments_are_sums_over_rows() -> None:
+    x, y = torch.randn(ROWS + 100, COLUMNS + 10), torch.randn(ROWS + 100, 3)
+    found, wide, tall = moments_of(x, y, 7), x.double(), y.double()
+    assert found.count == len(x)
+    for name, expected in {
+        "x": wide.sum(0),
+        "y": tall.sum(0),
+        "xx": wide.T @ wide,
+        "yx": tall.T @ wide,
+        "yy": tall.square().sum(),
+    }.items():
+        torch.testing.assert_close(getattr(found, name), expected, rtol=1e-5, atol=1e-2, msg=name)
+    torch.testing.assert_close(found.xx, found.xx.T, rtol=1e-5, atol=1e-2)
 
 
 def test_little_damping_is_least_squares() -> None:
@@ -54,14 +77,32 @@ def test_much_damping_is_the_given_weight() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_error_is_the_sum_of_squares(dtype: torch.dtype) -> None:
+def test_errors_are_sums_of_squares(dtype: torch.dtype) -> None:
     x, y, weight, bias = (tensor.to(dtype).double() for tensor in data())
     moments = moments_of(x.to(dtype), y.to(dtype))
+    change, moved = torch.randn_like(weight), torch.randn_like(bias)
     for shift in (None, bias):
+        fit = Fit(moments, weight, shift)
         expected = (y - x @ weight.T - (0 if shift is None else shift)).square().sum().item()
-        assert moments.error(weight, shift) == pytest.approx(expected, rel=1e-5)
+        assert fit.error == pytest.approx(expected, rel=1e-5)
+        expected = (y - x @ (weight + change).T - (0 if shift is None else shift + moved)).square().sum().item()
+        assert fit.error_after(change, None if shift is None else moved) == pytest.approx(expected, rel=1e-5)
+
+
+def test_float32_gives_what_float64_gives() -> None:
+    """Inputs that nearly repeat each other, on scales that differ by a million."""
+    x = torch.randn(400, 8, dtype=torch.float64) @ torch.randn(8, 40, dtype=torch.float64)
+    x = (x + 1e-3 * torch.randn(400, 40)) * torch.logspace(-3, 3, 40)
+    y, weight = x[:, ::8] + torch.randn(400, 5), torch.zeros(5, 40)
+    for bias in (None, torch.zeros(5)):
+        exact = Fit(moments_of(x, y), weight, bias)
+        for damping in (1e-3, 1e-1):
+            found = Fit(moments_of(x.float(), y.float()), weight, bias).step(damping)
+            wanted = exact.error_after(*exact.step(damping))
+            assert exact.error_after(*found) == pytest.approx(wanted, rel=1e-4)
+        assert Fit(moments_of(x.float(), y.float()), weight, bias).step(1e-6) is not None
 
 
 def test_inputs_that_are_all_zero_are_refused() -> None:
     _, y, weight, _ = data()
-    assert refit(moments_of(torch.zeros(len(y), 5), y), weight, None, 0.1) is None
+    assert Fit(moments_of(torch.zeros(len(y), 5), y), weight, None).step(0.1) is None

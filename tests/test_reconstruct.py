@@ -286,6 +286,27 @@ def test_gains_are_what_the_config_says(name: str) -> None:
 
 
 @pytest.mark.usefixtures("rows_of_families")
+@pytest.mark.parametrize("window", [4, 64])
+def test_layers_are_called_as_the_model_calls_them(window: int) -> None:
+    """Windows and whole texts alternate; masks that the first batch does not need are those of later ones."""
+    register_family("gemma2", FAMILIES["mistral"])
+    model = Gemma2ForCausalLM(Gemma2Config(**LM_ROW.fields, sliding_window=window)).eval()
+    ids = torch.randint(128, (3, 16))
+    padded = torch.ones_like(ids)
+    padded[1, 9:] = 0
+    batches = [{"input_ids": ids, "attention_mask": mask} for mask in (torch.ones_like(ids), padded)]
+    batches.append({"input_ids": ids[:, :7]})
+    with torch.no_grad():
+        stream = Stream.start(model, locate(model), batches)
+        for layer in range(len(stream.layers)):
+            stream.advance(layer)
+        for batch, found in zip(batches, stream.hidden, strict=True):
+            expected = model.model(**batch).last_hidden_state
+            torch.testing.assert_close(model.model.norm(found), expected)
+    assert not [module for module in model.modules() if module._forward_pre_hooks]
+
+
+@pytest.mark.usefixtures("rows_of_families")
 def test_a_norm_behind_the_projection_is_noticed() -> None:
     register_family("gemma2", FAMILIES["mistral"])
     torch.manual_seed(1)

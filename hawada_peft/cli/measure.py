@@ -34,6 +34,13 @@ def run(
     return Said("\n".join(_lines(table)), table.to_dict())
 
 
+def check(model: str) -> None:
+    """Refuse what is no model."""
+    from ..sources import check_source
+
+    check_source(model)
+
+
 def _lines(table: LatencyTable) -> Iterator[str]:
     """The table, and what a few shapes would take."""
     from ..vanilla.shape import Shape

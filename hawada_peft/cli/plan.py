@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..progress import Progress
-from .options import Effort, Fresh, Level, Model, Said, size
+from .options import Effort, Fresh, Level, Model, Said
 
 if TYPE_CHECKING:
     from ..planning.plan import Plan
@@ -24,16 +24,10 @@ EXAMPLES = (
 def run(
     model: Model,
     progress: Progress | None,
-    calibration: Annotated[Path, typer.Argument(help="Examples: .safetensors of inputs, .npy, or .txt for an LM.")],
+    calibration: Annotated[
+        Path, typer.Argument(exists=True, help="Examples: .safetensors of inputs, .npy, or .txt for an LM.")
+    ],
     output: Annotated[Path, typer.Option(help="Where to write the plan.")] = Path("plan.json"),
-    speedup: Annotated[float | None, typer.Option(help="Times faster than the dense model.")] = None,
-    latency_ms: Annotated[float | None, typer.Option(help="Milliseconds per call.")] = None,
-    fraction: Annotated[float | None, typer.Option(help="Of the dense model's latency.")] = None,
-    max_parameters: Annotated[int | None, typer.Option(help="Parameters at most.")] = None,
-    max_memory: Annotated[
-        int | None,
-        typer.Option(parser=size, metavar="SIZE", help="Of weights and KV cache at most, as 2GB or 500MB."),
-    ] = None,
     adapter: Annotated[str | None, typer.Option(help="Trained gates; Fisher importance if left out.")] = None,
     examples: Annotated[int, typer.Option(min=1, help="Calibration examples at most.")] = 64,
     hidden: Annotated[bool, typer.Option("--hidden", help="Without --adapter: cut the hidden size, too.")] = False,
@@ -42,7 +36,7 @@ def run(
     ] = None,
     effort: Level = Effort.normal,
     fresh: Fresh = False,
-    **regime: Any,
+    **budget: Any,
 ) -> Said:
     """
     Find the best shape that meets a budget here, and write its plan.
@@ -60,22 +54,15 @@ def run(
     from ..vanilla.loading import checked_device, load_model, load_skeleton
     from .shared import effort_of, gates_of, read_batches
 
-    device = checked_device(regime["device"])
-    budget = LatencyBudget(
-        speedup=speedup,
-        latency_ms=latency_ms,
-        fraction=fraction,
-        max_parameters=max_parameters,
-        max_memory=max_memory,
-        **regime,
-    )
+    device = checked_device(budget["device"])
+    limits = LatencyBudget(**budget)
     skeleton = load_skeleton(model)
-    check_call(skeleton, regime_of(skeleton, budget))  # before the work
+    check_call(skeleton, regime_of(skeleton, limits))  # before the work
     output.parent.mkdir(parents=True, exist_ok=True)
-    batches = read_batches(calibration, model, seq_len=budget.seq_len, examples=examples)
+    batches = read_batches(calibration, model, seq_len=limits.seq_len, examples=examples)
     gated = gates_of(load_model(model, device), adapter, hidden=hidden)
     hard = effort_of(effort, fresh=fresh)
-    found = find_plan(gated, budget, batches, refit=refit, effort=hard, progress=progress)
+    found = find_plan(gated, limits, batches, refit=refit, effort=hard, progress=progress)
     beside = output.with_suffix(".search.json")
     write_text(output, found.plan.to_json())
     write_text(beside, json.dumps({"format": FORMAT} | found.figures()) + "\n")
@@ -91,6 +78,15 @@ def run(
         "search": str(beside),
     }
     return Said(f"{found}\nplan written to {output}", data)
+
+
+def check(model: str, calibration: Path, **options: Any) -> None:
+    """Refuse a budget that contradicts itself, and what is not there."""
+    from ..latency.budget import LatencyBudget
+    from ..sources import check_source
+
+    LatencyBudget(**{name: each for name, each in options.items() if name in LatencyBudget.__dataclass_fields__})
+    check_source(model)
 
 
 def read_plan(path: Path) -> Plan:

@@ -48,5 +48,13 @@ def _root(
     """Hardware-aware slimming of Hugging Face models."""
 
 
-for module in (demo, measure, plan, slim, train, verify, report):
-    add(app, module.run, module.EXAMPLES)
+for module, check in (
+    (demo, None),
+    (measure, measure.check),
+    (plan, plan.check),
+    (slim, slim.check),
+    (train, None),
+    (verify, None),
+    (report, None),
+):
+    add(app, module.run, module.EXAMPLES, check)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Said
+from .options import FILE, FOLDER, Said, Slim
 
 EXAMPLES = (
     "hawada report ./slim",
@@ -17,11 +17,13 @@ EXAMPLES = (
 
 
 def run(
-    slim: Annotated[Path, typer.Argument(help="Folder of the slim model.")],
+    slim: Slim,
     output: Annotated[Path | None, typer.Option(help="Folder for the page and the pictures.")] = None,
-    training: Annotated[Path | None, typer.Option(help="Folder of the training that made it.")] = None,
-    search: Annotated[Path | None, typer.Option(help="File of the search, as `hawada plan` leaves it.")] = None,
-    peers: Annotated[Path | None, typer.Option(help="File of other models' measurements.")] = None,
+    training: Annotated[Path | None, typer.Option(help="Folder of the training that made it.", **FOLDER)] = None,
+    search: Annotated[
+        Path | None, typer.Option(help="File of the search, as `hawada plan` leaves it.", **FILE)
+    ] = None,
+    peers: Annotated[Path | None, typer.Option(help="File of other models' measurements.", **FILE)] = None,
     pictures: Annotated[bool, typer.Option(help="Also write the pictures as files.")] = True,
 ) -> Said:
     """Write a page about a slim model: what was cut, and what it costs."""

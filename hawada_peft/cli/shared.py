@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -55,5 +56,6 @@ def gates_of(base: PreTrainedModel, adapter: str | None, *, hidden: bool) -> Pef
 
 
 def effort_of(level: str, *, fresh: bool) -> Effort:
-    """How hard is measured and searched, at `"quick"` or `"normal"`."""
-    return Effort.quick(fresh=fresh) if level == "quick" else Effort(fresh=fresh)
+    """How hard is measured and searched, at `"quick"`, `"normal"` or `"thorough"`."""
+    makes: dict[str, Callable[..., Effort]] = {"quick": Effort.quick, "normal": Effort, "thorough": Effort.thorough}
+    return makes[level](fresh=fresh)

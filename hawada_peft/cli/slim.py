@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..progress import Progress
-from .options import Fold, Model, Said, refuse, size
+from .options import FILE, Fold, Model, Said, refuse, size
 
 EXAMPLES = (
     "hawada slim ./teacher ./adapter ./slim",
@@ -44,7 +44,10 @@ def run(
             help="Folder or id of the trained gates, none with --plan; folder for the slim model, new or empty.",
         ),
     ],
-    plan: Annotated[Path | None, typer.Option(help="Plan to use instead of the one applied to the adapter.")] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="Plan to use instead of the one applied to the adapter.", **FILE),
+    ] = None,
     fold: Fold = True,
     max_shard_size: Annotated[
         int | None,
@@ -55,7 +58,8 @@ def run(
         typer.Option(help="What is looked at (files if left out); full also loads both models and compares logits."),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Load the model, and reconstruct on these examples: as for `hawada plan`.")
+        Path | None,
+        typer.Option(exists=True, help="Load the model, and reconstruct on these examples: as for `hawada plan`."),
     ] = None,
     examples: Annotated[int | None, typer.Option(min=1, help="Calibration examples at most; 64 if left out.")] = None,
     seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens per example of a text; 256 if left out.")] = None,
@@ -74,16 +78,8 @@ def run(
 
     *adapters, output = places
     adapter = adapters[0] if adapters else None
-    if adapter is None and plan is None:
-        raise typer.BadParameter("without an ADAPTER a --plan is needed: it says what is kept")
     batches = None
-    if calibration is None:
-        refuse({"--examples": examples, "--seq-len": seq_len, "--device": device}, "needs --calibration")
-    else:
-        refuse(
-            {"--max-shard-size": max_shard_size, "--verify": verify},
-            "does not go with --calibration, which slims in memory, where outputs are always compared",
-        )
+    if calibration is not None:
         device = checked_device(device or "cpu")
         batches = read_batches(calibration, base, seq_len=seq_len, examples=examples)
     made = slim_checkpoint(
@@ -99,3 +95,25 @@ def run(
         progress=progress,
     )
     return Said(str(made), made.to_dict())
+
+
+def check(base: str, places: list[str], plan: Path | None, calibration: Path | None, **options: Any) -> None:
+    """Refuse options that do not go together, and what is not there."""
+    from ..files.folder import check_free
+    from ..sources import ADAPTER_FILE, check_source
+
+    *adapters, output = places
+    if not adapters and plan is None:
+        raise typer.BadParameter("without an ADAPTER a --plan is needed: it says what is kept")
+    given = {f"--{name.replace('_', '-')}": each for name, each in options.items()}
+    if calibration is None:
+        refuse({name: given[name] for name in ("--examples", "--seq-len", "--device")}, "needs --calibration")
+    else:
+        refuse(
+            {name: given[name] for name in ("--max-shard-size", "--verify")},
+            "does not go with --calibration, which slims in memory, where outputs are always compared",
+        )
+    check_source(base)
+    for adapter in adapters:
+        check_source(adapter, ADAPTER_FILE)
+    check_free(output)

@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 from ..progress import Progress
 from .errors import say
@@ -45,6 +43,8 @@ def working(*, quiet: bool = False, debug: bool = False) -> Iterator[Progress | 
     ):
         warnings.simplefilter("ignore", FutureWarning)  # of one library to another
         warnings.showwarning = _show_once()
+        from .. import registered  # noqa: F401 (here: it takes seconds)
+
         try:
             yield partial(tqdm, file=sys.stderr) if shown else None
         finally:
@@ -55,6 +55,10 @@ def working(*, quiet: bool = False, debug: bool = False) -> Iterator[Progress | 
 @contextmanager
 def _other_libraries(*, shown: bool, quiet: bool) -> Iterator[None]:
     """The bars and notices of transformers and huggingface_hub; both are put back."""
+    # Here: they take half a second to import.
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
     bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     hub_bars = not are_progress_bars_disabled()
     if not shown:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..progress import Progress
-from .options import Said
+from .options import FILE, Said
 
 EXAMPLES = (
     "hawada train examples/recipes/tiny.yaml --dry-run",
@@ -19,7 +19,7 @@ EXAMPLES = (
 
 
 def run(
-    recipe: Annotated[Path, typer.Argument(help="YAML file: model, data, budget, gates, training, ...")],
+    recipe: Annotated[Path, typer.Argument(help="YAML file: model, data, budget, gates, training, ...", **FILE)],
     progress: Progress | None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Another value: section.name=value, as often as needed.")

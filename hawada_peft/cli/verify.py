@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Fold, Said
+from .options import FILE, Fold, Said, Slim
 
 EXAMPLES = (
     "hawada verify ./slim",
@@ -17,10 +17,10 @@ EXAMPLES = (
 
 
 def run(
-    slim: Annotated[Path, typer.Argument(help="Folder of the slim model.")],
+    slim: Slim,
     base: Annotated[str | None, typer.Option(help="Dense model: the slim one must be smaller.")] = None,
     adapter: Annotated[str | None, typer.Option(help="With --base: compare logits with the gated model.")] = None,
-    plan: Annotated[Path | None, typer.Option(help="Plan of the export; the report's if left out.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Plan of the export; the report's if left out.", **FILE)] = None,
     fold: Fold = True,
     compile: Annotated[bool, typer.Option("--compile", help="Also run it under torch.compile.")] = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="Also export it to ONNX, and run that.")] = False,

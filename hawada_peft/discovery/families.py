@@ -5,12 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from transformers import PreTrainedModel
+
 from ..vanilla import shape as sizes
-from ..vanilla.family import Family, Known, Part
+from ..vanilla.family import FINDERS, Family, Known, Part
 from ..vanilla.shape import SliceRule
 from .anatomy import FFN, HEADS, HIDDEN, INPUT, NORM, Anatomy, Axis, Place, Rows, Stack
+from .inspected import inspect
 
 Rules = dict[str, tuple[SliceRule, ...]]
+
+
+def find_parts(model: PreTrainedModel) -> list[Part]:
+    """
+    The parts of a model that can be slimmed, with the rows that were found for them.
+
+    Raises:
+        UnsupportedModelError: as `inspect`.
+    """
+    return parts_of(inspect(model))
 
 
 def parts_of(anatomy: Anatomy) -> list[Part]:
@@ -165,9 +178,7 @@ def _heads(axes: Sequence[Axis]) -> tuple[Axis | None, Axis | None]:
         return _largest([axis for axis in found if len(axis.numbers) <= 2]), None
     place = query.places[0].module
     whole = [
-        axis
-        for axis in found
-        if axis is not query and axis.units == query.groups and axis.places[0].module == place
+        axis for axis in found if axis is not query and axis.units == query.groups and axis.places[0].module == place
     ]
     return (query, whole[0]) if whole else (None, None)
 
@@ -211,3 +222,6 @@ def _add(rules: Rules, stack: Stack, rows: Mapping[str, Sequence[Rows]]) -> None
             found.setdefault((short, row.dim), {})[axis] = tuple(row.units())
     for (name, dim), units in found.items():
         rules[name] = (*rules.get(name, ()), SliceRule(dim, tuple(units), 0, tuple(units.values())))
+
+
+FINDERS.append(find_parts)

@@ -21,7 +21,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..errors import UnsupportedModelError
-from ..vanilla.loading import check_source
+from ..sources import check_source
 from ..vanilla.skeleton import skeleton_of
 from .names import CARD_NAME, REPORT_NAME
 from .shards import FLOATS, Stored, read_header, read_rows

@@ -19,11 +19,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from ..discovery.inputs import example_inputs
 from ..errors import UnsupportedModelError
 from ..vanilla.family import Layout
 from ..vanilla.legality import build_sizes
 from ..vanilla.modules import gateable, norm_offset
-from ..vanilla.outputs import example_inputs
 from ..vanilla.resize import edit_config
 from ..vanilla.shape import Shape
 from ..vanilla.skeleton import build_empty

@@ -1,14 +1,23 @@
 """For whoever measures: the clock, how hard it works (`Effort`), the table of costs, the estimate, the budget."""
 
-from .budget import LatencyBudget
-from .build import build_table
-from .clock import Clock
-from .effort import Effort
-from .measuring import measure_built, measure_many
-from .regime import Regime
-from .table import LatencyTable, Realised
-from .timing import Timing
-from .toy import ToyClock
+from typing import TYPE_CHECKING
+
+from ..lazy import names_of
+
+if TYPE_CHECKING:
+    from .budget import LatencyBudget as LatencyBudget
+    from .build import build_table as build_table
+    from .clock import Clock as Clock
+    from .effort import Effort as Effort
+    from .measuring import measure_built as measure_built
+    from .measuring import measure_many as measure_many
+    from .regime import Regime as Regime
+    from .table import LatencyTable as LatencyTable
+    from .table import Realised as Realised
+    from .timing import Timing as Timing
+    from .toy import ToyClock as ToyClock
+else:
+    __getattr__, __dir__ = names_of(__name__, __file__)
 
 __all__ = [
     "Clock",

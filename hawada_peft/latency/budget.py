@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..errors import InvalidBudgetError
 from .checks import is_number
@@ -44,11 +44,14 @@ class LatencyBudget(Conditions):
         20.0
     """
 
-    speedup: float | None = None
-    latency_ms: float | None = None
-    fraction: float | None = None
-    max_parameters: int | None = None
-    max_memory: float | None = None
+    speedup: float | None = field(default=None, metadata={"help": "Times faster than the dense model."})
+    latency_ms: float | None = field(default=None, metadata={"help": "Milliseconds per call."})
+    fraction: float | None = field(default=None, metadata={"help": "Of the dense model's latency."})
+    max_parameters: int | None = field(default=None, metadata={"help": "Parameters at most."})
+    max_memory: float | None = field(
+        default=None,
+        metadata={"help": "Of weights and KV cache at most, as 2GB or 500MB.", "unit": "bytes"},
+    )
 
     def __post_init__(self) -> None:
         problems = list(self._problems())

@@ -109,6 +109,16 @@ class Effort:
         """
         return cls(**(QUICK | changes))
 
+    @classmethod
+    def thorough(cls, **changes: Any) -> Effort:
+        """
+        Several times as long as by default: for noisy machines, and budgets in which each percent counts.
+
+        Args:
+            changes: fields that differ from that.
+        """
+        return cls(**(THOROUGH | changes))
+
     def confirming(self) -> Effort:
         """How the shapes of a search are timed: longer than those of a table, as a budget hangs on each."""
         return replace(
@@ -184,3 +194,17 @@ QUICK: dict[str, Any] = {
     "instances": 1,
 }
 """`Effort.quick`."""
+
+THOROUGH: dict[str, Any] = {
+    "min_rounds": 30,
+    "max_rounds": 240,
+    "max_seconds": 60.0,
+    "tolerance": 0.004,
+    "attention_sizes": 80,
+    "ffn_sizes": 49,
+    "whole_shapes": 24,
+    "candidates": 8,
+    "search_rounds": 24,
+    "instances": 7,
+}
+"""`Effort.thorough`."""

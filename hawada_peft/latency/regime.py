@@ -1,4 +1,7 @@
-"""The regime: under which conditions a latency is measured, and on what."""
+"""
+The regime: under which conditions a latency is measured, and on what. The command line reads its options off the
+fields, so torch is imported where a regime is looked at.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,17 @@ import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidRegimeError
 from .checks import is_whole
 
+if TYPE_CHECKING:
+    import torch
+
 MODES = ("prefill", "decode", "forward")
 BACKENDS = ("eager", "compile", "cuda_graph")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Conditions:
     image_size: int | None = field(
         default=None, metadata={"help": "Pixels along each side; the config's if left out."}
     )
-    dtype: str | None = field(default=None, metadata={"choices": tuple(DTYPES), "help": "The model's if left out."})
+    dtype: str | None = field(default=None, metadata={"choices": DTYPES, "help": "The model's if left out."})
     backend: str = field(default="eager", metadata={"choices": BACKENDS, "help": "How it is run."})
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1, ..."})
 
@@ -84,13 +88,12 @@ class Conditions:
         Raises:
             InvalidRegimeError: if they do not fit together.
         """
-        names = {value: name for name, value in DTYPES.items()}
         return Regime(
             mode=self.mode or ("prefill" if generates else "forward"),
             batch_size=self.batch_size,
             seq_len=self.seq_len,
             image_size=self.image_size,
-            dtype=self.dtype or names.get(dtype, str(dtype)),
+            dtype=self.dtype or str(dtype).removeprefix("torch."),
             backend=self.backend,
             device=self.device or str(device),
         )
@@ -126,11 +129,16 @@ class Regime(Conditions):
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype as torch names it."""
-        return DTYPES[self.dtype]
+        import torch  # here and below: a command line that is only read does without
+
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
 
     @property
     def device_name(self) -> str:
         """What the device is, e.g. `"NVIDIA H200"`; for a CPU with the number of threads that torch uses."""
+        import torch
+
         device = torch.device(self.device)
         if device.type == "cuda":
             return torch.cuda.get_device_name(device)
@@ -163,6 +171,10 @@ class Regime(Conditions):
 
 def _kind_of_device(device: object) -> str:
     """`"cpu"`, `"cuda"`, ...; empty if torch knows no such device."""
+    if device in ("cpu", "cuda"):
+        return str(device)
+    import torch
+
     try:
         return torch.device(device).type if isinstance(device, str) else ""
     except RuntimeError:

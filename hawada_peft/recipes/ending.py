@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, cast
 
+import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 from torch import nn
 from torch.utils.data import Dataset
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..latency.budget import LatencyBudget
 from ..latency.measuring import measure_many
-from ..latency.regime import DTYPES, Regime
+from ..latency.regime import Regime
 from ..latency.timing import Timing
 from ..planning.plan import Plan
 from ..search.timed import regime_of
@@ -44,7 +45,7 @@ def finish(
     """Evaluate, time and save."""
     dense, slim = (model.eval() for model in models)
     if recipe.save_dtype is not None:
-        nn.Module.to(slim, dtype=DTYPES[recipe.save_dtype])
+        nn.Module.to(slim, dtype=getattr(torch, recipe.save_dtype))
     state = PartialState()
     result = None
     if state.is_main_process:

@@ -67,7 +67,7 @@ def sections() -> dict[str, Hints]:
     within = dict.fromkeys(("budget", "shape", "search", "gates", "training", "reconstruction", "recovery"))
     return {
         "recipe": {"model": str, "output": str, "data": None, **within, "race": bool, "keep_ratio": number}
-        | {"dtype": Literal[("auto", *DTYPES)], "save_dtype": Literal[tuple(DTYPES)], "seed": int},
+        | {"dtype": Literal[("auto", *DTYPES)], "save_dtype": Literal[DTYPES], "seed": int},
         "data": fields_of(DataSource),
         "budget": fields_of(LatencyBudget),
         "shape": fields_of(Shape),

@@ -15,6 +15,9 @@ from ..vanilla.outputs import output_of
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 """What makes one sum of those of all ranks."""
 
+KEPT_BYTES = 2**30
+"""Outputs of a dense model that are kept to compare several others with."""
+
 
 def all_reduced(tensor: torch.Tensor) -> torch.Tensor:
     """The sum over ranks, in place, where `torch.distributed` is in use."""
@@ -43,8 +46,36 @@ def divergence(
         The head's metric (`head_of`): `"kl"` and KL(dense || slim) in nats, of classes or of independent labels;
         `"mse"` and the mean squared difference of outputs that are no distribution.
     """
-    pairs = ((batch, output_of(dense, batch), output_of(slim, batch)) for batch in batches)
-    return mean_divergence(dense, pairs, reduce)
+    return Expected(dense, batches, kept_bytes=0).divergence(slim, reduce)
+
+
+class Expected:
+    """
+    What a dense model gives on some batches, computed once.
+
+    Args:
+        dense: the model.
+        batches: keyword arguments of its forward pass, without labels.
+        kept_bytes: its outputs are kept up to this size; those of further batches are computed each time.
+    """
+
+    def __init__(self, dense: PreTrainedModel, batches: Sequence[Batch], kept_bytes: int = KEPT_BYTES) -> None:
+        self.dense, self.batches = dense, batches
+        self._room, self._kept = kept_bytes, dict[int, torch.Tensor]()
+
+    def divergence(self, slim: PreTrainedModel, reduce: Reduce = all_reduced) -> tuple[str, float]:
+        """As the function `divergence` of this module says."""
+        pairs = ((batch, self._output(index), output_of(slim, batch)) for index, batch in enumerate(self.batches))
+        return mean_divergence(self.dense, pairs, reduce)
+
+    def _output(self, index: int) -> torch.Tensor:
+        if index in self._kept:
+            return self._kept[index]
+        output = output_of(self.dense, self.batches[index])
+        if output.nbytes <= self._room:
+            self._room -= output.nbytes
+            self._kept[index] = output
+        return output
 
 
 def mean_divergence(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -11,22 +11,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..vanilla.batches import Batch, main_input, rows_of
 from ..vanilla.family import Layout
+from .calls import Call
 
-Batch = Mapping[str, Any]
 Gains = tuple[torch.Tensor, torch.Tensor] | None
 
 
 class _EnoughError(Exception):
     """Ends a forward pass at the module whose input was wanted."""
-
-
-@dataclass
-class Call:
-    """How the model calls one layer on one batch, hidden states left out."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 @dataclass
@@ -39,43 +32,72 @@ class Stream:
         layout: its family row and sizes.
         hidden: (batch, positions, hidden_size) per batch, as the next layer takes it.
         calls: per batch, how every layer is called.
+        rows: of the first batch, 1 or all, that `row_calls` go with.
+        row_calls: how every layer is called on those.
     """
 
     model: PreTrainedModel
     layout: Layout
     hidden: list[torch.Tensor] = field(default_factory=list)
     calls: list[list[Call]] = field(default_factory=list)
+    rows: int = 0
+    row_calls: list[Call] = field(default_factory=list)
 
     @classmethod
     def start(cls, model: PreTrainedModel, layout: Layout, batches: Sequence[Batch]) -> Stream:
-        """The stream before the first layer, and the calls, from one forward pass of the body per batch."""
+        """
+        The stream before the first layer, and the calls.
+
+        One row of each kind of batch goes through the whole body. Layers that are called there with the very same
+        objects as an earlier one are called like that one on the other batches of the kind, which stop at the last
+        layer that has something new.
+        """
         stream = cls(model, layout)
-        body = cast(nn.Module, model.base_model)
-        # A cache would grow with every call of a layer.
-        options = {"use_cache": False} if "use_cache" in model.config.to_dict() else {}
+        kinds: dict[Any, list[Call]] = {}
         for batch in batches:
-            calls: list[Call] = []
-            inputs: list[torch.Tensor] = []
-
-            def record(
-                module: nn.Module,
-                args: tuple[Any, ...],
-                kwargs: dict[str, Any],
-                calls: list[Call] = calls,
-                inputs: list[torch.Tensor] = inputs,
-            ) -> None:
-                kwargs = dict(kwargs)
-                hidden = args[0] if args else kwargs.pop("hidden_states")
-                calls.append(Call(args[1:], kwargs))
-                inputs[:] = inputs or [hidden]
-
-            with ExitStack() as hooks:
-                for layer in stream.layers:
-                    hooks.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
-                body(**(options | dict(batch)))
-            stream.hidden.append(inputs[0])
-            stream.calls.append(calls)
+            kind = tuple((name, value.shape[1:] if _is_tensor(value) else ()) for name, value in sorted(batch.items()))
+            if kind not in kinds:
+                row, kinds[kind] = stream._record(stream._first_row(batch), len(stream.layers))
+                if not stream.row_calls:
+                    stream.rows, stream.row_calls = len(row), kinds[kind]
+            sample = kinds[kind]
+            like = [next(index for index, other in enumerate(sample) if other.same(call)) for call in sample]
+            hidden, calls = stream._record(batch, max(like) + 1)
+            if not all(call.absent == other.absent for call, other in zip(calls, sample, strict=False)):
+                # Masks that were not needed for the first row: whose they are shows only where there are some.
+                hidden, calls = stream._record(batch, len(stream.layers))
+                kinds[kind], like = calls, list(range(len(calls)))
+            stream.calls.append([calls[index] for index in like])
+            stream.hidden.append(hidden)
         return stream
+
+    def _first_row(self, batch: Batch) -> Batch:
+        """A batch of one of its rows; the batch, if it cannot be taken apart."""
+        rows = len(main_input(self.model, batch))
+        alike = {len(value) for value in batch.values() if _is_tensor(value) and value.ndim} == {rows}
+        return rows_of(batch, slice(1), rows) if alike else batch
+
+    def _record(self, batch: Batch, count: int) -> tuple[torch.Tensor, list[Call]]:
+        """What goes into the first layer, and how the first `count` layers are called."""
+        # A cache would grow with every call of a layer.
+        options = {"use_cache": False} if "use_cache" in self.model.config.to_dict() else {}
+        calls: list[Call] = []
+        inputs: list[torch.Tensor] = []
+
+        def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            kwargs = dict(kwargs)
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            calls.append(Call(args[1:], kwargs))
+            inputs[:] = inputs or [hidden]
+            if len(calls) == count:
+                raise _EnoughError
+
+        with ExitStack() as hooks:
+            for layer in self.layers:
+                hooks.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
+            with suppress(_EnoughError):
+                cast(nn.Module, self.model.base_model)(**(options | dict(batch)))
+        return inputs[0], calls
 
     @property
     def layers(self) -> Sequence[nn.Module]:
@@ -92,12 +114,32 @@ class Stream:
 
     def call(self, layer: int, number: int, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """A layer's output on a batch's stream, or on other hidden states of its shape."""
-        call = self.calls[number][layer]
-        output = self.layers[layer](self.hidden[number] if hidden is None else hidden, *call.args, **call.kwargs)
+        return self._called(layer, self.calls[number][layer], self.hidden[number] if hidden is None else hidden)
+
+    def _called(self, layer: int, call: Call, hidden: torch.Tensor) -> torch.Tensor:
+        output = self.layers[layer](hidden, *call.args, **call.kwargs)
         return output if isinstance(output, torch.Tensor) else output[0]
+
+    @property
+    def row(self) -> torch.Tensor:
+        """The stream that `row_calls` go with: (rows, positions, hidden_size)."""
+        return self.hidden[0][: self.rows]
+
+    def call_row(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """A layer's output on hidden states of the shape of `row`."""
+        return self._called(layer, self.row_calls[layer], hidden)
 
     def outputs(self, layer: int, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The outputs of a layer, of its attention's projection and of its FFN's, on a batch's stream."""
+        return self._outputs(layer, self.calls[number][layer], self.hidden[number])
+
+    def outputs_of_row(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same on `row`."""
+        return self._outputs(layer, self.row_calls[layer], self.row)
+
+    def _outputs(
+        self, layer: int, call: Call, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         attention, ffn = self.attention_out(layer), self.ffn_out(layer)
         found: dict[nn.Module, torch.Tensor] = {}
 
@@ -107,7 +149,7 @@ class Stream:
         with ExitStack() as hooks:
             for module in (attention, ffn):
                 hooks.callback(module.register_forward_hook(keep).remove)
-            output = self.call(layer, number)
+            output = self._called(layer, call, hidden)
         return output, found[attention], found[ffn]
 
     def inputs_at(self, module: nn.Module, layer: int, number: int, gains: Gains) -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,13 +221,13 @@ def residual_gains(stream: Stream, layer: int) -> Gains:
     What multiplies the outputs of a layer's two projections where they are added to the residual stream.
 
     Found by calling the layer on zeros with one projection's output replaced by ones and the other's by zeros, and
-    checked on the first batch: `output = input + gain_a * attention + gain_f * ffn`.
+    checked on a row of the first batch: `output = input + gain_a * attention + gain_f * ffn`.
 
     Returns:
         Two tensors of (hidden_size,); None if the layer does not add its blocks up like this (a norm in between).
     """
-    ends = stream.attention_out(layer), stream.ffn_out(layer)
-    zeros = torch.zeros_like(stream.hidden[0])
+    ends, row = (stream.attention_out(layer), stream.ffn_out(layer)), stream.row
+    zeros = torch.zeros_like(row)
 
     def probe(attention: float, ffn: float) -> torch.Tensor:
         with ExitStack() as hooks:
@@ -195,10 +237,14 @@ def residual_gains(stream: Stream, layer: int) -> Gains:
                         lambda _module, _args, out, value=value: torch.full_like(out, value)
                     ).remove
                 )
-            return stream.call(layer, 0, zeros).flatten(0, -2)[0]
+            return stream.call_row(layer, zeros).flatten(0, -2)[0]
 
     gains = probe(1.0, 0.0), probe(0.0, 1.0)
-    output, attention, ffn = (tensor.float() for tensor in stream.outputs(layer, 0))
-    expected = stream.hidden[0].float() + gains[0].float() * attention + gains[1].float() * ffn
-    rounding = 8 * torch.finfo(stream.hidden[0].dtype).eps
+    output, attention, ffn = (tensor.float() for tensor in stream.outputs_of_row(layer))
+    expected = row.float() + gains[0].float() * attention + gains[1].float() * ffn
+    rounding = 8 * torch.finfo(row.dtype).eps
     return gains if (output - expected).norm() <= rounding * output.norm() else None
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModelError
-from .least_squares import Moments, refit
+from .least_squares import Fit, Moments
 
 Projection = nn.Linear | Conv1D
 
@@ -76,38 +77,62 @@ def choose(
         fitted, held_out: moments of its inputs, and of targets in units of the residual stream.
         gain: (out_features,), what multiplies its output before it is added to the stream; None for targets in units
             of its own output.
-        dampings: the candidates.
+        dampings: the candidates. They are looked through from the middle, for as long as it gets better.
 
     Returns:
         What was chosen.
     """
     scale = torch.ones_like(fitted.y) if gain is None else gain.double()
     inverse = torch.where(scale == 0, 0.0, 1 / scale)  # an output that is multiplied by zero stays as it is
-
-    def error(weight: torch.Tensor, bias: torch.Tensor | None) -> float:
-        return held_out.error(scale[:, None] * weight.double(), None if bias is None else scale * bias.double())
-
     weight, bias = _map(module)
-    total = max(float(held_out.yy), torch.finfo(torch.float64).tiny)
-    before = best = error(weight, bias)
-    damping, chosen = None, None
     prior = scale[:, None] * weight.double(), None if bias is None else scale * bias.double()
-    for candidate in dampings:
-        solved = refit(fitted, *prior, candidate)
-        if solved is None:
-            continue
-        new = (weight.double() + inverse[:, None] * (solved[0] - prior[0])).to(weight.dtype)
-        new_bias = None
-        if bias is not None and solved[1] is not None and prior[1] is not None:
-            new_bias = (bias.double() + inverse * (solved[1] - prior[1])).to(bias.dtype)
-        found = error(new, new_bias)
-        if found < best - ROUNDING * total:
-            best, damping, chosen = found, candidate, (new, new_bias)
-    if chosen is not None:
-        module.weight.data = chosen[0].T.contiguous() if isinstance(module, Conv1D) else chosen[0]
-        if chosen[1] is not None:
-            module.bias.data = chosen[1]
-    return Refit(name, before / total, best / total, damping, gain is not None)
+    fit, held = Fit(fitted, *prior), Fit(held_out, *prior)
+    total = max(float(held_out.yy), torch.finfo(torch.float64).tiny)
+
+    def refitted(damping: float) -> _Candidate:
+        step = fit.step(damping)
+        if step is None:
+            return _Candidate(math.inf, damping, weight, bias)
+        new = (weight.double() + inverse[:, None] * step[0]).to(weight.dtype)
+        change = scale[:, None] * new.double() - prior[0]
+        if bias is None or step[1] is None or prior[1] is None:
+            return _Candidate(held.error_after(change, None), damping, new, None)
+        new_bias = (bias.double() + inverse * step[1]).to(bias.dtype)
+        shift = scale * new_bias.double() - prior[1]
+        return _Candidate(held.error_after(change, shift), damping, new, new_bias)
+
+    best = _least(refitted, sorted(dampings))
+    if best.error >= held.error - ROUNDING * total:
+        return Refit(name, held.error / total, held.error / total, None, gain is not None)
+    module.weight.data = best.weight.T.contiguous() if isinstance(module, Conv1D) else best.weight
+    if best.bias is not None:
+        module.bias.data = best.bias
+    return Refit(name, held.error / total, best.error / total, best.damping, gain is not None)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A refit, and its error on held-out moments; infinite if there is none."""
+
+    error: float
+    damping: float
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+def _least(refitted: Callable[[float], _Candidate], dampings: Sequence[float]) -> _Candidate:
+    """From the middle of the dampings upwards for as long as it gets better; if it does not, downwards."""
+    middle = (len(dampings) - 1) // 2
+    start = best = refitted(dampings[middle])
+    for others in (dampings[middle + 1 :], dampings[:middle][::-1]):
+        for damping in others:
+            found = refitted(damping)
+            if found.error >= best.error:
+                break
+            best = found
+        if best is not start:
+            break
+    return best
 
 
 def _map(module: Projection) -> tuple[torch.Tensor, torch.Tensor | None]:

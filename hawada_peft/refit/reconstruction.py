@@ -18,7 +18,7 @@ from ..vanilla.batches import Batch, position_mask
 from ..vanilla.family import locate
 from ..vanilla.mode import evaluating
 from ..vanilla.modules import parameters_of
-from .fidelity import Reduce, all_reduced, divergence
+from .fidelity import Expected, Reduce, all_reduced
 from .held_out import HELD_OUT, split
 from .layerwise import Stream
 from .projections import Refit, as_projection
@@ -85,7 +85,8 @@ def reconstruct(
     the plain weights come back if the reconstructed ones are not better.
 
     Holds in memory, besides both models: the hidden states of all batches in both models and twice more for the
-    targets, the moments of one projection, and the plain weights of the slim model's projections. Where
+    targets, the inputs and the moments of one projection, the plain weights of the slim model's projections, and up to
+    1 GiB of the dense model's outputs on held-out batches. Where
     `torch.distributed` is in use every rank passes its own batches, and all get the same weights.
 
     Args:
@@ -186,7 +187,8 @@ def refit_model(
         coordinates = coordinates.to(slim.device)
     fitted, held = split(calibration, slim, held_out, reduce)
     with evaluating(dense, slim), torch.no_grad():
-        metric, before = divergence(dense, slim, held, reduce)
+        expected = Expected(dense, held)
+        metric, before = expected.divergence(slim, reduce)
         teacher, student = (
             Stream.start(model, row, [*fitted, *held]) for model, row in ((dense, teacher_layout), (slim, layout))
         )
@@ -208,7 +210,7 @@ def refit_model(
             refits = tuple(
                 progress_bar(progress, iterable=layers, total=len(ends), desc="reconstructing", leave=False)
             )
-            _, after = divergence(dense, slim, held, reduce)
+            _, after = expected.divergence(slim, reduce)
             applied = after < before
         finally:  # also when a layer fails: never a model that is refitted in part
             if not applied:

@@ -40,6 +40,7 @@ def refit_layers(
         for which, (name, wanted) in enumerate(zip(names, targets, strict=True)):
             module = as_projection(student.model.get_submodule(name), name)
             fit, held = new_moments(module), new_moments(module)
+            kept: list[tuple[torch.Tensor, torch.Tensor]] = []
             for number, mask in enumerate(masks):
                 inputs, stream = student.inputs_at(module, index, number, gains)
                 added = wanted[number].output.float()
@@ -51,8 +52,13 @@ def refit_layers(
                 rows = slice(None) if mask is None else mask.flatten()
                 moments = fit if number < fit_count else held
                 moments.add(inputs.flatten(0, -2)[rows], added.flatten(0, -2)[rows])
+                if gains is not None and which == 1:
+                    kept.append((inputs, stream))
             wanted.clear()
             gain = None if gains is None else gains[which]
             yield choose(name, module, fit.reduced(reduce), held.reduced(reduce), gain, dampings)
-        student.advance(index)
+            for number, (inputs, stream) in enumerate(kept):  # what the layer gives, without another pass through it
+                student.hidden[number] = stream + gain * module(inputs)
+        if gains is None:
+            student.advance(index)
         logger.debug("layer %d of %d is refitted", index + 1, len(plan.layers))

@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from ..config import HawAdaConfig
+from ..discovery.inputs import example_inputs
 from ..errors import HawAdaError, InvalidPlanError
 from ..files.checkpoint import Checkpoint
 from ..files.folder import check_free, new_folder
@@ -26,7 +27,6 @@ from ..planning.plan import Plan
 from ..progress import Progress
 from ..surgery.fold import gates_config
 from ..vanilla.loading import load_model, processor_of
-from ..vanilla.outputs import example_inputs
 from .facts import ExportFacts, calibration_facts
 from .save import Slimmed, save_slim
 from .stream import NO_PLAN, _Export

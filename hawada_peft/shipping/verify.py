@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..discovery.inputs import example_inputs
 from ..errors import HawAdaError, IncompatibleBaseError, InvalidPlanError, VerificationError
 from ..files.checkpoint import Checkpoint
 from ..files.digests import digest_problems
@@ -28,7 +29,7 @@ from ..surgery.fold import gates_config
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch, check_batch
 from ..vanilla.family import locate
-from ..vanilla.outputs import example_inputs, output_of, outputs_of
+from ..vanilla.outputs import output_of, outputs_of
 from ..vanilla.rehoming import has_twin, twin_skeleton
 from ..vanilla.skeleton import auto_class_of
 from .checks import Check, Verification

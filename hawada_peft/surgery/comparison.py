@@ -10,13 +10,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..discovery.inputs import example_inputs
 from ..errors import BrokenGatesError, HawAdaError, InvalidPlanError, VerificationError
 from ..files.verify import TOLERANCE, compare
 from ..gates.adapter import GateAdapter
 from ..gates.kinds import SigmoidGate
 from ..vanilla.batches import Batch, check_batch
 from ..vanilla.heads import is_bare
-from ..vanilla.outputs import example_inputs, outputs_of
+from ..vanilla.outputs import outputs_of
 from .dense import put_back
 from .source import StreamChange, below_at
 

@@ -18,7 +18,7 @@ from ..errors import BrokenGatesError, HawAdaError, UnsupportedModelError
 from ..gates.adapter import GateAdapter
 from ..gates.lora import sound_lora_layers
 from ..gates.saved import check_adapter_file
-from ..vanilla.loading import ADAPTER_FILE, check_source
+from ..sources import ADAPTER_FILE, check_source
 from ..vanilla.modules import Base, fold_factors, parameters_of
 
 DEFAULT = "default"

@@ -390,8 +390,7 @@ def _measured(model: PreTrainedModel, part: Part, root: str) -> Layout:
     stack = find_module(model, part.stack, config.model_type)
     if not isinstance(stack, nn.ModuleList | nn.Sequential) or len(stack) == 0:
         raise UnsupportedModelError(
-            f"model_type={config.model_type!r}: {part.stack!r} should be a list of layers, is a "
-            f"{type(stack).__name__}"
+            f"model_type={config.model_type!r}: {part.stack!r} should be a list of layers, is a {type(stack).__name__}"
         )
     heads = int(value_at(config, family.heads_field)) if family.attention_out else 1
     attention, ffn = _inputs(model, part, family.attention_out), _inputs(model, part, family.ffn_out)
