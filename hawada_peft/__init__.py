@@ -10,41 +10,13 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-<<<<<<< HEAD
-from ._register import register
-from .basis.find import init_basis
-from .basis.rotation import rotate
-from .config import HawAdaConfig
-from .discovery.inspected import inspect
-from .distil.recovery import recover
-from .distil.trainer import DistillTrainer
-from .gates.attach import attach_adapters, collect_gates
-from .latency.budget import LatencyBudget
-from .latency.effort import Effort
-from .model import HawAdaModel
-from .page.write import write_report
-from .planning.plan import Plan
-from .race.race import Race
-from .recipes.run import train_recipe
-from .search.budgeted import find_plan
-from .search.result import SearchResult
-from .shipping.checkpoint import slim_checkpoint
-from .shipping.facts import ExportFacts, QualityChange
-from .shipping.save import Slimmed, save_slim
-from .shipping.verify import verify_slim
-from .surgery.slimming import slim
-from .training.arguments import GateTrainingArguments
-from .training.start import init_gates
-from .training.trainer import HawAdaTrainer
-from .vanilla.family import Family, register_family
-from .vanilla.shape import Shape
-=======
 from .lazy import names_of
 
 if TYPE_CHECKING:
     from .basis.find import init_basis as init_basis
     from .basis.rotation import rotate as rotate
     from .config import HawAdaConfig as HawAdaConfig
+    from .discovery.inspected import inspect as inspect
     from .distil.recovery import recover as recover
     from .distil.trainer import DistillTrainer as DistillTrainer
     from .gates.attach import attach_adapters as attach_adapters
@@ -73,7 +45,6 @@ if TYPE_CHECKING:
     from .vanilla.shape import Shape as Shape
 else:
     __getattr__, __dir__ = names_of(__name__, __file__)
->>>>>>> main
 
 __version__ = version("hawada_peft")
 
