@@ -24,8 +24,6 @@ DISTIL = {"vocab_size": 128, "max_position_embeddings": 64, "dim": 64, "n_heads"
 DISENTANGLED = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
 CONV = {"conv_dim": (32, 32), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2}
 WAVES = CONV | {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "vocab_size": 32}
-PER_LAYER = {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 0}
-GEMMA4 = LM | PER_LAYER | {"global_head_dim": 8, "sliding_window": 6, "layer_types": ["full_attention"] * 4}
 
 
 def _lm(family: str, slim: Shape = HEADS, fields: dict[str, Any] = LM, **more: Any) -> Row:
@@ -75,7 +73,6 @@ FURTHER: dict[str, Row] = {
     "videomae": Row(
         "VideoMAEForVideoClassification", "VideoMAEConfig", VISION | {"num_frames": 4, "tubelet_size": 2}, BOUND
     ),
-    "gemma4_text": Row("Gemma4ForCausalLM", "Gemma4TextConfig", GEMMA4, HEADS),
     "olmo3": _lm("Olmo3", fields=PLAIN_LM, sliding_window=6),
     "roberta": Row("RobertaForSequenceClassification", "RobertaConfig", TOKENS | SIZES | {"num_labels": 3}, BOUND),
     "distilbert": Row("DistilBertModel", "DistilBertConfig", DISTIL, BOUND),

@@ -40,7 +40,6 @@ EXPECTED = {
     "bert": (),
     "distilbert": (),
     "wav2vec2": (),
-    "gemma4_text": (),  # it scales what it has added to
 }
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import SIZES, Row, build, gate, scattered_plan
+from conftest import LM, SIZES, Row, build, difference, gate, logits_of, scattered_plan
 from families import BOUND, FURTHER
 from torch import nn
 
-from hawada_peft import Plan, Shape, slim
+from hawada_peft import Plan, Shape, save_slim, slim
 from hawada_peft.errors import HawAdaError, IllegalShapeError, UnsupportedModelError
 from hawada_peft.surgery.readers import mixes
-from hawada_peft.vanilla.family import Family, locate, register_family
+from hawada_peft.vanilla.family import FAMILIES, Family, locate, register_family
 from hawada_peft.vanilla.legality import depth_of
 
 YOLOS = Row(
@@ -26,7 +27,12 @@ YOLOS = Row(
 FEATURES = {"feature_projection_input_dim": 40, "conv_depthwise_kernel_size": 3, "vocab_size": 32}
 TWO_FFNS = Row("Wav2Vec2BertModel", "Wav2Vec2BertConfig", SIZES | FEATURES, BOUND)
 
+PER_LAYER = {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 0}
+KINDS_OF_LAYERS = {"global_head_dim": 8, "sliding_window": 6, "layer_types": ["full_attention"] * 4}
+TABLES = Row("Gemma4ForCausalLM", "Gemma4TextConfig", LM | PER_LAYER | KINDS_OF_LAYERS, Shape(4, 2, 40, 2))
+
 ROWS: dict[str, tuple[Row, Family]] = {
+    "gemma4_text": (TABLES, FAMILIES["gemma3_text"]),
     "yolos": (YOLOS, Family("encoder.layer", "attention.output.dense", "output.dense", head_dim_field="")),
     "wav2vec2-bert": (
         TWO_FFNS,
@@ -48,6 +54,21 @@ def test_a_place_without_a_gate_is_found_at_injection(model: Any) -> None:
         gate(model)
     gated = gate(model, gates=("heads", "layers"))  # nothing of the FFN is cut then
     assert gated.plan(keep_ratio={"layers": 0.5}).shape.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("model", ["gemma4_text"], indirect=True)
+def test_tables_outside_with_rows_per_layer_are_cut_with_the_layers(model: Any, tmp_path: Path) -> None:
+    assert depth_of(locate(model)).rows == {
+        "model.embed_tokens_per_layer.weight": (1, 16),
+        "model.per_layer_model_projection.weight": (0, 16),
+    }
+    gated = gate(model.double())
+    gated.apply_plan(scattered_plan(gated, TABLES.slim))
+    masked = logits_of(gated)
+    small = gated.merge_and_unload()
+    assert difference(logits_of(small), masked) < 1e-12
+    save_slim(small, tmp_path / "slim")
+    assert small.model.embed_tokens_per_layer.weight.shape == (128, 32)
 
 
 @pytest.mark.parametrize("model", ["yolos"], indirect=True)

@@ -1,4 +1,8 @@
-"""The gates of a family's positions, and a plan's masks on them."""
+"""
+The gates of a family's positions, and a plan's masks on them.
+
+Long because units, whole layers and the stream are placed and masked by the same rules.
+"""
 
 from __future__ import annotations
 

@@ -196,13 +196,13 @@ class Layout:
     tower: str = ""
     scope: str = ""
     known: Known | None = field(default=None, compare=False, repr=False)
-    _found: dict[Any, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     def once(self, key: Any, find: Callable[[], Found]) -> Found:
         """What building this layout's class tells, found at the first call with a key, and kept."""
-        if key not in self._found:
-            self._found[key] = find()
-        return cast(Found, self._found[key])
+        kept = vars(self).setdefault("_found", {})  # no field: another layout starts with none of it
+        if key not in kept:
+            kept[key] = find()
+        return cast(Found, kept[key])
 
     @property
     def tower_config(self) -> PreTrainedConfig:
