@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from ..errors import UnsupportedModelError
 from ..folders import default_cache
-from ..vanilla.loading import MODEL_FILE, check_source
+from ..sources import MODEL_FILE, check_source
 from ..vanilla.modules import check_unquantized
 from ..vanilla.skeleton import check_constructor
 from .anatomy import Anatomy
