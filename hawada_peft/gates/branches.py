@@ -190,19 +190,22 @@ def _arguments(model: PreTrainedModel, layer: nn.Module) -> tuple[tuple[Any, ...
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     hook = layer.register_forward_pre_hook(lambda _layer, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
     with hook:
-        for masked in (True, False):  # some look at the values of a mask, others at those of the positions without one
+        # Some look at the values of a mask, others at those of the positions without one, or of tokens of an image.
+        for masked, alone in ((True, False), (False, False), (True, True), (False, True)):
             if not seen:
-                _try(model, masked=masked)
+                _try(model, masked=masked, alone=alone)
     return seen[0] if seen else None
 
 
-def _try(model: PreTrainedModel, *, masked: bool) -> None:
+def _try(model: PreTrainedModel, *, masked: bool, alone: bool) -> None:
     """Run a model without values as far as it goes: nothing after the layer matters."""
     try:
         inputs = example_inputs(model)
+        if alone:
+            inputs = {name: value for name, value in inputs.items() if name.endswith("input_ids")} or inputs
         if "input_ids" in inputs:
             inputs |= {"attention_mask": torch.ones_like(inputs["input_ids"])} if masked else {}
-            inputs["use_cache"] = False  # type: ignore[assignment]
+            inputs["use_cache"] = False
         model(**inputs)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError):
         return

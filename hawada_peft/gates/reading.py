@@ -1,4 +1,8 @@
-"""The gates of a model, read: scores, expected sizes, the gate on the residual stream."""
+"""
+The gates of a model, read: scores, expected sizes, the gate on the residual stream.
+
+Long because each of them is read in its own way, and explained.
+"""
 
 from __future__ import annotations
 

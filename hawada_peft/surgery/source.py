@@ -52,9 +52,9 @@ def rows_of(rule: SliceRule, layout: Layout, plan: Plan, layer: int) -> torch.Te
         stays = torch.ones(len(rule.units[0]), dtype=torch.bool)
         for axis, units in zip(rule.segments, rule.units, strict=True):
             total = sizes[BY_NAME[axis].field]
-            kept = torch.zeros(total + 1, dtype=torch.bool)
-            kept[[*(plan.units(axis, layer) or range(total)), -1]] = True  # -1: a row of none of its units
-            stays &= kept[torch.tensor(units)]
+            here = torch.zeros(total + 1, dtype=torch.bool)
+            here[[*(plan.units(axis, layer) or range(total)), -1]] = True  # -1: a row of none of its units
+            stays &= here[torch.tensor(units)]
         return stays.nonzero()[:, 0]
     for axis in rule.segments:
         total = sizes[BY_NAME[axis].field]
