@@ -110,7 +110,6 @@ def _row(stack: Stack, axes: Sequence[Axis], scope: str, anatomy: Anatomy) -> tu
         layer_stages=tuple(map(field, stack.stages)),
         leading=tuple(map(field, stack.leading)),
         removed=tuple(map(field, stack.removed)),
-        pinned=tuple((each.layer, each.reason) for each in stack.pinned),
     )
     if ffn is not None:
         number = ffn.numbers[0]
@@ -156,6 +155,7 @@ def _row(stack: Stack, axes: Sequence[Axis], scope: str, anatomy: Anatomy) -> tu
         {axis: frozenset(_layers(each)) for axis, each in cut.items() if each is not None},
         # Discovery names them from the last to the first.
         tuple(names[::-1] for names in stack.branches),
+        {each.layer: each.reason for each in stack.pinned},
         {each.parameter: (each.dim, each.width) for each in stack.per_layer},
     )
 

@@ -34,10 +34,10 @@ def find_axes(
     Raises:
         UnsupportedModelError: if a dimension is not made of whole units, or of several things in an undeclared order.
     """
-    if layout.known is not None:
+    if layout.facts is not None:
         found = {
             name: tuple(rule for rule in each if hidden or HIDDEN not in rule.segments)
-            for name, each in layout.known.rules.items()
+            for name, each in layout.facts.rules.items()
         }
         return {name: each for name, each in found.items() if each}
     rules, problems = layout.once(("axes", hidden), lambda: _find_axes(layout, hidden))

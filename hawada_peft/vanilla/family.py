@@ -19,10 +19,14 @@ from transformers.backbone_utils import BackboneConfigMixin
 from ..errors import UnsupportedModelError
 from .modules import feature_sizes
 from .shape import FFN, HEADS, HIDDEN, Shape, SliceRule
+from .skeleton import build_empty
 from .towers import Tower, config_at, towers_of, value_at
 
 TOWER = "_hawada_tower"
 """Attribute of a model: which of its towers is slimmed."""
+
+PART = "_hawada_part"
+"""Attribute of a model without a row: what was found of that tower."""
 
 Found = TypeVar("Found")
 
@@ -128,6 +132,7 @@ class Known:
         sizes (`Mapping[str, Container[int]]`): the numbers of units that are built as asked, by the axis.
         layers (`Mapping[str, Container[int]]`): the layers that have units of an axis, by the axis.
         branches (`tuple[tuple[str, ...], ...]`): of every layer what `Family.branches` says of all.
+        pinned (`Mapping[int, str]`): layers that must stay, each with the reason.
         per_layer (`Mapping[str, tuple[int, int]]`): tensors outside of the layers with a stretch for each of them:
             along which dimension, and how long a stretch is.
     """
@@ -136,7 +141,13 @@ class Known:
     sizes: Mapping[str, Container[int]]
     layers: Mapping[str, Container[int]]
     branches: tuple[tuple[str, ...], ...]
+    pinned: Mapping[int, str] = field(default_factory=dict)
     per_layer: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def left(self, layers: Sequence[int]) -> Known:
+        """What is still known when some layers are left, of other sizes: where things are."""
+        kept = {axis: {new for new, old in enumerate(layers) if old in some} for axis, some in self.layers.items()}
+        return Known({}, {}, kept, tuple(self.branches[layer] for layer in layers))
 
 
 @dataclass(frozen=True)
@@ -203,6 +214,24 @@ class Layout:
         if key not in kept:
             kept[key] = find()
         return cast(Found, kept[key])
+
+    @property
+    def facts(self) -> Known | None:
+        """
+        What was found with the row, of these sizes: found again where the model was cut.
+
+        Raises:
+            UnsupportedModelError: as the finders.
+        """
+        if self.known is None or self.known.rules or self.known.sizes:
+            return self.known
+        return self.once("facts", self._found_again)
+
+    def _found_again(self) -> Known:
+        parts = [part for find in FINDERS for part in find(build_empty(self.model_class, self.config))]
+        found = [part.known for part in parts if part.stack == self.stack and part.known is not None]
+        everything = range(self.dense.sizes()["num_hidden_layers"])
+        return found[0] if found else cast(Known, self.known).left(everything)
 
     @property
     def tower_config(self) -> PreTrainedConfig:
@@ -316,6 +345,9 @@ def locate(model: nn.Module, tower: str | None = None) -> Layout:
             "Please specify `target_modules` in `peft_config` to gate the inputs of modules by name."
         )
     wanted = vars(model).get(TOWER) if tower is None else tower
+    held = vars(model).get(PART)
+    if held is not None and wanted in (None, held.tower):
+        return _measured(model, held, "")
     towers = towers_of(model)
     known = [each for each in towers if each.config.model_type in FAMILIES and wanted in (None, each.path)]
     if not known:
@@ -342,10 +374,20 @@ def _discovered(model: PreTrainedModel, towers: list[Tower], wanted: str | None)
     return _measured(model, max(chosen, key=weight), "")
 
 
-def mark(model: PreTrainedModel, layout: Layout) -> None:
-    """Have `locate` find the tower of a layout in a model, whatever else is in it."""
+def mark(model: PreTrainedModel, layout: Layout, layers: Sequence[int] | None = None) -> None:
+    """
+    Have `locate` find the tower of a layout in a model, whatever else is in it.
+
+    Args:
+        model: of the same class.
+        layout: of a model of these sizes, or of the one that it was cut from.
+        layers: those that are left of that one.
+    """
     if layout.tower:
         vars(model)[TOWER] = layout.tower
+    if layout.known is not None:
+        known = layout.known if layers is None else layout.known.left(layers)
+        vars(model)[PART] = Part(layout.tower, layout.scope, layout.stack, layout.family, known)
 
 
 def relocate(layout: Layout, model: PreTrainedModel) -> Layout:
@@ -392,7 +434,8 @@ def _measured(model: PreTrainedModel, part: Part, root: str) -> Layout:
         raise UnsupportedModelError(
             f"model_type={config.model_type!r}: {part.stack!r} should be a list of layers, is a {type(stack).__name__}"
         )
-    heads = int(value_at(config, family.heads_field)) if family.attention_out else 1
+    hidden = _number(config, family.hidden_field or "hidden_size")
+    heads = _number(config, family.heads_field or "num_attention_heads")
     attention, ffn = _inputs(model, part, family.attention_out), _inputs(model, part, family.ffn_out)
     if len({*attention}) > 1 or len({*ffn}) > 1 or any(size % heads for size in attention):
         raise UnsupportedModelError(
@@ -412,14 +455,20 @@ def _measured(model: PreTrainedModel, part: Part, root: str) -> Layout:
             intermediate_size=next(iter(ffn), 1),
             num_hidden_layers=len(stack),
         ),
-        head_dim=next(iter(attention), 1) // heads,
-        hidden_size=int(value_at(config, family.hidden_field)) if family.hidden_field else 1,
+        head_dim=next(iter(attention), hidden) // heads,
+        hidden_size=hidden,
         model_class=type(model),
         config=model.config,
         tower=part.tower,
         scope=part.scope,
         known=part.known,
     )
+
+
+def _number(config: PreTrainedConfig, field: str) -> int:
+    """A size in a config; 1 where it has none of that name, or several."""
+    value = value_at(config, field)
+    return value if isinstance(value, int) else 1
 
 
 def _inputs(model: PreTrainedModel, part: Part, end: str) -> list[int]:

@@ -72,7 +72,7 @@ def build_sizes(layout: Layout, shape: Shape) -> str | None:
 def _unknown_size(layout: Layout, shape: Shape) -> str | None:
     """Which of a shape's widths is none of those that were found to be built."""
     sizes, full = shape.complete(layout.full).to_dict(), layout.full.to_dict()
-    known = {} if layout.known is None else layout.known.sizes
+    known = {} if layout.facts is None else layout.facts.sizes
     per_group = shape.complete(layout.dense).heads_per_group
     # Within kept KV groups, heads are counted as if all groups stayed.
     asked = {axis.name: sizes[axis.field] for axis in SIZES if axis.name != LAYERS}
@@ -93,8 +93,8 @@ def depth_of(layout: Layout) -> Depth:
     Raises:
         UnsupportedModelError: if the class cannot be built from a config alone.
     """
-    if layout.known is not None:
-        return Depth(dict(layout.family.pinned), layout.known.per_layer)
+    if layout.facts is not None:
+        return Depth(layout.facts.pinned, layout.facts.per_layer)
     return layout.once("depth", lambda: _depth(layout))
 
 

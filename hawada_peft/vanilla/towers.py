@@ -52,10 +52,10 @@ def config_at(config: PreTrainedConfig, path: str) -> PreTrainedConfig:
 
 
 def value_at(config: PreTrainedConfig, field: str) -> Any:
-    """A field of a config, of a list there one entry: `"depths.1"`."""
+    """A field of a config, of a list there one entry: `"depths.1"`; None if it has none."""
     name, _, place = field.partition(".")
-    value = getattr(config, name)
-    return value[int(place)] if place else value
+    value = getattr(config, name, None)
+    return value[int(place)] if place and value is not None else value
 
 
 def _below(config: PreTrainedConfig, path: str) -> Iterator[tuple[str, PreTrainedConfig]]:
