@@ -11,7 +11,8 @@ from ..planning.plan import Plan
 from ..surgery.slimming import slim
 from ..vanilla.family import Layout, locate
 from ..vanilla.outputs import output_of
-from .basis import Basis, is_centred, turn_of
+from .basis import Basis, turn_of
+from .marks import is_centred
 from .tiny import tiny_copy
 
 ROUNDING = 1e-5

@@ -133,7 +133,7 @@ def _row(stack: Stack, axes: Sequence[Axis], scope: str, anatomy: Anatomy) -> tu
             head_dim_field=field(next(iter(written), "")),
         )
         both = {sizes.HEADS: heads.rows} | ({sizes.KV_GROUPS: groups.rows} if groups is not None else {})
-        legal |= {sizes.HEADS: heads.sizes} | ({sizes.KV_GROUPS: groups.sizes} if groups is not None else {})
+        legal |= {sizes.HEADS: heads.sizes, sizes.KV_GROUPS: (groups or heads).sizes}
         _add(rules, stack, both)
     if stream is not None:
         inner, last = _norms(stream, stack)

@@ -107,6 +107,7 @@ def search_space(
     group_size: int = 1,
     free: Sequence[str] = (HEADS, FFN, LAYERS),
     hidden_size: int | None = None,
+    untied: int = 0,
 ) -> SearchSpace:
     """
     The space of a model: what its class builds as asked.
@@ -118,6 +119,7 @@ def search_space(
         group_size: and of this: the channels per gate.
         free: what may be cut.
         hidden_size: of all shapes; the dense one if left out.
+        untied: rows of an output projection that these models have and the dense one does not.
     """
     dense = layout.narrowed(hidden_size)
     size = dense.sizes()["intermediate_size"]
@@ -138,8 +140,8 @@ def search_space(
     low = parameters_at(layout, replace(plain, intermediate_size=ffn[0]))
     per_channel = (one - low) / (size - ffn[0]) if len(ffn) > 1 else 0.0
     count, width = np.array(layers, dtype=float)[:, None, None], np.array(ffn, dtype=float)[None, None, :]
-    fixed = 2 * one - two
-    layer = np.array(per_pair, dtype=float)[None, :, None] - fixed + per_channel * (width - size)
+    fixed = 2 * one - two + untied * (dense.hidden_size or layout.hidden_size)
+    layer = np.array(per_pair, dtype=float)[None, :, None] - (2 * one - two) + per_channel * (width - size)
     return SearchSpace(
         dense=layout.dense,
         layers=layers,

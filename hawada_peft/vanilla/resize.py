@@ -102,6 +102,8 @@ def edit_config(layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None 
         put(family.ffn_field, _whole(size / unit))
     else:
         put(family.ffn_field, _whole(size / family.ffn_channels) if family.ffn_channels else size)
+    if shape.num_experts is not None:
+        put(family.experts_field, shape.num_experts)
     _cut_lists(fields, family, layers)
     if isinstance(config, BackboneConfigMixin):
         # Stage i is what comes out of layer i - 1; the names of stages and of outputs follow from the indices.
