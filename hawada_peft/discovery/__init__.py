@@ -22,6 +22,7 @@ from .anatomy import (
     Segment,
     Stack,
 )
+from .families import find_parts, parts_of
 from .inspected import inspect
 from .table import table_of
 
@@ -46,6 +47,8 @@ __all__ = [
     "Rows",
     "Segment",
     "Stack",
+    "find_parts",
     "inspect",
+    "parts_of",
     "table_of",
 ]

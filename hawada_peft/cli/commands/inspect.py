@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Said
+from ..options import Said
 
 EXAMPLES = (
     "hawada inspect ./teacher",
@@ -23,8 +23,8 @@ def run(
 
     Found and proved on a tiny copy of the model's class; the model's weights are not read.
     """
-    from ..discovery.inspected import inspect
-    from ..discovery.table import table_of
+    from ...discovery.inspected import inspect
+    from ...discovery.table import table_of
 
     found = inspect(model, fresh=fresh)
     return Said(table_of(found), found.to_dict())
