@@ -27,13 +27,14 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 
 from ..errors import HawAdaError, UnsupportedModelError
 from ..planning.plan import Plan
+from ..processes import of_this_rank
 from ..race.candidates import GENERATORS, GIVEN, field_of, neighbours, searched
 from ..race.fits import Fits, fits_of, no_larger
 from ..race.judge import Judge
 from ..race.preparations import PREPARATIONS
 from ..race.race import Race, entrants_of, run_race
 from ..race.record import NAME, Entrant, RaceRecord
-from ..refit.fidelity import divergence, of_this_rank
+from ..refit.fidelity import divergence
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch
 

@@ -26,6 +26,7 @@ from .arguments import rate_problems
 from .muon import optimizer_problems
 from .objective import Distillation
 from .raced import RacedRecovery
+from .sharded import gather_into, shards, twin_of
 from .trainer import DistillTrainer
 
 
@@ -129,8 +130,10 @@ def recover(
         quiet: bool = False,
         **more: Any,
     ) -> PreTrainedModel:
+        target = student if lora is None else get_peft_model(student, lora)
+        sharded = shards(args)
         trainer = DistillTrainer(
-            student if lora is None else get_peft_model(student, lora),
+            twin_of(target) if sharded else target,
             args,
             teacher=base,
             train_dataset=train_dataset,
@@ -143,8 +146,10 @@ def recover(
         if quiet:
             trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=resume)
+        if sharded:
+            gather_into(target, trainer.student)
         trainer.accelerator.unwrap_model(student, keep_fp32_wrapper=False)  # its output is not autocast any more
-        trained: Any = trainer.student
+        trained: Any = target
         return trained if lora is None else trained.merge_and_unload()
 
     with put_back(base, always=False):  # until the end the gates may still be needed

@@ -29,6 +29,7 @@ from .checkpointing import embeddings_with_gradients
 from .checkpoints import adapter_folder, check_complete, check_tensors, checkpoint_of, keeping_trainable
 from .events import Events, Told
 from .finite import check_finite
+from .sharded import average_gradients, check_version, keep_trained_whole
 
 
 class UnlabelledTrainer(Trainer):
@@ -51,6 +52,11 @@ class UnlabelledTrainer(Trainer):
         self._use_cache: bool | None = getattr(model.config, "use_cache", None)
         self._step_loss: torch.Tensor | None = None
         super().__init__(model=model, args=args, **kwargs)
+        self._whole: list[nn.Parameter] = []  # what is trained and not sharded, where the rest is
+        if self.is_fsdp_enabled:
+            check_version(self.accelerator)
+            if isinstance(model, PeftModel):
+                self._whole = keep_trained_whole(self.accelerator, model)
         self._checked = False
         self.can_return_loss = True  # the teacher takes the place of labels
         self.add_callback(Events(**self._events()))
@@ -91,6 +97,8 @@ class UnlabelledTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As in `Trainer`; the losses of a step are added up, to be looked at once."""
         loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if self._whole and self.accelerator.sync_gradients:
+            average_gradients(self._whole, self.accelerator)
         self._step_loss = loss if self._step_loss is None else self._step_loss + loss
         return loss
 
@@ -220,9 +228,18 @@ class UnlabelledTrainer(Trainer):
         during = getattr(self._model_config, "use_cache", None)
         self._set_cache(self._use_cache)
         try:
-            super().save_model(*args, **kwargs)
+            if self._whole:
+                self._save_trained(*args, **kwargs)
+            else:
+                super().save_model(*args, **kwargs)
         finally:
             self._set_cache(during)
+
+    def _save_trained(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """An adapter whose base is sharded: `Trainer` would gather all of that."""
+        if self.args.should_save:
+            parameters = cast(nn.Module, self.model).named_parameters()
+            self._save(output_dir, {name: p.detach() for name, p in parameters if p.requires_grad})
 
     # ----------------------------------------------------------------- evaluation
 
