@@ -44,12 +44,13 @@ from hawada_peft.basis.basis import Basis
 from hawada_peft.basis.find import find_basis
 from hawada_peft.basis.proof import check_exact
 from hawada_peft.basis.rotation import rotate, slim_in_basis
+from hawada_peft.discovery.inputs import example_inputs
 from hawada_peft.errors import HawAdaError, IllegalShapeError
 from hawada_peft.planning.importance import gate_importance
 from hawada_peft.surgery.slimming import slim
 from hawada_peft.vanilla.family import FAMILIES, Family, locate, register_family
 from hawada_peft.vanilla.legality import check_legal
-from hawada_peft.vanilla.outputs import example_inputs, output_of
+from hawada_peft.vanilla.outputs import output_of
 from hawada_peft.vanilla.rehoming import rehome
 from hawada_peft.vanilla.rows.llama import LLAMA
 

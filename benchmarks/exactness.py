@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClas
 from transformers.utils import logging
 
 from hawada_peft import HawAdaConfig, collect_gates, save_slim
+from hawada_peft.discovery.inputs import example_inputs
 from hawada_peft.vanilla.family import FAMILIES
-from hawada_peft.vanilla.outputs import example_inputs, output_of
+from hawada_peft.vanilla.outputs import output_of
 
 SIZES = {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 4}
 TEXT = {"num_key_value_heads": 4, "intermediate_size": 96, "vocab_size": 128, "pad_token_id": 0, "head_dim": 8}

@@ -41,9 +41,10 @@ from transformers import (
 from transformers.utils import logging
 
 from hawada_peft import HawAdaConfig, Shape, save_slim
+from hawada_peft.discovery.inputs import example_inputs
 from hawada_peft.shipping import check_compile, check_onnx
 from hawada_peft.vanilla.family import FAMILIES
-from hawada_peft.vanilla.outputs import example_inputs, output_of
+from hawada_peft.vanilla.outputs import output_of
 
 PACKAGES = ("onnxruntime", "gguf", "xllamacpp", "bitsandbytes", "torchao")
 SIZES = {"hidden_size": 256, "num_attention_heads": 8, "num_hidden_layers": 4}

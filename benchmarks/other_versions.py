@@ -28,8 +28,9 @@ def write(folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 
     from hawada_peft import HawAdaConfig, save_slim
+    from hawada_peft.discovery.inputs import example_inputs
     from hawada_peft.vanilla.family import FAMILIES
-    from hawada_peft.vanilla.outputs import example_inputs, output_of
+    from hawada_peft.vanilla.outputs import output_of
 
     for model_type, family in FAMILIES.items():
         for cut, keep_ratio in CUTS.items():

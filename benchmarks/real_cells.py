@@ -17,6 +17,7 @@ OURS: dict[str, dict[str, Any]] = {
         "neighbours": False,
     },
     "race_anew": {"onward": "anew"},
+    "race_prepared": {"preparations": ("none", "least squares, close")},
     "race_long": {"share": 0.3, "plans": 6},
     "no_race": {"plans": 1, "preparations": ("none",), "neighbours": False},
     "no_race_magnitude": {"plans": 1, "preparations": ("magnitude",), "neighbours": False},
@@ -27,8 +28,8 @@ OURS: dict[str, dict[str, Any]] = {
 """
 The package's own contestants: options of `Race`, its defaults where they say nothing.
 
-`race_short` has fewer plans and more preparations. `race_anew` trains the winner anew. `no_race*` take the depth plan
-of least loss, prepared in one way, with all steps for its recovery.
+`race_short` has fewer plans, and preparations race as well, as in `race_prepared`, once the default. `race_anew`
+trains the winner anew. `no_race*` take the depth plan of least loss, prepared in one way.
 """
 
 MUON = "+muon"
@@ -72,7 +73,7 @@ class Group:
         """Budget by budget, as what is cut for one serves all its recoveries."""
         return [Cell(name, budget, self.seed, self.steps) for budget in self.budgets for name in self.contestants]
 
-    def command(self, common: Sequence[str]) -> str:
+    def command(self, common: Sequence[str], verb: str = "run") -> str:
         """The command line that makes them; {until} and {turns} are for `jobs.py`."""
         options = {
             "--contestants": self.contestants,
@@ -81,7 +82,7 @@ class Group:
             "--steps": (self.steps,),
         }
         own = [str(part) for name, values in options.items() for part in (name, *values)]
-        line = shlex.join(["python", "benchmarks/real_model.py", "run", *common, *own])
+        line = shlex.join(["python", "benchmarks/real_model.py", verb, *common, *own])
         return f"{line} --until {{until}} --turns {{turns}}"
 
 

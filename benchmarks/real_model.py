@@ -4,15 +4,18 @@ Our race against its peers on a real pretrained model, at equal measured latency
     python benchmarks/real_teacher.py DIR/smollm2-135m
     python benchmarks/real_model.py data --teacher DIR/smollm2-135m --source-tokenizer BENCH/teachers/llama \\
         --train BENCH/text_train.npy.xz --eval BENCH/text_eval.npy --out DIR/data
-    python benchmarks/real_model.py jobs --teacher DIR/smollm2-135m --data DIR/data --out OUT/rows.jsonl \\
-        --known OLD/rows.jsonl OLD/timings.jsonl > jobs.txt
-    python benchmarks/jobs.py jobs.txt --devices 0 1 --per-device 3 --seconds 560 --log OUT/jobs.log
+    COMMON="--teacher DIR/smollm2-135m --data DIR/data --out OUT/rows.jsonl --known OLD/rows.jsonl OLD/timings.jsonl"
+    python benchmarks/real_model.py jobs $COMMON --only-time > time.txt
+    python benchmarks/real_model.py jobs $COMMON > jobs.txt
+    python benchmarks/jobs.py time.txt --devices 0 1 --per-device 1 --seconds 200 --log OUT/jobs.log
+    python benchmarks/jobs.py jobs.txt --devices 0 1 --per-device 3 --seconds 340 --log OUT/jobs.log
     python benchmarks/real_model.py summary OLD/rows.jsonl OUT/rows.jsonl
 
 `data` re-tokenises a stream of another tokenizer's tokens: `train.npy` (windows of 512, uint16) and `eval.npy` (120
 windows of 512 from the start of held-out text). `jobs` prints one `run` per group of cells (contestant, budget, seed,
-steps) that --known and --out lack, the most telling first; `jobs.py` spreads them over GPUs, several on each, and
-whoever times a model has its GPU alone. `run` adds a row to --out for each cell as it comes, and one to
+steps) that --known and --out lack, the most telling first; `jobs.py` spreads them over GPUs, several on each. Whoever
+times a model has its GPU alone and waits until it is: so time first (`jobs --only-time`, one job on each GPU; nothing
+is timed twice), then train. `run` adds a row to --out for each cell as it comes, and one to
 `timings.jsonl` beside it for each model that it times; a cell that fails leaves its error and is tried again by the
 next `jobs`. At the second --until nothing more is begun. Without `jobs.py`, `run` works through whatever is asked for
 in one process; --shard I/N takes one of N shares, for `run` and `jobs`. `--tiny` runs all of it on a CPU in a minute,
@@ -101,9 +104,45 @@ def jobs(options: argparse.Namespace) -> int:
     else:
         common += ["--teacher", str(options.teacher), "--data", str(options.data), "--device", options.device]
     common += ["--known", *map(str, options.known)] if options.known else []
-    for group in shared_out(unmade(chosen(options), made(options)), shard, shards):
-        print(group.command(common))
+    missing = unmade(chosen(options), made(options))
+    if options.only_time:
+        peers = dict.fromkeys("race" if c.contestant in OURS else c.peer for group in missing for c in group.cells)
+        budgets = tuple(options.budgets)
+        missing = [Group((name,), budgets, options.seeds[0], options.steps[0]) for name in peers]
+    for group in shared_out(missing, shard, shards):
+        print(group.command(common, "time" if options.only_time else "run"))
     return 0
+
+
+def ground(options: argparse.Namespace, folder: str) -> Ground:
+    """The work at hand, by the options."""
+    if options.tiny:
+        teacher, data, conditions = tiny(Path(folder))
+    else:
+        teacher, data = options.teacher, options.data
+        conditions = Conditions(options.device, calibration=options.calibration, batch_size=options.batch_size)
+        conditions = replace(conditions, rate=options.rate, eval_windows=options.eval_windows)
+    if conditions.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # of what is computed outside autocast, for all alike
+    timings = options.out.with_name("timings.jsonl")
+    return Ground(teacher, data, conditions, timings, Turns(options.turns), [*options.known, options.out])
+
+
+def time_models(options: argparse.Namespace) -> int:
+    """Time what the cells will ask about; 1 if something failed."""
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        work = ground(options, folder)
+        for cell in dict.fromkeys(cell for group in chosen(options) for cell in group.cells):
+            if options.until and time.time() > options.until:
+                break
+            started, said = time.perf_counter(), "timed"
+            try:
+                work.time(cell)
+            except Exception as error:  # the others are still worth having
+                failed, said = 1, f"{type(error).__name__}: {error}"
+            print(f"{cell.contestant}, {cell.budget}x: {said}, {time.perf_counter() - started:.1f} s", flush=True)
+    return failed
 
 
 def run(options: argparse.Namespace) -> int:
@@ -115,16 +154,8 @@ def run(options: argparse.Namespace) -> int:
     if not cells:
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        if options.tiny:
-            teacher, data, conditions = tiny(Path(folder))
-        else:
-            teacher, data = options.teacher, options.data
-            conditions = Conditions(options.device, calibration=options.calibration, batch_size=options.batch_size)
-            conditions = replace(conditions, rate=options.rate, eval_windows=options.eval_windows)
-        if conditions.device.startswith("cuda"):
-            torch.set_float32_matmul_precision("high")  # of what is computed outside autocast, for all alike
-        timings = options.out.with_name("timings.jsonl")
-        work = Ground(teacher, data, conditions, timings, Turns(options.turns), [*options.known, options.out])
+        work = ground(options, folder)
+        conditions = work.conditions
         facts = {"rate": conditions.rate, "calibration": conditions.calibration, "batch": conditions.batch_size}
         for cell in [*([] if dense in done else [dense]), *cells]:
             own = None if cell is dense else cell
@@ -202,7 +233,12 @@ def parser_of() -> argparse.ArgumentParser:
     data.add_argument("--out", type=Path, required=True)
     data.set_defaults(do=prepare_data)
     names = [*OURS, *PEERS, *(f"{name}{MUON}" for name in PEERS)]
-    for name, do, words in (("run", run, "work through the cells"), ("jobs", jobs, "print the command lines")):
+    verbs = {
+        "time": (time_models, "time what the cells ask about"),
+        "run": (run, "work through the cells"),
+        "jobs": (jobs, "print the command lines"),
+    }
+    for name, (do, words) in verbs.items():
         part = commands.add_parser(name, help=words)
         part.set_defaults(do=do)
         part.add_argument("--teacher", help="a folder")
@@ -219,6 +255,8 @@ def parser_of() -> argparse.ArgumentParser:
         part.add_argument("--rate", type=float, default=RATE)
         part.add_argument("--eval-windows", type=int, default=EVAL_WINDOWS)
         part.add_argument("--shard", default="0/1", help="I/N")
+        if name == "jobs":
+            part.add_argument("--only-time", action="store_true", help="lines that only time what the others will ask")
         part.add_argument("--until", type=float, help="second since the epoch after which nothing is begun")
         part.add_argument("--turns", type=Path, help="path of a lock that all processes on the device share")
         part.add_argument(

@@ -16,17 +16,21 @@ from document import circumstances
 from peers.peer import Prepared, Work
 from peers.registry import PEERS
 from real_cells import MUON, OURS, Cell
-from rows import Row, read_rows
+from rows import Row, append_row, read_rows
 from sizing import SHORT, Fit, Stopwatch, Timed
 from timings import Timings, Untimed
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from turns import Turns
-from work import Bench, whole
+from work import Batch, Bench, whole
 
 from hawada_peft import Effort, LatencyBudget, Plan, Race, Shape, recover, slim
-from hawada_peft.distil.raced import parts_of
+from hawada_peft.basis.basis import Basis, plan_turn
+from hawada_peft.basis.find import find_basis
+from hawada_peft.basis.proof import check_exact
+from hawada_peft.distil.raced import first_of, parts_of
 from hawada_peft.errors import HawAdaError
 from hawada_peft.latency.regime import Regime
+from hawada_peft.latency.toy import ToyClock
 from hawada_peft.race import PREPARATIONS, Fits, Judge, field_of
 from hawada_peft.race.candidates import neighbours
 from hawada_peft.search.timed_models import realiser
@@ -73,7 +77,7 @@ class Conditions:
 
 
 def tiny(folder: Path) -> tuple[str, Path, Conditions]:
-    """A tiny model and data that repeat themselves, so that there is something to lose and to win back."""
+    """A tiny model, timed by a law of sizes, and data that repeat themselves: something to lose and to win back."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256,
@@ -89,7 +93,7 @@ def tiny(folder: Path) -> tuple[str, Path, Conditions]:
     for name, count in (("train", 200), ("eval", 8)):
         starts, strides = generator.integers(0, 250, (count, 1)), generator.integers(1, 9, (count, 1))
         np.save(folder / f"{name}.npy", ((starts + strides * np.arange(32)) % 251).astype(np.uint16))
-    effort = Effort(warmup=1, lead_in=0, min_rounds=3, max_rounds=5, max_seconds=0.5)
+    effort = Effort(warmup=1, lead_in=0, min_rounds=3, max_rounds=5, max_seconds=0.5, clock=ToyClock())
     conditions = Conditions("cpu", 8, 1e-3, 32, 16, 8, 4, effort)
     return str(folder / "teacher"), folder, conditions
 
@@ -151,8 +155,9 @@ class Ground:
         self.about: Row = {"device": circumstances(conditions.device)["device"], "regime": str(self.regime)}
         watch = Stopwatch(dense, self.regime, conditions.effort)
         self.timings = Timings(watch, timings, self.about, turns, earlier)
-        self.amounts = [row for file in earlier for row in read_rows(file) if "amount" in row]
+        self.amounts = [row for file in (*earlier, timings) for row in read_rows(file) if "amount" in row]
         self.pace, self.fixed = PACE, FIXED
+        self._bases: dict[int, Basis | None] = {}
         self._prepared: tuple[tuple[str, int], Prepared] | None = None
         self._cut: tuple[tuple[str, float, int], Cut] | None = None
 
@@ -200,16 +205,7 @@ class Ground:
             return self._cut[1]
         self._cut = None
         prepared = self._prepare(cell)
-        start = next(
-            (
-                Fit(row["amount"], Timed(**row["timed"]), row["met"], row["timings"])
-                for row in self.amounts
-                if (row["contestant"].removesuffix(MUON), row["budget"]) == (cell.peer, cell.budget)
-                and all(row.get(name) == value for name, value in self.about.items())
-            ),
-            None,
-        )
-        fit = self.timings.fit(lambda amount: prepared.cut(bench.load(), amount), cell.budget, start)
+        fit = self.timings.fit(lambda amount: prepared.cut(bench.load(), amount), cell.budget, self._start(cell))
         with self.turns.together():
             model = prepared.cut(bench.load(), fit.amount).to(bench.device)
             before = bench.quality(model)
@@ -217,6 +213,19 @@ class Ground:
         timed = self.timings.of(lambda: copy.deepcopy(model))
         self._cut = key, Cut(model, fit, timed, before, prepared.steps)
         return self._cut[1]
+
+    def _start(self, cell: Cell) -> Fit | None:
+        """What was found for the peer and the budget before."""
+        return next(
+            (
+                Fit(row["amount"], Timed(**row["timed"]), row["met"], row["timings"])
+                for row in self.amounts
+                if (row.get("peer", row.get("contestant")).removesuffix(MUON), row["budget"])
+                == (cell.peer, cell.budget)
+                and all(row.get(name) == value for name, value in self.about.items())
+            ),
+            None,
+        )
 
     def _prepare(self, cell: Cell) -> Prepared:
         key = cell.peer, cell.seed
@@ -239,7 +248,13 @@ class Ground:
 
     def _latencies(self, cell: Cell, time_of: partial[Timed]) -> dict[Shape, float]:
         budget, layout = self.conditions.budget(cell.budget), locate(self.bench.model)
-        build = realiser(layout, self.regime)
+        realise = realiser(layout, self.regime)
+
+        def build(shape: Shape) -> PreTrainedModel:
+            model = realise(shape)
+            model.tie_weights()  # so that its parameters have the names of a slim model's
+            return model
+
         unit = time_of(build(layout.dense)).dense_ms
         fits = Fits(
             layout.dense,
@@ -247,10 +262,54 @@ class Ground:
             budget.limit_ms,
             1 / SHORT - 1,
         )
-        judge = Blind(self.bench.model, self.bench.examples(1, cell.seed))
+        judge = Blind(self.bench.model, self.bench.examples(1, cell.seed), self._any_basis())
         field_of(judge, fits, most=OURS[cell.contestant].get("plans", Race.plans))
         neighbours(judge, fits)
         return fits.measured
+
+    def time(self, cell: Cell) -> None:
+        """Time what a cell will ask about, and keep a peer's amount, so that the cell has not to wait for its turn."""
+        if cell.contestant in OURS:
+            self.latencies(cell)
+            return
+        prepared, start = self._prepare(cell), self._start(cell)
+        fit = self.timings.fit(lambda amount: prepared.cut(self.bench.load(), amount), cell.budget, start)
+        if start is None:
+            row: Row = {
+                "peer": cell.peer,
+                "budget": cell.budget,
+                "seed": cell.seed,
+                "amount": fit.amount,
+                "met": fit.met,
+            }
+            row |= {"timings": fit.timings, "timed": asdict(fit.timed)}
+            append_row(self.timings.path, self.about | row)
+            self.amounts.append(self.about | row)
+
+    def _any_basis(self) -> Basis | None:
+        """A basis where there can be one, the coordinates themselves: for who asks whether there is one."""
+        layout = locate(self.bench.model)
+        try:
+            check_exact(layout)
+        except HawAdaError:
+            return None
+        return Basis(torch.eye(layout.hidden_size), torch.ones(1, 1), torch.zeros(1), False)
+
+    def _fitted(self, seed: int) -> list[Batch]:
+        """The calibration batches that a race prepares models on."""
+        batches = self.bench.examples(self.conditions.calibration, seed)
+        return parts_of(batches, Race.held_out, self.bench.model.main_input_name)[0]
+
+    def _basis(self, seed: int) -> Basis | None:
+        """That of a race; None where there is none."""
+        if seed not in self._bases:
+            batches = first_of(self._fitted(seed), self.bench.model.main_input_name)
+            try:
+                check_exact(locate(self.bench.model))
+                self._bases[seed] = find_basis(self.bench.model, batches)
+            except HawAdaError:
+                self._bases[seed] = None
+        return self._bases[seed]
 
     def ours(self, cell: Cell) -> Row:
         """A race and the recovery after it."""
@@ -280,14 +339,16 @@ class Ground:
                 raise HawAdaError("the race timed shapes that were not timed alone")
             winner = record.entrant(record.winner or "")
             after = bench.quality(small)
-            plain = slim(bench.model, winner.plan).to(bench.device)
+            turn = plan_turn(bench.model, winner.plan, self._basis(cell.seed) if winner.plan.rotated else None)
+            plain = slim(bench.model, winner.plan, turn=turn).to(bench.device)
             cut = bench.quality(plain)
-            fitted, _ = parts_of(calibration, race.held_out, "input_ids")
-            PREPARATIONS[winner.preparation](bench.model, plain, winner.plan, fitted)
+            fitted = self._fitted(cell.seed)
+            coordinates = None if turn is None else turn.write
+            PREPARATIONS[winner.preparation](bench.model, plain, winner.plan, fitted, coordinates)
             before = bench.quality(plain)
         raced = record.seconds + sum(run.seconds for run in record.runs)
         self.fixed, self.pace = FIXED + raced, max(0.0, recovering - raced) / cell.steps
-        timed = self.timings.of(lambda: slim(bench.model, winner.plan))
+        timed = self.timings.of(lambda: slim(bench.model, winner.plan, turn=turn))
         return {
             "slice": cut,
             "before": before,

@@ -2,7 +2,7 @@
 Hardware-aware slimming of Hugging Face models, as a PEFT tuner. Importing it registers the tuner, nothing else.
 
 Here is what the main way needs. The folders hold more, each for an audience of its own: `gates`, `latency`,
-`planning`, `search`, `distil`, `surgery`, `refit`, `shipping`, `page`, `recipes`, `vanilla`.
+`discovery`, `planning`, `search`, `distil`, `surgery`, `refit`, `shipping`, `page`, `recipes`, `vanilla`.
 """
 
 import sys
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .basis.find import init_basis as init_basis
     from .basis.rotation import rotate as rotate
     from .config import HawAdaConfig as HawAdaConfig
+    from .discovery.inspected import inspect as inspect
     from .distil.recovery import recover as recover
     from .distil.trainer import DistillTrainer as DistillTrainer
     from .gates.attach import attach_adapters as attach_adapters
@@ -71,6 +72,7 @@ __all__ = [
     "find_plan",
     "init_basis",
     "init_gates",
+    "inspect",
     "recover",
     "register_family",
     "rotate",

@@ -28,8 +28,10 @@ from .planning.legal import check_plan, legal_plan
 from .planning.plan import Plan
 from .shipping.facts import calibration_facts
 from .shipping.save import Slimmed
-from .surgery.comparison import check_gates
+from .surgery.comparison import check_binary, check_gates
+from .surgery.conformity import vanilla_tensors
 from .surgery.gated import Gated
+from .surgery.slimming import check_exists
 from .tuner import GateTuner
 from .vanilla.batches import Batch
 from .vanilla.modules import check_unquantized
@@ -83,7 +85,9 @@ class HawAdaModel(GateTuner):
         names = self._names(adapter_names)
         self._check_gated()
         layout = self.layout_of(names)
-        return legal_plan(layout, gate_scores(self.model, layout, names), shape, keep_ratio)
+        plan = legal_plan(layout, gate_scores(self.model, layout, names), shape, keep_ratio)
+        check_exists(layout, plan, vanilla_tensors(self.model))
+        return plan
 
     def apply_plan(self, plan: Plan | None, *, in_training: bool = False, adapter_name: str | None = None) -> None:
         """
@@ -109,7 +113,8 @@ class HawAdaModel(GateTuner):
         if any(isinstance(module, GateAdapter) and module.merged for module in self.model.modules()):
             raise InvalidPlanError("the gates are merged into the weights; call `unmerge_adapter()` first")
         if plan is not None:
-            check_plan(self.layout_of([name]), plan)
+            check_plan(layout := self.layout_of([name]), plan)
+            check_exists(layout, plan, vanilla_tensors(self.model))
         self.set_masks(plan, name, in_training=in_training)
         config.plan = None if plan is None else plan.to_dict()
         config.plan_in_training = in_training and plan is not None
@@ -293,6 +298,7 @@ class HawAdaModel(GateTuner):
                 safe_merge=safe_merge,
                 progressbar=progressbar,
             ).model
+        check_binary(self.model, names)
         warnings.warn(
             "merge_and_unload folded the gates and removed nothing, because no plan is applied. To get a smaller "
             "model: `model.apply_plan(model.plan(keep_ratio=0.5))` (or `plan(shape=Shape(...))`) before it.",

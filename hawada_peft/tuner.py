@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -20,21 +20,32 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ._register import PREFIX
-from .basis.basis import is_centred
+from .basis.marks import is_centred
 from .basis.proof import check_exact
 from .config import HawAdaConfig
 from .errors import InvalidPlanError, UnsupportedModelError
 from .gates.adapter import LAYER, GateAdapter
 from .gates.lora import inject_lora, lora_layers
-from .gates.placement import check_norms, gates_at, other_end, set_masks, share_hidden
+from .gates.placement import (
+    check_norms,
+    connect,
+    follow_units,
+    gates_at,
+    set_masks,
+    share_hidden,
+    siblings,
+    whole_ends,
+)
 from .gates.rows import adapter_per_row
 from .gates.saved import check_adapter_tensors, check_modules_to_save
 from .gates.weighted import add_gates
 from .planning.plan import Plan
 from .surgery.conformity import check_conforms, vanilla_tensors
 from .surgery.dense import put_back, unmerge
+from .surgery.readers import check_readers
 from .vanilla.family import FAMILIES, FFN, HEADS, HIDDEN, TARGET_MODULES, Layout, locate, mark, tower_names
 from .vanilla.modules import check_loaded, check_own_weights, check_unquantized, quantized_weight
+from .vanilla.shape import KV_GROUPS
 from .vanilla.skeleton import check_constructor
 
 logger = logging.getLogger(__name__)
@@ -49,6 +60,7 @@ class GateTuner(BaseTuner):
 
     peft_config: dict[str, HawAdaConfig]  # type: ignore[assignment]
     _place: Layout  # of the model into which gates are injected
+    _unit_norms: Mapping[str, str]  # of a layer, over units of it, and the axes of these
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -83,8 +95,8 @@ class GateTuner(BaseTuner):
             return cast(HawAdaConfig, super()._prepare_adapter_config(peft_config, model_config))
         layout = self._place = self._located(peft_config)
         ends = {HEADS: layout.family.attention_out, FFN: layout.family.ffn_out}
-        whole = {"blocks", "layers"} & set(peft_config.gates)
-        names = {end for axis, end in ends.items() if whole or axis in peft_config.gates}
+        names = {end for axis, end in ends.items() if axis in peft_config.gates}
+        names |= whole_ends(layout, peft_config.gates) | self._unit_norms.keys()
         if HIDDEN in peft_config.gates:
             check_norms(self.model, layout)
             if peft_config.rotate:
@@ -98,13 +110,13 @@ class GateTuner(BaseTuner):
         """The modules to wrap: by short names; in full where other parts of the model have modules of these names."""
         ends = tuple(f".{name}" for name in names)
         found = [name for name, _ in self.model.named_modules() if name in names or name.endswith(ends)]
-        placed = [name for name in found if layout.position(name) is not None]
+        inside = {name: layout.within(name) or (-1, name) for name in found}
+        placed = {name: layer for name, (layer, short) in inside.items() if short in names}
         if len(placed) == len(found):
             return names
         chosen = peft_config.layers_to_transform
         layers = [chosen] if isinstance(chosen, int) else chosen
-        at = [(name, cast(tuple[int, str], layout.position(name))[0]) for name in placed]
-        return {name for name, layer in at if layers is None or layer in layers}
+        return {name for name, layer in placed.items() if layers is None or layer in layers}
 
     def _located(self, peft_config: HawAdaConfig) -> Layout:
         """The base model's layout. What no slim model of its class could hold is refused before any training."""
@@ -120,6 +132,8 @@ class GateTuner(BaseTuner):
         check_constructor(layout.model_class)
         if quantized_weight(self.model) is None:
             check_conforms(layout, vanilla_tensors(self.model))
+        grouped = {KV_GROUPS} if HEADS in peft_config.gates else set()
+        self._unit_norms = check_readers(layout, {*peft_config.gates} | grouped)
         return layout
 
     def _prepare_model(self, peft_config: HawAdaConfig, model: nn.Module) -> None:  # type: ignore[override]
@@ -147,10 +161,12 @@ class GateTuner(BaseTuner):
             group_size=peft_config.group_size,
             start=peft_config.start(),
             centred=is_centred(self.model, layout) if layout is not None and peft_config.rotate else None,
+            norms=() if layout is None else self._unit_norms,
         )
-        twin = other_end(self.model, layout, current_key)
-        if twin is not None and adapter_name in getattr(twin, LAYER):
-            gates.pop(LAYER, None)
+        if layout is not None and any(
+            adapter_name in getattr(each, LAYER) for each in siblings(self.model, layout, current_key)
+        ):
+            gates.pop(LAYER, None)  # the layer's one gate lives there
         if isinstance(target, GateAdapter):
             adapter: GateAdapter = target
             adapter.update_layer(adapter_name, gates, peft_config.inference_mode)
@@ -160,9 +176,8 @@ class GateTuner(BaseTuner):
                 # adding an additional adapter: it is not automatically trainable
                 adapter.requires_grad_(False)
             self._replace_module(parent, target_name, adapter, target)
-        if twin is not None:
-            adapter.share_layer_gate(twin)
-            twin.share_layer_gate(adapter)
+        if layout is not None:
+            connect(self.model, layout, current_key, adapter)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         super()._replace_module(parent, child_name, new_module, child)
@@ -176,8 +191,10 @@ class GateTuner(BaseTuner):
             check_modules_to_save(self.model, config.modules_to_save or (), config._saved)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
-        if config.base_sizes is not None and HIDDEN in config.gates:
-            share_hidden(self.model, self._place)
+        if config.base_sizes is not None:
+            follow_units(self.model, self._place, self._unit_norms)
+            if HIDDEN in config.gates:
+                share_hidden(self.model, self._place)
         if config.plan is not None:
             plan, layout = Plan.from_dict(config.plan), self.layout_of([adapter_name])
             set_masks(self.model, layout, plan, adapter_name, in_training=config.plan_in_training)

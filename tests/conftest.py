@@ -21,10 +21,11 @@ from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from hawada_peft import HawAdaConfig, Plan, Shape, collect_gates, save_slim
+from hawada_peft.discovery.inputs import example_inputs
 from hawada_peft.latency import Clock, ToyClock
 from hawada_peft.shipping import Verification
 from hawada_peft.vanilla.family import FAMILIES, TARGET_MODULES, locate
-from hawada_peft.vanilla.outputs import example_inputs, output_of
+from hawada_peft.vanilla.outputs import output_of
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,18 @@ ROWS: dict[str, Row] = {
     "vit-bare": Row("ViTModel", "ViTConfig", VISION, PLAIN),
     "llama-mha": Row("LlamaForCausalLM", "LlamaConfig", LM | {"num_key_value_heads": 8}, PLAIN),
 }
+PLAIN_LM = {name: value for name, value in LM.items() if name != "head_dim"}
+KINDS: dict[str, Row] = {
+    "bert": Row("BertForSequenceClassification", "BertConfig", TOKENS | SIZES | {"num_labels": 3}, Shape(8, 8, 40, 2)),
+    "gemma2": Row(
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        LM | {"sliding_window": 6, "query_pre_attn_scalar": 8, "tie_word_embeddings": True},
+        GROUPED,
+    ),
+    "olmo2": Row("Olmo2ForCausalLM", "Olmo2Config", PLAIN_LM, GROUPED),
+}
+"""Layers of other kinds: norms of sums, norms behind the blocks, norms over all heads."""
 LM_ROW, VISION_ROW = ROWS["llama"], ROWS["vit"]
 BARE_ROW, MIXED_ROW = ROWS["llama-bare"], ROWS["qwen2"]  # without a head; layers of several types
 EVERYTHING = ("heads", "ffn", "blocks", "layers")
@@ -207,13 +220,13 @@ class Export:
     verification: Verification
 
 
-@pytest.fixture(scope="session", params=ROWS)
+@pytest.fixture(scope="session", params=ROWS | KINDS)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Export:
     """The export of every row: heads, FFN channels and layers removed, soft values folded."""
-    row, folder = ROWS[request.param], tmp_path_factory.mktemp("exported")
+    row, folder = (ROWS | KINDS)[request.param], tmp_path_factory.mktemp("exported")
     base = build(row)
     dense = logits_of(base)
-    model = gate(base, gates=EVERYTHING)
+    model = gate(base, gates=everything(row))
     plan = scattered_plan(model, row.slim)
     model.apply_plan(plan)
     model.save_pretrained(folder / "adapter")
@@ -228,6 +241,11 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def row(request: pytest.FixtureRequest) -> Row:
     """Every row of the table."""
     return ROWS[request.param]
+
+
+def everything(row: Row) -> tuple[str, ...]:
+    """All kinds of gates that a row's model takes, but those on its residual stream."""
+    return tuple(kind for kind in EVERYTHING if kind != "blocks" or row is not KINDS["bert"])
 
 
 @pytest.fixture

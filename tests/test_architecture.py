@@ -34,6 +34,7 @@ FLOORS = (
     "discovery",
     "vanilla",
     "_register",
+    "folders",
     "processes",
     "progress",
     "sources",

@@ -42,8 +42,9 @@ from hawada_peft import (
     slim,
     slim_checkpoint,
 )
-from hawada_peft.basis.basis import Basis, basis_gate, gate_basis, is_centred, turn_of, weight_marks
+from hawada_peft.basis.basis import Basis, basis_gate, gate_basis, turn_of
 from hawada_peft.basis.find import ensure_basis, find_basis, init_basis
+from hawada_peft.basis.marks import is_centred, weight_marks
 from hawada_peft.basis.moments import collect_moments
 from hawada_peft.basis.parts import READER, WRITER, stream_map
 from hawada_peft.basis.proof import check_exact, rotation_error
@@ -505,7 +506,7 @@ def test_a_basis_and_its_gates_learn(tmp_path: Path) -> None:
 
 def test_too_few_positions_are_refused() -> None:
     model = build(LM_ROW)
-    with pytest.raises(HawAdaError, match="hold 8 positions and span"):
+    with pytest.raises(HawAdaError, match="hold 8 positions, which over all norms span"):
         rotate(model, [{"input_ids": torch.arange(8)[None] % 2}])
 
 

@@ -74,7 +74,7 @@ def test_measure_gives_the_table(made: Path) -> None:
 @pytest.mark.parametrize("refit", [None, False])
 @pytest.mark.parametrize("gates", ["fresh", "trained"])
 def test_a_plan_is_what_slim_takes(made: Path, tmp_path: Path, gates: str, refit: bool | None) -> None:
-    options: dict[str, Any] = {"speedup": 1.3, "seq_len": 8, "examples": 8}
+    options: dict[str, Any] = {"speedup": 1.3, "seq_len": 8, "examples": 8, "rotate": False}
     options |= {"adapter": made / "adapter"} if gates == "trained" else {}
     options |= {} if refit is None else {"refit": refit}
     path = tmp_path / "new" / "plan.json"
@@ -88,6 +88,28 @@ def test_a_plan_is_what_slim_takes(made: Path, tmp_path: Path, gates: str, refit
     assert written["shape"] == found["shape"]
     assert written["parameters"] == found["parameters"]
     assert said("verify", tmp_path / "slim", base=made / "base")["ok"]
+
+
+@pytest.mark.filterwarnings("ignore::hawada_peft.errors.UntiedEmbeddingsWarning")
+@pytest.mark.parametrize("trained", [False, True], ids=["plan alone, streamed", "with gates, refitted"])
+def test_a_plan_of_directions_has_its_basis_beside_it(made: Path, tmp_path: Path, trained: bool) -> None:
+    gate(build(LM_ROW), gates=("ffn",)).save_pretrained(tmp_path / "ffn")
+    least = {"max_parameters": 55_000, "effort": "quick", "seq_len": 16, "refit": False}
+    line = ("plan", made / "base", made / "data.safetensors")
+    without = {"rotate": False, "output": tmp_path / "plan.json", "code": errors.INFEASIBLE}
+    assert "no legal shape" in refused(*line, adapter=tmp_path / "ffn", **without, **least)
+    found = said(*line, adapter=tmp_path / "ffn", output=tmp_path / "plan.json", **least)
+    plan = Plan.from_json((tmp_path / "plan.json").read_text())
+    assert plan.rotated
+    assert found["basis"] == str(tmp_path / "plan.basis.safetensors")
+    gates = [tmp_path / "ffn"] if trained else []
+    more = {"calibration": made / "data.safetensors"} if trained else {"verify": "full"}
+    said("slim", made / "base", *gates, tmp_path / "slim", plan=tmp_path / "plan.json", **more)
+    verify_slim(tmp_path / "slim").require()
+    config = json.loads((tmp_path / "slim" / "config.json").read_text())
+    assert config["hidden_size"] == plan.shape.hidden_size
+    (tmp_path / "plan.basis.safetensors").unlink()
+    assert "basis" in refused("slim", made / "base", *gates, tmp_path / "other", plan=tmp_path / "plan.json")
 
 
 def test_a_budget_that_cannot_be_met_writes_nothing(made: Path, tmp_path: Path) -> None:

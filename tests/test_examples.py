@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -56,11 +57,17 @@ def test_tiny(tiny: tuple[str, Path, str]) -> None:
     check(script, output, output / "teacher", printed)
 
 
-def test_a_folder_that_holds_something_is_refused_at_once(tiny: tuple[str, Path, str]) -> None:
-    script, output, _ = tiny
-    done = start(script, "--tiny", "--output", output)
-    assert done.returncode == 2
-    assert "holds something: give another --output" in done.stderr
+@pytest.mark.parametrize("script", AUTO)
+def test_a_folder_that_holds_something_is_refused_at_once(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").touch()
+    monkeypatch.setattr(sys, "argv", [script, "--tiny", "--output", str(tmp_path)])
+    monkeypatch.syspath_prepend(EXAMPLES)
+    with pytest.raises(SystemExit) as refused:
+        runpy.run_path(str(EXAMPLES / f"{script}.py"), run_name="__main__")
+    assert refused.value.code == 2
+    assert "holds something: give another --output" in capsys.readouterr().err
 
 
 def write_rows(script: str, folder: Path) -> list[str]:

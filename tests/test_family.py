@@ -91,10 +91,8 @@ def test_a_slim_model_of_the_users_own_family_verifies(model_type: str, tmp_path
 def test_a_fused_layout_must_be_declared(missing: str) -> None:
     rest = tuple(entry for entry in FUSED if entry[0] != missing)
     register_family("phi3", replace(FUSED_ROW, fused=rest))
-    model = gate(build(OWN["phi3"][1]))
-    plan = scattered_plan(model, Shape(4, 2, 40, 2))
     with pytest.raises(UnsupportedModelError, match=rf"{missing}.*order of its rows is not known.*`fused`"):
-        model.merge_and_unload(plan=plan)
+        gate(build(OWN["phi3"][1]))
 
 
 @pytest.mark.usefixtures("rows_of_families")
@@ -147,7 +145,7 @@ def test_layers_of_several_sizes_are_refused() -> None:
     "row",
     [
         Row("BloomForCausalLM", "BloomConfig", {"vocab_size": 128, "hidden_size": 64, "n_layer": 1}, PLAIN),
-        Row("BertModel", "BertConfig", TOKENS | SIZES, PLAIN),
+        Row("MegatronBertModel", "MegatronBertConfig", TOKENS | SIZES, PLAIN),
         Row("MixtralForCausalLM", "MixtralConfig", LM | {"num_local_experts": 2, "num_hidden_layers": 1}, PLAIN),
     ],
     ids=lambda row: row.config,

@@ -13,16 +13,17 @@ from conftest import LM_ROW, Row, build, difference, logits_of, scattered_plan
 from transformers import PreTrainedModel
 
 from hawada_peft import LatencyBudget, Plan, Shape, slim
+from hawada_peft.basis.find import find_basis
 from hawada_peft.errors import HawAdaError, InfeasibleBudgetError
 from hawada_peft.race import GENERATORS, GIVEN, Candidate, Fits, Judge, field_of, fits_of, no_larger, searched
-from hawada_peft.race.candidates import deepest, influence, neighbours, runs, widths
+from hawada_peft.race.candidates import DIRECTIONS, RUNS, deepest, directions, influence, neighbours, runs, widths
 from hawada_peft.race.fits import largest
 from hawada_peft.refit.fidelity import divergence
 from hawada_peft.search.result import Candidate as Timed
 from hawada_peft.search.result import SearchResult
 from hawada_peft.vanilla.resize import parameters_at
 
-LAYERS = 8
+LAYERS, HIDDEN = 8, 64
 BATCHES = [
     {"input_ids": rows} for rows in torch.randint(3, 128, (8, 16), generator=torch.Generator().manual_seed(4)).split(4)
 ]
@@ -99,6 +100,46 @@ def test_wider_models_have_more_layers_and_the_widest_ffn_that_fits(judge: Judge
         assert fits(shape)
         step = math.gcd(*(p.shape.intermediate_size for p in widths(judge, fits)), 96)
         assert not fits(replace(shape, intermediate_size=shape.intermediate_size + step))
+
+
+def toy_hidden_ms(shape: Shape) -> float:
+    """As `toy_ms`, and proportional to the hidden size."""
+    return toy_ms(shape) * (shape.hidden_size or HIDDEN) / HIDDEN
+
+
+@pytest.fixture(scope="module")
+def rotating(judge: Judge) -> Judge:
+    return Judge(judge.dense, BATCHES, find_basis(judge.dense, BATCHES))
+
+
+def test_directions_of_the_stream_are_cut_where_there_is_a_basis(judge: Judge, rotating: Judge) -> None:
+    def fits() -> Fits:
+        dense = judge.layout.dense
+        time = lambda shapes: {shape: toy_hidden_ms(shape) for shape in (*shapes, dense)}  # noqa: E731
+        return Fits(dense, time, LatencyBudget(speedup=1.6).limit_ms)
+
+    assert list(directions(judge, fits())) == []
+    found = list(directions(rotating, fits()))
+    assert {plan.shape.num_hidden_layers for plan in found} >= {LAYERS}
+    for plan in found:
+        assert plan.rotated
+        assert plan.hidden == tuple(range(plan.shape.hidden_size))
+        assert fits()(plan.shape.complete(judge.layout.dense))
+        small = slim(judge.dense, plan, turn=rotating.turn(plan))
+        assert small.config.hidden_size == plan.shape.hidden_size
+        assert rotating.loss(plan) == pytest.approx(divergence(judge.dense, small, BATCHES)[1], abs=0.05)
+    field = field_of(rotating, fits(), most=4)
+    assert DIRECTIONS in {each.source for each in field}
+    assert RUNS in {each.source for each in field}
+    assert not any(each.plan.rotated for each in field_of(judge, fits(), most=8))
+
+
+def test_untied_embeddings_count_where_parameters_are_limited(judge: Judge, rotating: Judge) -> None:
+    fits = no_larger(judge.dense, Shape(8, 4, 96, 5))
+    unties = [plan for plan in directions(rotating, fits_at(judge, 1.5)) if rotating.unties(plan)]
+    tied = judge.dense.get_output_embeddings().weight is judge.dense.get_input_embeddings().weight
+    assert bool(unties) == tied
+    assert not tied or list(directions(rotating, fits)) == []
 
 
 def test_influence_drops_what_turns_the_stream_least() -> None:

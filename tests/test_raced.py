@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from accelerate import PartialState
 from conftest import (
     LM_ROW,
     VISION_ROW,
+    Row,
     assert_same_state,
     build,
     gate,
@@ -25,10 +27,12 @@ from pairs import in_two
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from hawada_peft import LatencyBudget, Race, recover
+from hawada_peft import Effort, LatencyBudget, Race, init_basis, recover
 from hawada_peft.distil.raced import parts_of, rows_of
-from hawada_peft.errors import HawAdaError
-from hawada_peft.race import PREPARATIONS, RaceRecord
+from hawada_peft.errors import HawAdaError, UnsupportedModelError
+from hawada_peft.latency.toy import ToyClock
+from hawada_peft.race import GENERATORS, GIVEN, PREPARATIONS, RaceRecord
+from hawada_peft.race.candidates import DIRECTIONS
 from hawada_peft.vanilla.family import locate
 from hawada_peft.vanilla.resize import parameters_at
 from hawada_peft.vanilla.shape import Shape
@@ -36,7 +40,7 @@ from hawada_peft.vanilla.shape import Shape
 LAYERS = 6
 TOKENS = torch.randint(3, 128, (16, 12), generator=torch.Generator().manual_seed(9))
 BATCHES = [{"input_ids": rows} for rows in TOKENS.split(4)]
-SMALL = {"plans": 2, "steps": 1, "preparations": ("none", "least squares")}
+SMALL = {"plans": 2, "steps": 1, "preparations": ("none", "least squares"), "rotate": False}
 QUICK = {"max_steps": 40, "learning_rate": 0.01, "lr_scheduler_type": "cosine"}
 
 
@@ -75,6 +79,25 @@ def test_the_winner_is_recovered_with_the_steps_that_are_left(tmp_path: Path, on
     losses = [run.loss for run in record.standing(len(record.lengths) - 1)]
     assert losses == sorted(losses)
     assert kl_of(slim, dense) < 1.2 * losses[0]
+
+
+def test_where_the_first_preparation_cannot_be_done_plans_run_as_they_were_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise UnsupportedModelError("not this one")
+
+    monkeypatch.setitem(PREPARATIONS, "cosine", refuse)
+    losses = []
+    for name in ("none", "cosine"):
+        race = Race(budget(), **(SMALL | {"preparations": (name,)}))
+        _, record = raced(tmp_path / name, race=race)
+        losses.append([run.loss for run in record.runs])
+    assert losses[0] == losses[1]
+    _, record = raced(tmp_path / "further", race=Race(budget(), **(SMALL | {"preparations": ("none", "cosine")})))
+    assert [math.isnan(run.loss) for run in record.runs if record.entrant(run.entrant).preparation == "cosine"] == [
+        True
+    ]
 
 
 def test_a_race_gives_the_same_again(tmp_path: Path) -> None:
@@ -171,6 +194,43 @@ def test_images(tmp_path: Path) -> None:
     slim, record = raced(tmp_path, dense, race=race, train_dataset=IMAGES, calibration=batches)
     assert slim.num_parameters() <= limit.max_parameters
     assert {each.preparation for each in record.entrants} == set(race.preparations)
+
+
+@pytest.mark.parametrize("row", [LM_ROW, VISION_ROW])
+def test_a_rotated_stream_races_is_prepared_and_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: Row
+) -> None:
+    monkeypatch.setattr("hawada_peft.distil.raced.GENERATORS", {DIRECTIONS: GENERATORS[DIRECTIONS]})
+    dense, clock = build(row, tie_word_embeddings=False), ToyClock()
+    images = row is VISION_ROW
+    limit = LatencyBudget(speedup=1.2, **({"image_size": 16} if images else {"seq_len": 12}))
+    data = IMAGES if images else DATA
+    batches = [{"pixel_values": torch.stack([each["pixel_values"] for each in IMAGES])}] if images else BATCHES
+    race = Race(limit, preparations=tuple(PREPARATIONS), steps=1, effort=Effort.quick(clock=clock))
+    options: dict[str, Any] = {"train_dataset": data, "calibration": batches, "race": race}
+    slim, record = raced(tmp_path, dense, **options)
+    assert record.best is not None
+    assert record.best.plan.rotated
+    assert slim.config.hidden_size == record.best.plan.shape.hidden_size < dense.config.hidden_size
+    runs = {record.entrant(run.entrant).preparation: run.loss for run in record.runs if run.rung == 0}
+    assert set(runs) == set(PREPARATIONS)
+    assert {name for name, loss in runs.items() if math.isnan(loss)} == {"magnitude", "cosine"}
+    with pytest.raises(HawAdaError, match="no plan meets the budget"):
+        raced(tmp_path / "not", dense, **(options | {"race": replace(race, rotate=False)}))
+
+
+def test_the_plan_of_gates_on_directions_races_in_their_basis(tmp_path: Path) -> None:
+    dense = build(VISION_ROW)
+    batches = [{"pixel_values": torch.stack([each["pixel_values"] for each in IMAGES])}]
+    model = gate(dense, shuffle=False, gates=("heads", "ffn", "layers", "hidden"), rotate=True)
+    init_basis(model, batches)
+    model.apply_plan(model.plan(Shape(hidden_size=dense.config.hidden_size // 2)))
+    race = Race(plans=1, steps=1, preparations=("none", "least squares"), rotate=False)
+    slim, record = raced(tmp_path, model, race=race, train_dataset=IMAGES, calibration=batches)
+    (given,) = {each.plan for each in record.entrants if each.source == GIVEN}
+    assert given.rotated
+    assert all(math.isfinite(run.loss) for run in record.runs if record.entrant(run.entrant).plan == given)
+    assert slim.num_parameters() <= parameters_at(locate(dense), given.shape)
 
 
 def test_all_that_is_wrong_is_said_before_anything_is_changed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,23 @@ def distiller(folder: Path, lora: bool = False, **args: Any) -> DistillTrainer:
 
 def gates_of(folder: Path, **args: Any) -> Any:
     return trainer_of(folder, gate(build(LM_ROW)), args=args)
+
+
+Begun = Callable[[Callable[..., Trainer], Path], None]
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Begun:
+    """Puts a training's checkpoint after one step into a folder; each kind of training is run once."""
+    made: dict[Callable[..., Trainer], Path] = {}
+
+    def copy(make: Callable[..., Trainer], folder: Path) -> None:
+        if make not in made:
+            made[make] = tmp_path_factory.mktemp("begun")
+            make(made[make], **SAVED | {"max_steps": 1}).train()
+        shutil.copytree(made[make], folder, dirs_exist_ok=True)
+
+    return copy
 
 
 def a_gate(trainer: Trainer) -> tuple[str, torch.Tensor]:
@@ -123,8 +141,10 @@ def test_negative_rates_are_refused_by_every_trainer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make", [gates_of, distiller], ids=["gates", "student"])
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
-def test_a_checkpoint_that_lacks_a_file_is_refused(tmp_path: Path, make: Callable[..., Trainer], name: str) -> None:
-    make(tmp_path, **SAVED | {"max_steps": 1}).train()
+def test_a_checkpoint_that_lacks_a_file_is_refused(
+    begun: Begun, tmp_path: Path, make: Callable[..., Trainer], name: str
+) -> None:
+    begun(make, tmp_path)
     (tmp_path / "checkpoint-1" / name).unlink()
     with pytest.raises(CheckpointError, match=name):
         make(tmp_path, **SAVED).train(resume_from_checkpoint=True)
@@ -133,9 +153,9 @@ def test_a_checkpoint_that_lacks_a_file_is_refused(tmp_path: Path, make: Callabl
 @pytest.mark.parametrize("make", [gates_of, distiller], ids=["gates", "student"])
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"[1, 2]"], ids=["cut", "other"])
 def test_a_damaged_checkpoint_is_refused_by_name(
-    tmp_path: Path, make: Callable[..., Trainer], damage: Callable[[bytes], bytes]
+    begun: Begun, tmp_path: Path, make: Callable[..., Trainer], damage: Callable[[bytes], bytes]
 ) -> None:
-    make(tmp_path, **SAVED | {"max_steps": 1}).train()
+    begun(make, tmp_path)
     kept = ("README.md", "training_args.bin", "generation_config.json")  # not read
     paths = [path for path in (tmp_path / "checkpoint-1").iterdir() if path.name not in kept]
     assert len(paths) > 5
@@ -157,8 +177,8 @@ def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path, make: Callable[...
 
 @pytest.mark.parametrize("field", ["goal", "phases", "history"])
 @pytest.mark.parametrize("value", [None, 3, [3], {}, "x"])
-def test_a_state_with_fields_of_other_types_is_refused(tmp_path: Path, field: str, value: Any) -> None:
-    gates_of(tmp_path, **SAVED | {"max_steps": 1}).train()
+def test_a_state_with_fields_of_other_types_is_refused(begun: Begun, tmp_path: Path, field: str, value: Any) -> None:
+    begun(gates_of, tmp_path)
     path = tmp_path / "checkpoint-1" / STATE_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
     with pytest.raises(CheckpointError, match="hawada_state"):
@@ -196,8 +216,8 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
-def test_a_damaged_state_is_refused(tmp_path: Path, text: str) -> None:
-    gates_of(tmp_path, **SAVED | {"max_steps": 1}).train()
+def test_a_damaged_state_is_refused(begun: Begun, tmp_path: Path, text: str) -> None:
+    begun(gates_of, tmp_path)
     (tmp_path / "checkpoint-1" / STATE_FILE).write_text(text)
     with pytest.raises(CheckpointError, match="hawada_state"):
         gates_of(tmp_path, **SAVED).train(resume_from_checkpoint=True)
@@ -268,8 +288,8 @@ def test_gates_frozen_by_hand_stay_so_when_resumed(tmp_path: Path) -> None:
         assert torch.equal(theta, before[name]) == ("down_proj" not in name), name
 
 
-def test_the_state_is_written_whole(tmp_path: Path) -> None:
-    gates_of(tmp_path, **SAVED | {"max_steps": 1}).train()
+def test_the_state_is_written_whole(begun: Begun, tmp_path: Path) -> None:
+    begun(gates_of, tmp_path)
     folder = tmp_path / "checkpoint-1"
     assert json.loads((folder / STATE_FILE).read_text())["goal"]["shape"]
     assert not list(folder.glob(".*"))

@@ -358,7 +358,7 @@ def test_trained_gates_are_ranked_by_their_values() -> None:
         seen.append(options["desc"])
         return tqdm(**options, disable=True)
 
-    options = {"table": table, "effort": once(by_table(table)), "refit": False, "progress": bars}
+    options = {"table": table, "effort": once(by_table(table)), "refit": False, "rotate": False, "progress": bars}
     plan = find_plan(model, budget, [inputs_of(model)], **options).plan
     shape = plan.shape
     kept = dict(zip(plan.layers, plan.channels, strict=True))

@@ -175,7 +175,7 @@ def test_callbacks_see_the_logs(tmp_path: Path) -> None:
 
 
 def test_a_budget_becomes_a_shape_by_the_search(tmp_path: Path, law: LatencyTable) -> None:
-    options = {"table": law, "effort": effort_of(candidates=2, search_rounds=4)}
+    options = {"table": law, "effort": effort_of(candidates=2, search_rounds=4), "rotate": False}
     trainer = small(tmp_path, shape=None, budget=BUDGET, **options)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(0, abs=1e-5)  # no goal yet: open
     with pytest.raises(HawAdaError, match="when `train` begins"):
@@ -195,7 +195,12 @@ def test_a_limit_on_size_is_kept(tmp_path: Path, law: LatencyTable) -> None:
 
 
 def test_a_trained_budget_keeps_the_layers_that_the_search_kept(tmp_path: Path) -> None:
-    search = {"table": table_of(fresh()), "refit": False, "effort": effort_of(candidates=1, search_rounds=2)}
+    search = {
+        "table": table_of(fresh()),
+        "refit": False,
+        "rotate": False,
+        "effort": effort_of(candidates=1, search_rounds=2),
+    }
     budget = LatencyBudget(max_parameters=110_000, mode="prefill", seq_len=8)
     model = gate(build(LM_ROW), shuffle=False, gates=("layers",))
     trainer = small(tmp_path, model=model, shape=None, budget=budget, **search)
@@ -207,7 +212,12 @@ def test_a_trained_budget_keeps_the_layers_that_the_search_kept(tmp_path: Path) 
 
 
 def test_a_budget_cuts_fresh_gates_by_their_importance(tmp_path: Path) -> None:
-    search = {"table": table_of(fresh()), "refit": False, "effort": effort_of(candidates=1, search_rounds=2)}
+    search = {
+        "table": table_of(fresh()),
+        "refit": False,
+        "rotate": False,
+        "effort": effort_of(candidates=1, search_rounds=2),
+    }
     trainer = small(tmp_path, model=fresh(), shape=None, budget=BUDGET, **search)
     trainer._prepare()
     plan = trainer.model.plan(trainer.target)
@@ -411,7 +421,7 @@ def parallel(name: str, folder: Path, args: dict[str, Any]) -> HawAdaTrainer:
         return small(folder, model=gate(build(LM_ROW)), relaxation="straight_through", args=args)
     main = os.environ.get("RANK", "0") == "0"  # only the main process has a clock
     effort = effort_of(candidates=1, search_rounds=3) if main else once(StoppedClock())
-    search = {"table": table_of(fresh()), "refit": False, "effort": effort}
+    search = {"table": table_of(fresh()), "refit": False, "rotate": False, "effort": effort}
     return small(folder, shape=None, budget=BUDGET, keep_better="both", args=args, **search)
 
 

@@ -31,9 +31,8 @@ def test_the_most_telling_cells_come_first() -> None:
     ours = cells[len(RIVALS) * 4 :][:4]
     assert {(cell.contestant, cell.steps) for cell in ours} == {("race", 300)}
     assert {(cell.budget, cell.seed) for cell in ours} == {(b, s) for b in (1.25, 1.5) for s in (0, 1)}
-    assert {cell.contestant for cell in cells} == {*OURS, *RIVALS, *(f"{name}+muon" for name in RIVALS)} - {
-        "race_long"
-    }
+    names = {*OURS, *RIVALS, *(f"{name}+muon" for name in RIVALS)}
+    assert {cell.contestant for cell in cells} == names - {"race_long", "race_prepared"}
     assert {cell.contestant for cell in cells if cell.steps == 1000} == {"race", RIVALS[0], f"{RIVALS[0]}+muon"}
 
 
@@ -93,13 +92,31 @@ def test_what_was_timed_is_what_is_measured_and_a_race_times_nothing_itself(tmp_
     out = tmp_path / "rows"
     assert run(out, "--contestants", "race", "minitron_depth", "minitron_depth+muon", "--turns", str(out) + ".t") == 0
     race, adamw, muon = rows_of(out)[1:]
-    timed = {row["parameters"]: row for row in rows_of(tmp_path / "timings.jsonl")}
+    ledger = [row for row in rows_of(tmp_path / "timings.jsonl") if "model" in row]
+    timed = {row["parameters"]: row for row in ledger}
+    assert len(timed) == len(ledger)  # no model twice, be it built with random weights or cut
     for row in (race, adamw, muon):
         assert row["met"]
         assert row["speedup"] == timed[row["parameters"]]["dense_ms"] / timed[row["parameters"]]["ms"]
     assert adamw["before"] == muon["before"]
     assert adamw["after"] != muon["after"]
     assert (adamw["optimizer"], muon["optimizer"]) == ("adamw", "muon")
+
+
+def test_what_was_timed_before_is_not_timed_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, file = tmp_path / "rows", tmp_path / "timings.jsonl"
+    asked = ["--tiny", "--out", str(out), "--budgets", "1.2", "--seeds", "0", "1", "--steps", "8"]
+    names = ["--contestants", "flap+muon", "flap", "no_race"]
+    bench.main(["jobs", *asked, *names, "--only-time"])
+    lines = [shlex.split(line.partition(" --until")[0]) for line in capsys.readouterr().out.splitlines()]
+    assert [words[words.index("--contestants") + 1] for words in lines] == ["flap", "race"]
+    for words in lines:
+        assert bench.main(words[2:]) == 0
+    before = file.read_text()
+    assert '"peer": "flap"' in before
+    run(out, *names)
+    assert file.read_text() == before
+    assert bench.main(["run", *asked, *names, "--known", str(file), "--until", "1"]) == 0  # a row of a peer is no cell
 
 
 def test_nothing_is_begun_for_which_there_is_no_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import IncompatibleBaseError, InvalidPlanError
+from ..errors import InvalidPlanError
 from ..gates.placement import NO_BASIS, NO_CHANNELS
 from ..gates.reading import hidden_gate
 from ..gates.stream_basis import BasisGate, helmert, scale_at
 from ..planning.plan import Plan
 from ..vanilla.family import Layout, locate
+from .marks import check_marks, stream_norms
 from .parts import stream_map
 from .turn import Lookup, Turn
 
@@ -52,23 +53,6 @@ class Basis:
     def nbytes(self) -> int:
         """Bytes that it adds to an adapter."""
         return sum(tensor.numel() * 4 for tensor in (self.vectors, self.scales, self.marks))
-
-
-def stream_norms(model: nn.Module, layout: Layout) -> list[nn.Module]:
-    """The norms that read the stream, from below their adapters."""
-    found = [model.get_submodule(name) for name in layout.norms]
-    return [norm.get_base_layer() if isinstance(norm, BaseTunerLayer) else norm for norm in found]
-
-
-def weight_marks(weights: Iterable[torch.Tensor]) -> torch.Tensor:
-    """A number of each norm's weight, by which it is told from others, `w . cos(0, 1, ...)`: (sites,), on the CPU."""
-    wide = [weight.detach().cpu().double() for weight in weights]
-    return torch.stack([(each @ torch.arange(len(each), dtype=each.dtype).cos()).float() for each in wide])
-
-
-def is_centred(model: nn.Module, layout: Layout) -> bool:
-    """Whether LayerNorms read the stream, which do not see its mean."""
-    return isinstance(stream_norms(model, layout)[0], nn.LayerNorm)
 
 
 def turn_of(
@@ -149,30 +133,18 @@ def plan_turn(model: PreTrainedModel, plan: Plan, basis: Basis | None) -> Turn |
     return turn_of(model, locate(model), basis, torch.tensor(plan.hidden))
 
 
+def rows_untied(model: PreTrainedModel, layout: Layout) -> int:
+    """The rows of the output projection that a turned model has and the dense one has not; 0 if nothing is untied."""
+    weight = cast(torch.Tensor, stream_norms(model, layout)[-1].weight)
+    if not is_tied(model) or bool((weight == weight[0]).all()):
+        return 0
+    return len(cast(torch.Tensor, model.get_output_embeddings().weight))
+
+
 def is_tied(model: PreTrainedModel) -> bool:
     """Whether the embedding is the output projection as well."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     return head is not None and head.weight is embedding.weight
-
-
-def check_marks(layout: Layout, weights: Sequence[torch.Tensor], marks: torch.Tensor) -> None:
-    """
-    That a model is the one a basis was found on, as far as its norms' weights tell.
-
-    Raises:
-        IncompatibleBaseError: if they differ by more than rounding.
-    """
-    if not marks.any():  # of a basis that was never set
-        return
-    found, expected = weight_marks(weights), marks.detach().float().cpu()
-    length = torch.stack([weight.detach().cpu().float().norm() for weight in weights])
-    far = (found - expected).abs() > 0.005 * length.clamp(min=1e-3)  # above the rounding of another dtype
-    if far.any():
-        name = layout.norms[int(far.nonzero()[0])]
-        raise IncompatibleBaseError(
-            f"the basis of the residual stream was found on another model: the weight of {name!r} is another one. A "
-            "base that was rotated, trained or cut since needs a basis of its own: `init_basis`"
-        )
 
 
 def basis_gate(base: nn.Module, layout: Layout, adapter_name: str) -> BasisGate | None:
@@ -193,7 +165,13 @@ def moved_stream(base: nn.Module, layout: Layout, adapter_name: str) -> bool:
 
 
 def stream_basis(
-    base: nn.Module, layout: Layout, adapter_names: Sequence[str], plan: Plan, *, fold: bool
+    base: nn.Module,
+    layout: Layout,
+    adapter_names: Sequence[str],
+    plan: Plan,
+    *,
+    fold: bool,
+    given: Basis | None = None,
 ) -> tuple[Basis, torch.Tensor | None] | tuple[None, None]:
     """
     The basis in which adapters gate the residual stream, if they do and it matters, and their factors.
@@ -204,12 +182,20 @@ def stream_basis(
         adapter_names: whose gates.
         plan: what stays.
         fold: whether soft values are folded in.
+        given: the basis of a plan that was made without the adapters, for those that do not gate the stream.
 
     Raises:
         InvalidPlanError: if the plan keeps directions and the adapters gate channels, or the reverse; if several
-            adapters have bases.
+            adapters have bases, or another one than the plan's.
     """
     gates = [gate for name in adapter_names if (gate := basis_gate(base, layout, name)) is not None]
+    if given is not None and plan.rotated:
+        if not any(hidden_gate(base, layout, name) is not None for name in adapter_names):
+            return given, None
+        if gates and not torch.allclose(gates[0].vectors.cpu().float(), given.vectors.float(), atol=1e-4):
+            raise InvalidPlanError(
+                "the plan keeps directions of another basis than the adapter's: use the adapter that it was made with"
+            )
     if plan.hidden is not None and plan.rotated != bool(gates):
         raise InvalidPlanError(NO_BASIS if plan.rotated else NO_CHANNELS)
     if not gates:

@@ -16,7 +16,8 @@ from ..progress import Progress
 from ..vanilla.batches import Batch
 from ..vanilla.family import Layout, locate
 from ..vanilla.mode import adapters_off
-from .basis import Basis, basis_gate, is_centred, stream_norms, weight_marks
+from .basis import Basis, basis_gate
+from .marks import is_centred, stream_norms, weight_marks
 from .moments import Moments, collect_moments
 from .refine import pooled, principal_directions, refined
 from .scales import fit_scales
@@ -125,11 +126,13 @@ def _directions(moments: Moments, layout: Layout, centred: bool, progress: Progr
 
 
 def _check_span(inside: torch.Tensor, positions: int) -> None:
-    values = torch.linalg.eigvalsh(pooled(inside))
-    units = len(values)
-    spanned = int((values > units * torch.finfo(values.dtype).eps * values[-1]).sum())
-    if spanned < units and positions < units:
+    """Each norm sees `positions` vectors: fewer than directions say nothing about some of them."""
+    units = inside.shape[1]
+    if positions < units:
+        values = torch.linalg.eigvalsh(pooled(inside))
+        spanned = int((values > units * torch.finfo(values.dtype).eps * values[-1]).sum())
         raise HawAdaError(
-            f"the calibration batches hold {positions} positions and span {spanned} of the {units} directions of the "
-            f"residual stream: give batches of {units} positions (tokens, patches) or more, better several times that"
+            f"the calibration batches hold {positions} positions, which over all norms span {spanned} of the {units} "
+            f"directions of the residual stream: give batches of {units} positions (tokens, patches) or more, better "
+            "several times that"
         )

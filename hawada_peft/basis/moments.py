@@ -18,7 +18,7 @@ from ..vanilla.family import Layout
 from ..vanilla.heads import head_of
 from ..vanilla.mode import evaluating
 from ..vanilla.outputs import get_student_logits
-from .basis import stream_norms
+from .marks import stream_norms
 
 ENTRIES = 2**23
 """Entries of all second moments of one kind together; sites are summed to groups of neighbours above that."""

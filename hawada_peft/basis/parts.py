@@ -12,10 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..discovery.inputs import example_inputs
 from ..errors import UnsupportedModelError
 from ..surgery.axes import find_axes
 from ..vanilla.family import HIDDEN, Layout, hidden_home, locate
-from ..vanilla.outputs import example_inputs
 from .tiny import tiny_copy
 
 WRITER, READER, READER_BIAS, NORM, NORM_BIAS, SCALE = "writer", "reader", "reader bias", "norm", "norm bias", "scale"

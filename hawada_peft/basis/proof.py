@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from ..discovery.inputs import example_inputs
 from ..errors import UnsupportedModelError
 from ..gates.stream_basis import WIDTHS, helmert
 from ..planning.plan import Plan
 from ..surgery.slimming import slim
 from ..vanilla.family import Layout, locate
-from ..vanilla.outputs import example_inputs, output_of
-from .basis import Basis, is_centred, turn_of
+from ..vanilla.outputs import output_of
+from .basis import Basis, turn_of
+from .marks import is_centred
 from .tiny import tiny_copy
 
 ROUNDING = 1e-5

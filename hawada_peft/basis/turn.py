@@ -63,7 +63,7 @@ class Turn:
             return tensor
         wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         if part.kind == NORM:
-            found = self.factors[self._site(name)].to(wide)
+            found = self.factors[self._site(name)].to(wide, copy=True)  # safetensors saves no view of a larger tensor
             if self.tied and self._site(name) == len(self.factors) - 1:
                 found = found * wide.mean()
         elif part.kind == NORM_BIAS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -12,6 +12,8 @@ from ..progress import Progress
 from .options import Effort, Fresh, Level, Model, Said
 
 if TYPE_CHECKING:
+    from ..basis.basis import Basis
+    from ..gates.stream_basis import BasisGate
     from ..planning.plan import Plan
 
 EXAMPLES = (
@@ -30,7 +32,13 @@ def run(
     output: Annotated[Path, typer.Option(help="Where to write the plan.")] = Path("plan.json"),
     adapter: Annotated[str | None, typer.Option(help="Trained gates; Fisher importance if left out.")] = None,
     examples: Annotated[int, typer.Option(min=1, help="Calibration examples at most.")] = 64,
-    hidden: Annotated[bool, typer.Option("--hidden", help="Without --adapter: cut the hidden size, too.")] = False,
+    rotate: Annotated[
+        bool | None,
+        typer.Option(help="Search hidden sizes, cut along directions in a basis; where that is exact if left out."),
+    ] = None,
+    hidden: Annotated[
+        bool, typer.Option("--hidden", help="Without --adapter: cut channels of the hidden size, not directions.")
+    ] = False,
     refit: Annotated[
         bool | None, typer.Option(help="Judge shapes by refitted models, or by closed gates; refitted where possible.")
     ] = None,
@@ -41,16 +49,20 @@ def run(
     """
     Find the best shape that meets a budget here, and write its plan.
 
-    All legal shapes are searched; the answer is the one of least loss that was built and timed on this machine.
+    All legal shapes are searched; the answer is the one of least loss that was built and timed on this machine. If it
+    cuts the hidden size in a basis, the basis is written beside the plan, and `hawada slim --plan` finds it there.
 
     Give one of --speedup, --latency-ms and --fraction, or --max-parameters or --max-memory, or both.
     """
+    from ..basis.basis import basis_gate, gate_basis
+    from ..basis.stored import SUFFIX, save_basis
     from ..files.atomic import write_text
     from ..latency.budget import LatencyBudget
     from ..latency.runner import check_call
     from ..search.budgeted import find_plan
     from ..search.result import FORMAT
     from ..search.timed import regime_of
+    from ..vanilla.family import locate
     from ..vanilla.loading import checked_device, load_model, load_skeleton
     from .shared import effort_of, gates_of, read_batches
 
@@ -62,8 +74,13 @@ def run(
     batches = read_batches(calibration, model, seq_len=limits.seq_len, examples=examples)
     gated = gates_of(load_model(model, device), adapter, hidden=hidden)
     hard = effort_of(effort, fresh=fresh)
-    found = find_plan(gated, limits, batches, refit=refit, effort=hard, progress=progress)
+    found = find_plan(gated, limits, batches, rotate=rotate, refit=refit, effort=hard, progress=progress)
     beside = output.with_suffix(".search.json")
+    basis: Path | None = None
+    if found.plan.rotated:
+        base, basis = gated.get_base_model(), output.with_suffix(SUFFIX)
+        gate = basis_gate(base, locate(base), gated.active_adapters[0])
+        save_basis(gate_basis(cast("BasisGate", gate)), basis)  # before the plan that needs it
     write_text(output, found.plan.to_json())
     write_text(beside, json.dumps({"format": FORMAT} | found.figures()) + "\n")
     best = found.best
@@ -76,8 +93,10 @@ def run(
         "parameters": best.parameters,
         "plan": str(output),
         "search": str(beside),
+        "basis": None if basis is None else str(basis),
     }
-    return Said(f"{found}\nplan written to {output}", data)
+    also = "" if basis is None else f", the basis that it keeps directions of to {basis}"
+    return Said(f"{found}\nplan written to {output}{also}", data)
 
 
 def check(model: str, calibration: Path, **options: Any) -> None:
@@ -104,3 +123,16 @@ def read_plan(path: Path) -> Plan:
         return Plan.from_json(path.read_text(encoding="utf-8"))
     except (HawAdaError, UnicodeDecodeError) as error:
         raise HawAdaError(f"{path} holds no plan: {error}") from None
+
+
+def read_basis(path: Path, plan: Plan) -> Basis | None:
+    """
+    The basis beside a plan's file; None if the plan is not about directions, or it is not there (but in an adapter).
+
+    Raises:
+        HawAdaError: if the file holds none, or is damaged.
+    """
+    from ..basis.stored import SUFFIX, load_basis
+
+    beside = path.with_suffix(SUFFIX)
+    return load_basis(beside) if plan.rotated and beside.exists() else None

@@ -47,7 +47,7 @@ def gates_of(base: PreTrainedModel, adapter: str | None, *, hidden: bool) -> Pef
     Args:
         base: the dense model.
         adapter: folder or id of trained gates.
-        hidden: whether fresh gates are put on the residual stream, too.
+        hidden: whether fresh gates are put on the channels of the residual stream, too.
     """
     if adapter is not None:
         return PeftModel.from_pretrained(base, adapter)

@@ -73,7 +73,7 @@ def run(
     """
     from ..shipping.checkpoint import slim_checkpoint
     from ..vanilla.loading import checked_device
-    from .plan import read_plan
+    from .plan import read_basis, read_plan
     from .shared import read_batches
 
     *adapters, output = places
@@ -82,11 +82,13 @@ def run(
     if calibration is not None:
         device = checked_device(device or "cpu")
         batches = read_batches(calibration, base, seq_len=seq_len, examples=examples)
+    chosen = None if plan is None else read_plan(plan)
     made = slim_checkpoint(
         base,
         adapter,
         output,
-        plan=None if plan is None else read_plan(plan),
+        plan=chosen,
+        basis=None if plan is None or chosen is None else read_basis(plan, chosen),
         fold=fold,
         calibration=batches,
         device=device,

@@ -22,6 +22,7 @@ from .anatomy import (
     Segment,
     Stack,
 )
+from .inspected import inspect
 
 __all__ = [
     "EXPERTS",
@@ -44,4 +45,5 @@ __all__ = [
     "Rows",
     "Segment",
     "Stack",
+    "inspect",
 ]

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
+from ..basis.basis import Basis, is_tied, plan_turn
+from ..basis.find import find_basis
+from ..basis.proof import check_exact
+from ..basis.rotation import warn_untied
 from ..errors import HawAdaError, UnsupportedModelError
 from ..planning.plan import Plan
-from ..processes import of_this_rank
-from ..race.candidates import GENERATORS, GIVEN, field_of, neighbours, searched
+from ..processes import in_main_process, of_this_rank
+from ..race.candidates import DIRECTIONS, GENERATORS, GIVEN, field_of, neighbours, searched
 from ..race.fits import Fits, fits_of, no_larger
 from ..race.judge import Judge
 from ..race.preparations import PREPARATIONS
@@ -37,6 +42,7 @@ from ..race.record import NAME, Entrant, RaceRecord
 from ..refit.fidelity import divergence
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch
+from ..vanilla.family import locate
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +76,7 @@ class RacedRecovery:
         given (`Plan`, *optional*): a plan that enters.
         start (`PreTrainedModel`, *optional*): its slim model, if that is not what `slim(dense, given)` gives.
         optimizer (`str`): what `train` trains with; a race that goes on has to have the same.
+        gated (`Basis`, *optional*): of the residual stream, if the plan that is given may keep directions of it.
 
     Raises:
         HawAdaError: if the race would leave nothing of the recovery, or there is too little calibration data.
@@ -83,6 +90,7 @@ class RacedRecovery:
     given: Plan | None = None
     start: PreTrainedModel | None = None
     optimizer: str = "auto"
+    gated: Basis | None = None
     fitted: list[Batch] = field(init=False)
     held_out: list[Batch] = field(init=False)
 
@@ -96,9 +104,27 @@ class RacedRecovery:
         self.fitted, self.held_out = parts_of(batches, self.race.held_out, self.dense.main_input_name)
         self.rows, self.share = rows_of(self.race, self.args)
 
+    @property
+    def judged(self) -> list[Batch]:
+        """What plans are judged by before any training."""
+        return first_of(self.fitted, self.dense.main_input_name)
+
+    @cached_property
+    def basis(self) -> Basis | None:
+        """Of the residual stream, the gates' or the first process's; None where it cannot be cut along directions."""
+        if self.gated is not None or not self.race.rotate:
+            return self.gated
+        try:
+            check_exact(locate(self.dense))
+            return in_main_process(lambda: find_basis(self.dense, self.judged))
+        except HawAdaError as error:
+            logger.info("no plan cuts the residual stream along directions: %s", error)
+            return None
+
     def run(self) -> tuple[RaceRecord, PreTrainedModel]:
         """The race, from where it stopped, and the winner's model, ready for the rest of the recovery."""
         state = PartialState()
+        self.basis  # noqa: B018  # every process takes part
         settings = self.race.settings() | {
             "seed": self.args.seed,
             "batch_size": self.rows,
@@ -115,6 +141,9 @@ class RacedRecovery:
         winner = run_race(record, self._trial, retire=self._retire)
         state.wait_for_everyone()
         last = max((run.rung for run in record.runs if run.entrant == winner.key), default=-1)
+        turn = plan_turn(self.dense, winner.plan, self.basis)
+        if turn is not None and is_tied(self.dense) and not turn.tied:
+            warn_untied(self.dense, turn.size)
         return record, self._after(winner, last)
 
     def clean(self) -> None:
@@ -148,9 +177,11 @@ class RacedRecovery:
             logger.info("the race goes on after %d runs", len(record.runs))
             return record
         started = time.perf_counter()
-        race, judge = self.race, Judge(self.dense, first_of(self.fitted, self.dense.main_input_name))
+        race, judge = self.race, Judge(self.dense, self.judged, self.basis)
         fits = self._fits()
         generators = dict(GENERATORS)
+        if not race.rotate:
+            del generators[DIRECTIONS]
         if race.search is not None:
             generators["search"] = searched(race.search)
         given = () if self.given is None else (self.given,)
@@ -234,11 +265,17 @@ class RacedRecovery:
         """The slim model of an entrant, as it was cut."""
         if self.start is not None and entrant.source == GIVEN:
             return copy.deepcopy(self.start).to(self.args.device)  # type: ignore[arg-type]
-        return slim(self.dense, entrant.plan)
+        return slim(self.dense, entrant.plan, turn=plan_turn(self.dense, entrant.plan, self.basis))
 
     def _prepared(self, entrant: Entrant) -> PreTrainedModel:
-        model = self._built(entrant)
-        PREPARATIONS[entrant.preparation](self.dense, model, entrant.plan, self.fitted)
+        model, turn = self._built(entrant), plan_turn(self.dense, entrant.plan, self.basis)
+        coordinates = None if turn is None else turn.write
+        try:
+            PREPARATIONS[entrant.preparation](self.dense, model, entrant.plan, self.fitted, coordinates)
+        except UnsupportedModelError as error:
+            if entrant.preparation != self.race.preparations[0]:
+                raise
+            logger.info("%s runs as it was cut: %s", entrant.name, error)
         return model
 
     def _after(self, entrant: Entrant, rung: int) -> PreTrainedModel:

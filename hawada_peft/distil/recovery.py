@@ -11,6 +11,7 @@ from typing import Any, cast
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
+from ..basis.basis import Basis, basis_gate, gate_basis
 from ..errors import HawAdaError
 from ..gates.adapter import GateAdapter
 from ..planning.plan import Plan
@@ -22,6 +23,7 @@ from ..shipping.save import Slimmed
 from ..surgery.dense import put_back
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch
+from ..vanilla.family import locate
 from .arguments import rate_problems
 from .muon import optimizer_problems
 from .objective import Distillation
@@ -152,6 +154,7 @@ def recover(
         trained: Any = target
         return trained if lora is None else trained.merge_and_unload()
 
+    gated_basis = _basis_of(model) if racing is not None and isinstance(model, PeftModel) else None
     with put_back(base, always=False):  # until the end the gates may still be needed
         slimmed: Slimmed | None = None
         if isinstance(model, PeftModel) and chosen is None:
@@ -176,6 +179,7 @@ def recover(
                 chosen,
                 None if slimmed is None else slimmed.model,
                 optimizer,
+                gated_basis,
             )
             record, small = raced.run()
             args = copy.copy(cast(TrainingArguments, args))
@@ -188,6 +192,13 @@ def recover(
     if racing is not None:
         raced.clean()
     return replace(slimmed, model=trained.train(training))
+
+
+def _basis_of(model: PeftModel) -> Basis | None:
+    """The basis of the residual stream whose directions a gated model's plan may keep."""
+    base = model.get_base_model()
+    gates = [basis_gate(base, locate(base), name) for name in model.active_adapters]
+    return next((copy.deepcopy(gate_basis(gate)) for gate in gates if gate is not None), None)
 
 
 def _cut(dense: PreTrainedModel, plan: Plan, calibration: Iterable[Batch] | None) -> Slimmed:

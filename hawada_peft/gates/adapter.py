@@ -6,6 +6,7 @@ Long because PEFT asks one class for all that a layer does.
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any, cast
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import BrokenGatesError
 from ..vanilla.modules import (
@@ -25,12 +27,12 @@ from ..vanilla.modules import (
     parameters_of,
     scales_through,
 )
-from .kinds import SigmoidGate
+from .kinds import BlendGate, SigmoidGate
 from .scaling import scale, scale_rows
 
 UNITS, BLOCK, LAYER, HIDDEN_UNITS = "hawada_units", "hawada_block", "hawada_layer", "hawada_hidden"
 """
-The slots of an adapter: gates on the input's features, on the output, one that both of a layer's blocks share, one on
+The slots of an adapter: gates on the input's features, on the output, one that all of a layer's blocks share, one on
 the residual stream that all norms share.
 """
 
@@ -71,7 +73,9 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
         self._disable_adapters = False
         self._active_adapter = adapter_name
         # Other adapters that hold a gate shared with this one, by its slot; a dict hides them from nn.Module.
-        self._gate_homes: dict[str, GateAdapter] = {}
+        self._gate_homes: dict[str, list[GateAdapter]] = {}
+        self._blending: RemovableHandle | None = None
+        self._row_names: list[str] | None = None  # of the pass forward that is under way
         # The dense weight and bias while merged: closed gates cannot be divided out again.
         self._dense: tuple[torch.Tensor, ...] = ()
         self.update_layer(adapter_name, self.make_gates(**options) if gates is None else gates, inference_mode)
@@ -89,7 +93,44 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
 
     def share_layer_gate(self, home: GateAdapter) -> None:
         """Use the layer gate that lives in `home` for every name that has none here."""
-        self._gate_homes[LAYER] = home
+        self.share(LAYER, home)
+
+    def share(self, slot: str, home: GateAdapter) -> None:
+        """Use the gate that lives in a slot of `home` for every name that has none here."""
+        homes = self._gate_homes.setdefault(slot, [])
+        if home is not self and home not in homes:
+            homes.append(home)
+
+    def blend(self, layer: nn.Module) -> None:
+        """Let the `BlendGate` in the layer's slot blend what the layer around this adapter gives, until `release`."""
+        if self._blending is None:
+            # First of all hooks, so that whatever records hidden states records what the layer gives to the next one.
+            self._blending = layer.register_forward_hook(self._blended, with_kwargs=True, prepend=True)
+
+    def _blended(self, layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        rows, self._row_names = self._row_names, None
+        merged = self.merged and not self.disable_adapters
+        names = self.merged_adapters if merged else [] if self.disable_adapters else self.active_adapters
+        factor = self.blend_factor(names, hard=True if merged else None) if rows is None else self._row_factors(rows)
+        if factor is None:
+            return None
+        x, y = args[0] if args else kwargs["hidden_states"], output[0] if isinstance(output, tuple) else output
+        factor = factor.to(y.device)
+        blended = scaled(y, factor) + scaled(x, 1 - factor)  # exactly y at 1, exactly x at 0
+        return (blended, *output[1:]) if isinstance(output, tuple) else blended
+
+    def blend_factor(self, adapter_names: Iterable[str], *, hard: bool | None = None) -> torch.Tensor | None:
+        """
+        The part of the layer's own output in what is passed on, of its input the rest: (1,), or (rows, 1) within
+        `theta_per_row`; None where nothing blends.
+        """
+        gates = [self.gates(name).get(LAYER) for name in adapter_names]
+        factors = [gate.features(hard=hard) for gate in gates if isinstance(gate, BlendGate)]
+        return math.prod(factors[1:], start=factors[0]) if factors else None
+
+    def _row_factors(self, adapter_names: list[str]) -> torch.Tensor | None:
+        """(rows, 1), one adapter name per row."""
+        return _stack([self.blend_factor([name]) for name in adapter_names])
 
     def gates(self, adapter_name: str) -> dict[str, SigmoidGate]:
         """What this adapter gates under a name: slot to gate; empty if the name has no gates here."""
@@ -98,9 +139,10 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
             modules = getattr(self, slot)
             if adapter_name in modules:
                 found[slot] = modules[adapter_name]
-        for slot, home in self._gate_homes.items():
-            if slot not in found and adapter_name in getattr(home, slot):
-                found[slot] = getattr(home, slot)[adapter_name]
+        for slot, homes in self._gate_homes.items():
+            for home in homes:
+                if slot not in found and adapter_name in getattr(home, slot):
+                    found[slot] = getattr(home, slot)[adapter_name]
         return found
 
     def input_factor(self, adapter_names: Iterable[str], *, hard: bool | None = None) -> torch.Tensor | None:
@@ -127,7 +169,7 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
         Keyword Args:
             adapter_names (`list[str]`): one adapter name per row of the batch; `"__base__"` for none.
         """
-        adapter_names = kwargs.pop("adapter_names", None)
+        adapter_names = self._row_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -216,6 +258,9 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
         """Let go of the weights kept for `unmerge` and of other adapters: this one is taken off its module."""
         self._dense = ()
         self._gate_homes.clear()
+        if self._blending is not None:
+            self._blending.remove()
+            self._blending = None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # A checkpoint of the bare module stays loadable: its keys are those of `base_layer`, and it brings no gates.

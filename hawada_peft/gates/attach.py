@@ -99,6 +99,7 @@ def detach_adapters(model: Model) -> Model:
                 module.unmerge()
             parent_name, _, child_name = name.rpartition(".")
             setattr(model.get_submodule(parent_name), child_name, module.base_layer)
+            module.release()
     return model
 
 

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch.func import functional_call
+
 from ..errors import UnsupportedModelError
-from ..vanilla.modules import feature_dim
+from ..vanilla.modules import feature_dim, norm_offset, output_sizes, scaled_norm_weight
 from .adapter import BLOCK, UNITS, GateAdapter
 from .kinds import BlockGate, ChannelGate, GateStart, HeadGate, SigmoidGate
 
@@ -56,7 +63,10 @@ class AttentionHeadAdapter(GateAdapter):
 
 class BlockAdapter(GateAdapter):
     """
-    Gates the whole output of a module: what a block adds to the residual, when it wraps the block's last projection.
+    Gates the whole output of a module: what a block adds to the residual, when it wraps the block's last projection
+    or the norm behind that.
+
+    A norm is computed as the slim model does, with the factor in its weight: some norms round that to float32.
 
     Arguments as in `GateAdapter`, and:
 
@@ -70,3 +80,21 @@ class BlockAdapter(GateAdapter):
     ) -> dict[str, SigmoidGate]:
         """A `BlockGate` on the output."""
         return {BLOCK: BlockGate(start=start, relative=relative)}
+
+    sizes_of = staticmethod(output_sizes)
+
+    @cached_property
+    def offset(self) -> float | None:
+        """Of the norm that it wraps (`norm_offset`); None for other modules."""
+        return norm_offset(self.get_base_layer())
+
+    def _gated(self, x: torch.Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        factor, base = self.output_factor(adapter_names), self.get_base_layer()
+        if factor is None or self.offset is None or self.training or factor.ndim > 1:
+            return super()._gated(x, adapter_names, *args, **kwargs)
+        weight, bias = base.get_parameter("weight"), base._parameters.get("bias")
+        factor = factor.to(weight.device)
+        tensors = {"weight": scaled_norm_weight(weight, factor, self.offset).to(weight.dtype)}
+        if bias is not None:
+            tensors["bias"] = (bias * factor).to(bias.dtype)
+        return cast(torch.Tensor, functional_call(base, tensors, (x, *args), kwargs))

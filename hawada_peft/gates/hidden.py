@@ -1,7 +1,12 @@
-"""The residual stream's gate: one for the whole model, on the norms through which everything reads the stream."""
+"""
+Norms over units that go: over the channels of the residual stream, which carry its gate; over the units of a layer.
+
+Long because a norm under a plan is computed as the slim model does, whatever its units are.
+"""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -11,7 +16,8 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from ..errors import UnsupportedModelError
-from .adapter import HIDDEN_UNITS, GateAdapter, scaled
+from ..vanilla.modules import output_sizes
+from .adapter import HIDDEN_UNITS, UNITS, GateAdapter, scaled
 from .kinds import GateStart, HiddenGate, SigmoidGate
 from .stream_basis import BasisGate
 
@@ -124,7 +130,76 @@ def norm_in_basis(
     return y if bias is None else y + bias
 
 
-class HiddenAdapter(GateAdapter):
+class NormAdapter(GateAdapter):
+    """
+    A norm, of whose features a plan leaves some: its statistics are those of these alone, as in the slim model.
+
+    Args:
+        base_layer, adapter_name, gates, inference_mode: as in `GateAdapter`.
+    """
+
+    @abstractmethod
+    def _kept(self, adapter_names: Iterable[str], hard: bool | None) -> torch.Tensor | None:
+        """The features that the plans leave, rising, or None for all."""
+
+    def _base_output(
+        self, x: torch.Tensor, adapter_names: Iterable[str], hard: bool | None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        index = self._kept(adapter_names, hard)
+        return self.base_layer(x, *args, **kwargs) if index is None else kept_norm(self.get_base_layer(), x, index)
+
+    def _forward_rows(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(x) == 0:
+            return self.base_layer(x, *args, **kwargs)
+        names = sorted(set(adapter_names))
+        rows = [[row for row, each in enumerate(adapter_names) if each == name] for name in names]
+        parts = [self._gated(x[mine], [name], *args, **kwargs) for name, mine in zip(names, rows, strict=True)]
+        order = torch.tensor([row for mine in rows for row in mine], device=x.device).argsort()
+        return torch.cat(parts)[order]
+
+
+class UnitNormAdapter(NormAdapter):
+    """
+    A norm over all units of a layer that a gate elsewhere in it closes, such as one over all query heads. It has no
+    gates of its own, and does nothing without a plan.
+
+    Args:
+        base_layer, adapter_name, gates, inference_mode: as in `GateAdapter`.
+    """
+
+    adapter_layer_names = (UNITS,)
+    output_slots = ()
+    sizes_of = staticmethod(output_sizes)
+
+    together: int = 1
+    """Gates whose units are one unit here: query heads per KV group."""
+
+    def make_gates(self, **options: Any) -> dict[str, SigmoidGate]:
+        """None."""
+        return {}
+
+    def follow(self, home: GateAdapter, together: int) -> None:
+        """Leave the units that the plan of the gate in `home` leaves: of so many gates each."""
+        self.share(UNITS, home)
+        self.together = together
+
+    def input_factor(self, adapter_names: Iterable[str], *, hard: bool | None = None) -> torch.Tensor | None:
+        """None: the gate scales the module that it is on."""
+        return None
+
+    def _kept(self, adapter_names: Iterable[str], hard: bool | None) -> torch.Tensor | None:
+        kept: torch.Tensor | None = None
+        for name in adapter_names:
+            gate = self.gates(name).get(UNITS)
+            if gate is not None and (units := gate.kept_units(hard=hard)) is not None:
+                kept = units if kept is None else kept & units
+        if kept is None:
+            return None
+        groups = kept.reshape(-1, self.together).any(1)
+        return groups.repeat_interleave(self.in_features // len(groups)).nonzero()[:, 0]
+
+
+class HiddenAdapter(NormAdapter):
     """
     Gates the channels of the residual stream at a norm that reads it.
 
@@ -156,10 +231,9 @@ class HiddenAdapter(GateAdapter):
 
     def share_hidden_gate(self, home: GateAdapter) -> None:
         """Use the gate that lives in `home` for every name that has none here."""
-        self._gate_homes[HIDDEN_UNITS] = home
+        self.share(HIDDEN_UNITS, home)
 
     def _kept(self, adapter_names: Iterable[str], hard: bool | None) -> torch.Tensor | None:
-        """The features that the plans leave, or None for all."""
         kept: torch.Tensor | None = None
         for name in adapter_names:
             gate = self.gates(name).get(HIDDEN_UNITS)
@@ -187,14 +261,4 @@ class HiddenAdapter(GateAdapter):
         basis = self._basis(names)
         if basis is not None:
             return norm_in_basis(self.get_base_layer(), x, basis, self.site, hard=hard)
-        index = self._kept(names, hard)
-        return self.base_layer(x, *args, **kwargs) if index is None else kept_norm(self.get_base_layer(), x, index)
-
-    def _forward_rows(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
-        if len(x) == 0:
-            return self.base_layer(x, *args, **kwargs)
-        names = sorted(set(adapter_names))
-        rows = [[row for row, each in enumerate(adapter_names) if each == name] for name in names]
-        parts = [self._gated(x[mine], [name], *args, **kwargs) for name, mine in zip(names, rows, strict=True)]
-        order = torch.tensor([row for mine in rows for row in mine], device=x.device).argsort()
-        return torch.cat(parts)[order]
+        return super()._base_output(x, names, hard, *args, **kwargs)

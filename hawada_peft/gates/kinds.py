@@ -177,6 +177,10 @@ class SigmoidGate(nn.Module):
         """
         return self.factor(hard=self._is_hard(hard))
 
+    def kept_units(self, *, hard: bool | None = None) -> torch.Tensor | None:
+        """Which units the plan keeps, of theta's shape; None for all. `hard` as in `features`."""
+        return self.kept if self._is_hard(hard) else None
+
     def _is_hard(self, hard: bool | None) -> bool:
         return (self.hard_in_training or not self.training) if hard is None else hard
 
@@ -294,7 +298,35 @@ class HiddenGate(ChannelGate):
 
 
 class BlockGate(SigmoidGate):
-    """One gate on a whole tensor: what a block, or both blocks of a layer, add to the residual stream."""
+    """
+    One gate on a whole tensor: what a block, or all blocks of a layer, add to the residual stream.
 
-    def __init__(self, *, start: GateStart | None = None, relative: bool = False) -> None:
+    Args:
+        start, relative: as in `SigmoidGate`.
+        parts (`int`): blocks of its layer; with all of them closed the layer is the identity.
+    """
+
+    def __init__(self, *, start: GateStart | None = None, relative: bool = False, parts: int = 2) -> None:
         super().__init__(1, start=start, relative=relative)
+        self.parts = parts
+
+
+class BlendGate(BlockGate):
+    """
+    One gate on a layer that is no sum of its input and of what it adds: it blends the layer's output and its input.
+
+    No weight can take up such a factor. So it is binary under a plan: the layer is there as it is, or gone. Soft
+    values are for training and ranking alone.
+    """
+
+    is_factor = False
+
+    def factor(self, *, hard: bool) -> torch.Tensor:
+        """As in `SigmoidGate`; 0 or 1 under a plan. Towards a plan in training, units that stay count in full."""
+        if self.kept is None:
+            return super().factor(hard=hard)
+        kept = self.kept.to(self.theta.device)
+        if hard:
+            return kept.to(torch.promote_types(self.theta.dtype, torch.float32))
+        value = super().factor(hard=hard)
+        return torch.where(kept, 1 + value - value.detach(), value)

@@ -1,4 +1,8 @@
-"""The gates of a family's positions, and a plan's masks on them."""
+"""
+The gates of a family's positions, and a plan's masks on them.
+
+Long because units, whole layers and the stream are placed and masked by the same rules.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,21 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from ..errors import InvalidPlanError
+from ..errors import InvalidPlanError, UnsupportedModelError
 from ..vanilla.family import FFN, HEADS, HIDDEN, Layout, find_module, hidden_home
+from ..vanilla.legality import depth_of
 from ..vanilla.modules import feature_dim, feature_sizes
+from ..vanilla.shape import KV_GROUPS
 from .adapter import BLOCK, HIDDEN_UNITS, LAYER, UNITS, GateAdapter
-from .concrete import AttentionHeadAdapter, ChannelAdapter
-from .hidden import HiddenAdapter, norm_sizes
-from .kinds import BlockGate, ChannelGate, GateStart, HeadGate, HiddenGate, SigmoidGate
-from .reading import hidden_gate
+from .branches import branches_of
+from .concrete import AttentionHeadAdapter, BlockAdapter, ChannelAdapter
+from .hidden import HiddenAdapter, UnitNormAdapter, norm_sizes
+from .kinds import BlendGate, BlockGate, ChannelGate, GateStart, HeadGate, HiddenGate, SigmoidGate
+from .reading import adapters_in, hidden_gate, whole_gates
 from .stream_basis import BasisGate
+
+BLOCKS, LAYERS = "blocks", "layers"
+"""Gates on what a block adds to the stream, and on a layer."""
 
 Masks = list[tuple[SigmoidGate, torch.Tensor | None]]
 
@@ -55,6 +65,7 @@ def gates_at(
     group_size: int,
     start: GateStart,
     centred: bool | None = None,
+    norms: Collection[str] = (),
 ) -> tuple[type[GateAdapter], dict[str, SigmoidGate]]:
     """
     What a module is gated by.
@@ -63,34 +74,95 @@ def gates_at(
         layout: the model's row and sizes; None if modules were named instead: their input features are gated then.
         name: the module's dotted name.
         module: it, or the adapter that it is in.
-        kinds, group_size, start: as in `family_gates`; `"hidden"` too.
+        kinds: what is gated: of `"heads"`, `"ffn"`, `"blocks"`, `"layers"`, `"hidden"`.
+        group_size: channels per gate.
+        start: how the gates start.
         centred: as in `stream_gate`.
+        norms: the norms of a layer over units of it, relative to it.
 
     Returns:
         The adapter's class, and slot to new gate.
     """
     position = None if layout is None else layout.position(name)
+    inside = None if layout is None else layout.within(name)
+    whole = {} if layout is None or inside is None else _whole(layout, *inside, kinds=kinds, start=start)
+    if inside is not None and inside[1] in norms:
+        return UnitNormAdapter, {}
+    if position is None and whole:
+        return BlockAdapter, whole
     if layout is None or position is None:
         inner = module.get_base_layer() if isinstance(module, GateAdapter) else module
         size, dim = feature_sizes(module)[0], feature_dim(inner)
         return ChannelAdapter, {UNITS: ChannelGate(size, group_size, dim=dim, start=start, relative=True)}
-    if position[1] == HIDDEN:
+    axis, features = position[1], feature_sizes(module)[0] if position[1] != HIDDEN else 0
+    if axis == HIDDEN:
         if name != hidden_home(layout):
             return HiddenAdapter, {}
         return HiddenAdapter, {HIDDEN_UNITS: stream_gate(layout, centred=centred, group_size=group_size, start=start)}
-    features = feature_sizes(module)[0]
-    gates = family_gates(layout, position[1], features, kinds=kinds, group_size=group_size, start=start)
-    return AttentionHeadAdapter if position[1] == HEADS else ChannelAdapter, gates
+    if axis not in kinds:
+        return AttentionHeadAdapter if axis == HEADS else ChannelAdapter, whole
+    if axis == HEADS:
+        heads = HeadGate(features // layout.head_dim, layout.head_dim, start=start, relative=True)
+        return AttentionHeadAdapter, {UNITS: heads, **whole}
+    return ChannelAdapter, {UNITS: ChannelGate(features, group_size, start=start, relative=True), **whole}
 
 
-def other_end(model: nn.Module, layout: Layout | None, name: str) -> GateAdapter | None:
-    """The adapter at the other end of a module's layer, where the gate that both share may live; None without one."""
-    position = None if layout is None else layout.position(name)
-    if layout is None or position is None or position[1] == HIDDEN:
-        return None
-    layer, axis = position
-    other = model.get_submodule(layout.ffn_out(layer) if axis == HEADS else layout.attention_out(layer))
-    return other if isinstance(other, GateAdapter) else None
+def _whole(
+    layout: Layout, layer: int, name: str, *, kinds: Collection[str], start: GateStart
+) -> dict[str, SigmoidGate]:
+    """New gates on the whole of a layer that one of its modules carries: slot to gate."""
+    if not {BLOCKS, LAYERS} & {*kinds} or layer in depth_of(layout).pinned:
+        return {}
+    branches = branches_of(layout)
+    if not branches:
+        return {LAYER: BlendGate(start=start, relative=True)} if name == layout.family.attention_out else {}
+    if name not in branches:
+        return {}
+    slots = [slot for slot, kind in ((BLOCK, BLOCKS), (LAYER, LAYERS)) if kind in kinds]
+    return {slot: BlockGate(start=start, relative=True, parts=len(branches)) for slot in slots}
+
+
+def whole_ends(layout: Layout, kinds: Collection[str]) -> set[str]:
+    """
+    The modules of a layer that carry gates on the whole of it.
+
+    Raises:
+        UnsupportedModelError: if blocks are to be gated where a block alone adds nothing to the stream; as
+            `branches_of`.
+    """
+    if not {BLOCKS, LAYERS} & {*kinds}:
+        return set()
+    branches = branches_of(layout)
+    if not branches and BLOCKS in kinds:
+        raise UnsupportedModelError(
+            f"the layers of model_type={layout.model_type!r} norm the sum of their input and of what a block adds, so "
+            "that no factor on a block alone makes it smaller or closes it: leave 'blocks' out of the config's `gates`"
+        )
+    return {*branches} or {layout.family.attention_out}
+
+
+def connect(model: nn.Module, layout: Layout, name: str, adapter: GateAdapter) -> None:
+    """Have an adapter and the others in its layer use each other's layer gates, or blend the layer by its own."""
+    inside = layout.within(name)
+    if inside is None or layout.position(name) == (inside[0], HIDDEN):
+        return
+    if any(isinstance(gate, BlendGate) for gate in getattr(adapter, LAYER, {}).values()):
+        adapter.blend(model.get_submodule(f"{layout.stack}.{inside[0]}"))
+        return
+    for other in siblings(model, layout, name):
+        if other is not adapter:
+            adapter.share(LAYER, other)
+            other.share(LAYER, adapter)
+
+
+def siblings(model: nn.Module, layout: Layout, name: str) -> list[GateAdapter]:
+    """The adapters at the modules of the same layer that carry gates on the whole of it."""
+    inside = layout.within(name)
+    branches = branches_of(layout) if inside is not None else ()
+    if inside is None or inside[1] not in branches:
+        return []
+    found = [model.get_submodule(f"{layout.stack}.{inside[0]}.{branch}") for branch in branches]
+    return [module for module in found if isinstance(module, GateAdapter)]
 
 
 def share_hidden(model: nn.Module, layout: Layout) -> None:
@@ -102,6 +174,24 @@ def share_hidden(model: nn.Module, layout: Layout) -> None:
     for site, norm in enumerate(norms):
         if isinstance(norm, HiddenAdapter):
             norm.site = site
+
+
+def follow_units(model: nn.Module, layout: Layout, norms: Mapping[str, str]) -> None:
+    """
+    Have the norms over units of a layer know what a plan leaves of them.
+
+    Args:
+        model: the base model with adapters in it.
+        layout: its family row and sizes.
+        norms: their names relative to a layer, and the axes that their features belong to.
+    """
+    for layer in range(layout.dense.sizes()["num_hidden_layers"]):
+        for name, axis in norms.items():
+            norm = model.get_submodule(f"{layout.stack}.{layer}.{name}")
+            end = layout.ffn_out(layer) if axis == FFN else layout.attention_out(layer)
+            home = model.get_submodule(end)
+            if isinstance(norm, UnitNormAdapter) and isinstance(home, GateAdapter):
+                norm.follow(home, layout.dense.heads_per_group if axis == KV_GROUPS else 1)
 
 
 def check_norms(model: nn.Module, layout: Layout) -> None:
@@ -116,35 +206,6 @@ def check_norms(model: nn.Module, layout: Layout) -> None:
         module = find_module(model, name, layout.model_type)
         if not isinstance(module, GateAdapter):
             norm_sizes(module)
-
-
-def family_gates(
-    layout: Layout, axis: str, features: int, *, kinds: Collection[str], group_size: int, start: GateStart
-) -> dict[str, SigmoidGate]:
-    """
-    New gates for one end of a layer.
-
-    Args:
-        layout: the model's row and sizes.
-        axis: `"heads"` at the attention's output projection, `"ffn"` at the FFN's.
-        features: input features of the module there.
-        kinds: what is gated: of `"heads"`, `"ffn"`, `"blocks"`, `"layers"`.
-        group_size: channels per gate.
-        start: how the gates start.
-
-    Returns:
-        Slot to gate.
-    """
-    gates: dict[str, SigmoidGate] = {}
-    if axis in kinds and axis == HEADS:
-        gates[UNITS] = HeadGate(features // layout.head_dim, layout.head_dim, start=start, relative=True)
-    elif axis in kinds:
-        gates[UNITS] = ChannelGate(features, group_size, start=start, relative=True)
-    if "blocks" in kinds:
-        gates[BLOCK] = BlockGate(start=start, relative=True)
-    if "layers" in kinds:
-        gates[LAYER] = BlockGate(start=start, relative=True)
-    return gates
 
 
 def stream_gate(layout: Layout, *, centred: bool | None, group_size: int, start: GateStart) -> HiddenGate:
@@ -163,13 +224,13 @@ def stream_gate(layout: Layout, *, centred: bool | None, group_size: int, start:
     return BasisGate(layout.hidden_size, group_size, sites=sites, centred=centred, start=start, relative=True)
 
 
-def masks_of(gates: Mapping[str, SigmoidGate], kept: Sequence[int] | None, total: int, what: str) -> Masks:
+def masks_of(gates: Mapping[str, SigmoidGate], kept: Sequence[int], total: int, what: str) -> Masks:
     """
-    What a plan makes of the gates at one end of a layer.
+    What a plan makes of the gates on units at one end of a layer that stays.
 
     Args:
         gates: slot to gate.
-        kept: the units that stay; None if the whole layer goes.
+        kept: the units that stay.
         total: units at this end.
         what: the axis and layer, for messages.
 
@@ -179,23 +240,14 @@ def masks_of(gates: Mapping[str, SigmoidGate], kept: Sequence[int] | None, total
     Raises:
         InvalidPlanError: if there is no gate for what is to be closed, or one gate for units that stay and go.
     """
-    whole = gates.get(LAYER, gates.get(BLOCK))
-    if kept is None:
-        if whole is None:
-            raise InvalidPlanError(
-                f"the plan drops the layer of {what}, which has no gates on `layers` or `blocks`; add 'layers' to the "
-                "config's `gates`"
-            )
-        return [(gate, torch.zeros(1, dtype=torch.bool) if gate is whole else None) for gate in gates.values()]
     units = torch.zeros(total, dtype=torch.bool)
     units[list(kept)] = True
-    masks: Masks = [(gate, None) for slot, gate in gates.items() if slot != UNITS]
     if UNITS not in gates:
         if not units.all():
             raise InvalidPlanError(
                 f"the plan closes {what}, where there are no gates; add them to the config's `gates`"
             )
-        return masks
+        return []
     gate = gates[UNITS]
     grouped = units.reshape(gate.units, -1)
     if (grouped.any(1) != grouped.all(1)).any():
@@ -203,7 +255,24 @@ def masks_of(gates: Mapping[str, SigmoidGate], kept: Sequence[int] | None, total
             f"the plan splits groups of {total // gate.units} that share a gate in {what}; make it with `model.plan`, "
             "or use gates of group_size=1"
         )
-    return [*masks, (gate, None if units.all() else grouped.all(1))]
+    return [(gate, None if units.all() else grouped.all(1))]
+
+
+def _layer_masks(adapters: Sequence[GateAdapter], adapter_name: str, layer: int, *, stays: bool) -> Masks:
+    """What a plan makes of the gates on a whole layer."""
+    closing = whole_gates(adapters, adapter_name, LAYER) or whole_gates(adapters, adapter_name, BLOCK)
+    if not stays and not closing:
+        raise InvalidPlanError(
+            f"the plan drops layer {layer}, which has no gates on `layers` or `blocks`; add 'layers' to the config's "
+            "`gates`"
+        )
+    masks: Masks = []
+    for adapter in adapters:
+        for gate in adapter.gates(adapter_name).values():
+            blends = isinstance(gate, BlendGate)  # open or closed, never in between
+            closed = not stays and any(gate is each for each in closing)
+            masks.append((gate, torch.full((1,), stays) if closed or blends else None))
+    return masks
 
 
 def set_masks(
@@ -225,16 +294,20 @@ def set_masks(
     sizes = layout.dense.sizes()
     masks: Masks = []
     for layer in range(sizes["num_hidden_layers"]):
+        adapters = adapters_in(model, layout, layer)
+        if plan is None:
+            masks += [(gate, None) for adapter in adapters for gate in adapter.gates(adapter_name).values()]
+            continue
+        stays = plan.kept(HEADS, layer) is not None
+        masks += _layer_masks(adapters, adapter_name, layer, stays=stays)
         for axis, end, total in (
             (HEADS, layout.attention_out(layer), sizes["num_attention_heads"]),
             (FFN, layout.ffn_out(layer), sizes["intermediate_size"]),
         ):
             adapter = model.get_submodule(end)
             gates = adapter.gates(adapter_name) if isinstance(adapter, GateAdapter) else {}
-            if plan is None:
-                masks += [(gate, None) for gate in gates.values()]
-            else:
-                masks += masks_of(gates, plan.kept(axis, layer), total, f"{axis} in layer {layer}")
+            if (kept := plan.kept(axis, layer)) is not None:
+                masks += masks_of(gates, kept, total, f"{axis} in layer {layer}")
     stream = hidden_gate(model, layout, adapter_name)
     if stream is not None or (plan is not None and plan.hidden is not None):
         gates = {} if stream is None else {UNITS: stream}

@@ -15,7 +15,7 @@ from ..vanilla.family import Layout
 from ..vanilla.shape import BY_NAME, FFN, HEADS, HIDDEN, LAYERS
 from .adapter import BLOCK, HIDDEN_UNITS, LAYER, UNITS, GateAdapter
 from .attach import collect_gates
-from .kinds import ChannelGate, HeadGate, HiddenGate, SigmoidGate
+from .kinds import BlockGate, ChannelGate, HeadGate, HiddenGate, SigmoidGate
 
 SLOTS = {HIDDEN_UNITS: HIDDEN, BLOCK: LAYERS, LAYER: LAYERS}
 """The axis of what is gated in a slot of an adapter; `UNITS` are of the module that it wraps."""
@@ -30,8 +30,8 @@ class LayerGates:
     Args:
         heads: on its query heads.
         ffn: on its FFN channels.
-        whole: those whose product says whether the layer stays: the one that both its blocks share, and those on each
-            of them where both have one.
+        whole: those whose product says whether the layer stays: the one that all its blocks share, and those on each
+            of them where all have one.
     """
 
     heads: tuple[SigmoidGate, ...]
@@ -59,15 +59,34 @@ def layers_of(model: nn.Module, layout: Layout, adapter_names: Sequence[str]) ->
         ffn: list[SigmoidGate] = []
         whole: list[SigmoidGate] = []
         ends = model.get_submodule(layout.attention_out(layer)), model.get_submodule(layout.ffn_out(layer))
+        inside = adapters_in(model, layout, layer)
         for name in adapter_names:
             here, there = (end.gates(name) if isinstance(end, GateAdapter) else {} for end in ends)
             heads += [here[UNITS]] if UNITS in here else []
             ffn += [there[UNITS]] if UNITS in there else []
-            shared = here.get(LAYER, there.get(LAYER))
-            whole += [] if shared is None else [shared]
-            whole += [here[BLOCK], there[BLOCK]] if BLOCK in here and BLOCK in there else []
+            whole += [*whole_gates(inside, name, LAYER), *whole_gates(inside, name, BLOCK)]
         found.append(LayerGates(tuple(heads), tuple(ffn), tuple(whole)))
     return found
+
+
+def adapters_in(model: nn.Module, layout: Layout, layer: int) -> list[GateAdapter]:
+    """The adapters inside of a layer, in the order of its modules."""
+    inside = model.get_submodule(f"{layout.stack}.{layer}")
+    return [module for module in inside.modules() if isinstance(module, GateAdapter)]
+
+
+def whole_gates(adapters: Sequence[GateAdapter], name: str, slot: str) -> list[BlockGate]:
+    """
+    The gates that close a whole layer.
+
+    Args:
+        adapters: those inside of the layer.
+        name: whose gates.
+        slot: `LAYER`: the one gate of the layer; `BLOCK`: those of its blocks, if each of them has one.
+    """
+    own = [modules[name] for adapter in adapters if name in (modules := getattr(adapter, slot, {}))]
+    found = [gate for gate in own if isinstance(gate, BlockGate)]
+    return found if slot == LAYER or (found and len(found) == found[0].parts) else []
 
 
 @dataclass(frozen=True)

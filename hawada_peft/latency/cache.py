@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 import transformers
 
 from ..errors import IncompatibleTableError, UncachedTableWarning
+from ..folders import default_cache
 from ..vanilla.shape import Shape
 from .effort import Effort
 from .regime import Regime
@@ -68,12 +68,6 @@ def table_key(
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def default_cache() -> Path:
-    """`$HAWADA_CACHE`, else `hawada` in the user's cache folder."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("HAWADA_CACHE") or Path(root) / "hawada")
 
 
 def _read(path: Path, key: Mapping[str, Any]) -> LatencyTable | None:

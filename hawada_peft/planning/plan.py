@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import IncompatibleBaseError, InvalidPlanError
-from ..vanilla.shape import FFN, HEADS, HIDDEN, KV_GROUPS, Shape
+from ..vanilla.shape import FFN, HEADS, HIDDEN, KV_GROUPS, LAYERS, Shape
 from .rounding import Rounding
 from .stored import from_mask, json_problems, short, to_mask
 
@@ -108,8 +108,8 @@ class Plan:
 
     def units(self, axis: str, position: int) -> tuple[int, ...] | None:
         """The kept units on an axis in the layer at a position of the plan; None if the plan leaves them all."""
-        if axis == HIDDEN:
-            return self.hidden
+        if axis in (HIDDEN, LAYERS):
+            return self.hidden if axis == HIDDEN else self.layers
         if axis == KV_GROUPS:
             return tuple(_groups(self.heads[position], self.dense.heads_per_group))
         return {HEADS: self.heads, FFN: self.channels}[axis][position]

@@ -9,6 +9,7 @@ import torch
 from ..errors import InvalidPlanError
 from ..gates.reading import UnitScores
 from ..vanilla.family import Layout
+from ..vanilla.legality import depth_of
 from ..vanilla.shape import FFN, HEADS, LAYERS, Shape
 from .plan import Plan
 
@@ -40,8 +41,13 @@ def rank(layout: Layout, scores: UnitScores, shape: Shape) -> Plan:
         dense_shape, hidden = layout.full, _top_hidden(scores, shape.hidden_size or 0)
     layers = list(range(dense["num_hidden_layers"]))
     if len(layers) > wanted["num_hidden_layers"]:
-        depth = torch.cat([_required(score, LAYERS, layer).reshape(1) for layer, score in enumerate(scores.layers)])
-        layers = _top_layers(depth, wanted["num_hidden_layers"], layout.stages)
+        pinned = depth_of(layout).pinned
+        stays = torch.full((1,), torch.inf, dtype=torch.float64)
+        depth = [
+            stays if layer in pinned else _required(score, LAYERS, layer).reshape(1)
+            for layer, score in enumerate(scores.layers)
+        ]
+        layers = _top_layers(torch.cat(depth), wanted["num_hidden_layers"], layout.stages, sorted(pinned))
     heads, channels = [], []
     for layer in layers:
         if wanted["num_attention_heads"] < dense["num_attention_heads"]:
@@ -66,9 +72,11 @@ def rank(layout: Layout, scores: UnitScores, shape: Shape) -> Plan:
     )
 
 
-def _top_layers(depth: torch.Tensor, count: int, stages: Sequence[tuple[int, int]]) -> list[int]:
-    """The best layers; of a backbone the best one before each stage, and then the best of all others."""
-    needed = [start + _top(depth[start:end], 1)[0] for start, end in stages]
+def _top_layers(
+    depth: torch.Tensor, count: int, stages: Sequence[tuple[int, int]], pinned: Sequence[int]
+) -> list[int]:
+    """The best layers; those that must stay, of a backbone the best one before each stage, then the best others."""
+    needed = sorted({*pinned, *(start + _top(depth[start:end], 1)[0] for start, end in stages)})
     others = depth.clone()
     others[needed] = -torch.inf
     return sorted([*needed, *_top(others, count - len(needed))])

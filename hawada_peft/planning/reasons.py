@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from ..gates.reading import UnitScores
 from ..vanilla.family import Layout
-from ..vanilla.legality import build_sizes, head_shapes
+from ..vanilla.legality import build_sizes, depth_of, head_shapes, least_layers
 from ..vanilla.shape import Shape
 from .rounding import Rounding
 from .sizes import ffn_steps, hidden_steps, open_units, ratio_sizes
@@ -44,8 +44,10 @@ def explained(
         ),
         "hidden_size": multiples(hidden_steps(layout, scores.hidden_group)),
     }
-    if layout.stages:
-        steps["num_hidden_layers"] = f"at least {len(layout.stages)}, one before each stage of the backbone"
+    if layout.stages or depth_of(layout).pinned:
+        why = [f"layer {layer} stays ({reason})" for layer, reason in sorted(depth_of(layout).pinned.items())][:3]
+        why += ["one stays before each stage of the backbone"] if layout.stages else []
+        steps["num_hidden_layers"] = f"at least {least_layers(layout)}: {'; '.join(why)}"
     rules = dict.fromkeys(asked, rule)
     return roundings(layout, asked, shape, source, steps=steps, rules=rules)
 

@@ -12,7 +12,7 @@ from ..errors import InvalidPlanError
 from ..gates.reading import UnitScores
 from ..latency.build import SMALLEST_FFN
 from ..vanilla.family import Layout
-from ..vanilla.legality import build_sizes
+from ..vanilla.legality import build_sizes, least_layers
 from ..vanilla.shape import BY_NAME, FFN, HEADS, HIDDEN, LAYERS, Shape
 
 PER_GROUP = "heads_per_group"
@@ -60,7 +60,7 @@ def ratio_shape(
         num_key_value_heads=heads["num_key_value_heads"],
         intermediate_size=min(ffn, dense["intermediate_size"]),
         num_hidden_layers=max(
-            1, len(layout.stages), _round(asked.get("num_hidden_layers", dense["num_hidden_layers"]))
+            least_layers(layout), _round(asked.get("num_hidden_layers", dense["num_hidden_layers"]))
         ),
         hidden_size=max(1, _round(hidden)) if hidden < layout.hidden_size else None,
     )
@@ -120,7 +120,7 @@ def open_shape(layout: Layout, scores: UnitScores, legal_heads: Sequence[Shape])
         num_attention_heads=heads["num_attention_heads"],
         num_key_value_heads=heads["num_key_value_heads"],
         intermediate_size=min(-(-opened["intermediate_size"] // multiple) * multiple, dense["intermediate_size"]),
-        num_hidden_layers=max(opened["num_hidden_layers"], len(layout.stages)),
+        num_hidden_layers=max(opened["num_hidden_layers"], least_layers(layout)),
         hidden_size=hidden if hidden < layout.hidden_size else None,
     )
 

@@ -9,6 +9,7 @@ What generators give need not meet the budget: `field_of` sees to that, and to d
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from ..errors import IllegalShapeError, InfeasibleBudgetError
 from ..planning.plan import Plan
 from ..planning.sizes import ffn_multiple
 from ..search.result import SearchResult
+from ..search.space import narrower_sizes
 from ..vanilla.legality import check_legal
 from ..vanilla.shape import Shape
 from .fits import Fits, largest
@@ -140,25 +142,50 @@ def widths(judge: Judge, fits: Fits) -> Iterator[Plan]:
     kept, total = deepest(judge, fits), judge.layers
     dense = layout.dense.sizes()["intermediate_size"]
     step = ffn_multiple(dense, layout, 1)
-    for count in dict.fromkeys((kept + 1, (kept + total + 1) // 2, total)):
-        whole = replace(layout.dense, num_hidden_layers=count)
-        sizes = range(step, dense, step)
-        size = largest(sizes, lambda size, whole=whole: fits(replace(whole, intermediate_size=size)))  # type: ignore[misc]
-        if size is not None:
-            gone = best_run(judge, count) if count < total else range(0)
-            yield judge.at(Shape(intermediate_size=size, num_hidden_layers=count), gone)
+    shapes = [Shape(intermediate_size=size) for size in range(step, dense, step)]
+    yield from _deeper(judge, fits, (kept + 1, (kept + total + 1) // 2, total), shapes)
+
+
+def directions(judge: Judge, fits: Fits) -> Iterator[Plan]:
+    """
+    With more layers than depth alone leaves, and the most directions of the residual stream that then meet the budget:
+    half as many more layers as there are, and all. Nothing where the stream has no basis; nor where parameters are
+    limited and embeddings would be untied.
+
+    References:
+        Ashkboos et al., "SliceGPT" (2024), for cutting the stream in a basis.
+    """
+    if judge.basis is None:
+        return
+    kept, total = deepest(judge, fits), judge.layers
+    shapes = [judge.layout.narrowed(size) for size in reversed(narrower_sizes(judge.layout))]
+    for plan in _deeper(judge, fits, ((kept + total + 1) // 2, total), shapes):
+        if not (fits.sizes and judge.unties(plan)):
+            yield plan
+
+
+def _deeper(judge: Judge, fits: Fits, counts: Iterable[int], widths: Sequence[Shape]) -> Iterator[Plan]:
+    """At numbers of layers, without the run of least loss, the last of rising widths that meets the budget."""
+    dense = judge.layout.dense
+    for count in dict.fromkeys(counts):
+        wide = [replace(width, num_hidden_layers=count) for width in widths]
+        place = largest(range(len(wide)), lambda place, wide=wide: fits(wide[place].complete(dense)))  # type: ignore[misc]
+        if place is not None:
+            gone = best_run(judge, count) if count < judge.layers else range(0)
+            yield judge.at(wide[place], gone)
 
 
 def searched(result: SearchResult) -> Generator:
     """The answer of a search, and the best of the other shapes that it timed, without the greedily chosen layers."""
 
     def generate(judge: Judge, fits: Fits) -> Iterator[Plan]:
-        if result.plan is not None:
+        if result.plan is not None and not (result.plan.rotated and judge.basis is None):
             yield result.plan
         timed = sorted(
             (each for each in result.measured if each.measured_loss is not None and each.shape != result.best.shape),
             key=lambda each: each.measured_loss or 0.0,
         )
+        timed = [each for each in timed if each.shape.hidden_size is None or judge.basis is not None]
         for each in [each for each in timed if fits(each.shape)][: SEARCHED - 1]:
             order = sorted(range(judge.layers), key=lambda layer: judge.influence[layer])
             gone = judge.layers - each.shape.sizes()["num_hidden_layers"]
@@ -167,14 +194,17 @@ def searched(result: SearchResult) -> Generator:
     return generate
 
 
+RUNS, DIRECTIONS = "runs of layers", "depth and directions"
+
 GENERATORS: dict[str, Generator] = {
-    "runs of layers": runs,
+    RUNS: runs,
     "a run and a layer": broken_runs,
     "greedy": greedy,
     "influence": influence,
     "depth and width": widths,
+    DIRECTIONS: directions,
 }
-"""Where the plans of a race come from. Those with a better claim to it come first."""
+"""Where the plans of a race come from. What recovers as if it were another's comes from the first of them."""
 
 
 def field_of(
@@ -190,8 +220,9 @@ def field_of(
     The plans that enter a race.
 
     All plans that meet the budget, without duplicates and without those that another dominates: that keeps the same
-    layers, is nowhere narrower and is not slower. Of each source the `few` of least loss; of these one of each source
-    after the other, `most` in all. Plans that are given, and the best one by depth alone, are always among them.
+    layers, is nowhere narrower and is not slower. Of each source the `few` of least loss; of these the best of each
+    source, by their loss, then the second of each, `most` in all. Plans that are given, the best one by depth alone
+    and the best run of layers, which recovers better than its loss says, are always among them.
 
     Args:
         judge: of the model.
@@ -234,10 +265,12 @@ def field_of(
     depth = min((each for each in everyone if each.depth_only), key=lambda each: each.loss, default=None)
     if depth is not None and depth not in chosen:
         chosen.append(depth)
+    chosen += [each for each in found.get(RUNS, ())[:1] if each not in chosen and len(chosen) < most]
     for place in range(few):
-        for entered in undominated.values():
-            if place < len(entered) and entered[place] not in chosen and len(chosen) < most:
-                chosen.append(entered[place])
+        places = (entered[place] for entered in undominated.values() if place < len(entered))
+        for each in sorted(places, key=lambda each: each.loss):
+            if each not in chosen and len(chosen) < most:
+                chosen.append(each)
     return chosen
 
 
@@ -268,7 +301,6 @@ def _dominates(one: Candidate, other: Candidate) -> bool:
     """Whether one keeps the same layers, is nowhere narrower, somewhere wider, and not slower."""
     if one.plan.layers != other.plan.layers:
         return False
-    mine, theirs = one.plan.shape.to_dict(), other.plan.shape.to_dict()
-    wider = [mine.get(name, size) - size for name, size in theirs.items()]
+    mine, theirs = ({"hidden_size": math.inf} | each.plan.shape.to_dict() for each in (one, other))  # of the dense
     slower = one.ms is not None and other.ms is not None and one.ms > other.ms
-    return min(wider) >= 0 and max(wider) > 0 and not slower
+    return all(mine[name] >= size for name, size in theirs.items()) and mine != theirs and not slower

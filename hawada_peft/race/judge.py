@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -13,6 +13,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..basis.basis import Basis, is_tied, plan_turn
+from ..basis.turn import Turn
 from ..errors import HawAdaError
 from ..gates.reading import UnitScores
 from ..planning.plan import Plan
@@ -43,16 +45,17 @@ class Judge:
     Args:
         dense (`PreTrainedModel`): vanilla, with a family row; left as it is.
         batches (`Sequence`): keyword arguments of the forward pass, on the model's device; labels are not used.
+        basis (`Basis`, *optional*): of the residual stream, if plans may keep directions of it.
 
     Raises:
         HawAdaError: if there are no batches, or the model has no head whose predictions could be compared.
         UnsupportedModelError: if the model has no family row.
     """
 
-    def __init__(self, dense: PreTrainedModel, batches: Sequence[Batch]) -> None:
+    def __init__(self, dense: PreTrainedModel, batches: Sequence[Batch], basis: Basis | None = None) -> None:
         if not batches:
             raise HawAdaError("no calibration batches were given; pass at least one")
-        self.dense, self.layout = dense, locate(dense)
+        self.dense, self.layout, self.basis = dense, locate(dense), basis
         self.batches = [without_labels(batch) for batch in batches]
         self._losses: dict[Plan, float] = {}
 
@@ -73,13 +76,22 @@ class Judge:
             Schulman, "Approximating KL Divergence" (2020), the first estimator.
         """
         if plan not in self._losses:
-            small = slim(self.dense, plan).eval()
+            small = slim(self.dense, plan, turn=self.turn(plan)).eval()
             sums = torch.zeros(2, dtype=torch.float64)
             for each in self._references:
                 lost = (each.log_dense - _log_odds(output_of(small, each.batch), each.outcomes)) * each.counts
                 sums += torch.stack([lost.double().sum(), each.counts.double().sum()]).cpu()
             self._losses[plan] = float(sums[0] / sums[1])
         return self._losses[plan]
+
+    def turn(self, plan: Plan) -> Turn | None:
+        """The change of coordinates that a plan asks for, if it keeps directions of the stream."""
+        return plan_turn(self.dense, plan, self.basis)
+
+    def unties(self, plan: Plan) -> bool:
+        """Whether the output projection stops being the embedding, and needs memory of its own."""
+        turn = self.turn(plan)
+        return turn is not None and not turn.tied and is_tied(self.dense)
 
     def without(self, layers: Iterable[int]) -> Plan:
         """The plan that drops layers and nothing else."""
@@ -88,7 +100,8 @@ class Judge:
 
     def at(self, shape: Shape, dropped: Iterable[int]) -> Plan:
         """
-        The plan of a shape without certain layers, that keeps the heads and channels that carry most.
+        The plan of a shape without certain layers, that keeps the heads and channels that carry most, and the first
+        directions of the stream's basis.
 
         What a head or channel carries is the energy that it adds to the residual stream: the sum of the squares of
         its activations times the squared norm of the columns that read it.
@@ -102,10 +115,11 @@ class Judge:
         """
         gone = set(dropped)
         kept = tuple(torch.tensor(float(layer not in gone), dtype=torch.float64) for layer in range(self.layers))
-        heads, channels = self._energies if shape.num_attention_heads or shape.intermediate_size else ((), ())
-        none = (None,) * self.layers
-        scores = UnitScores(heads or none, channels or none, kept)
-        return rank(self.layout, scores, self.layout.complete(shape))
+        wanted, dense, none = self.layout.complete(shape), self.layout.dense, (None,) * self.layers
+        narrower = replace(wanted, num_hidden_layers=None, hidden_size=None) != replace(dense, num_hidden_layers=None)
+        heads, channels = self._energies if narrower else (none, none)
+        directions = -torch.arange(self.layout.hidden_size, dtype=torch.float64)  # they are in descending order
+        return rank(self.layout, UnitScores(heads, channels, kept, hidden=directions, rotated=True), wanted)
 
     @cached_property
     def influence(self) -> tuple[float, ...]:

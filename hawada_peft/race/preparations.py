@@ -6,8 +6,10 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 from transformers import PreTrainedModel
 
+from ..errors import UnsupportedModelError
 from ..planning.plan import Plan
 from ..processes import all_reduced
 from ..refit.cosine import refine_cosine
@@ -16,34 +18,69 @@ from ..refit.reconstruction import DAMPINGS, refit_model
 from ..vanilla.batches import Batch
 
 logger = logging.getLogger(__name__)
-Preparation = Callable[[PreTrainedModel, PreTrainedModel, Plan, Sequence[Batch]], None]
-"""Takes the dense model, the slim one, its plan and calibration batches, and changes the slim model in place."""
+Preparation = Callable[[PreTrainedModel, PreTrainedModel, Plan, Sequence[Batch], torch.Tensor | None], None]
+"""
+Takes the dense model, the slim one, its plan, calibration batches, and the coordinates of the slim model's stream in
+the dense one's (None: channels); changes the slim model in place.
+"""
 
 PLAIN = "none"
 CLOSE = (1.0,)
 """The damping of least squares that are held close to the weights: each feature counts twice as much, for them."""
 
 
-def _nothing(dense: PreTrainedModel, slim: PreTrainedModel, plan: Plan, batches: Sequence[Batch]) -> None:
+def _nothing(
+    dense: PreTrainedModel,
+    slim: PreTrainedModel,
+    plan: Plan,
+    batches: Sequence[Batch],
+    coordinates: torch.Tensor | None,
+) -> None:
     """The slim model as it was cut."""
 
 
 def _least_squares(
-    dense: PreTrainedModel, slim: PreTrainedModel, plan: Plan, batches: Sequence[Batch], dampings: Sequence[float]
+    dense: PreTrainedModel,
+    slim: PreTrainedModel,
+    plan: Plan,
+    batches: Sequence[Batch],
+    coordinates: torch.Tensor | None,
+    dampings: Sequence[float],
 ) -> None:
     """As `reconstruct`."""
-    report = refit_model(dense, slim, plan, batches, dampings=dampings, reduce=all_reduced)
+    if plan.rotated and coordinates is None:
+        raise UnsupportedModelError("least squares need the coordinates of a rotated residual stream")
+    report = refit_model(dense, slim, plan, batches, dampings=dampings, coordinates=coordinates, reduce=all_reduced)
     logger.debug("%s: %s", plan, report)
 
 
-def _magnitude(dense: PreTrainedModel, slim: PreTrainedModel, plan: Plan, batches: Sequence[Batch]) -> None:
+def _magnitude(
+    dense: PreTrainedModel,
+    slim: PreTrainedModel,
+    plan: Plan,
+    batches: Sequence[Batch],
+    coordinates: torch.Tensor | None,
+) -> None:
     """As `compensate_magnitude`."""
+    _check_channels(plan, "magnitude")
     compensate_magnitude(slim, plan, stream_magnitudes(dense, batches))
 
 
-def _cosine(dense: PreTrainedModel, slim: PreTrainedModel, plan: Plan, batches: Sequence[Batch]) -> None:
+def _cosine(
+    dense: PreTrainedModel,
+    slim: PreTrainedModel,
+    plan: Plan,
+    batches: Sequence[Batch],
+    coordinates: torch.Tensor | None,
+) -> None:
     """As `refine_cosine`."""
+    _check_channels(plan, "cosine")
     refine_cosine(dense, slim, plan, batches)
+
+
+def _check_channels(plan: Plan, name: str) -> None:
+    if plan.hidden is not None:
+        raise UnsupportedModelError(f"preparation {name!r} compares streams of one size, and the plan cuts the stream")
 
 
 PREPARATIONS: dict[str, Preparation] = {

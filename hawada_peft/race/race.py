@@ -19,7 +19,7 @@ from ..latency.effort import Effort
 from ..search.result import SearchResult
 from ..vanilla.shape import Shape
 from .candidates import Candidate
-from .preparations import PLAIN, PREPARATIONS
+from .preparations import PREPARATIONS
 from .record import Entrant, RaceRecord, Run
 
 logger = logging.getLogger(__name__)
@@ -42,8 +42,9 @@ class Race:
             than the plan that is given.
         plans (`int`): that enter, at most; what is given and the best plan by depth alone always do.
         few (`int`): plans of one source, at most.
-        preparations (`tuple[str, ...]`): that the best plan of the first rung is tried with; names in
-            `PREPARATIONS`. Without `"none"` in front, the first of them is that of all plans.
+        preparations (`tuple[str, ...]`): names in `PREPARATIONS`. All plans run with the first (as they were cut,
+            where it cannot be done), the best of them with each of the others as well. Least squares lead every short
+            run by what they give at once, so a plan with them says nothing about one without.
         share (`float`): of the recovery's steps that the race may cost.
         steps (`int`, *optional*): of a run in the first rung; as many as the share allows if left out. Each further
             rung runs twice as long.
@@ -54,6 +55,8 @@ class Race:
             entrant has; `"anew"`: from the cut and prepared ones.
         neighbours (`bool`): also run the nearest numbers of whole layers on both sides of the budget once, to be told.
         tolerance (`float`): how far above the latency budget a plan may be timed, in parts.
+        rotate (`bool`): let plans cut the residual stream along directions that the calibration batches name
+            (`find_basis`), where that is exact.
         held_out (`float`): part of the calibration batches (rows, of a single one) that the race is decided on.
         search (`SearchResult`, *optional*): whose best shapes enter as well.
         effort (`Effort`, *optional*): how long shapes are timed, and by which clock.
@@ -72,7 +75,7 @@ class Race:
     budget: LatencyBudget | None = None
     plans: int = 4
     few: int = 2
-    preparations: tuple[str, ...] = (PLAIN, "least squares, close")
+    preparations: tuple[str, ...] = ("least squares, close",)
     share: float = 0.1
     steps: int | None = None
     batch_size: int | None = None
@@ -80,6 +83,7 @@ class Race:
     onward: str = ONWARD[0]
     neighbours: bool = True
     tolerance: float = 0.0
+    rotate: bool = True
     held_out: float = 0.25
     search: SearchResult | None = None
     effort: Effort | None = None
@@ -231,7 +235,7 @@ def run_race(
     run([each for each in record.entrants if each.preparation == first], 0, math.ceil(everyone / 2))
     leader = record.entrant(_finite(record, 0)[0].entrant)
     known = {each.key for each in record.entrants}
-    again = [replace(leader, preparation=name) for name in further if leader.plan.hidden is None]
+    again = [replace(leader, preparation=name) for name in further]
     record.entrants.extend(each for each in again if each.key not in known)
     run([each for each in record.entrants if each.preparation != first], 0, math.ceil(everyone / 2))
     rung, standing = 0, _finite(record, 0)

@@ -47,7 +47,7 @@ class Recipe:
         keep_ratio (`float` or `dict`, *optional*): as in `HawAdaModel.plan`.
         search (`dict`, *optional*): how a budget becomes a shape: `effort` (fields of `Effort`), `quick` (what it
             leaves out is as in `Effort.quick`), `clock` (`"real"`, or `"toy"`, by which nothing depends on the
-            machine), `hidden_sizes` and `refit` of `find_plan`.
+            machine), `hidden_sizes`, `rotate` and `refit` of `find_plan`.
         gates (`dict`, *optional*): fields of `HawAdaConfig`; `lora` holds those of PEFT's `LoraConfig`.
         training (`dict`, *optional*): fields of `GateTrainingArguments`.
         reconstruction (`dict`, *optional*): `examples` and `batch_size` of the least squares; none if left out.
@@ -212,7 +212,8 @@ class Recipe:
     def searching(self) -> dict[str, Any]:
         """The arguments of `HawAdaTrainer` that say how a budget becomes a shape."""
         search = self.search or {}
-        return {"effort": self.effort()} | {name: search[name] for name in ("hidden_sizes", "refit") if name in search}
+        names = ("hidden_sizes", "rotate", "refit")
+        return {"effort": self.effort()} | {name: search[name] for name in names if name in search}
 
     def times(self) -> bool:
         """Whether the recipe says under which conditions latency is measured."""

@@ -79,6 +79,7 @@ class SearchStep:
         quick (`bool`): what `effort` leaves out is as in `Effort.quick`.
         clock (`str`): one of `CLOCKS`.
         hidden_sizes (`list[int]`, *optional*): as in `find_plan`.
+        rotate (`bool`, *optional*): as in `find_plan`: whether hidden sizes are searched, cut in a basis.
         refit (`bool`, *optional*): as in `find_plan`.
 
     Raises:
@@ -89,6 +90,7 @@ class SearchStep:
     quick: bool = False
     clock: str = "real"
     hidden_sizes: list[int] | None = None
+    rotate: bool | None = None
     refit: bool | None = None
 
     def __post_init__(self) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
-import torch
 from peft import PeftModel
 
+from ..basis.basis import rows_untied
 from ..errors import HawAdaError
 from ..gates.reading import are_fresh
 from ..latency.budget import LatencyBudget
@@ -18,6 +19,7 @@ from ..planning.importance import gate_importance
 from ..progress import Progress, in_steps, progress_bar
 from ..vanilla.batches import Batch, check_batch
 from ..vanilla.family import HIDDEN, locate
+from .directions import Found, with_directions
 from .masked import DEPTH, WIDTHS_OF, MaskedQuality
 from .refitted import REFITS, RefittedQuality, obstacle
 from .result import SearchResult
@@ -36,12 +38,19 @@ def find_plan(
     *,
     table: LatencyTable | None = None,
     hidden_sizes: Sequence[int] | None = None,
+    rotate: bool | None = None,
     refit: bool | None = None,
     effort: Effort | None = None,
     progress: Progress | None = None,
 ) -> SearchResult:
     """
-    The best plan for a budget, on this machine. Nothing of the model is changed; see `apply_plan`.
+    The best plan for a budget, on this machine. What the model computes is not changed; see `apply_plan`.
+
+    Hidden sizes are searched as well, cut along directions of the residual stream that the calibration batches name.
+    If the plan cuts it and the adapter had no gates there, it gets them, with the basis, so that the plan can be
+    applied, saved and exported as any other; otherwise the adapter stays as it is. This costs a pass with gradients
+    over the calibration batches and a smaller latency table for each hidden size: about twice the time of a search
+    without (`rotate=False`), the first time on a machine.
 
     Args:
         model (`PeftModel`): with gates placed by a family row. Units are ranked by the gates' values; by their
@@ -50,7 +59,10 @@ def find_plan(
         calibration: batches, keyword arguments of the forward pass. Labels count for that importance only.
         table: measured here before; measured or taken from the disk cache if left out.
         hidden_sizes: to search besides the dense one, each by a table of its own; a few even steps down to 3/8 of it
-            if left out. Only with gates on `"hidden"`.
+            if left out.
+        rotate: `False` searches no hidden sizes unless the adapter has gates on `"hidden"`; `True` says by an error
+            what forbids a basis. If left out, they are searched where the rotation is exact for the family
+            and the calibration batches hold positions enough for a basis.
         refit: judge shapes by slim models that are refitted on the calibration batches (`RefittedQuality`), as
             `merge_and_unload(calibration=...)` gives them; this foretells best which shape recovers best. `False`
             judges them by closed gates alone, which is quicker and right for a merge without `calibration`. If left
@@ -80,6 +92,7 @@ def find_plan(
         calibration,
         table=table,
         hidden_sizes=hidden_sizes,
+        rotate=rotate,
         refit=refit,
         effort=effort,
         progress=progress,
@@ -93,10 +106,11 @@ def search_plan(
     *,
     table: LatencyTable | None = None,
     hidden_sizes: Sequence[int] | None = None,
+    rotate: bool | None = None,
     refit: bool | None = None,
     effort: Effort | None = None,
     progress: Progress | None = None,
-) -> tuple[SearchResult, Mapping[str, torch.Tensor] | None]:
+) -> Found:
     """`find_plan`, and the importance that it took of fresh gates, by the names of `collect_gates`."""
     for name, given, kind in (("budget", budget, LatencyBudget), ("table", table, LatencyTable | None)):
         if not isinstance(given, kind):
@@ -105,7 +119,6 @@ def search_plan(
         raise HawAdaError(f"effort must be an Effort, got a {type(effort).__name__}")
     effort = effort or Effort()
     base = dense_model(model)
-    layout = locate(base)
     regime = regime_of(model, budget)
     check_regime(base, regime)
     if not calibration:
@@ -113,20 +126,39 @@ def search_plan(
     for batch in calibration:
         check_batch(model, batch)  # before anything is measured
     refit = not obstacle(model, calibration) if refit is None else refit
-    fresh = are_fresh(model)
-    steps = [TABLE] * (table is None) + [IMPORTANCE] * fresh + [DEPTH] + [REFITS] * refit + [WIDTHS_OF, TIMING]
-    progress = in_steps(progress, steps)
-    tables = [table_of(model, regime, effort, progress=progress) if table is None else table]
-    tables[0].check(regime=regime, base_sizes=layout.base_sizes(), device_name=effort.clock.device_name(regime))
+    steps = [TABLE] * (table is None) + [IMPORTANCE] * are_fresh(model)
+    progress = in_steps(progress, [*steps, DEPTH, *[REFITS] * refit, WIDTHS_OF, TIMING])
+    table = table_of(model, regime, effort, progress=progress) if table is None else table
+    table.check(regime=regime, base_sizes=locate(base).base_sizes(), device_name=effort.clock.device_name(regime))
+
+    def search_all() -> Found:
+        return _search(model, budget, calibration, table, hidden_sizes, refit, effort, progress)
+
+    return with_directions(model, calibration, rotate, search_all, progress=progress)
+
+
+def _search(
+    model: PeftModel,
+    budget: LatencyBudget,
+    calibration: Sequence[Batch],
+    table: LatencyTable,
+    hidden_sizes: Sequence[int] | None,
+    refit: bool,
+    effort: Effort,
+    progress: Progress | None,
+) -> Found:
+    base, regime = dense_model(model), regime_of(model, budget)
+    layout, tables = locate(base), [table]
     importance = None
-    if fresh:
+    if are_fresh(model):
         watched = progress_bar(progress, iterable=calibration, desc=IMPORTANCE, unit="batch", leave=False)
         importance = gate_importance(model, watched)
     quality = (RefittedQuality if refit else MaskedQuality)(model, calibration, importance, progress)
     sizes: Sequence[int] = ()
     if HIDDEN in quality.free:
-        found = narrower_sizes(layout, multiple=tables[0].multiple, group_size=quality.scores.hidden_group)
+        found = narrower_sizes(layout, multiple=table.multiple, group_size=quality.scores.hidden_group)
         sizes = found if hidden_sizes is None else hidden_sizes
+    untied = rows_untied(base, layout) if quality.scores.rotated and sizes else 0
     for size in sizes:
         tables.append(table_of(model, regime, effort.narrower(), hidden_size=size, progress=progress))
     spaces = [
@@ -137,11 +169,16 @@ def search_plan(
             group_size=quality.scores.group_size,
             free=quality.free,
             hidden_size=size,
+            untied=0 if size is None else untied,
         )
         for size, each in zip((None, *sizes), tables, strict=True)
     ]
     timer = Timer(base, regime, effort.confirming(), progress=progress)
     narrower = list(zip(spaces[1:], tables[1:], strict=True))
-    result = search(spaces[0], tables[0], quality, budget, timer, effort=effort, narrower=narrower)
+    result = search(spaces[0], table, quality, budget, timer, effort=effort, narrower=narrower)
+    if sizes:
+        kind = "directions of a basis" if quality.scores.rotated else "channels"
+        words = f"{len(sizes) + 1} sizes, by {kind}, each with a latency table of its own"
+        result = replace(result, steps={**result.steps, "hidden_size": words})
     warn_unsettled(*(each.unsettled for each in tables), timer.unsettled)
     return result, importance

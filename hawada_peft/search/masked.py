@@ -20,6 +20,7 @@ from ..processes import Reduce, of_this_rank
 from ..progress import Progress, progress_bar
 from ..vanilla.batches import Batch
 from ..vanilla.family import HIDDEN, Layout
+from ..vanilla.legality import depth_of
 from ..vanilla.mode import evaluating
 from ..vanilla.shape import BY_NAME, FFN, HEADS, LAYERS, Shape
 from .reference import Reference
@@ -192,8 +193,8 @@ class MaskedQuality:
         logger.info("layers in the order of dropping: %s", self._order)
 
     def _droppable(self, remaining: Sequence[int]) -> list[int]:
-        """Those that may go next: the last layer before a backbone's stage stays."""
-        needed = set[int]()
+        """Those that may go next: what must stay does, and the last layer before a backbone's stage."""
+        needed = set(depth_of(self.layout).pinned)
         for stage in self.layout.stages:
             inside = [layer for layer in remaining if layer in range(*stage)]
             needed |= set(inside) if len(inside) == 1 else set()

@@ -13,7 +13,7 @@ from ..latency.regime import Regime
 from ..planning.reasons import multiples
 from ..planning.sizes import ffn_choices, hidden_multiple
 from ..vanilla.family import Layout
-from ..vanilla.legality import fit_hidden, head_shapes, legal_head_shapes
+from ..vanilla.legality import fit_hidden, head_shapes, least_layers, legal_head_shapes
 from ..vanilla.resize import parameters_at
 from ..vanilla.shape import FFN, HEADS, LAYERS, Shape
 
@@ -107,6 +107,7 @@ def search_space(
     group_size: int = 1,
     free: Sequence[str] = (HEADS, FFN, LAYERS),
     hidden_size: int | None = None,
+    untied: int = 0,
 ) -> SearchSpace:
     """
     The space of a model: what its class builds as asked.
@@ -118,6 +119,7 @@ def search_space(
         group_size: and of this: the channels per gate.
         free: what may be cut.
         hidden_size: of all shapes; the dense one if left out.
+        untied: rows of an output projection that these models have and the dense one does not.
     """
     dense = layout.narrowed(hidden_size)
     size = dense.sizes()["intermediate_size"]
@@ -127,7 +129,7 @@ def search_space(
     if FFN in free:
         ffn, parts = ffn_choices(layout, dense, multiple=multiple, group_size=group_size)
     total = dense.sizes()["num_hidden_layers"]
-    layers = tuple(range(max(1, len(layout.stages)), total + 1)) if LAYERS in free else (total,)
+    layers = tuple(range(least_layers(layout), total + 1)) if LAYERS in free else (total,)
     pairs = tuple(heads)
     tokens = regime.batch_size * ((regime.seq_len or 0) + (regime.mode == "decode")) if regime.mode != "forward" else 0
     bytes_each = regime.torch_dtype.itemsize
@@ -138,8 +140,8 @@ def search_space(
     low = parameters_at(layout, replace(plain, intermediate_size=ffn[0]))
     per_channel = (one - low) / (size - ffn[0]) if len(ffn) > 1 else 0.0
     count, width = np.array(layers, dtype=float)[:, None, None], np.array(ffn, dtype=float)[None, None, :]
-    fixed = 2 * one - two
-    layer = np.array(per_pair, dtype=float)[None, :, None] - fixed + per_channel * (width - size)
+    fixed = 2 * one - two + untied * (dense.hidden_size or layout.hidden_size)
+    layer = np.array(per_pair, dtype=float)[None, :, None] - (2 * one - two) + per_channel * (width - size)
     return SearchSpace(
         dense=layout.dense,
         layers=layers,

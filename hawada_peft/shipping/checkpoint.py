@@ -17,7 +17,10 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 
+from ..basis.attach import give_directions
+from ..basis.basis import Basis
 from ..config import HawAdaConfig
+from ..discovery.inputs import example_inputs
 from ..errors import HawAdaError, InvalidPlanError
 from ..files.checkpoint import Checkpoint
 from ..files.folder import check_free, new_folder
@@ -26,7 +29,6 @@ from ..planning.plan import Plan
 from ..progress import Progress
 from ..surgery.fold import gates_config
 from ..vanilla.loading import load_model, processor_of
-from ..vanilla.outputs import example_inputs
 from .facts import ExportFacts, calibration_facts
 from .save import Slimmed, save_slim
 from .stream import NO_PLAN, _Export
@@ -48,6 +50,7 @@ def slim_checkpoint(
     output: str | os.PathLike[str],
     *,
     plan: Plan | None = None,
+    basis: Basis | None = None,
     fold: bool = True,
     calibration: Iterable[Mapping[str, torch.Tensor]] | None = None,
     device: str | None = None,
@@ -74,6 +77,7 @@ def slim_checkpoint(
             modules to save, embeddings) goes into the weights as well.
         output: the new folder; must not exist yet, or be empty.
         plan (`Plan`, *optional*): what to keep, instead of the plan that was applied to the adapter.
+        basis (`Basis`, *optional*): that the plan keeps directions of, where the adapter does not have it.
         fold (`bool`): `False` leaves the gates' soft values out and only removes.
         calibration (*optional*): batches, keyword arguments of the forward pass, each (examples, ...).
         device (`str`, *optional*): where to refit; the CPU if left out. Needs `calibration`.
@@ -110,10 +114,12 @@ def slim_checkpoint(
             "is for slimming from files, and calibration slims in memory, where outputs are always compared and "
             "transformers cuts the files: leave one of them out",
         )
-        return _in_memory(base, adapter, output, plan, calibration, fold=fold, device=device, card=card, bars=progress)
+        return _in_memory(
+            base, adapter, output, plan, basis, calibration, fold=fold, device=device, card=card, bars=progress
+        )
     _refuse({"device": device}, "needs calibration: give it as well")
     checkpoint = Checkpoint(base)
-    export = _Export(checkpoint, adapter, plan, fold=fold)
+    export = _Export(checkpoint, adapter, plan, fold=fold, basis=basis)
     if card is not None:
         card = replace(card, base=card.base or base, plan=card.plan or export.plan)
         checked_report(export.slim, card)  # before anything is written
@@ -123,7 +129,7 @@ def slim_checkpoint(
         verify_files(folder, export.slim)
         verification = None
         if verify == "full":
-            expected, inputs = reference_outputs(checkpoint.folder, adapter, export.plan, fold=fold)
+            expected, inputs = reference_outputs(checkpoint.folder, adapter, export.plan, fold=fold, basis=basis)
             verification = verify_slim(folder, reference=expected, inputs=inputs).require()
         if card is not None:
             write_card(folder, card, verification)
@@ -138,6 +144,7 @@ def _in_memory(
     adapter: str | os.PathLike[str] | None,
     output: str | os.PathLike[str],
     plan: Plan | None,
+    basis: Basis | None,
     calibration: Iterable[Mapping[str, torch.Tensor]],
     *,
     fold: bool,
@@ -156,6 +163,7 @@ def _in_memory(
         gated, fold = get_peft_model(dense, HawAdaConfig(gates=("heads", "ffn", "layers"))), False
     else:
         gated = PeftModel.from_pretrained(dense, os.fspath(adapter))
+    give_directions(gated, chosen, basis)
     slimmed: Slimmed = gated.slim(progressbar=bars is not None, plan=plan, fold=fold, calibration=batches)
     if slimmed.dense is None:
         slimmed = replace(slimmed, dense=Checkpoint(base).skeleton)

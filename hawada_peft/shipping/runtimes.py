@@ -13,11 +13,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..discovery.inputs import example_inputs
 from ..errors import HawAdaError, VerificationError
 from ..files.verify import compare
 from ..vanilla.batches import Batch
 from ..vanilla.mode import evaluating
-from ..vanilla.outputs import example_inputs, floats_of, outputs_of
+from ..vanilla.outputs import floats_of, outputs_of
 from .passport import PassportLine
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")

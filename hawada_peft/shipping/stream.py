@@ -24,7 +24,7 @@ from ..files.shards import write_shard
 from ..gates.reading import gate_scores
 from ..planning.plan import Plan
 from ..progress import Progress, progress_bar
-from ..surgery.axes import SliceRule, find_axes
+from ..surgery.axes import SliceRule, cut_by, find_axes
 from ..surgery.fold import DEFAULT, Factors, factors_of, fold_tensor, load_gates, lora_of, merge_tensor
 from ..surgery.slicing import slice_tensor
 from ..surgery.slimming import slim
@@ -44,17 +44,23 @@ class _Export:
 
     Args:
         checkpoint: the dense model.
-        adapter, plan, fold: as in `slim_checkpoint`.
+        adapter, plan, basis, fold: as in `slim_checkpoint`.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, adapter: str | os.PathLike[str] | None, plan: Plan | None, *, fold: bool
+        self,
+        checkpoint: Checkpoint,
+        adapter: str | os.PathLike[str] | None,
+        plan: Plan | None,
+        *,
+        fold: bool,
+        basis: Basis | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self._factors: dict[str, Factors] = {}
         self._lora: dict[str, Any] = {}
         self._turn: Turn | None = None
-        stream: Basis | None = None
+        stream = basis if plan is not None and plan.rotated else None
         factor: torch.Tensor | None = None
         self.dense = checkpoint.skeleton
         if adapter is not None:
@@ -67,7 +73,8 @@ class _Export:
             self._factors = factors_of(gated) if fold else {}
             self._lora = lora_of(gated)
             base = gated.get_base_model()
-            stream, factor = stream_basis(base, locate(base), [DEFAULT], plan, fold=fold) if plan else (None, None)
+            if plan is not None:
+                stream, factor = stream_basis(base, locate(base), [DEFAULT], plan, fold=fold, given=basis)
             self.dense = cast(PreTrainedModel, gated.unload())
             untie(self.dense)
         make_plain(self.dense)
@@ -83,7 +90,8 @@ class _Export:
             self._turn = turn_of(self.dense, self._layout, stream, kept, factor, self._whole)
         if not plan.keeps_all or self._turn is not None:
             self.slim = slim(self.dense, plan, turn=self._turn)
-            self._rules = find_axes(self._layout, hidden=plan.hidden is not None and self._turn is None)
+            hidden = plan.hidden is not None and self._turn is None
+            self._rules = find_axes(self._layout, hidden=hidden, cut=cut_by(plan))
 
     def write(self, folder: Path, max_shard_size: int | str, progress: Progress | None) -> int:
         """

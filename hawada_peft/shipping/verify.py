@@ -17,6 +17,9 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..basis.attach import give_directions
+from ..basis.basis import Basis, plan_turn
+from ..discovery.inputs import example_inputs
 from ..errors import HawAdaError, IncompatibleBaseError, InvalidPlanError, VerificationError
 from ..files.checkpoint import Checkpoint
 from ..files.digests import digest_problems
@@ -28,7 +31,7 @@ from ..surgery.fold import gates_config
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch, check_batch
 from ..vanilla.family import locate
-from ..vanilla.outputs import example_inputs, output_of, outputs_of
+from ..vanilla.outputs import output_of, outputs_of
 from ..vanilla.rehoming import has_twin, twin_skeleton
 from ..vanilla.skeleton import auto_class_of
 from .checks import Check, Verification
@@ -122,21 +125,22 @@ def verify_slim(
 
 
 def reference_outputs(
-    base: Path, adapter: str | os.PathLike[str] | None, plan: Plan, *, fold: bool
+    base: Path, adapter: str | os.PathLike[str] | None, plan: Plan, *, fold: bool, basis: Basis | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """
     The outputs that a slim model must compute, from the dense model in memory, and their inputs.
 
     Args:
         base: the dense model's folder.
-        adapter, plan, fold: as in `slim_checkpoint`.
+        adapter, plan, fold, basis: as in `slim_checkpoint`.
     """
     skeleton = Checkpoint(base).skeleton
     dense = auto_class_of(skeleton).from_pretrained(base, dtype="auto")
     inputs = example_inputs(dense)
     if adapter is None:
-        return outputs_of(slim(dense, plan), inputs), inputs
+        return outputs_of(slim(dense, plan, turn=plan_turn(dense, plan, basis)), inputs), inputs
     gated = PeftModel.from_pretrained(dense, os.fspath(adapter))
+    give_directions(gated, plan, basis)
     if not fold:
         return outputs_of(gated.merge_and_unload(plan=plan, fold=False), inputs), inputs
     gated.apply_plan(plan)

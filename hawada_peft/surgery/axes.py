@@ -1,15 +1,16 @@
-"""Which axis of which parameter belongs to heads, KV groups, FFN and hidden channels: found by building."""
+"""Which axis of which parameter belongs to heads, KV groups, FFN, layers and hidden channels: found by building."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from ..errors import UnsupportedModelError
+from ..planning.plan import Plan
 from ..vanilla.family import Layout
-from ..vanilla.legality import build_sizes
+from ..vanilla.legality import build_sizes, depth_of
 from ..vanilla.resize import edit_config
-from ..vanilla.shape import FFN, HEADS, HIDDEN, KV_GROUPS, SIZES, Shape
+from ..vanilla.shape import FFN, HEADS, HIDDEN, KV_GROUPS, LAYERS, SIZES, Shape
 from ..vanilla.skeleton import build_empty
 
 
@@ -29,9 +30,11 @@ class SliceRule:
     width: int
 
 
-def find_axes(layout: Layout, *, hidden: bool = False) -> dict[str, tuple[SliceRule, ...]]:
+def find_axes(
+    layout: Layout, *, hidden: bool = False, cut: Collection[str] = (HEADS, KV_GROUPS, FFN)
+) -> dict[str, tuple[SliceRule, ...]]:
     """
-    The slicing rules of every parameter and persistent buffer that depends on a width.
+    The slicing rules of every parameter and persistent buffer that depends on a width, or holds a stretch per layer.
 
     The model's class is built on the meta device with one layer, and again with one size changed; what moved depends
     on that size.
@@ -39,6 +42,7 @@ def find_axes(layout: Layout, *, hidden: bool = False) -> dict[str, tuple[SliceR
     Args:
         layout: the dense model's, with its class and config.
         hidden: also find what depends on the size of the residual stream.
+        cut: the axes that are to be cut: what is not known of others is no matter.
 
     Returns:
         Rules by parameter name relative to a layer (`"self_attn.q_proj.weight"`); outside of the layers by the name
@@ -47,6 +51,19 @@ def find_axes(layout: Layout, *, hidden: bool = False) -> dict[str, tuple[SliceR
     Raises:
         UnsupportedModelError: if a dimension is not made of whole units, or of several things in an undeclared order.
     """
+    rules, problems = layout.once(("axes", hidden), lambda: _find_axes(layout, hidden))
+    wanted = {*cut, HIDDEN} if hidden else {*cut}
+    for axes, problem in problems:
+        if wanted & axes:
+            raise UnsupportedModelError(problem)
+    return rules
+
+
+Problems = list[tuple[set[str], str]]
+"""What is not known: of which axes, and what."""
+
+
+def _find_axes(layout: Layout, hidden: bool) -> tuple[dict[str, tuple[SliceRule, ...]], Problems]:
     one_layer = Shape(num_hidden_layers=1).complete(layout.dense)
     plain = _shapes(layout, one_layer)
     axes_of: dict[tuple[str, int], list[str]] = {}
@@ -56,15 +73,35 @@ def find_axes(layout: Layout, *, hidden: bool = False) -> dict[str, tuple[SliceR
                 if old != new:
                     axes_of.setdefault((name, dim), []).append(axis)
     rules: dict[str, tuple[SliceRule, ...]] = {}
+    problems: Problems = []
     prefix = f"{layout.stack}.0."
     for (name, dim), axes in axes_of.items():
-        if not name.startswith(prefix) and axes != [HIDDEN]:
-            raise UnsupportedModelError(
-                f"{name!r} lies outside the layers and depends on {axes}: a family row cannot express that"
-            )
         short = name.removeprefix(prefix) if name.startswith(prefix) else f".{name}"
-        rules[short] = (*rules.get(short, ()), _rule(layout, short, dim, axes, plain[name][dim]))
-    return rules
+        try:
+            if not name.startswith(prefix) and axes != [HIDDEN]:
+                raise UnsupportedModelError(
+                    f"{name!r} lies outside the layers and depends on {axes}: a family row cannot express that"
+                )
+            rule = _rule(layout, short, dim, axes, plain[name][dim])
+        except UnsupportedModelError as error:
+            problems.append((set(axes), str(error)))
+            continue
+        rules[short] = (*rules.get(short, ()), rule)
+    for name, (dim, width) in depth_of(layout).rows.items():
+        rules[f".{name}"] = (*rules.get(f".{name}", ()), SliceRule(dim, (LAYERS,), width))
+    return rules, problems
+
+
+def cut_by(plan: Plan) -> set[str]:
+    """The axes of which a plan removes units in the layers that stay, for `find_axes`."""
+    slim, dense = plan.shape, plan.dense
+    heads = (slim.num_attention_heads, slim.num_key_value_heads) != (
+        dense.num_attention_heads,
+        dense.num_key_value_heads,
+    )
+    return ({HEADS, KV_GROUPS} if heads else set()) | (
+        {FFN} if slim.intermediate_size != dense.intermediate_size else set()
+    )
 
 
 def _shapes(layout: Layout, shape: Shape) -> dict[str, tuple[int, ...]]:

@@ -10,12 +10,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import BrokenGatesError, HawAdaError, VerificationError
+from ..discovery.inputs import example_inputs
+from ..errors import BrokenGatesError, HawAdaError, InvalidPlanError, VerificationError
 from ..files.verify import TOLERANCE, compare
+from ..gates.adapter import GateAdapter
 from ..gates.kinds import SigmoidGate
 from ..vanilla.batches import Batch, check_batch
 from ..vanilla.heads import is_bare
-from ..vanilla.outputs import example_inputs, outputs_of
+from ..vanilla.outputs import outputs_of
 from .dense import put_back
 from .source import StreamChange, below_at
 
@@ -206,6 +208,24 @@ def check_finite(model: nn.Module) -> None:
 
 def _broken(model: nn.Module) -> Iterator[str]:
     return (name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all())
+
+
+def check_binary(base: nn.Module, adapter_names: Sequence[str]) -> None:
+    """
+    Refuse soft values that no weight can take up: of gates that blend a layer's output and its input.
+
+    Raises:
+        InvalidPlanError: if there are some that no plan has made binary.
+    """
+    for name, module in base.named_modules():
+        found = module.blend_factor(adapter_names, hard=True) if isinstance(module, GateAdapter) else None
+        factor = None if found is None else found.detach()
+        if factor is not None and not (factor == 1).all():
+            raise InvalidPlanError(
+                f"the gate on the layer of {name} is at {float(factor):.3g} and blends the layer's output with its "
+                "input, which no weight can take up: apply a plan, under which layers stay or go "
+                "(`model.apply_plan(model.plan(keep_ratio={'layers': 0.75}))`)"
+            )
 
 
 def check_gates(base: nn.Module) -> None:

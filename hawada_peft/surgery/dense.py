@@ -94,6 +94,9 @@ def take_off(base: PreTrainedModel) -> None:
     for name in sorted(found, key=len):  # outer ones first: what they hold goes with them
         if not any(name.startswith(f"{outer}.") for outer in found):
             base.set_submodule(name, below(found[name]))
+    for module in found.values():
+        if isinstance(module, GateAdapter):
+            module.release()
     vars(base).pop("peft_config", None)
 
 

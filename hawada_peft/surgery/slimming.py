@@ -19,7 +19,8 @@ from ..planning.plan import Plan
 from ..vanilla.family import Layout, locate, mark
 from ..vanilla.modules import check_loaded, check_unquantized
 from ..vanilla.resize import add_v4_rope_keys, edit_config, origin_of, rename
-from .axes import SliceRule, find_axes
+from ..vanilla.skeleton import build_empty
+from .axes import SliceRule, cut_by, find_axes
 from .conformity import check_conforms, vanilla_tensors
 from .slicing import slice_tensor
 from .source import StreamChange, build_tied, materialise, rows_of, source_of
@@ -73,7 +74,7 @@ def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None) -> Model
     check_plan(layout, plan)
     dense = vanilla_tensors(model)
     check_conforms(layout, dense)
-    rules = find_axes(layout, hidden=plan.hidden is not None and turn is None)
+    rules = check_exists(layout, plan, dense)
     config = edit_config(layout, plan.shape, layers=plan.layers)
     add_v4_rope_keys(config)
     if turn is not None and not turn.tied:
@@ -90,6 +91,38 @@ def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None) -> Model
         parameter.requires_grad_(True)
     logger.debug("%s: %d of %d parameters stay", plan, result.num_parameters(), model.num_parameters())
     return result.train(model.training)
+
+
+def check_exists(layout: Layout, plan: Plan, dense: Mapping[str, torch.Tensor]) -> dict[str, tuple[SliceRule, ...]]:
+    """
+    Check that what a plan leaves of a model is, tensor by tensor, what its class builds: on the meta device.
+
+    Args:
+        layout, plan: of the dense model; the plan is checked.
+        dense: its tensors, of `vanilla_tensors`.
+
+    Returns:
+        The rules by which the tensors are sliced, of `find_axes`.
+
+    Raises:
+        UnsupportedModelError: naming the first tensor that has another shape; as `find_axes`.
+    """
+    hidden = plan.hidden is not None and not plan.rotated
+    rules = find_axes(layout, hidden=hidden, cut=cut_by(plan))
+    if plan.rotated:
+        return rules  # every tensor of the stream changes; the new coordinates are checked by themselves
+    built = build_empty(layout.model_class, edit_config(layout, plan.shape, layers=plan.layers))
+    for name, tensor in built.state_dict().items():
+        source, layer, short = source_of(name, layout, plan)
+        left = list(dense[source].shape) if source in dense else []
+        for rule in rules.get(short, ()) if left else ():
+            left[rule.dim] = len(rows_of(rule, layout, plan, layer))
+        if left != list(tensor.shape):
+            raise UnsupportedModelError(
+                f"{plan} leaves {source} of shape {tuple(left) or 'missing'}, and {layout.model_class.__name__} "
+                f"builds {name} of shape {tuple(tensor.shape)} for it: this class cannot be cut to these sizes"
+            )
+    return rules
 
 
 def _sliced(

@@ -33,7 +33,7 @@ from .goal import Goal
 from .history import GateHistory, keep_ratios
 from .phases import Phases
 from .rates import regroup
-from .saved_state import STATE_FILE, read_state, restore_plan
+from .saved_state import STATE_FILE, read_state, restore_gates, restore_plan
 
 logger = logging.getLogger(__name__)
 
@@ -231,6 +231,7 @@ class PhasedTrainer(UnlabelledTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         state = self._read_state(folder)
+        restore_gates(self.gated, folder)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         restore_plan(self.gated, folder)
         try:

@@ -8,9 +8,11 @@ from typing import Any
 
 from peft import PeftConfig
 
+from ..basis.attach import attach_directions
 from ..distil.checkpoints import adapter_folder
 from ..errors import CheckpointError
 from ..planning.plan import Plan
+from ..vanilla.family import HIDDEN
 
 STATE_FILE = "hawada_state.json"
 """Beside the adapter in a checkpoint: the goal, the approached plan, the history, the search."""
@@ -43,3 +45,11 @@ def restore_plan(model: Any, checkpoint: Path) -> None:
     config = PeftConfig.from_pretrained(str(adapter_folder(checkpoint, name)))
     plan = None if config.plan is None else Plan.from_dict(config.plan)
     model.apply_plan(plan, in_training=config.plan_in_training)
+
+
+def restore_gates(model: Any, checkpoint: Path) -> None:
+    """Put gates on directions of the residual stream in, if a search has put them into the checkpoint's adapter."""
+    (name,) = model.active_adapters
+    config = PeftConfig.from_pretrained(str(adapter_folder(checkpoint, name)))
+    if config.rotate and HIDDEN not in model.peft_config[name].gates:
+        attach_directions(model, name)

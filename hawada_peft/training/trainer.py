@@ -26,6 +26,7 @@ from ..latency.table import LatencyTable
 from ..planning.plan import Plan
 from ..processes import all_reduced, in_main_process
 from ..search.budgeted import search_plan
+from ..search.directions import Found, with_directions
 from ..search.result import SearchResult
 from ..vanilla.batches import Batch, main_input
 from ..vanilla.shape import Shape
@@ -61,6 +62,7 @@ class HawAdaTrainer(PhasedTrainer):
         effort (`Effort`, *optional*): how hard latency is measured and the shape for a budget searched.
         table (`LatencyTable`, *optional*): measured here before; measured or taken from the disk cache if left out.
         hidden_sizes (*optional*): as in `find_plan`.
+        rotate (*optional*): as in `find_plan`.
         refit (*optional*): as in `find_plan`.
         kwargs: as in `Trainer`.
 
@@ -86,6 +88,7 @@ class HawAdaTrainer(PhasedTrainer):
         effort: Effort | None = None,
         table: LatencyTable | None = None,
         hidden_sizes: Sequence[int] | None = None,
+        rotate: bool | None = None,
         refit: bool | None = None,
         **kwargs: Any,
     ) -> None:
@@ -105,7 +108,7 @@ class HawAdaTrainer(PhasedTrainer):
             plan = cast(Any, model).plan(shape, keep_ratio=keep_ratio)
             goal = Goal(model, plan.shape, plan.roundings)
         self.budget, self.effort, self.table = budget, effort or Effort(), table
-        self.hidden_sizes, self.refit = hidden_sizes, refit
+        self.hidden_sizes, self.rotate, self.refit = hidden_sizes, rotate, refit
         self.search: SearchResult | None = None
         self.comparison: Comparison | None = None
         self._start: StartingPoint | None = None
@@ -145,20 +148,21 @@ class HawAdaTrainer(PhasedTrainer):
         """The goal, and what a search for it has learnt: the importance of fresh gates, and its plan."""
         progress = None if self.args.disable_tqdm else partial(tqdm, disable=None)
 
-        def find_shape() -> tuple[Mapping[str, torch.Tensor] | None, SearchResult]:
-            found, importance = search_plan(
+        def find_shape() -> Found:
+            return search_plan(
                 self.gated,
                 budget,
                 batches,
                 table=self.table,
                 hidden_sizes=self.hidden_sizes,
+                rotate=False,
                 refit=self.refit,
                 effort=self.effort,
                 progress=progress,
             )
-            return importance, found
 
-        importance, self.search = in_main_process(find_shape)
+        search = partial(in_main_process, find_shape)  # gates come and go in every process
+        self.search, importance = with_directions(self.gated, batches, self.rotate, search, progress=progress)
         return Goal(self.gated, self.search.best.shape), importance, self.search.plan
 
     def _calibration(self, *, together: bool) -> list[Batch]:

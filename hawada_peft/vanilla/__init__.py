@@ -10,7 +10,7 @@ from .family import (
     register_family,
 )
 from .rehoming import rehome
-from .rows import llama, vit
+from .rows import bert, llama, vit
 from .shape import FFN, HEADS, HIDDEN, KV_GROUPS, LAYERS, SIZES, Axis, Shape
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Family",
     "Layout",
     "Shape",
+    "bert",
     "find_module",
     "llama",
     "locate",

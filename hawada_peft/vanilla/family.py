@@ -7,9 +7,10 @@ Long because every field of a row and of a layout is explained.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -22,6 +23,8 @@ from .towers import Tower, config_at, towers_of
 
 TOWER = "_hawada_tower"
 """Attribute of a model: which of its towers is slimmed."""
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,11 @@ class Family:
         hidden_field (`str`): the config field with the size of the residual stream.
         ffn_unit (`str`): the config field that `ffn_field` is a multiple of; empty if it counts channels.
         layer_lists (`tuple[str, ...]`): config fields that hold one entry per layer.
+        pinned (`tuple[tuple[int, str], ...]`): layers that must stay although a model without them can be built, each
+            with the reason.
+        branches (`tuple[str, ...]`, *optional*): the modules of a layer whose outputs its gate multiplies, relative to
+            it: what they give must be added to the residual stream as it is. Empty: there are none, as each layer
+            norms its sum. Left out, they are found by running one layer (`gates.branches`).
         fused (`tuple[tuple[str, tuple[str, ...]], ...]`): modules (relative to a layer; with a dot before it, relative
             to the model) whose rows, or inputs from the residual stream, hold several things: the axes in their
             order. One axis alone means that everything of a unit is stored together.
@@ -69,6 +77,8 @@ class Family:
     layers_field: str = "num_hidden_layers"
     hidden_field: str = "hidden_size"
     layer_lists: tuple[str, ...] = ()
+    pinned: tuple[tuple[int, str], ...] = ()
+    branches: tuple[str, ...] | None = None
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
     twin: str = ""
     twin_fields: tuple[tuple[str, Any], ...] = ()
@@ -124,6 +134,13 @@ class Layout:
     model_class: type[PreTrainedModel] = field(compare=False, repr=False)
     config: PreTrainedConfig = field(compare=False, repr=False)
     tower: str = ""
+
+    def once(self, key: Any, find: Callable[[], Found]) -> Found:
+        """What building this layout's class tells, found at the first call with a key, and kept."""
+        kept = vars(self).setdefault("_found", {})  # no field: another layout starts with none of it
+        if key not in kept:
+            kept[key] = find()
+        return cast(Found, kept[key])
 
     @property
     def tower_config(self) -> PreTrainedConfig:
@@ -196,6 +213,11 @@ class Layout:
         if match is None or match[2] not in axes:
             return None
         return int(match[1]), axes[match[2]]
+
+    def within(self, name: str) -> tuple[int, str] | None:
+        """The layer that a module is in, and its name there; None if it is in none."""
+        index, _, short = name.removeprefix(f"{self.stack}.").partition(".")
+        return (int(index), short) if name.startswith(f"{self.stack}.") and index.isdigit() and short else None
 
     def base_sizes(self) -> dict[str, int | str]:
         """What a plan or an adapter for this model depends on, for JSON."""

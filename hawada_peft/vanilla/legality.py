@@ -1,9 +1,13 @@
-"""Which sizes exist as vanilla models: asked of the config class and of what the model class builds from it."""
+"""
+Which sizes exist as vanilla models: asked of the config class and of what the model class builds from it.
+
+Long because widths and depth are asked in the same way, and tell what is possible instead.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 
 from huggingface_hub.errors import StrictDataclassError
 
@@ -12,6 +16,27 @@ from .family import Layout, hidden_home, relocate
 from .resize import edit_config
 from .shape import Shape
 from .skeleton import build_empty, check_constructor
+
+MOST_REASONS = 3
+"""Of one kind, in a message."""
+
+Tensors = dict[str, tuple[int, ...]]
+"""Shapes by name."""
+
+
+@dataclass(frozen=True)
+class Depth:
+    """
+    Which layers may go, and what goes with one.
+
+    Args:
+        pinned: the layers that must stay, each with the reason.
+        rows: tensors outside of the layers that hold a stretch for each of them, by name: along which dimension, and
+            how long a stretch is.
+    """
+
+    pinned: Mapping[int, str]
+    rows: Mapping[str, tuple[int, int]]
 
 
 def build_sizes(layout: Layout, shape: Shape) -> str | None:
@@ -40,6 +65,85 @@ def build_sizes(layout: Layout, shape: Shape) -> str | None:
             f"asked for {wanted.to_dict()} with heads of {layout.head_dim}"
         )
     return None
+
+
+def depth_of(layout: Layout) -> Depth:
+    """
+    Ask which layers may go, by building the model without one of them on the meta device: what is left must be the
+    layers that stay, each as it was. Neighbours that hold the same tensors are asked once.
+
+    Raises:
+        UnsupportedModelError: if the class cannot be built from a config alone.
+    """
+    return layout.once("depth", lambda: _depth(layout))
+
+
+def _depth(layout: Layout) -> Depth:
+    total = layout.dense.sizes()["num_hidden_layers"]
+    outside, inside = _by_layer(layout, tuple(range(total)))
+    pinned: dict[int, str] = {}
+    rows: dict[str, tuple[int, int]] = {}
+    first = 0
+    while first < total:
+        end = next((i for i in range(first, total) if inside[i] != inside[first]), total)
+        alone = {start for start, stop in layout.stages if stop - start == 1}  # its stage would fall together
+        tried = next((layer for layer in range(first, end) if layer not in alone), first)
+        reason, found = ("it is the only layer", rows) if total == 1 else _without(layout, tried, outside, inside)
+        pinned |= {} if reason is None else dict.fromkeys(range(first, end), reason)
+        rows |= found
+        first = end
+    return Depth(pinned | dict(layout.family.pinned), rows)
+
+
+def _without(
+    layout: Layout, gone: int, outside: Tensors, inside: list[Tensors]
+) -> tuple[str | None, dict[str, tuple[int, int]]]:
+    """Why a layer cannot go, or None; and what else is cut with it."""
+    kept = tuple(layer for layer in range(len(inside)) if layer != gone)
+    rows: dict[str, tuple[int, int]] = {}
+    try:
+        rest, layers = _by_layer(layout, kept)
+    except (StrictDataclassError, ValueError, TypeError, IndexError) as error:
+        return f"{type(layout.config).__name__} refuses: {str(error).strip().splitlines()[-1].strip()}", rows
+    for layer, mine, built in zip(kept, [inside[layer] for layer in kept], layers, strict=True):
+        if mine != built:
+            differing = min(name for name in {*mine, *built} if mine.get(name) != built.get(name))
+            return (
+                f"without it {layout.model_class.__name__} builds another layer where layer {layer} comes then: "
+                f"{differing} would be {built.get(differing, 'missing')}, and is {mine.get(differing, 'missing')}",
+                rows,
+            )
+    for name in {*outside, *rest}:
+        old, new = outside.get(name, ()), rest.get(name, ())
+        moved = [dim for dim in range(len(old)) if len(old) == len(new) and old[dim] != new[dim]]
+        width = old[moved[0]] // len(inside) if len(moved) == 1 else 0
+        if width and (old[moved[0]], new[moved[0]]) == (len(inside) * width, len(kept) * width):
+            rows[name] = (moved[0], width)
+        elif old != new:
+            return f"{name} {old} outside of the layers would be {new or 'missing'}, and holds no row per layer", rows
+    return None, rows
+
+
+def _by_layer(layout: Layout, layers: tuple[int, ...]) -> tuple[Tensors, list[Tensors]]:
+    """What the class builds with some of the layers: the shapes outside of them, and those of each, by name."""
+    shape = replace(layout.dense, num_hidden_layers=len(layers))
+    check_constructor(layout.model_class)
+    built = build_empty(layout.model_class, edit_config(layout, shape, layers=layers))
+    outside: Tensors = {}
+    inside: list[Tensors] = [{} for _ in layers]
+    for name, tensor in built.state_dict().items():
+        index, _, short = name.removeprefix(f"{layout.stack}.").partition(".")
+        if name.startswith(f"{layout.stack}.") and index.isdigit() and int(index) < len(layers):
+            inside[int(index)][short] = tuple(tensor.shape)
+        else:
+            outside[name] = tuple(tensor.shape)
+    return outside, inside
+
+
+def least_layers(layout: Layout) -> int:
+    """The fewest layers that can stay: those that must, and one before each stage of a backbone."""
+    pinned = depth_of(layout).pinned
+    return max(1, len(pinned) + sum(not pinned.keys() & range(start, end) for start, end in layout.stages))
 
 
 def fit_hidden(layout: Layout, shape: Shape, *, step: int, at_least: bool = False) -> Shape:
@@ -103,11 +207,16 @@ def check_legal(layout: Layout, shape: Shape) -> None:
             f"{heads} query heads in {groups} KV groups: every group must keep the same number of heads, at most "
             f"{layout.dense.heads_per_group}"
         )
-    if sizes["num_hidden_layers"] < len(layout.stages):
+    if sizes["num_hidden_layers"] < dense["num_hidden_layers"] and sizes["num_hidden_layers"] < least_layers(layout):
+        reasons = [f"layer {layer} stays: {reason}" for layer, reason in sorted(depth_of(layout).pinned.items())]
+        if layout.stages:
+            reasons.append(
+                "a layer stays before each stage whose feature map the backbone gives (out_indices "
+                f"{list(layout.tower_config.out_indices)})"
+            )
         problems.append(
-            f"num_hidden_layers must be at least {len(layout.stages)}, a layer before each stage whose feature map "
-            f"the backbone gives (out_indices {list(layout.tower_config.out_indices)}), got "
-            f"{sizes['num_hidden_layers']}"
+            f"num_hidden_layers must be at least {least_layers(layout)}, got {sizes['num_hidden_layers']}; "
+            + "; ".join(reasons[:MOST_REASONS])
         )
     if not problems and shape != layout.dense:
         reason = build_sizes(layout, shape)
@@ -129,16 +238,22 @@ def check_legal(layout: Layout, shape: Shape) -> None:
 
 def check_layers(layout: Layout, layers: Iterable[int]) -> None:
     """
-    Check that a backbone keeps as many feature maps as it has: a layer before each of its stages.
+    Check that the layers that must stay do, and that a backbone keeps as many feature maps as it has: a layer before
+    each of its stages.
 
     Args:
         layout: the dense model's.
         layers: those that stay.
 
     Raises:
-        IllegalShapeError: naming the stages that would fall together.
+        IllegalShapeError: naming the layers, or the stages that would fall together.
     """
     kept = set(layers)
+    if len(kept) == layout.dense.num_hidden_layers:
+        return
+    gone = [f"layer {layer}: {why}" for layer, why in sorted(depth_of(layout).pinned.items()) if layer not in kept]
+    if gone:
+        raise IllegalShapeError(f"these layers must stay: {'; '.join(gone[:MOST_REASONS])}")
     empty = [(start, end) for start, end in layout.stages if kept.isdisjoint(range(start, end))]
     if empty:
         raise IllegalShapeError(

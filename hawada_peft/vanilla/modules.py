@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModelError
@@ -32,6 +33,46 @@ def feature_sizes(module: nn.Module) -> tuple[int, int]:
         f"Target module of type {type(module).__name__} is not supported. Gates go on torch.nn.Linear, Conv1d, "
         "Conv2d, Conv3d and transformers.pytorch_utils.Conv1D: leave the module out of `target_modules`."
     )
+
+
+def norm_offset(module: nn.Module) -> float | None:
+    """
+    Of a norm whose output is proportional to `offset + weight`, the offset: 0 for most, 1 for Gemma's; None for
+    modules that are no such norms. Told by what they compute.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None or weight.ndim != 1 or [*module.children()] or gateable(module):
+        return None
+    if not module._parameters.keys() <= {"weight", "bias"}:
+        return None
+    size = len(weight)
+    x = torch.linspace(-1.0, 2.0, 2 * size, device="cpu").reshape(2, size)
+    outputs = []
+    for value in (0.0, 1.0):
+        tensors = {"weight": torch.full((size,), value, device="cpu")}
+        if module._parameters.get("bias") is not None:
+            tensors["bias"] = torch.zeros(size, device="cpu")
+        try:
+            outputs.append(functional_call(module, tensors, (x,)))
+        except (TypeError, ValueError, RuntimeError, IndexError):
+            return None  # it takes something else than features
+    zero, one = outputs
+    if not isinstance(zero, torch.Tensor) or zero.shape != x.shape or not (one - zero).any():
+        return None
+    offset = round(float((zero / (one - zero)).nanmean()), 3)
+    return offset if torch.allclose(zero, offset * (one - zero), atol=1e-5) else None
+
+
+def output_sizes(module: nn.Module) -> tuple[int, int]:
+    """
+    The input and output features of a module whose output can be scaled by its weights: also of a norm.
+
+    Raises:
+        UnsupportedModelError: for any other kind of module.
+    """
+    if isinstance(module, BaseTunerLayer) or norm_offset(module) is None:
+        return feature_sizes(module)
+    return (len(cast(nn.Parameter, module.weight)),) * 2
 
 
 def gateable(module: nn.Module) -> bool:
@@ -131,12 +172,20 @@ def parameters_of(base: Base) -> list[nn.Parameter]:
     return [parameter for parameter in found if isinstance(parameter, nn.Parameter)]
 
 
+def scaled_norm_weight(weight: torch.Tensor, factor: torch.Tensor, offset: float) -> torch.Tensor:
+    """
+    The weight with which a norm of an offset (`norm_offset`) gives `factor` times as much: `w + o` becomes
+    `factor * (w + o)`. Exactly the weight at a factor of 1.
+    """
+    return weight * factor + offset * (factor - 1)
+
+
 def fold_factors(base: Base, inputs: torch.Tensor | None, output: torch.Tensor | None) -> list[torch.Tensor]:
     """
     The module's weight (and bias, if it has one) with factors of its inputs and of its output multiplied in.
 
     Args:
-        base: the module, or a norm; left as it is.
+        base: the module, or a norm (`norm_offset`); left as it is.
         inputs: (in_features,), or None.
         output: (1,), or None; (features,) for a norm.
 
@@ -153,7 +202,8 @@ def fold_factors(base: Base, inputs: torch.Tensor | None, output: torch.Tensor |
     elif factor.numel() > 1 and isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         per_group = factor.reshape(base.groups, 1, -1).expand(-1, base.out_channels // base.groups, -1)
         factor = per_group.reshape(weight.shape[:2] + (1,) * (weight.ndim - 2))  # (out, in / groups, 1, ...)
-    folded = weight * factor
+    offset = (norm_offset(base) or 0.0) if output is not None and weight.ndim == 1 else 0.0
+    folded = weight * factor if offset == 0 else scaled_norm_weight(weight, factor, offset)
     result = [folded.to(weight.dtype).contiguous()]
     if base_bias is not None:
         bias = base_bias.data

@@ -1,4 +1,4 @@
-"""What goes into a model and what comes out: example inputs, logits."""
+"""What comes out of a model."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS
 
 from ..errors import UnsupportedModelError
 from .batches import Batch, on_device, without_labels
@@ -31,27 +29,6 @@ def get_student_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
         UnsupportedModelError: if the model gives nothing that can be compared.
     """
     return prediction_of(model(**without_labels(batch)), model)
-
-
-def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """
-    Inputs of the kind that a model takes, drawn at random but always the same.
-
-    Returns:
-        `pixel_values` of (2, channels, height, width) or `input_ids` of (2, 16); one row where a head classifies
-        sequences and no token is padding, by which it would find the end of each row.
-    """
-    generator = torch.Generator().manual_seed(0)
-    device, config = model.device, model.config
-    if model.main_input_name == "pixel_values":
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        pixels = torch.randn(2, config.num_channels, height, width, generator=generator)
-        return {"pixel_values": pixels.to(device=device, dtype=model.dtype)}
-    text = config.get_text_config()
-    alone = text.pad_token_id is None and type(model).__name__ in CLASSIFIERS.values()
-    tokens = torch.randint(text.vocab_size, (2, 16), generator=generator)
-    return {"input_ids": tokens[: 1 if alone else 2].to(device)}
 
 
 def outputs_of(model: nn.Module, inputs: Batch) -> dict[str, torch.Tensor]:

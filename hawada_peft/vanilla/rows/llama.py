@@ -25,7 +25,8 @@ for _model_type in PLAIN:
 
 # A scale that depends on the hidden size, norms after the blocks or one norm for both, norms without a plain weight.
 FIXED_STREAM = replace(LLAMA, hidden_norms=(), final_norm="")
-for _model_type in ("cohere", "cohere2", "eurobert", "exaone4", "gemma", "gemma2", "gemma3_text", "nemotron"):
+COHERE, GEMMA = ("cohere", "cohere2"), ("gemma", "gemma2", "gemma3_text")
+for _model_type in (*COHERE, "eurobert", "exaone4", *GEMMA, "nemotron", "olmo2", "olmo3"):
     register_family(_model_type, FIXED_STREAM)
 register_family("stablelm", replace(FIXED_STREAM, head_dim_field=""))
 

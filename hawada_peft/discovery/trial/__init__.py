@@ -1,0 +1,1 @@
+"""A small model with random weights, and claims tried on it."""

@@ -1,0 +1,98 @@
+"""What a class builds from a config with numbers changed: shapes on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ...vanilla.skeleton import build_empty
+from .config_tree import Path, edited
+
+Shapes = dict[str, tuple[int, ...]]
+"""Of every parameter and saved buffer, by its dotted name."""
+
+Dim = tuple[str, int]
+"""A parameter's name and one of its dimensions."""
+
+Moves = dict[Dim, tuple[int, int]]
+"""Dimensions whose sizes differ: the old size and the new one."""
+
+REFUSES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+"""What classes of transformers raise on numbers that do not fit: of configs, of modules, of a forward pass."""
+
+
+class Builds:
+    """
+    The shapes that a class builds.
+
+    Args:
+        model_class: of transformers.
+        config: the one that is changed.
+    """
+
+    def __init__(self, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
+        self.model_class, self.config = model_class, config
+        self.tree = config.to_dict()
+        self.base = shapes_of(model_class, config)
+        self._known: dict[str, Shapes | str] = {}
+
+    def shapes(self, changes: Mapping[Path, Any]) -> Shapes | str:
+        """What is built with changes; instead, why nothing is."""
+        key = repr(sorted(changes.items(), key=repr))
+        if key not in self._known:
+            try:
+                self._known[key] = shapes_of(self.model_class, edited(self.config, changes))
+            except REFUSES as error:
+                self._known[key] = cause(error)
+        return self._known[key]
+
+    def moves(self, changes: Mapping[Path, Any]) -> Moves | str:
+        """The dimensions that changes move; instead, why nothing is built, or that it has other parameters."""
+        shapes = self.shapes(changes)
+        if isinstance(shapes, str):
+            return shapes
+        if shapes.keys() != self.base.keys() or any(len(shapes[name]) != len(self.base[name]) for name in shapes):
+            return "it has other parameters then"
+        return {
+            (name, dim): (old, new)
+            for name, shape in shapes.items()
+            for dim, (old, new) in enumerate(zip(self.base[name], shape, strict=True))
+            if old != new
+        }
+
+
+def shapes_of(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Shapes:
+    """
+    The shapes of one config; on the CPU where the class computes with numbers when it is built.
+
+    Raises:
+        Exception: one of `REFUSES`.
+    """
+    try:
+        model = build_empty(model_class, config)
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" not in str(error):
+            raise
+        with torch.random.fork_rng(devices=()):
+            model = model_class(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def cause(error: BaseException) -> str:
+    """The last line of an error, which holds the cause; those before it name transformers' validator."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1].strip()[:160]}" if lines else type(error).__name__

@@ -1,0 +1,170 @@
+"""The proof: a small model with units closed, and the smaller one that the class builds, give the same."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .builds import Dim
+from .closing import Closed
+from .config_tree import Path, edited
+from .found import Found
+from .specimen import Specimen, run
+
+ROUNDING = 1e-5
+"""The largest difference, of the largest value of an output, that is rounding: norms compute in float32."""
+
+Renaming = Callable[[str], str]
+"""From a parameter's name in the smaller model to that in the whole one."""
+
+
+@dataclass
+class Cutting:
+    """
+    What is cut out of a small model, and closed in it.
+
+    Args:
+        kept: axes with the units that stay at their places.
+        changes: of the config.
+        renamed: names in the smaller model to those in the whole one.
+        rows: further dimensions with the rows that stay.
+        skipped: layers that go.
+    """
+
+    kept: list[tuple[Found, dict[Dim, list[int]]]] = field(default_factory=list)
+    changes: dict[Path, Any] = field(default_factory=dict)
+    renamed: Renaming = str
+    rows: dict[Dim, list[int]] = field(default_factory=dict)
+    skipped: Sequence[str] = ()
+
+    def closed(self) -> Closed:
+        """What the whole model closes."""
+        closed = Closed(skipped=self.skipped)
+        for axis, kept in self.kept:
+            axis.close(closed, kept)
+        return closed
+
+    def staying(self, name: str, ndim: int) -> dict[int, list[int]]:
+        """The rows of a parameter of the whole model that stay, by dimension."""
+        found = {dim: self.rows[name, dim] for dim in range(ndim) if (name, dim) in self.rows}
+        for axis, kept in self.kept:
+            for dim in range(ndim):
+                if (name, dim) in axis.rows:
+                    rows = set(axis.staying((name, dim), kept))
+                    found[dim] = [row for row in found.get(dim, sorted(rows)) if row in rows]
+        return found
+
+
+def cut_out(specimen: Specimen, cutting: Cutting) -> PreTrainedModel:
+    """
+    The smaller model, of the whole one's weights.
+
+    Raises:
+        Exception: one of `REFUSES`; a ValueError if the class builds other shapes than are cut.
+    """
+    config = edited(specimen.config, cutting.changes)
+    with torch.random.fork_rng(devices=()), torch.device("cpu"):
+        torch.manual_seed(0)
+        small = specimen.model_class(config).to(torch.float64).eval()  # type: ignore[arg-type]
+    whole, state = specimen.model.state_dict(), {}
+    for name, tensor in small.state_dict().items():
+        source = cutting.renamed(name)
+        value = whole[source]
+        for dim, rows in cutting.staying(source, value.ndim).items():
+            value = value.index_select(dim, torch.tensor(rows, dtype=torch.long))
+        if value.shape != tensor.shape:
+            raise ValueError(f"{name} is cut to {tuple(value.shape)}, and the class builds {tuple(tensor.shape)}")
+        state[name] = value.clone()
+    small.load_state_dict(state, strict=True)
+    small.tie_weights()
+    return small
+
+
+def difference(specimen: Specimen, cutting: Cutting, small: PreTrainedModel | None = None) -> float:
+    """
+    How far the smaller model's outputs are from those of the whole one with the same units closed, of each output's
+    largest value.
+
+    Raises:
+        Exception: one of `REFUSES`, of whatever does not fit.
+    """
+    small = cut_out(specimen, cutting) if small is None else small
+    return apart(specimen.run(cutting.closed()), run(small, specimen.inputs))
+
+
+def apart(ones: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
+    """The largest difference of two lists of outputs, of each output's largest value."""
+    top = max((_largest(each) for each in ones), default=0.0) or 1.0
+    worst = 0.0
+    for one, other in zip(ones, others, strict=True):
+        if one.shape != other.shape or not torch.equal(one.isfinite(), other.isfinite()):
+            return float("inf")
+        scale = max(_largest(one), 1e-3 * top)
+        worst = max(worst, _largest((one - other).where(one.isfinite(), torch.zeros(()))) / scale)
+    return worst
+
+
+def _largest(output: torch.Tensor) -> float:
+    finite = output[output.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def draw(axis: Found, units: int, seed: int, *, tied: bool) -> list[tuple[Found, dict[Dim, list[int]]]]:
+    """
+    Units that stay, drawn at random: others at every place, or the same ones.
+
+    Args:
+        axis: the axis; its partner's units are drawn as well.
+        units: how many stay.
+        seed: of the draw.
+        tied: the same units at every place.
+    """
+    generator = random.Random(seed)
+    same: dict[int, list[int]] = {}
+    kept = {}
+    for place, count in axis.counts.items():
+        left = axis.left_at(place, units)
+        if left is None:
+            raise ValueError(f"{units} of {axis.units} units are no whole number at {place[0]}")
+        drawn = _some(generator, count, left, axis.groups)
+        kept[place] = same.setdefault(count, drawn) if tied else drawn
+    found = [(axis, kept)]
+    if axis.partner is not None:
+        found += draw(axis.partner, units * axis.partner.units // axis.units, seed, tied=False)
+    return found
+
+
+def _some(generator: random.Random, count: int, left: int, groups: int) -> list[int]:
+    if not groups:
+        return sorted(generator.sample(range(count), left))
+    each, of_each = count // groups, left // groups
+    return sorted(group * each + unit for group in range(groups) for unit in generator.sample(range(each), of_each))
+
+
+def half(axis: Found) -> int:
+    """The legal number of units nearest to half of them."""
+    return min(axis.sizes, key=lambda size: abs(2 * size - axis.units))
+
+
+def prove(specimen: Specimen, axis: Found) -> float:
+    """
+    Close units of one axis at random, and compare; first other units at every place, then, if that is not the same,
+    the same ones (a table that several share). Says in the axis which it was.
+
+    Raises:
+        Exception: one of `REFUSES`, of whatever does not fit.
+    """
+    found = float("inf")
+    for tied in (True,) if axis.tied else (False, True):
+        units = half(axis)
+        cutting = Cutting(draw(axis, units, seed=3, tied=tied), axis.changes(units))
+        found = difference(specimen, cutting)
+        axis.tied = tied
+        if found < ROUNDING:
+            break
+    return found

@@ -1,0 +1,135 @@
+"""Whether a search may cut the residual stream along directions, where the adapter has no gates on it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from peft import PeftModel
+
+from ..basis.attach import attach_directions, detach_directions
+from ..basis.basis import basis_gate
+from ..basis.find import ensure_basis, init_basis
+from ..errors import HawAdaError, UnsupportedModelError
+from ..gates.attach import collect_gates
+from ..gates.reading import hidden_gate
+from ..progress import Progress
+from ..vanilla.batches import Batch
+from ..vanilla.family import locate
+from .result import SearchResult
+
+logger = logging.getLogger(__name__)
+
+
+Found = tuple[SearchResult, Mapping[str, torch.Tensor] | None]
+"""A search, and the importance that it took of gates, by the names of `collect_gates`."""
+
+
+def with_directions(
+    model: PeftModel,
+    calibration: Sequence[Batch],
+    rotate: bool | None,
+    search: Callable[[], Found],
+    *,
+    progress: Progress | None = None,
+) -> Found:
+    """
+    Search with gates on directions of the residual stream, where the adapter has none on it (`add_directions`). They
+    stay if the plan is about directions; otherwise the adapter is afterwards what it was before.
+
+    Args:
+        model, calibration, rotate, progress: as in `add_directions`.
+        search: the search.
+    """
+    directions = add_directions(model, calibration, rotate, progress=progress)
+    rotated = False
+    try:
+        result, importance = search()
+        rotated = result.plan.rotated
+    finally:
+        if directions.added and not rotated:
+            detach_directions(model, directions.added)
+    if directions.why:
+        result = replace(result, steps={**result.steps, "hidden_size": directions.why})
+    if importance is not None:
+        gates = collect_gates(model)
+        importance = {name: value for name, value in importance.items() if name in gates}
+    return result, importance
+
+
+@dataclass(frozen=True)
+class Directions:
+    """
+    What became of the residual stream before a search.
+
+    Args:
+        added: the name of the adapter that was given gates on directions of it; empty if none was.
+        why: no hidden size is searched; empty if some are.
+    """
+
+    added: str = ""
+    why: str = ""
+
+
+def add_directions(
+    model: PeftModel,
+    calibration: Sequence[Batch],
+    rotate: bool | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Directions:
+    """
+    Put gates on directions of the residual stream into the active adapter, their basis found on calibration batches.
+
+    An adapter that has gates on the stream keeps them as they are; if they are on directions and have no basis yet,
+    it is found. In a training of several processes each has to call this, and the first one's batches decide.
+
+    Args:
+        model: with gates placed by a family row, one adapter active.
+        calibration: batches, keyword arguments of the forward pass.
+        rotate: `False` for none; `True` to be told by an error what forbids them; left out they are added where the
+            rotation is exact and the batches say enough for a basis.
+        progress: makes progress bars.
+
+    Raises:
+        UnsupportedModelError: with `rotate=True`, if the rotation is not exact for the model, or the adapter gates
+            the stream's channels.
+        HawAdaError: with `rotate=True`, as `find_basis`.
+    """
+    names = list(model.active_adapters)
+    if len(names) != 1 or model.peft_config[names[0]].to_dict()["base_sizes"] is None:
+        return Directions(why="its gates were not placed by a family row")  # the search says so
+    (name,) = names
+    base = model.get_base_model()
+    layout = locate(base)
+    if hidden_gate(base, layout, name) is not None:
+        ensure_basis(model, calibration)
+        if rotate and basis_gate(base, layout, name) is None:
+            raise UnsupportedModelError(
+                f"rotate=True, and adapter {name!r} gates channels of the residual stream: leave 'hidden' out of its "
+                "`gates`, or make it with HawAdaConfig(rotate=True)"
+            )
+        return Directions()
+    if rotate is False:
+        return Directions(why="has no gates: stays as it is")
+    try:
+        attach_directions(model, name)
+    except UnsupportedModelError as error:
+        return _refused(error, rotate)
+    try:
+        init_basis(model, calibration, progress=progress)
+    except BaseException as error:
+        detach_directions(model, name)
+        if isinstance(error, HawAdaError):
+            return _refused(error, rotate)
+        raise
+    return Directions(added=name)
+
+
+def _refused(error: HawAdaError, rotate: bool | None) -> Directions:
+    if rotate:
+        raise error
+    logger.info("no hidden size is searched: %s", error)
+    return Directions(why=f"stays as it is: {error}")
