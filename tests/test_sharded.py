@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,12 +43,14 @@ def assert_as_in_one_process(folder: Path, alone: Path, processes: int) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_gates_and_lora_are_those_of_one_process_and_resumed_by_more(tmp_path: Path) -> None:
+def test_gates_and_lora_are_those_of_one_process_and_resumed_by_one(tmp_path: Path) -> None:
     (tmp_path / "alone").mkdir()
     sharded_runs.joint(tmp_path / "alone", 0)
-    started("joint", tmp_path / "several", 2, stop=2)
-    started("joint", tmp_path / "several", 4)
-    assert_as_in_one_process(tmp_path / "several", tmp_path / "alone", 4)
+    started("joint", tmp_path / "several", 2)
+    assert_as_in_one_process(tmp_path / "several", tmp_path / "alone", 2)
+    shutil.rmtree(tmp_path / "several" / "checkpoint-6")
+    sharded_runs.joint(tmp_path / "several", 0)  # goes on from the fourth step
+    assert_as_in_one_process(tmp_path / "several", tmp_path / "alone", 1)
     model = PeftModel.from_pretrained(build(LM_ROW), tmp_path / "several" / "adapter")
     trained, _ = result(tmp_path / "several", 0)
     assert model.applied_plan() is not None
@@ -55,11 +58,12 @@ def test_gates_and_lora_are_those_of_one_process_and_resumed_by_more(tmp_path: P
         assert torch.equal(model.get_parameter(name), tensor), name
 
 
-def test_a_recovery_is_that_of_one_process(tmp_path: Path) -> None:
+def test_a_recovery_is_that_of_one_process_and_resumed_by_more(tmp_path: Path) -> None:
     (tmp_path / "alone").mkdir()
     sharded_runs.recovery(tmp_path / "alone", 0)
-    started("recovery", tmp_path / "several", 2)
-    assert_as_in_one_process(tmp_path / "several", tmp_path / "alone", 2)
+    started("recovery", tmp_path / "several", 2, stop=2)
+    started("recovery", tmp_path / "several", 4)
+    assert_as_in_one_process(tmp_path / "several", tmp_path / "alone", 4)
 
 
 def test_a_twin_shares_weights_and_no_module() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -119,7 +119,7 @@ class UnlabelledTrainer(Trainer):
     # ---------------------------------------------------------------- checkpoints
 
     def _check_checkpoint(self, folder: Path) -> None:
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # these name their files otherwise
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled) or self._whole:  # these name their files otherwise
             names = self.model.active_adapters if isinstance(self.model, PeftModel) else []
             check_complete(folder, self.args, [adapter_folder(folder, name) for name in names])
 
@@ -131,7 +131,7 @@ class UnlabelledTrainer(Trainer):
         if isinstance(self.model, PreTrainedModel) and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             self._load_renamed(folder)
             return
-        with keeping_trainable(self.model):
+        with keeping_trainable(self.model), self._as_unsharded():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_renamed(self, folder: Path) -> None:
@@ -228,18 +228,28 @@ class UnlabelledTrainer(Trainer):
         during = getattr(self._model_config, "use_cache", None)
         self._set_cache(self._use_cache)
         try:
-            if self._whole:
-                self._save_trained(*args, **kwargs)
-            else:
+            with self._as_unsharded():
                 super().save_model(*args, **kwargs)
         finally:
             self._set_cache(during)
 
-    def _save_trained(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """An adapter whose base is sharded: `Trainer` would gather all of that."""
-        if self.args.should_save:
-            parameters = cast(nn.Module, self.model).named_parameters()
-            self._save(output_dir, {name: p.detach() for name, p in parameters if p.requires_grad})
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._as_unsharded():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self._as_unsharded():
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    @contextmanager
+    def _as_unsharded(self) -> Iterator[None]:
+        """All that is trained is whole in every process where only an adapter is: its checkpoints are those of one."""
+        before = self.is_fsdp_enabled
+        self.is_fsdp_enabled = before and not self._whole
+        try:
+            yield
+        finally:
+            self.is_fsdp_enabled = before
 
     # ----------------------------------------------------------------- evaluation
 
