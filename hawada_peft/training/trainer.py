@@ -165,12 +165,12 @@ class HawAdaTrainer(PhasedTrainer):
         self.search, importance = with_directions(self.gated, batches, self.rotate, search, progress=progress)
         return Goal(self.gated, self.search.best.shape), importance, self.search.plan
 
-    def _calibration(self, *, together: bool) -> list[Batch]:
+    def _calibration(self, *, together: bool = False) -> list[Batch]:
         """
         The first examples of the training data, in batches; the random state is left as it was.
 
         Args:
-            together: this process's share of them, not as many for each process.
+            together: this process's share of them; as many for each process if left out.
 
         Raises:
             HawAdaError: if there are none.
@@ -212,7 +212,7 @@ class HawAdaTrainer(PhasedTrainer):
         if self.is_fsdp_enabled:  # every process takes part in a pass of the model, which cannot be sliced here
             self.comparison = compare(self.gated, start, held_out, [], "sliced", reduce=all_reduced)
         else:
-            calibration = [] if keep == "sliced" else self._calibration(together=False)
+            calibration = [] if keep == "sliced" else self._calibration()
             self.comparison = in_main_process(lambda: compare(self.gated, start, held_out, calibration, keep))
         logger.info("%s", self.comparison)
         if self.comparison.kept == "start":
