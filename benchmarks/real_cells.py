@@ -11,6 +11,7 @@ from rows import Row
 
 OURS: dict[str, dict[str, Any]] = {
     "race": {},
+    "searched": {"searched": True},
     "race_short": {
         "plans": 3,
         "preparations": ("none", "least squares", "least squares, close"),
@@ -28,8 +29,9 @@ OURS: dict[str, dict[str, Any]] = {
 """
 The package's own contestants: options of `Race`, its defaults where they say nothing.
 
-`race_short` has fewer plans, and preparations race as well, as in `race_prepared`, once the default. `race_anew`
-trains the winner anew. `no_race*` take the depth plan of least loss, prepared in one way.
+In `searched` the plan of `find_plan` races against others. `race_short` has fewer plans, and preparations race too, as
+in `race_prepared`, once the default. `race_anew` trains the winner anew. `no_race*` take the depth plan of least
+loss, prepared in one way.
 """
 
 MUON = "+muon"
@@ -86,30 +88,35 @@ class Group:
         return f"{line} --until {{until}} --turns {{turns}}"
 
 
-def groups_of(budgets: Sequence[float], seeds: Sequence[int], steps: Sequence[int]) -> Iterator[Group]:
+def groups_of(
+    budgets: Sequence[float], seeds: Sequence[int], steps: Sequence[int], ours: Sequence[str] = ("race",)
+) -> Iterator[Group]:
     """
-    All cells of the bench, what tells most first: the peers at the shortest length and one seed, our race over all
-    seeds, what else we have, the peers' other seeds, and longer recoveries of ours and of the strongest peer.
+    All cells of a setup, what tells most first: of SmolLM2 the peers at the shortest length and one seed; `ours` over
+    all seeds; the peers' seeds; what else we have; longer recoveries of ours and of the strongest peer.
     """
     every, short, first = tuple(budgets), steps[0], seeds[0]
 
     def rivals(seed: int) -> Iterator[Group]:
         yield from (Group((name, f"{name}{MUON}"), every, seed, short) for name in RIVALS)
 
-    yield from rivals(first)
-    yield from (Group(("race",), (budget,), seed, short) for seed in seeds for budget in budgets)
+    if len(ours) == 1:
+        yield from rivals(first)
+    for name in ours:
+        yield from (Group((name,), (budget,), seed, short) for seed in seeds for budget in budgets)
     single = ("no_race_magnitude", "no_race_cosine", "no_race_least_squares", "no_race_close")
-    yield from (Group((name,), every, first, short) for name in ("no_race", *single, "race_anew"))
-    for seed in seeds[1:]:
+    if len(ours) == 1:
+        yield from (Group((name,), every, first, short) for name in ("no_race", *single, "race_anew"))
+    for seed in seeds:
         yield from rivals(seed)
     yield from (Group((name,), every, seed, short) for seed in seeds for name in ("race_short", "no_race"))
     strongest = (RIVALS[0], f"{RIVALS[0]}{MUON}")
     for length in steps[1:]:
         for seed in seeds:
             for budget in budgets:
-                yield Group(("race",), (budget,), seed, length)
+                yield from (Group((name,), (budget,), seed, length) for name in ours)
                 yield Group(strongest, (budget,), seed, length)
-    yield from (Group((name,), every, seed, short) for seed in seeds[1:] for name in (*single, "race_anew"))
+    yield from (Group((name,), every, seed, short) for seed in seeds for name in (*single, "race_anew"))
 
 
 def unmade(groups: Iterable[Group], done: Iterable[Cell]) -> list[Group]:

@@ -26,6 +26,15 @@ with a tiny model made on the spot. Other command lines may be added to jobs.txt
 
 Needs the package's own requirements and, for `tp_taylor`, torch-pruning. A job holds up to 22 GB of a GPU.
 
+Besides SmolLM2 on a GPU there are other setups (--setup): SmolLM2 on one CPU core, and the two small teachers of the
+frontier bench on both, of which --data is a folder with their files; their models are trained on the GPU. Each wants
+an --out of its own. For the small teachers ours come first, with the plan of a search among those that race:
+
+    for S in llama-cpu vit-cpu llama-gpu vit-gpu; do
+        python benchmarks/real_model.py jobs --setup $S --teacher BENCH/teachers/${S%-*} --data BENCH \\
+            --out OUT/$S.jsonl --budgets 1.25 1.5 2 3 --steps 300 --contestants searched race >> jobs.txt; done
+    python benchmarks/jobs.py jobs.txt --devices 0 1 --per-device 4 --seconds 560 --log OUT/jobs.log
+
 Set-up: budgets are speedups of a prefill of 8x512 in bfloat16 as a CUDA graph, met from 0.99 times them on, for all
 contestants alike; calibration on 64 windows of 512 from the training text; recovery by KL on all weights, batches of
 16x512, cosine, rate 5e-4, bf16 autocast; perplexity over 120 windows of 512. Peers recover by AdamW as their authors
@@ -53,7 +62,8 @@ import transformers
 from document import circumstances
 from peers.registry import PEERS
 from real_cells import MUON, OURS, Cell, Group, groups_of, shared_out, unmade
-from real_work import CALIBRATION, EVAL_WINDOWS, LENGTH, RATE, Conditions, Ground, tiny
+from real_setups import SETUPS, Setup, tiny
+from real_work import Ground
 from reconstruction import read_tokens
 from rows import Row, append_row, read_rows
 from transformers import AutoTokenizer
@@ -61,7 +71,7 @@ from turns import Turns
 
 from hawada_peft.errors import UnsettledTimingWarning
 
-TRAIN_WINDOWS = 8000
+LENGTH, EVAL_WINDOWS, TRAIN_WINDOWS = 512, 120, 8000
 
 
 def prepare_data(options: argparse.Namespace) -> None:
@@ -90,7 +100,8 @@ def made(options: argparse.Namespace) -> set[Cell]:
 def chosen(options: argparse.Namespace) -> list[Group]:
     """The groups that are asked for: all in the order of their value, or one for each length and seed."""
     if options.contestants is None:
-        return list(groups_of(options.budgets, options.seeds, options.steps))
+        ours = SETUPS[options.setup].ours
+        return list(groups_of(options.budgets, options.seeds, options.steps, ours))
     names, budgets = tuple(options.contestants), tuple(options.budgets)
     return [Group(names, budgets, seed, steps) for steps in options.steps for seed in options.seeds]
 
@@ -102,7 +113,8 @@ def jobs(options: argparse.Namespace) -> int:
     if options.tiny:
         common.append("--tiny")
     else:
-        common += ["--teacher", str(options.teacher), "--data", str(options.data), "--device", options.device]
+        common += ["--teacher", str(options.teacher), "--data", str(options.data)]
+        common += ["--device", options.device, "--setup", options.setup]
     common += ["--known", *map(str, options.known)] if options.known else []
     missing = unmade(chosen(options), made(options))
     if options.only_time:
@@ -116,16 +128,15 @@ def jobs(options: argparse.Namespace) -> int:
 
 def ground(options: argparse.Namespace, folder: str) -> Ground:
     """The work at hand, by the options."""
+    teacher, data, setup = options.teacher, options.data, replace(SETUPS[options.setup], device=options.device)
     if options.tiny:
-        teacher, data, conditions = tiny(Path(folder))
-    else:
-        teacher, data = options.teacher, options.data
-        conditions = Conditions(options.device, calibration=options.calibration, batch_size=options.batch_size)
-        conditions = replace(conditions, rate=options.rate, eval_windows=options.eval_windows)
-    if conditions.device.startswith("cuda"):
+        teacher, data, setup = tiny(Path(folder))
+    if setup.on_cpu:
+        torch.set_num_threads(1)
+    if setup.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # of what is computed outside autocast, for all alike
     timings = options.out.with_name("timings.jsonl")
-    return Ground(teacher, data, conditions, timings, Turns(options.turns), [*options.known, options.out])
+    return Ground(teacher, data, setup, timings, Turns(options.turns), [*options.known, options.out])
 
 
 def time_models(options: argparse.Namespace) -> int:
@@ -155,8 +166,10 @@ def run(options: argparse.Namespace) -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         work = ground(options, folder)
-        conditions = work.conditions
-        facts = {"rate": conditions.rate, "calibration": conditions.calibration, "batch": conditions.batch_size}
+        setup: Setup = work.setup
+        facts = {"setup": "tiny" if options.tiny else options.setup, "rate": setup.rate}
+        facts |= {"calibration": setup.calibration, "batch": setup.batch_size}
+        facts |= {"trained_on": circumstances(setup.device)["device"]}
         for cell in [*([] if dense in done else [dense]), *cells]:
             own = None if cell is dense else cell
             if own is not None and options.until and time.time() + work.expected(own) > options.until:
@@ -169,11 +182,11 @@ def run(options: argparse.Namespace) -> int:
             except Exception as error:  # whatever goes wrong in one, the others are still worth having
                 failed += 1
                 row |= {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()[-2000:]}
-            if conditions.device.startswith("cuda"):
+            if setup.device.startswith("cuda"):
                 torch.cuda.empty_cache()
             row |= {"seconds": round(time.perf_counter() - started, 1), "regime": str(work.regime)}
             if own is not None or dense not in made(options):
-                append_row(options.out, row | facts | circumstances(conditions.device))
+                append_row(options.out, circumstances(setup.device) | row | facts)
             print(line_of(row), flush=True)
     return int(failed > 0)
 
@@ -183,11 +196,10 @@ def line_of(row: Row) -> str:
     name = f"{row['contestant']}, {row['budget']}x, seed {row['seed']}, {row['steps']} steps"
     if "error" in row:
         return f"{name}: failed after {row['seconds']} s: {row['error'][:300]}"
-    before = row["before"]["perplexity"]
-    after = f"{row['after']['perplexity']:.2f}" if "after" in row else "not recovered"
+    before, after = (shown([row], stage) for stage in ("before", "after"))
     speed = f", {row['speedup']:.3f}x{'' if row['met'] else ' (unmet)'}" if "speedup" in row else ""
     won = f", {row['winner']} ({row['source']}), {row['race_steps']:.0f} steps of race" if "winner" in row else ""
-    return f"{name}: {before:.2f} -> {after}{speed}{won}, {row['seconds']} s"
+    return f"{name}: {before} -> {after}{speed}{won}, {row['seconds']} s"
 
 
 def summary(options: argparse.Namespace) -> int:
@@ -199,7 +211,7 @@ def summary(options: argparse.Namespace) -> int:
             groups[row["steps"] or 0, row["budget"] or 0.0, row["contestant"]].append(row)
     print("| steps | budget | contestant | seeds | speedup | before | after |", "|---" * 7 + "|", sep="\n")
     for (steps, budget, name), found in sorted(groups.items()):
-        parts = [spread(row[part]["perplexity"] for row in found if part in row) for part in ("before", "after")]
+        parts = [shown(found, stage) for stage in ("before", "after")]
         speed = spread(row.get("speedup", 1.0) for row in found) + (
             "" if all(r.get("met", True) for r in found) else " unmet"
         )
@@ -213,11 +225,15 @@ def summary(options: argparse.Namespace) -> int:
     return 0
 
 
+def shown(rows: Sequence[Row], stage: str) -> str:
+    """What was measured at a stage, metric by metric."""
+    there = [row[stage] for row in rows if stage in row]
+    return " / ".join(spread(each[metric] for each in there) for metric in there[0]) if there else "not recovered"
+
+
 def spread(values: Iterable[float]) -> str:
     """Mean and standard deviation."""
     found = np.array(list(values))
-    if not len(found):
-        return "not recovered"
     return f"{found.mean():.2f}" + (f" ± {found.std(ddof=1):.2f}" if len(found) > 1 else "")
 
 
@@ -242,7 +258,7 @@ def parser_of() -> argparse.ArgumentParser:
         part = commands.add_parser(name, help=words)
         part.set_defaults(do=do)
         part.add_argument("--teacher", help="a folder")
-        part.add_argument("--data", type=Path, help="a folder with train.npy and eval.npy")
+        part.add_argument("--data", type=Path, help="a folder with the setup's data files")
         part.add_argument("--out", type=Path, required=True, help="rows are added to this file")
         part.add_argument("--known", type=Path, nargs="+", default=[], help="rows and timings from before; only read")
         part.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -250,10 +266,7 @@ def parser_of() -> argparse.ArgumentParser:
         part.add_argument("--budgets", type=float, nargs="+", default=[1.25, 1.5, 2.0])
         part.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
         part.add_argument("--steps", type=int, nargs="+", default=[300, 1000], help="in all")
-        part.add_argument("--calibration", type=int, default=CALIBRATION, help="windows")
-        part.add_argument("--batch-size", type=int, default=16)
-        part.add_argument("--rate", type=float, default=RATE)
-        part.add_argument("--eval-windows", type=int, default=EVAL_WINDOWS)
+        part.add_argument("--setup", choices=SETUPS, default="smollm2-gpu", help="real_setups.py says what they are")
         part.add_argument("--shard", default="0/1", help="I/N")
         if name == "jobs":
             part.add_argument("--only-time", action="store_true", help="lines that only time what the others will ask")

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from document import replace_section
-from frontier_bench.entries import STAGES, Entry, best_of
+from frontier_bench.entries import METRICS, STAGES, Entry, best_of
 from frontier_bench.page import number
 from frontier_bench.picture import draw
 from peers.peer import Peer
@@ -30,9 +30,11 @@ from rows import Row, read_rows
 LEFT_OUT = ("traceback", "race", "latencies", "timed", "timings", "lengths")
 """Of a row, in what is kept."""
 
-METRIC, KIND = "perplexity", "text"
+DEFAULTS = ("searched", "race")
+"""What the package does unless told otherwise; with a search, where one was measured."""
 
 TITLES = {
+    "searched": "hawada (search and race)",
     "race": "hawada (race, the default)",
     "race_prepared": "hawada, preparations race too",
     "race_short": "hawada, short race",
@@ -79,17 +81,34 @@ def entries_of(rows: Sequence[Row], steps: int, peers: Mapping[str, Peer]) -> li
             entry.met &= row["met"]
             for stage in STAGES:
                 if stage in row:
-                    entry.stages.setdefault(stage, {}).setdefault(METRIC, []).append(row[stage][METRIC])
+                    for metric, value in row[stage].items():
+                        entry.stages.setdefault(stage, {}).setdefault(metric, []).append(value)
         entries.append(entry)
     return entries
+
+
+def kind_of(entry: Entry) -> str:
+    """Of its teacher, by what was measured."""
+    return next(kind for kind, metrics in METRICS.items() if metrics[0] in entry.stages["before"])
+
+
+def metric_of(entry: Entry) -> str:
+    """What decides."""
+    return METRICS[kind_of(entry)][0]
+
+
+def best_peer(entries: Sequence[Entry], stage: str) -> Entry | None:
+    """The best of those that meet the budget."""
+    peers = [entry for entry in entries if not entry.ours]
+    return best_of(peers, stage, kind_of(peers[0])) if peers else None
 
 
 def headline(entries: Sequence[Entry]) -> Entry | None:
     """Ours of a budget: the default, or of what was measured over most seeds the first."""
     ours = [entry for entry in entries if entry.ours and entry.met]
     return next(
-        (entry for entry in ours if entry.contestant == "race"),
-        max(ours, key=lambda entry: len(entry.values("after", METRIC)), default=None),
+        (entry for name in DEFAULTS for entry in ours if entry.contestant == name),
+        max(ours, key=lambda entry: len(entry.values("after", metric_of(entry))), default=None),
     )
 
 
@@ -99,19 +118,20 @@ def claims(entries: Sequence[Entry], steps: int) -> list[str]:
     for budget in sorted({entry.budget for entry in entries}):
         here = [entry for entry in entries if entry.budget == budget]
         for stage, words in STAGES.items():
-            ours, peer = headline(here), best_of([entry for entry in here if not entry.ours], stage, KIND)
-            if ours is None or peer is None or not ours.values(stage, METRIC):
+            ours, peer = headline(here), best_peer(here, stage)
+            if ours is None or peer is None or not ours.values(stage, metric := metric_of(ours)):
                 continue
-            gain = peer.mean(stage, METRIC) - ours.mean(stage, METRIC)
-            spread = math.hypot(ours.spread(stage, METRIC), peer.spread(stage, METRIC))
-            seeds = min(len(entry.values(stage, METRIC)) for entry in (ours, peer))
+            means = ours.mean(stage, metric), peer.mean(stage, metric)
+            gain = means[1] - means[0] if kind_of(ours) == "text" else means[0] - means[1]
+            spread = math.hypot(ours.spread(stage, metric), peer.spread(stage, metric))
+            seeds = min(len(entry.values(stage, metric)) for entry in (ours, peer))
             sure = f"{'within' if abs(gain) <= spread else 'outside'} the spread of {number(spread)}"
             lines.append(
                 (
                     gain,
                     f"- {'Ahead' if gain > 0 else '**Behind**'} by {number(abs(gain))} at {budget:g}x, {words} "
                     f"({steps} steps), {sure if seeds > 1 else 'one seed'}: {ours.title} "
-                    f"{number(ours.mean(stage, METRIC))}, {peer.title} {number(peer.mean(stage, METRIC))}.",
+                    f"{number(means[0])}, {peer.title} {number(means[1])}.",
                 )
             )
     return [line for gain, line in sorted(lines, key=lambda pair: pair[0] > 0)]
@@ -125,7 +145,7 @@ def table(entries: Sequence[Entry]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     found = {(entry.contestant, entry.budget): entry for entry in entries}
     best = {
-        (budget, stage): best_of([entry for entry in entries if entry.budget == budget], stage, KIND)
+        (budget, stage): best_of([each for each in entries if each.budget == budget], stage, kind_of(entries[0]))
         for budget in budgets
         for stage in STAGES
     }
@@ -145,10 +165,12 @@ def table(entries: Sequence[Entry]) -> str:
 def _cell(entry: Entry, stage: str) -> str:
     if not entry.met:
         return f"out of reach ({max(entry.speedups):.2f}x)"
-    if not entry.values(stage, METRIC):
-        return ""
-    spread = entry.spread(stage, METRIC)
-    return number(entry.mean(stage, METRIC)) + (f" ±{number(spread)}" if spread else "")
+    parts = []
+    for metric in METRICS[kind_of(entry)]:
+        if entry.values(stage, metric):
+            spread = entry.spread(stage, metric)
+            parts.append(number(entry.mean(stage, metric)) + (f" ±{number(spread)}" if spread else ""))
+    return " / ".join(parts)
 
 
 def leaders(rows: Iterable[Row]) -> tuple[int, int]:
@@ -161,10 +183,10 @@ def frontier(entries: Sequence[Entry], stage: str) -> list[Entry]:
     """Ours and the best peer at each budget, as two lines of a picture."""
     chosen = []
     for budget in sorted({entry.budget for entry in entries}):
-        here = [entry for entry in entries if entry.budget == budget and entry.values(stage, METRIC)]
+        here = [each for each in entries if each.budget == budget and each.values(stage, metric_of(each))]
         for entry, title in (
             (headline(here), "hawada"),
-            (best_of([entry for entry in here if not entry.ours], stage, KIND), "best peer"),
+            (best_peer(here, stage), "best peer"),
         ):
             if entry is not None:
                 parts = (title, title, entry.ours, budget, entry.speedups, entry.parameters, entry.met, entry.stages)
@@ -181,7 +203,8 @@ def write(options: argparse.Namespace, peers: Mapping[str, Peer]) -> None:
     by_length = {steps: entries_of(rows, steps, peers) for steps in lengths}
     first, words = by_length[lengths[0]], f"{lengths[0]} steps of recovery"
     options.picture.parent.mkdir(parents=True, exist_ok=True)
-    draw(options.picture, frontier(first, "after"), "after", METRIC, dense["after"], f"{options.title}, {words}")
+    metric = metric_of(first[0])
+    draw(options.picture, frontier(first, "after"), "after", metric, dense["after"], f"{options.title}, {words}")
     said = [line for steps, entries in by_length.items() for line in claims(entries, steps)]
     said.sort(key=lambda line: not line.startswith("- **Behind"))
     won, raced = leaders(rows)
@@ -189,14 +212,15 @@ def write(options: argparse.Namespace, peers: Mapping[str, Peer]) -> None:
         "; ".join(sorted({row[name] for row in rows})) for name in ("date", "device", "versions")
     )
     parts = [
-        f"Perplexity, dense {number(dense['after'][METRIC])}; {dense['regime']}; {devices} ({dates}; {versions}). "
-        "Mean and standard deviation over seeds. *Before* is as cut and prepared; the best of a column in bold.",
-        f"![perplexity against measured speedup, after recovery]({_link(options.picture, options.page)})",
+        f"{metric.capitalize()}, dense {number(dense['after'][metric])}; {dense['regime']}; {devices} ({dates}; "
+        f"{versions}). Mean and standard deviation over seeds. *Before* is as cut and prepared; the best of a column "
+        "is bold.",
+        f"![{metric} against measured speedup, after recovery]({_link(options.picture, options.page)})",
         "\n".join(said),
         f"The leader after the first rung of a race won {won} of {raced} races.",
         *(f"**{steps} steps in all**\n\n{table(entries)}" for steps, entries in by_length.items()),
     ]
-    replace_section(options.page, "real-model", "\n\n".join(parts))
+    replace_section(options.page, options.name, "\n\n".join(parts))
     if options.readme:
         lines = ["| measured speedup | hawada before recovery | after | best peer before | after |", "|---" * 5 + "|"]
         for budget in sorted({entry.budget for entry in first}):
@@ -204,11 +228,11 @@ def write(options: argparse.Namespace, peers: Mapping[str, Peer]) -> None:
             ours = headline(here)
             cells = [_cell(ours, stage) if ours else "" for stage in STAGES]
             for stage in STAGES:
-                peer = best_of([entry for entry in here if not entry.ours], stage, KIND)
+                peer = best_peer(here, stage)
                 cells.append(f"{_cell(peer, stage)} ({peer.title})" if peer else "")
             lines.append(f"| {budget:g}x | " + " | ".join(cells) + " |")
         behind = [line.removeprefix("- ") for line in claims(first, lengths[0]) if "**Behind**" in line]
-        text = [f"![perplexity against measured speedup]({_link(options.picture, options.readme)})", "\n".join(lines)]
+        text = [f"![{metric} against measured speedup]({_link(options.picture, options.readme)})", "\n".join(lines)]
         replace_section(options.readme, "real-model", "\n\n".join([*text, *behind]))
 
 
@@ -224,6 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     part.add_argument("--into", type=Path, required=True)
     part = commands.add_parser("write")
     part.add_argument("rows", type=Path)
+    part.add_argument("--name", default="real-model", help="of the section")
     part.add_argument("--title", default="SmolLM2-135M")
     part.add_argument("--page", type=Path, default=Path("docs/benchmarks.md"))
     part.add_argument("--picture", type=Path, default=Path("docs/pictures/smollm2-after.png"))

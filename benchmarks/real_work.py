@@ -5,97 +5,37 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from document import circumstances
 from peers.peer import Prepared, Work
 from peers.registry import PEERS
+from peft import PeftModel, get_peft_model
 from real_cells import MUON, OURS, Cell
+from real_setups import Setup
 from rows import Row, append_row, read_rows
 from sizing import SHORT, Fit, Stopwatch, Timed
 from timings import Timings, Untimed
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from turns import Turns
 from work import Batch, Bench, whole
 
-from hawada_peft import Effort, LatencyBudget, Plan, Race, Shape, recover, slim
+from hawada_peft import HawAdaConfig, Plan, Race, Shape, find_plan, recover, slim
 from hawada_peft.basis.basis import Basis, plan_turn
 from hawada_peft.basis.find import find_basis
 from hawada_peft.basis.proof import check_exact
 from hawada_peft.distil.raced import first_of, parts_of
 from hawada_peft.errors import HawAdaError
-from hawada_peft.latency.regime import Regime
-from hawada_peft.latency.toy import ToyClock
 from hawada_peft.race import PREPARATIONS, Fits, Judge, field_of
 from hawada_peft.race.candidates import neighbours
 from hawada_peft.search.timed_models import realiser
 from hawada_peft.vanilla.family import locate
 
-RATE, LENGTH, EVAL_WINDOWS, CALIBRATION = 5e-4, 512, 120, 64
-
 PACE, FIXED = 0.15, 30.0
 """Seconds of a step of recovery, and of what else a cell needs, until one was made."""
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What is the same for all cells, the tiny mode's sizes instead of the real ones."""
-
-    device: str
-    batch_size: int = 16
-    rate: float = RATE
-    length: int = LENGTH
-    calibration: int = CALIBRATION
-    eval_windows: int = EVAL_WINDOWS
-    rows: int = 8
-    effort: Effort = field(
-        default_factory=lambda: Effort(min_rounds=15, max_rounds=60, max_seconds=4.0, tolerance=0.004)
-    )
-
-    @property
-    def regime(self) -> Regime:
-        """Of all timings."""
-        gpu = self.device.startswith("cuda")
-        return Regime(
-            mode="prefill",
-            batch_size=self.rows,
-            seq_len=self.length,
-            dtype="bfloat16" if gpu else "float32",
-            backend="cuda_graph" if gpu else "eager",
-            device=self.device,
-        )
-
-    def budget(self, speedup: float) -> LatencyBudget:
-        """The same conditions as a budget."""
-        names = ("mode", "batch_size", "seq_len", "dtype", "backend", "device")
-        return LatencyBudget(speedup=speedup, **{name: getattr(self.regime, name) for name in names})
-
-
-def tiny(folder: Path) -> tuple[str, Path, Conditions]:
-    """A tiny model, timed by a law of sizes, and data that repeat themselves: something to lose and to win back."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "teacher")
-    generator = np.random.default_rng(0)
-    for name, count in (("train", 200), ("eval", 8)):
-        starts, strides = generator.integers(0, 250, (count, 1)), generator.integers(1, 9, (count, 1))
-        np.save(folder / f"{name}.npy", ((starts + strides * np.arange(32)) % 251).astype(np.uint16))
-    effort = Effort(warmup=1, lead_in=0, min_rounds=3, max_rounds=5, max_seconds=0.5, clock=ToyClock())
-    conditions = Conditions("cpu", 8, 1e-3, 32, 16, 8, 4, effort)
-    return str(folder / "teacher"), folder, conditions
 
 
 class Blind(Judge):
@@ -122,8 +62,8 @@ class Ground:
     The work at hand: the teacher with its data, the clock, and what is known of latencies.
 
     Args:
-        teacher, data: folders; the second has train.npy and eval.npy.
-        conditions: of all cells.
+        teacher, data: folders.
+        setup: of all cells.
         timings: rows of timed models are added to this file.
         turns: of the device.
         earlier: files of rows and of timed models from before.
@@ -133,28 +73,29 @@ class Ground:
         self,
         teacher: str,
         data: Path,
-        conditions: Conditions,
+        setup: Setup,
         timings: Path,
         turns: Turns,
         earlier: Sequence[Path] = (),
     ) -> None:
-        self.conditions, self.turns, self.regime = conditions, turns, conditions.regime
-        turns.finish = torch.cuda.synchronize if conditions.device.startswith("cuda") else turns.finish
+        self.setup, self.turns, self.regime = setup, turns, setup.conditions
+        turns.finish = torch.cuda.synchronize if setup.device.startswith("cuda") else turns.finish
         with turns.together():
             self.bench = Bench(
                 teacher,
-                str(data / "train.npy"),
-                str(data / "eval.npy"),
-                device=conditions.device,
-                length=conditions.length,
-                eval_length=conditions.length,
-                batch_size=conditions.batch_size,
-                eval_examples=conditions.eval_windows,
+                str(data / setup.train),
+                str(data / setup.evaluation),
+                device=setup.device,
+                length=setup.length,
+                eval_length=setup.eval_length,
+                batch_size=setup.batch_size,
+                eval_examples=setup.eval_examples,
             )
             dense = self.bench.load().to(device=self.regime.device, dtype=self.regime.torch_dtype)
-        self.about: Row = {"device": circumstances(conditions.device)["device"], "regime": str(self.regime)}
-        watch = Stopwatch(dense, self.regime, conditions.effort)
-        self.timings = Timings(watch, timings, self.about, turns, earlier)
+        self.about: Row = {"device": circumstances(self.regime.device)["device"], "regime": str(self.regime)}
+        watch = Stopwatch(dense, self.regime, setup.effort)
+        clock = Turns() if setup.on_cpu else turns  # processor time of one thread is measured while others work
+        self.timings = Timings(watch, timings, self.about, clock, earlier)
         self.amounts = [row for file in (*earlier, timings) for row in read_rows(file) if "amount" in row]
         self.pace, self.fixed = PACE, FIXED
         self._bases: dict[int, Basis | None] = {}
@@ -194,7 +135,7 @@ class Ground:
             model, steps = copy.deepcopy(cut.model), cell.steps - cut.steps
             started = time.perf_counter()
             optimizer = "muon" if cell.contestant.endswith(MUON) else "args"
-            self.bench.distil(model, steps, self.conditions.rate, cell.seed, optimizer)
+            self.bench.distil(model, steps, self.setup.rate, cell.seed, optimizer)
             self.pace = (time.perf_counter() - started) / max(1, steps)
             return row | {"after": self.bench.quality(model)}
 
@@ -231,23 +172,25 @@ class Ground:
         key = cell.peer, cell.seed
         if self._prepared is None or self._prepared[0] != key or self._prepared[1].steps:
             with self.turns.together():
-                batches = self.bench.examples(self.conditions.calibration, cell.seed, labels=True)
+                batches = self.bench.examples(self.setup.calibration, cell.seed, labels=True)
                 stream = self.bench.stream(cell.seed)
                 work = Work(self.bench.load, batches, stream, cell.budget, cell.steps, cell.seed)
                 self._prepared = key, PEERS[cell.peer].prepare(work)
         return self._prepared[1]
 
-    def latencies(self, cell: Cell) -> dict[Shape, float]:
+    def latencies(self, cell: Cell, given: Sequence[Plan] = ()) -> dict[Shape, float]:
         """Milliseconds of all shapes that a race asks about, and of the dense one, each timed as a peer's model is."""
         try:
-            with self.turns.together():
-                return self._latencies(cell, self.timings.known)
+            with self.timings.turns.together():
+                return self._latencies(cell, given, self.timings.known)
         except Untimed:
-            with self.turns.alone():
-                return self._latencies(cell, self.timings.time)
+            with self.timings.turns.alone():
+                return self._latencies(cell, given, self.timings.time)
 
-    def _latencies(self, cell: Cell, time_of: partial[Timed]) -> dict[Shape, float]:
-        budget, layout = self.conditions.budget(cell.budget), locate(self.bench.model)
+    def _latencies(
+        self, cell: Cell, given: Sequence[Plan], time_of: Callable[[PreTrainedModel], Timed]
+    ) -> dict[Shape, float]:
+        budget, layout = self.setup.budget(cell.budget), locate(self.bench.model)
         realise = realiser(layout, self.regime)
 
         def build(shape: Shape) -> PreTrainedModel:
@@ -263,7 +206,7 @@ class Ground:
             1 / SHORT - 1,
         )
         judge = Blind(self.bench.model, self.bench.examples(1, cell.seed), self._any_basis())
-        field_of(judge, fits, most=OURS[cell.contestant].get("plans", Race.plans))
+        field_of(judge, fits, given=given)
         neighbours(judge, fits)
         return fits.measured
 
@@ -295,9 +238,16 @@ class Ground:
             return None
         return Basis(torch.eye(layout.hidden_size), torch.ones(1, 1), torch.zeros(1), False)
 
+    def _search(self, gated: PeftModel, cell: Cell) -> Plan:
+        """The plan that `find_plan` finds for a budget, timed with the device to itself."""
+        effort = replace(self.setup.effort, min_rounds=7, max_rounds=40)
+        with self.timings.turns.alone():
+            calibration = self.bench.examples(self.setup.calibration, cell.seed)
+            return find_plan(gated, self.setup.budget(cell.budget), calibration, effort=effort).plan
+
     def _fitted(self, seed: int) -> list[Batch]:
         """The calibration batches that a race prepares models on."""
-        batches = self.bench.examples(self.conditions.calibration, seed)
+        batches = self.bench.examples(self.setup.calibration, seed)
         return parts_of(batches, Race.held_out, self.bench.model.main_input_name)[0]
 
     def _basis(self, seed: int) -> Basis | None:
@@ -313,21 +263,27 @@ class Ground:
 
     def ours(self, cell: Cell) -> Row:
         """A race and the recovery after it."""
-        bench, known = self.bench, self.latencies(cell)
-        options = OURS[cell.contestant]
+        bench, options = self.bench, dict(OURS[cell.contestant])
+        start: PreTrainedModel | PeftModel = bench.load()
+        given: list[Plan] = []
+        if options.pop("searched", False):
+            start = get_peft_model(bench.load(), HawAdaConfig())
+            given = [self._search(start, cell)]
+            start.apply_plan(given[0])
+        known = self.latencies(cell, given)
         race = Race(
-            budget=self.conditions.budget(cell.budget),
+            budget=self.setup.budget(cell.budget),
             tolerance=1 / SHORT - 1,
-            effort=self.conditions.effort,
+            effort=self.setup.effort,
             latencies=known,
             **options,
         )
         with self.turns.together(), tempfile.TemporaryDirectory() as folder:
-            calibration = bench.examples(self.conditions.calibration, cell.seed)
+            calibration = bench.examples(self.setup.calibration, cell.seed)
             started = time.perf_counter()
             slimmed = recover(
-                bench.load(),
-                bench.arguments(folder, cell.steps, self.conditions.rate, cell.seed),
+                start,
+                bench.arguments(folder, cell.steps, self.setup.rate, cell.seed),
                 train_dataset=bench.pool(cell.seed),
                 data_collator=whole,
                 calibration=calibration,

@@ -22,8 +22,10 @@ from .gates.lora import lora_fields, lora_problems
 from .gates.saved import check_adapter_file
 from .vanilla.family import Layout
 
-GATES = ("heads", "ffn", "blocks", "layers", "hidden")
-"""What can be gated: attention heads, FFN channels, attention and FFN as a whole, layers, the residual stream."""
+GATES = ("heads", "ffn", "blocks", "layers", "hidden", "experts")
+"""
+What can be gated: attention heads, FFN channels, attention and FFN as a whole, layers, the residual stream, experts.
+"""
 
 
 @dataclass
@@ -35,7 +37,8 @@ class HawAdaConfig(PeftConfig):
         gates (`list[str]`, *optional*, defaults to `("heads", "ffn", "layers")`):
             What is gated when `target_modules` is left out: any of `"heads"` (one gate per query head), `"ffn"` (one
             per group of FFN channels), `"blocks"` (one per attention and one per FFN), `"layers"` (one per layer),
-            `"hidden"` (one per group of channels of the residual stream, for the whole model).
+            `"hidden"` (one per group of channels of the residual stream, for the whole model), `"experts"` (one per
+            routed expert).
         group_size (`int`, *optional*, defaults to `1`):
             Neighbouring FFN channels, channels of the residual stream, or input features of an explicitly targeted
             module, that share a gate. A slim FFN or hidden size is a multiple of it. Larger groups make smaller

@@ -31,6 +31,7 @@ from .gates.placement import (
     connect,
     follow_units,
     gates_at,
+    router_of,
     set_masks,
     share_hidden,
     siblings,
@@ -45,7 +46,7 @@ from .surgery.dense import put_back, unmerge
 from .surgery.readers import check_readers
 from .vanilla.family import FAMILIES, FFN, HEADS, HIDDEN, TARGET_MODULES, Layout, locate, mark, tower_names
 from .vanilla.modules import check_loaded, check_own_weights, check_unquantized, quantized_weight
-from .vanilla.shape import KV_GROUPS
+from .vanilla.shape import EXPERTS, KV_GROUPS
 from .vanilla.skeleton import check_constructor
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,8 @@ class GateTuner(BaseTuner):
         ends = {HEADS: layout.family.attention_out, FFN: layout.family.ffn_out}
         names = {end for axis, end in ends.items() if axis in peft_config.gates}
         names |= whole_ends(layout, peft_config.gates) | self._unit_norms.keys()
+        if EXPERTS in peft_config.gates:
+            names.add(router_of(layout))
         if HIDDEN in peft_config.gates:
             check_norms(self.model, layout)
             if peft_config.rotate:
@@ -180,9 +183,11 @@ class GateTuner(BaseTuner):
             connect(self.model, layout, current_key, adapter)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        super()._replace_module(parent, child_name, new_module, child)
-        if isinstance(child, GateAdapter):
-            child.release()
+        if not isinstance(child, GateAdapter):
+            super()._replace_module(parent, child_name, new_module, child)
+            return
+        setattr(parent, child_name, new_module)  # what it wrapped, as it is: PEFT looks for a weight in it
+        child.release()
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Wrap the target modules, and apply the plan that a saved config carries. Arguments as in PEFT."""

@@ -58,7 +58,7 @@ from hawada_peft.errors import (
     UnsupportedModelError,
     UntiedEmbeddingsWarning,
 )
-from hawada_peft.gates.hidden import HiddenAdapter, plain_norm
+from hawada_peft.gates.hidden import HiddenAdapter, narrow_norm, plain_norm
 from hawada_peft.gates.stream_basis import WIDTHS, BasisGate, helmert, scale_at
 from hawada_peft.planning.importance import gate_importance
 from hawada_peft.refit.reconstruction import reconstruct
@@ -138,6 +138,31 @@ def test_factors_between_known_widths_lie_on_straight_lines() -> None:
     for part in (0.25, 0.4, 0.5, 0.9, 1.0):
         assert torch.allclose(scale_at(scales, part), part * torch.tensor([1.0, 2.0]))
     assert torch.equal(scale_at(scales, 0.01), scales[0])
+
+
+@pytest.mark.parametrize("spread", [0.0, 3.0])
+@pytest.mark.parametrize("kind", [nn.RMSNorm, nn.LayerNorm])
+def test_factors_take_up_what_a_narrow_norm_makes_of_eps(kind: type[nn.Module], spread: float) -> None:
+    """
+    A narrow norm's mean square is d/k times the dense one's where nothing of the stream is cut, so its eps should be.
+    With eps as it is the ratio is the same for positions of equal length, and the factor gives exactly that; others
+    differ by no more than half of eps (d/k - 1) in their mean squares.
+    """
+    size, kept, generator = 32, 8, torch.Generator().manual_seed(0)
+    norm = kind(size, eps=1e-2, dtype=torch.float64)
+    vectors = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
+    if kind is nn.LayerNorm:
+        vectors = torch.cat([torch.full((size, 1), size**-0.5, dtype=torch.float64), helmert(size)], 1)
+    units = vectors[:, :kept] - vectors[:, :kept].mean(0) * (kind is nn.LayerNorm)
+    x = torch.randn(100, kept, generator=generator, dtype=torch.float64) @ units.T
+    length = 1 + spread * torch.rand(100, 1, generator=generator, dtype=torch.float64)
+    x = x / x.norm(dim=1, keepdim=True) * length
+    narrow, wanted = narrow_norm(norm, x, units), plain_norm(norm, x) @ units
+    factor = (narrow * wanted).sum() / narrow.square().sum()
+    error = ((narrow * factor - wanted).norm(dim=1) / wanted.norm(dim=1)).max()
+    least = (x @ units).square().mean(1).min()
+    assert error <= 1e-12 + (spread > 0) * float(1e-2 * (size / kept - 1) / (2 * least))
+    assert (error > 1e-4) == (spread > 0)
 
 
 @two_rows
@@ -536,6 +561,23 @@ def test_a_base_that_was_rotated_since_is_refused() -> None:
     turned = slim_in_basis(model, Plan.keep_all(locate(model).dense), basis)
     with pytest.raises(IncompatibleBaseError, match="found on another model"):
         slim_in_basis(turned, Plan.keep_all(locate(model).dense), basis)
+
+
+@pytest.mark.parametrize("fields", [{"num_hidden_layers": 2}, {"hidden_size": 32}], ids=["layers", "hidden"])
+def test_a_base_that_was_cut_since_is_refused(fields: dict[str, int]) -> None:
+    basis, small = random_basis(build(LM_ROW)), build(LM_ROW, **fields)
+    with pytest.raises(IncompatibleBaseError, match="found on another model"):
+        slim_in_basis(small, Plan.keep_all(locate(small).dense), basis)
+
+
+@pytest.mark.parametrize("shared", ["self_attn.q_proj", "input_layernorm", "mlp"])
+def test_weights_that_are_shared_unknown_to_the_row_are_refused(shared: str) -> None:
+    model = build(LM_ROW)
+    model.model.layers[1].set_submodule(shared, model.model.layers[0].get_submodule(shared))
+    before = state_of(model)
+    with pytest.raises(UnsupportedModelError, match=rf"layers\.0\.{shared}.*layers\.1\.{shared}.* are one tensor"):
+        rotate(model, calibration(model))
+    assert_same_state(state_of(model), before)
 
 
 def test_a_basis_needs_gates_on_the_stream() -> None:

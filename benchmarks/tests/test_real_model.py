@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import real_model as bench
 import real_work
+import torch
 from real_cells import OURS, RIVALS, Cell, groups_of, unmade
+from real_setups import SETUPS
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -26,14 +28,26 @@ def run(out: Path, *more: str) -> int:
 def test_the_most_telling_cells_come_first() -> None:
     groups = list(groups_of([1.25, 1.5], [0, 1], [300, 1000]))
     cells = [cell for group in groups for cell in group.cells]
-    peers = [cell for cell in cells if cell.contestant not in OURS]
+    peers = [cell for cell in dict.fromkeys(cells) if cell.contestant not in OURS]
     assert cells[: len(RIVALS) * 4] == [cell for cell in peers if (cell.seed, cell.steps) == (0, 300)]
     ours = cells[len(RIVALS) * 4 :][:4]
     assert {(cell.contestant, cell.steps) for cell in ours} == {("race", 300)}
     assert {(cell.budget, cell.seed) for cell in ours} == {(b, s) for b in (1.25, 1.5) for s in (0, 1)}
     names = {*OURS, *RIVALS, *(f"{name}+muon" for name in RIVALS)}
-    assert {cell.contestant for cell in cells} == names - {"race_long", "race_prepared"}
+    assert {cell.contestant for cell in cells} == names - {"race_long", "race_prepared", "searched"}
     assert {cell.contestant for cell in cells if cell.steps == 1000} == {"race", RIVALS[0], f"{RIVALS[0]}+muon"}
+    first, second, *rest = groups_of([1.5], [0], [300], ("searched", "race"))
+    assert (first.contestants, second.contestants) == (("searched",), ("race",))
+    assert rest[0].contestants[0] == RIVALS[0]
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_setups_say_how_they_are_timed(name: str) -> None:
+    setup = replace(SETUPS[name], device="cuda")
+    regime = setup.conditions
+    assert regime.device == ("cpu" if name.endswith("cpu") else "cuda")
+    assert setup.budget(1.5).regime(generates="vit" not in name, dtype=torch.float32, device="cpu") == regime
+    assert SETUPS[name].conditions.device == "cpu"
 
 
 def test_what_is_made_is_left_out() -> None:
@@ -90,7 +104,9 @@ def test_a_cell_that_fails_leaves_its_error_and_the_run_goes_on(
 
 def test_what_was_timed_is_what_is_measured_and_a_race_times_nothing_itself(tmp_path: Path) -> None:
     out = tmp_path / "rows"
-    assert run(out, "--contestants", "race", "minitron_depth", "minitron_depth+muon", "--turns", str(out) + ".t") == 0
+    assert (
+        run(out, "--contestants", "searched", "minitron_depth", "minitron_depth+muon", "--turns", str(out) + ".t") == 0
+    )
     race, adamw, muon = rows_of(out)[1:]
     ledger = [row for row in rows_of(tmp_path / "timings.jsonl") if "model" in row]
     timed = {row["parameters"]: row for row in ledger}

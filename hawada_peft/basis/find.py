@@ -17,7 +17,7 @@ from ..vanilla.batches import Batch
 from ..vanilla.family import Layout, locate
 from ..vanilla.mode import adapters_off
 from .basis import Basis, basis_gate
-from .marks import is_centred, stream_norms, weight_marks
+from .marks import check_unshared, is_centred, stream_norms, weight_marks
 from .moments import Moments, collect_moments
 from .refine import pooled, principal_directions, refined
 from .scales import fit_scales
@@ -45,7 +45,8 @@ def find_basis(
 
     Raises:
         HawAdaError: if there are no batches, they do not span the stream, or something on them is not finite.
-        UnsupportedModelError: if the family's row names no norms through which the stream is read.
+        UnsupportedModelError: if the family's row names no norms through which the stream is read, or weights are
+            shared that it does not know of.
 
     References:
         Ashkboos et al., "SliceGPT" (2024), for the rotation; the metric of gradients is that of the Fisher
@@ -53,6 +54,7 @@ def find_basis(
         (Martens and Grosse, "K-FAC", 2015).
     """
     batches, layout = list(calibration), locate(model)
+    check_unshared(model)
     moments = collect_moments(model, layout, batches, seed=seed, progress=progress)
     centred = is_centred(model, layout)
     vectors = _directions(moments, layout, centred, progress)

@@ -16,15 +16,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..errors import UnsupportedModelError
 from ..sources import check_source
 from ..vanilla.skeleton import skeleton_of
 from .names import CARD_NAME, REPORT_NAME
-from .shards import FLOATS, Stored, read_header, read_rows
+from .pieces import Piece, stored_pieces
+from .shards import FLOATS, Stored, read_all, read_header, read_rows
 
 PART = 2**20
 """
@@ -76,15 +75,27 @@ class Checkpoint:
         self.folder = _folder_of(base)
         weight_files(self.folder)  # refuses other formats before transformers reads anything
         self.skeleton = _load_skeleton(self.folder)
+        self._apart: dict[str, list[tuple[Piece, Stored]]] = {}
         self._places = self._find()
 
     def _find(self) -> dict[str, Stored]:
         """The place of every parameter and persistent buffer, by its name in the model; tied ones share one."""
         headers = stored_tensors(self.folder)
-        stored = {name: key for key, name in stored_names(self.skeleton, tied=True).items()}
+        pieces = stored_pieces(self.skeleton, tied=True)
+        stored = {piece.name: key for key, piece in pieces.items() if piece.entry is None}
         places: dict[str, Stored] = {}
         absent = []
+        for key, piece in pieces.items():
+            if piece.entry is not None and key in headers:
+                self._apart.setdefault(piece.name, []).append((piece, headers[key]))
+            elif piece.entry is not None:
+                absent.append(key)
+        for name, parts in self._apart.items():
+            places[name] = parts[0][1]
+            parts.sort(key=lambda part: (part[0].entry, part[0].start))
         for names in _aliases(self.skeleton):
+            if any(name in self._apart for name in names):
+                continue
             keys = [stored[name] for name in names if stored.get(name) in headers]
             if not keys:
                 absent += [stored.get(name, name) for name in names]
@@ -128,7 +139,13 @@ class Checkpoint:
         rows = torch.arange(total) if rows is None else rows
         count = max(1, len(rows) if size is None else size * total // max(1, like.nbytes))
         for some in rows.split(count):
-            yield read_rows(stored, some).to(like.dtype)
+            found = self._stacked(name, some.tolist()) if name in self._apart else read_rows(stored, some)
+            yield found.to(like.dtype)
+
+    def _stacked(self, name: str, entries: list[int]) -> torch.Tensor:
+        """Some entries of a tensor that the files hold in pieces."""
+        pieces = {entry: [part for part in self._apart[name] if part[0].entry == entry] for entry in entries}
+        return torch.stack([torch.cat([read_all(stored) for _, stored in pieces[entry]]) for entry in entries])
 
     def copy_companions(self, folder: Path) -> None:
         """Copy what is neither weights nor config: tokenizer, processor, chat templates, licence."""
@@ -166,32 +183,6 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     for file in weight_files(folder):
         found |= read_header(file)
     return found
-
-
-def stored_names(model: PreTrainedModel, *, tied: bool = False) -> dict[str, str]:
-    """
-    What `save_pretrained` calls the tensors of a model: key in the file to name in the model, in the order of writing.
-
-    Args:
-        model: may be on the meta device.
-        tied: also name the tied tensors that are not written.
-
-    Raises:
-        UnsupportedModelError: if the files hold the weights in another form than the model (fused, stacked, permuted).
-    """
-    ignored = set(model._keys_to_ignore_on_save or ())
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
-    if not tied:
-        state = remove_tied_weights_from_state_dict(state, model)
-    names = {id(tensor): name for name, tensor in state.items()}
-    saved = revert_weight_conversion(model, state)
-    changed = [key for key, tensor in saved.items() if id(tensor) not in names]
-    if changed:
-        raise UnsupportedModelError(
-            f"transformers stores {changed[:3]}{' ...' if changed[3:] else ''} of {type(model).__name__} in another "
-            "form than the model has it: use `merge_and_unload` and `save_pretrained`"
-        )
-    return {key: names[id(tensor)] for key, tensor in saved.items()}
 
 
 def _folder_of(base: str | os.PathLike[str]) -> Path:

@@ -103,6 +103,11 @@ def read_rows(stored: Stored, rows: torch.Tensor) -> torch.Tensor:
     return result.index_select(0, rows - first) if gathered else result
 
 
+def read_all(stored: Stored) -> torch.Tensor:
+    """A whole tensor of at least one dimension."""
+    return read_rows(stored, torch.arange(stored.shape[0]))
+
+
 def write_shard(
     path: Path, like: Mapping[str, torch.Tensor], parts_of: Callable[[str], Iterable[torch.Tensor]]
 ) -> None:

@@ -15,8 +15,9 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..errors import VerificationError
 from ..vanilla.skeleton import auto_class_of, skeleton_of
-from .checkpoint import stored_names, stored_tensors
+from .checkpoint import stored_tensors
 from .foreign import config_problems, file_problems, tensor_problems
+from .pieces import stored_form
 from .shards import DTYPES
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -80,10 +81,7 @@ def verify_files(folder: str | os.PathLike[str], expected: PreTrainedModel) -> N
     problems = [*file_problems(folder), *config_problems(folder), *tensor_problems(folder)]
     if problems:
         raise VerificationError(f"{folder} is not vanilla: {'; '.join(problems)}")
-    state = expected.state_dict()
-    wanted = {
-        key: (DTYPES[state[name].dtype], tuple(state[name].shape)) for key, name in stored_names(expected).items()
-    }
+    wanted = {key: (DTYPES[each.dtype], tuple(each.shape)) for key, each in stored_form(expected).items()}
     found = {key: (stored.dtype, stored.shape) for key, stored in stored_tensors(folder).items()}
     wrong = [
         f"{key}: {found.get(key, 'missing')}, expected {wanted.get(key, 'nothing')}"

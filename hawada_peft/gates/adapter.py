@@ -31,9 +31,10 @@ from .kinds import BlendGate, SigmoidGate
 from .scaling import scale, scale_rows
 
 UNITS, BLOCK, LAYER, HIDDEN_UNITS = "hawada_units", "hawada_block", "hawada_layer", "hawada_hidden"
+EXPERT_UNITS = "hawada_experts"
 """
 The slots of an adapter: gates on the input's features, on the output, one that all of a layer's blocks share, one on
-the residual stream that all norms share.
+the residual stream that all norms share; on the experts that a router chooses from.
 """
 
 

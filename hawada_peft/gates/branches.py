@@ -130,9 +130,10 @@ def _layer(layout: Layout) -> tuple[nn.Module, torch.Tensor, Call]:
     shape, depth = _small(layout), min(2, layout.dense.sizes()["num_hidden_layers"])
     config = edit_config(layout, replace(shape, num_hidden_layers=depth), layers=tuple(range(depth)))
     config._attn_implementation = "eager"  # others look at the values of masks, and here are none
+    config._experts_implementation = "eager"  # it knows float64
     model = build_empty(layout.model_class, config).eval()
     empty = model.get_submodule(f"{layout.stack}.{depth - 1}")
-    kwargs = _arguments(model, empty)
+    kwargs = _arguments(model, [model.get_submodule(f"{layout.stack}.{index}") for index in range(depth)])
     layer = copy.deepcopy(empty).to_empty(device="cpu").double()
     for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
         if tensor.is_floating_point():
@@ -178,15 +179,20 @@ def _exists(layout: Layout, shape: Shape) -> bool:
     return not wide and build_sizes(layout, shape) is None
 
 
-def _arguments(model: PreTrainedModel, layer: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """What a model without values gives to one of its layers; None if no inputs can be drawn for it."""
+def _arguments(model: PreTrainedModel, layers: list[nn.Module]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """What a model without values gives to the last of its layers that it gets to; None if it gets to none."""
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    hook = layer.register_forward_pre_hook(lambda _layer, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
-    with hook:
+
+    def note(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args, kwargs))
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
         for masked in (True, False):  # some look at the values of a mask, others at those of the positions without one
             if not seen:
                 _try(model, masked=masked)
-    return seen[0] if seen else None
+    return seen[-1] if seen else None
 
 
 def _try(model: PreTrainedModel, *, masked: bool) -> None:

@@ -1,18 +1,22 @@
-"""The adapters: on attention heads, on channels, on whole blocks."""
+"""The adapters: on attention heads, on channels, on whole blocks, on experts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.func import functional_call
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
-from ..errors import UnsupportedModelError
-from ..vanilla.modules import feature_dim, norm_offset, output_sizes, scaled_norm_weight
-from .adapter import BLOCK, UNITS, GateAdapter
-from .kinds import BlockGate, ChannelGate, GateStart, HeadGate, SigmoidGate
+from ..errors import RowsError, UnsupportedModelError
+from ..vanilla.modules import channels_dim, feature_dim, norm_offset, output_sizes, scaled_norm_weight
+from .adapter import BLOCK, EXPERT_UNITS, UNITS, GateAdapter, scaled
+from .kinds import BlockGate, ChannelGate, ExpertGate, GateStart, HeadGate, SigmoidGate
 
 
 class ChannelAdapter(GateAdapter):
@@ -98,3 +102,99 @@ class BlockAdapter(GateAdapter):
         if bias is not None:
             tensors["bias"] = (bias * factor).to(bias.dtype)
         return cast(torch.Tensor, functional_call(base, tensors, (x, *args), kwargs))
+
+
+class ExpertsAdapter(ChannelAdapter):
+    """
+    Gates the channels of all experts of a layer, which are stacked in raw weights, and their sum.
+
+    Channels are gated in the weights of the last projection: its class offers no other place. Training makes gradients
+    of the size of that weight, one layer at a time.
+
+    Arguments as in `ChannelAdapter`.
+    """
+
+    def _gated(self, x: torch.Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        base = self.get_base_layer()
+        inputs, output = self.input_factor(adapter_names), self.output_factor(adapter_names)
+        if any(factor is not None and factor.ndim > 1 for factor in (inputs, output)):
+            raise RowsError("experts see the tokens of all rows in one axis: there is no factor for each row")
+        if inputs is None:
+            y = self._base_output(x, adapter_names, None, *args, **kwargs)
+        else:
+            down = base.get_parameter("down_proj")
+            factor = inputs.to(device=down.device)
+            scaled_down = (down * (factor[:, None] if channels_dim(base) == 1 else factor)).to(down.dtype)
+            y = functional_call(base, {"down_proj": scaled_down}, (x, *args), kwargs)
+        return y if output is None else scaled(y, output.to(y.device))
+
+
+class RouterAdapter(GateAdapter):
+    """
+    Gates the experts that a router chooses from: log g is added to its logits, -infinity for a closed expert.
+
+    Args:
+        base_layer, adapter_name, gates, inference_mode: as in `GateAdapter`.
+        start (`GateStart`): how the gates start.
+        relative (`bool`): as in `SigmoidGate`.
+    """
+
+    adapter_layer_names = (EXPERT_UNITS,)
+    output_slots = ()
+
+    @staticmethod
+    def sizes_of(module: nn.Module) -> tuple[int, int]:
+        """The features of a token, and the experts."""
+        experts, features = module.get_parameter("weight").shape
+        return features, experts
+
+    def make_gates(  # type: ignore[override]
+        self, start: GateStart | None = None, relative: bool = False
+    ) -> dict[str, SigmoidGate]:
+        """An `ExpertGate`."""
+        return {EXPERT_UNITS: ExpertGate(self.out_features, start=start, relative=relative)}
+
+    def input_factor(self, adapter_names: Iterable[str], *, hard: bool | None = None) -> torch.Tensor | None:
+        """None: nothing is scaled."""
+        return None
+
+    def expert_factor(self, adapter_names: Iterable[str], *, hard: bool | None = None) -> torch.Tensor | None:
+        """What each expert counts, (experts,), or (rows, experts) within `theta_per_row`; None without gates."""
+        gates = [self.gates(name).get(EXPERT_UNITS) for name in adapter_names]
+        factors = [gate.features(hard=hard) for gate in gates if gate is not None]
+        return math.prod(factors[1:], start=factors[0]) if factors else None
+
+    def _base_output(
+        self, x: torch.Tensor, adapter_names: Iterable[str], hard: bool | None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        base, factor = self.get_base_layer(), self.expert_factor(adapter_names, hard=hard)
+        if factor is None:
+            return cast(torch.Tensor, self.base_layer(x, *args, **kwargs))
+        if factor.ndim > 1:
+            raise RowsError("a router sees the tokens of all rows in one axis: there is no factor for each row")
+        closed = factor == 0
+        added = factor.clamp_min(torch.finfo(factor.dtype).tiny).log().masked_fill(closed, -torch.inf)
+        corrections = {
+            name: buffer.masked_fill(closed, -torch.inf)  # a closed expert is not chosen for its correction either
+            for name, buffer in base._buffers.items()
+            if buffer is not None and buffer.shape == closed.shape
+        }
+        with _Added(added):
+            return cast(torch.Tensor, functional_call(base, corrections, (x, *args), kwargs))
+
+    def _forward_rows(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        raise UnsupportedModelError("one adapter per row is not known for routers: they see the tokens of all rows")
+
+
+class _Added(TorchFunctionMode):
+    """Within it a number for each output is added to what a linear map of so many outputs gives."""
+
+    def __init__(self, added: torch.Tensor) -> None:
+        super().__init__()
+        self.added = added
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is functional.linear and output.shape[-1:] == self.added.shape:
+            return output + self.added.to(output)
+        return output

@@ -72,6 +72,9 @@ class SigmoidGate(nn.Module):
     is_factor = True
     """Whether it multiplies features of the module that it is on, and so folds into that one's weights."""
 
+    binary = False
+    """Whether it is 0 or 1 under a plan: nothing could take up a soft value. Those are for training and ranking."""
+
     def __init__(
         self,
         shape: int | tuple[int, ...],
@@ -142,16 +145,29 @@ class SigmoidGate(nn.Module):
         What a unit is multiplied by, of theta's shape, at least float32.
 
         `g`, or `g / g_start` for a relative gate; times the plan's 0 or 1 when `hard` and a plan is set. In training
-        that is not hard, what the `relaxation` says, if there is one.
+        that is not hard, what the `relaxation` says, if there is one. A binary gate is 0 or 1 under a plan; towards
+        one in training, units that stay count in full.
         """
-        if self.relaxation is not None and self.training and not hard:
+        if self.binary and self.kept is not None:
+            kept = self.kept.to(self.theta.device)
+            if hard:
+                return kept.to(torch.promote_types(self.theta.dtype, torch.float32))
+            value = self._soft()
+            return torch.where(kept, 1 + value - value.detach(), value)
+        if not hard:
+            return self._soft()
+        value = self._value()
+        return value if self.kept is None else value * self.kept.to(value.device)
+
+    def _soft(self) -> torch.Tensor:
+        """What it is in training, or without a plan."""
+        if self.relaxation is not None and self.training:
             return self.relaxation.factor(self.logits(), self.start.theta / self.start.temperature, self.kept)
+        return self._value()
+
+    def _value(self) -> torch.Tensor:
         value = self.value()
-        if self.relative:
-            value = value / self._value_at_start(value)
-        if hard and self.kept is not None:
-            value = value * self.kept.to(value.device)
-        return value
+        return value / self._value_at_start(value) if self.relative else value
 
     def set_plan(self, kept: torch.Tensor | None, *, in_training: bool = False) -> None:
         """
@@ -320,13 +336,14 @@ class BlendGate(BlockGate):
     """
 
     is_factor = False
+    binary = True
 
-    def factor(self, *, hard: bool) -> torch.Tensor:
-        """As in `SigmoidGate`; 0 or 1 under a plan. Towards a plan in training, units that stay count in full."""
-        if self.kept is None:
-            return super().factor(hard=hard)
-        kept = self.kept.to(self.theta.device)
-        if hard:
-            return kept.to(torch.promote_types(self.theta.dtype, torch.float32))
-        value = super().factor(hard=hard)
-        return torch.where(kept, 1 + value - value.detach(), value)
+
+class ExpertGate(ChannelGate):
+    """
+    One gate per routed expert: its logarithm is added to the router's logits, so that a closed expert is never chosen
+    and the others share what it had. A router without a bias has no place for a soft value: it is binary under a plan.
+    """
+
+    is_factor = False
+    binary = True

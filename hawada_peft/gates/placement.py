@@ -16,12 +16,12 @@ from ..errors import InvalidPlanError, UnsupportedModelError
 from ..vanilla.family import FFN, HEADS, HIDDEN, Layout, find_module, hidden_home
 from ..vanilla.legality import depth_of
 from ..vanilla.modules import feature_dim, feature_sizes
-from ..vanilla.shape import KV_GROUPS
-from .adapter import BLOCK, HIDDEN_UNITS, LAYER, UNITS, GateAdapter
+from ..vanilla.shape import EXPERTS, KV_GROUPS
+from .adapter import BLOCK, EXPERT_UNITS, HIDDEN_UNITS, LAYER, UNITS, GateAdapter
 from .branches import branches_of
-from .concrete import AttentionHeadAdapter, BlockAdapter, ChannelAdapter
+from .concrete import AttentionHeadAdapter, BlockAdapter, ChannelAdapter, ExpertsAdapter, RouterAdapter
 from .hidden import HiddenAdapter, UnitNormAdapter, norm_sizes
-from .kinds import BlendGate, BlockGate, ChannelGate, GateStart, HeadGate, HiddenGate, SigmoidGate
+from .kinds import BlendGate, BlockGate, ChannelGate, ExpertGate, GateStart, HeadGate, HiddenGate, SigmoidGate
 from .reading import adapters_in, hidden_gate, whole_gates
 from .stream_basis import BasisGate
 
@@ -53,7 +53,7 @@ class Kept(Protocol):
         """Whether these are directions of a basis."""
 
     def kept(self, axis: str, layer: int) -> tuple[int, ...] | None:
-        """The kept units of a layer on `"heads"` or `"ffn"`; None if the layer goes."""
+        """The kept units of a layer on `"heads"`, `"ffn"` or `"experts"`; None if the layer goes, or all stay."""
 
 
 def gates_at(
@@ -94,17 +94,20 @@ def gates_at(
         inner = module.get_base_layer() if isinstance(module, GateAdapter) else module
         size, dim = feature_sizes(module)[0], feature_dim(inner)
         return ChannelAdapter, {UNITS: ChannelGate(size, group_size, dim=dim, start=start, relative=True)}
-    axis, features = position[1], feature_sizes(module)[0] if position[1] != HIDDEN else 0
+    axis = position[1]
+    if axis == EXPERTS:
+        return RouterAdapter, {EXPERT_UNITS: ExpertGate(layout.num_experts or 1, start=start, relative=True)}
     if axis == HIDDEN:
         if name != hidden_home(layout):
             return HiddenAdapter, {}
         return HiddenAdapter, {HIDDEN_UNITS: stream_gate(layout, centred=centred, group_size=group_size, start=start)}
+    features, on_channels = feature_sizes(module)[0], ExpertsAdapter if layout.family.router else ChannelAdapter
     if axis not in kinds:
-        return AttentionHeadAdapter if axis == HEADS else ChannelAdapter, whole
+        return AttentionHeadAdapter if axis == HEADS else on_channels, whole
     if axis == HEADS:
         heads = HeadGate(features // layout.head_dim, layout.head_dim, start=start, relative=True)
         return AttentionHeadAdapter, {UNITS: heads, **whole}
-    return ChannelAdapter, {UNITS: ChannelGate(features, group_size, start=start, relative=True), **whole}
+    return on_channels, {UNITS: ChannelGate(features, group_size, start=start, relative=True), **whole}
 
 
 def _whole(
@@ -139,6 +142,21 @@ def whole_ends(layout: Layout, kinds: Collection[str]) -> set[str]:
             "that no factor on a block alone makes it smaller or closes it: leave 'blocks' out of the config's `gates`"
         )
     return {*branches} or {layout.family.attention_out}
+
+
+def router_of(layout: Layout) -> str:
+    """
+    What chooses experts, relative to a layer.
+
+    Raises:
+        UnsupportedModelError: if the family's row names none.
+    """
+    if not layout.family.router:
+        raise UnsupportedModelError(
+            f"gates on 'experts' are not known for model_type={layout.model_type!r}: its family row names no "
+            "`router`. Leave 'experts' out of the config's `gates`."
+        )
+    return layout.family.router
 
 
 def connect(model: nn.Module, layout: Layout, name: str, adapter: GateAdapter) -> None:
@@ -269,9 +287,9 @@ def _layer_masks(adapters: Sequence[GateAdapter], adapter_name: str, layer: int,
     masks: Masks = []
     for adapter in adapters:
         for gate in adapter.gates(adapter_name).values():
-            blends = isinstance(gate, BlendGate)  # open or closed, never in between
             closed = not stays and any(gate is each for each in closing)
-            masks.append((gate, torch.full((1,), stays) if closed or blends else None))
+            opened = torch.full(gate.theta.shape, not closed) if closed or gate.binary else None
+            masks.append((gate, opened))
     return masks
 
 
@@ -308,6 +326,11 @@ def set_masks(
             gates = adapter.gates(adapter_name) if isinstance(adapter, GateAdapter) else {}
             if (kept := plan.kept(axis, layer)) is not None:
                 masks += masks_of(gates, kept, total, f"{axis} in layer {layer}")
+        if stays and (chosen := plan.kept(EXPERTS, layer)) is not None:
+            router = model.get_submodule(f"{layout.stack}.{layer}.{layout.family.router}")
+            gate = router.gates(adapter_name).get(EXPERT_UNITS) if isinstance(router, GateAdapter) else None
+            here = {} if gate is None else {UNITS: gate}
+            masks += masks_of(here, chosen, layout.num_experts or 0, f"{EXPERTS} in layer {layer}")
     stream = hidden_gate(model, layout, adapter_name)
     if stream is not None or (plan is not None and plan.hidden is not None):
         gates = {} if stream is None else {UNITS: stream}

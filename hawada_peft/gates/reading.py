@@ -1,4 +1,8 @@
-"""The gates of a model, read: scores, expected sizes, the gate on the residual stream."""
+"""
+The gates of a model, read: scores, expected sizes, the gate on the residual stream.
+
+Long because each fold over the gates is named, and says what it counts.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,8 @@ from torch import nn
 
 from ..errors import BrokenGatesError
 from ..vanilla.family import Layout
-from ..vanilla.shape import BY_NAME, FFN, HEADS, HIDDEN, LAYERS
-from .adapter import BLOCK, HIDDEN_UNITS, LAYER, UNITS, GateAdapter
+from ..vanilla.shape import BY_NAME, EXPERTS, FFN, HEADS, HIDDEN, LAYERS
+from .adapter import BLOCK, EXPERT_UNITS, HIDDEN_UNITS, LAYER, UNITS, GateAdapter
 from .attach import collect_gates
 from .kinds import BlockGate, ChannelGate, HeadGate, HiddenGate, SigmoidGate
 
@@ -32,16 +36,18 @@ class LayerGates:
         ffn: on its FFN channels.
         whole: those whose product says whether the layer stays: the one that all its blocks share, and those on each
             of them where all have one.
+        experts: on its routed experts.
     """
 
     heads: tuple[SigmoidGate, ...]
     ffn: tuple[SigmoidGate, ...]
     whole: tuple[SigmoidGate, ...]
+    experts: tuple[SigmoidGate, ...] = ()
 
     @property
     def by_axis(self) -> dict[str, tuple[SigmoidGate, ...]]:
         """The same by the names of axes."""
-        return {HEADS: self.heads, FFN: self.ffn, LAYERS: self.whole}
+        return {HEADS: self.heads, FFN: self.ffn, LAYERS: self.whole, EXPERTS: self.experts}
 
 
 def layers_of(model: nn.Module, layout: Layout, adapter_names: Sequence[str]) -> list[LayerGates]:
@@ -58,6 +64,7 @@ def layers_of(model: nn.Module, layout: Layout, adapter_names: Sequence[str]) ->
         heads: list[SigmoidGate] = []
         ffn: list[SigmoidGate] = []
         whole: list[SigmoidGate] = []
+        experts: list[SigmoidGate] = []
         ends = model.get_submodule(layout.attention_out(layer)), model.get_submodule(layout.ffn_out(layer))
         inside = adapters_in(model, layout, layer)
         for name in adapter_names:
@@ -65,7 +72,8 @@ def layers_of(model: nn.Module, layout: Layout, adapter_names: Sequence[str]) ->
             heads += [here[UNITS]] if UNITS in here else []
             ffn += [there[UNITS]] if UNITS in there else []
             whole += [*whole_gates(inside, name, LAYER), *whole_gates(inside, name, BLOCK)]
-        found.append(LayerGates(tuple(heads), tuple(ffn), tuple(whole)))
+            experts += [gates[EXPERT_UNITS] for each in inside if EXPERT_UNITS in (gates := each.gates(name))]
+        found.append(LayerGates(tuple(heads), tuple(ffn), tuple(whole), tuple(experts)))
     return found
 
 
@@ -189,6 +197,7 @@ class UnitScores:
         hidden: (channels of the residual stream,).
         hidden_group: neighbouring ones of these that stay or go together.
         rotated: these are directions of a basis, not channels.
+        experts: per layer (experts,); empty if no layer has gates on them.
     """
 
     heads: Scores
@@ -198,6 +207,7 @@ class UnitScores:
     hidden: torch.Tensor | None = None
     hidden_group: int = 1
     rotated: bool = False
+    experts: Scores = ()
 
 
 def gate_scores(model: nn.Module, layout: Layout, adapter_names: Sequence[str]) -> UnitScores:
@@ -219,6 +229,7 @@ def gate_scores(model: nn.Module, layout: Layout, adapter_names: Sequence[str]) 
         hidden=None if hidden is None else stream[0].ranked(hidden),
         hidden_group=math.lcm(*(gate.group_size for gate in stream)),
         rotated=any(gate.in_basis for gate in stream),
+        experts=tuple(_product(layer.experts) for layer in layers) if any(layer.experts for layer in layers) else (),
     )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..vanilla.shape import BY_NAME, FFN, HEADS, HIDDEN, KV_GROUPS, LAYERS
+from ..vanilla.shape import BY_NAME, EXPERTS, FFN, HEADS, HIDDEN, KV_GROUPS, LAYERS
 
-PLURALS = {BY_NAME[name].field: BY_NAME[name].plural for name in (LAYERS, HEADS, KV_GROUPS, FFN, HIDDEN)}
+PLURALS = {BY_NAME[name].field: BY_NAME[name].plural for name in (LAYERS, HEADS, KV_GROUPS, EXPERTS, FFN, HIDDEN)}
 """The units of a `Shape` in words, in the order in which they are told."""
 
 SIZES = PLURALS | {BY_NAME[HIDDEN].field: "hidden size"}
@@ -16,7 +16,7 @@ SIZES = PLURALS | {BY_NAME[HIDDEN].field: "hidden size"}
 SHORT = {name: word.split()[0] for name, word in SIZES.items()} | {BY_NAME[HEADS].field: HEADS}
 """The same at the head of a column."""
 
-EACH = (BY_NAME[HEADS].field, BY_NAME[FFN].field)
+EACH = (BY_NAME[HEADS].field, BY_NAME[EXPERTS].field, BY_NAME[FFN].field)
 """Sizes that every kept layer has."""
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import IncompatibleBaseError, InvalidPlanError
-from ..vanilla.shape import FFN, HEADS, HIDDEN, KV_GROUPS, LAYERS, Shape
+from ..vanilla.shape import EXPERTS, FFN, HEADS, HIDDEN, KV_GROUPS, LAYERS, Shape
 from .rounding import Rounding
 from .stored import from_mask, json_problems, short, to_mask
 
@@ -35,6 +35,8 @@ class Plan:
         channels (`tuple[tuple[int, ...], ...]`): the kept FFN channels, one entry per kept layer.
         hidden (`tuple[int, ...]`, *optional*): the kept channels of the residual stream, of which `dense` states the
             number then; all if left out.
+        experts (`tuple[tuple[int, ...], ...]`, *optional*): the kept experts, one entry per kept layer, of which
+            `dense` states the number then; all if left out.
         rotated (`bool`): `hidden` are directions of a basis of the stream, which the adapter has, not channels.
         tower (`str`): path of the sub-config in the model's config that the sizes are in, as `"text_config"`; empty if
             they are the config's own, or that of the one tower.
@@ -52,6 +54,7 @@ class Plan:
     hidden: tuple[int, ...] | None = None
     rotated: bool = False
     tower: str = ""
+    experts: tuple[tuple[int, ...], ...] | None = None
     roundings: tuple[Rounding, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -64,10 +67,14 @@ class Plan:
             yield f"dense must be a Shape, got a {type(self.dense).__name__}"
             return
         sizes = self.dense.sizes()
-        if not all(isinstance(row, Sequence) for row in (self.layers, self.heads, self.channels)) or not all(
-            isinstance(row, Sequence) for row in (*self.heads, *self.channels)
+        experts = () if self.experts is None else self.experts
+        if not all(isinstance(row, Sequence) for row in (self.layers, self.heads, self.channels, experts)) or not all(
+            isinstance(row, Sequence) for row in (*self.heads, *self.channels, *experts)
         ):
-            yield "layers must be whole numbers, heads and channels a row of them for each layer"
+            yield "layers must be whole numbers, heads, channels and experts a row of them for each layer"
+            return
+        if (self.experts is None) != (self.dense.num_experts is None):
+            yield "the kept experts and dense.num_experts must be given together"
             return
         if large := {name: size for name, size in sizes.items() if size > LARGEST}:
             yield f"dense: no model has sizes above {LARGEST}, got {short(large)}"
@@ -76,10 +83,12 @@ class Plan:
             yield f"dense: {sizes['num_attention_heads']} query heads in {sizes['num_key_value_heads']} KV groups"
             return
         yield from _index_problems("layers", self.layers, sizes["num_hidden_layers"])
-        for name, rows, total in (
+        rows_of_units = [
             ("heads", self.heads, sizes["num_attention_heads"]),
             ("channels", self.channels, sizes["intermediate_size"]),
-        ):
+        ]
+        rows_of_units += [] if self.experts is None else [("experts", self.experts, self.dense.num_experts or 0)]
+        for name, rows, total in rows_of_units:
             if len(rows) != len(self.layers):
                 yield f"{name} must have one entry per kept layer ({len(self.layers)}), got {len(rows)}"
             if len({len(row) for row in rows}) > 1:
@@ -112,6 +121,8 @@ class Plan:
             return self.hidden if axis == HIDDEN else self.layers
         if axis == KV_GROUPS:
             return tuple(_groups(self.heads[position], self.dense.heads_per_group))
+        if axis == EXPERTS:
+            return None if self.experts is None else self.experts[position]
         return {HEADS: self.heads, FFN: self.channels}[axis][position]
 
     @property
@@ -128,6 +139,7 @@ class Plan:
             intermediate_size=len(self.channels[0]),
             num_hidden_layers=len(self.layers),
             hidden_size=None if self.hidden is None else len(self.hidden),
+            num_experts=None if self.experts is None else len(self.experts[0]),
         )
 
     @property
@@ -138,7 +150,7 @@ class Plan:
     @classmethod
     def keep_all(cls, dense: Shape, tower: str = "") -> Plan:
         """The plan that removes nothing of a model of these (complete) sizes."""
-        dense = replace(dense, hidden_size=None)
+        dense = replace(dense, hidden_size=None, num_experts=None)
         sizes = dense.sizes()
         layers = sizes["num_hidden_layers"]
         return cls(
@@ -180,6 +192,8 @@ class Plan:
             data["hidden"] = to_mask(self.hidden)
             data |= {"rotated": True} if self.rotated else {}
         data |= {"tower": self.tower} if self.tower else {}
+        if self.experts is not None:
+            data["experts"] = [to_mask(row) for row in self.experts]
         if self.roundings:
             data["roundings"] = [rounding.to_dict() for rounding in self.roundings]
         return data
@@ -198,7 +212,18 @@ class Plan:
             raise InvalidPlanError(
                 f"cannot read a plan of format {short(data.get('format'))}; this version reads {FORMAT}"
             )
-        known = {"format", "dense", "layers", "heads", "channels", "hidden", "rotated", "tower", "roundings"}
+        known = {
+            "format",
+            "dense",
+            "layers",
+            "heads",
+            "channels",
+            "hidden",
+            "experts",
+            "rotated",
+            "tower",
+            "roundings",
+        }
         if unknown := sorted(map(short, set(data) - known)):
             raise InvalidPlanError(f"a plan has no fields {unknown[:5]}; it has {sorted(known)}")
         missing = sorted({"dense", "layers", "heads", "channels"} - set(data))
@@ -217,6 +242,7 @@ class Plan:
             heads=tuple(tuple(row) for row in data["heads"]),
             channels=tuple(from_mask(mask) for mask in data["channels"]),
             hidden=None if data.get("hidden") is None else from_mask(data["hidden"]),
+            experts=None if data.get("experts") is None else tuple(from_mask(mask) for mask in data["experts"]),
             rotated=data.get("rotated", False),
             tower=data.get("tower", ""),
             roundings=roundings,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -10,7 +11,7 @@ from ..errors import InvalidPlanError
 from ..gates.reading import UnitScores
 from ..vanilla.family import Layout
 from ..vanilla.legality import depth_of
-from ..vanilla.shape import FFN, HEADS, LAYERS, Shape
+from ..vanilla.shape import EXPERTS, FFN, HEADS, LAYERS, Shape
 from .plan import Plan
 
 
@@ -38,7 +39,8 @@ def rank(layout: Layout, scores: UnitScores, shape: Shape) -> Plan:
         )
     dense_shape, hidden = layout.dense, None
     if shape.hidden_size not in (None, layout.hidden_size):
-        dense_shape, hidden = layout.full, _top_hidden(scores, shape.hidden_size or 0)
+        dense_shape = replace(layout.dense, hidden_size=layout.hidden_size)
+        hidden = _top_hidden(scores, shape.hidden_size or 0)
     layers = list(range(dense["num_hidden_layers"]))
     if len(layers) > wanted["num_hidden_layers"]:
         pinned = depth_of(layout).pinned
@@ -49,6 +51,12 @@ def rank(layout: Layout, scores: UnitScores, shape: Shape) -> Plan:
         ]
         layers = _top_layers(torch.cat(depth), wanted["num_hidden_layers"], layout.stages, sorted(pinned))
     heads, channels = [], []
+    experts = None
+    if shape.num_experts not in (None, layout.num_experts):
+        dense_shape = replace(dense_shape, num_experts=layout.num_experts)
+        gated = scores.experts or (None,) * dense["num_hidden_layers"]
+        wishes = [_required(gated[layer], EXPERTS, layer) for layer in layers]
+        experts = tuple(tuple(_top(wish, shape.num_experts or 0)) for wish in wishes)
     for layer in layers:
         if wanted["num_attention_heads"] < dense["num_attention_heads"]:
             table = _required(scores.heads[layer], HEADS, layer).reshape(-1, per_group)
@@ -67,6 +75,7 @@ def rank(layout: Layout, scores: UnitScores, shape: Shape) -> Plan:
         heads=tuple(heads),
         channels=tuple(channels),
         hidden=hidden,
+        experts=experts,
         rotated=scores.rotated and hidden is not None,
         tower=layout.tower,
     )

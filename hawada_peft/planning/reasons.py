@@ -33,6 +33,7 @@ def explained(
     asked: Mapping[str, float]
     if keep_ratio is None:
         names = layout.dense.to_dict() if scores.hidden is None else layout.full.to_dict()
+        names |= {"num_experts": 0} if any(score is not None for score in scores.experts) else {}
         opened = open_units(layout, scores)
         asked, source = {name: opened[name] for name in names}, "gates"
         rule = "the smallest size with room for all that is open in the layer where that is most"
@@ -94,7 +95,7 @@ def roundings(
         steps: by name, which values there are to choose from.
         rules: by name, which of them is taken, in words.
     """
-    sizes = {"hidden_size": layout.hidden_size} | shape.to_dict()
+    sizes = layout.full.to_dict() | shape.to_dict()
     found = []
     for axis, wish in asked.items():
         chosen, rule = sizes[axis], rules[axis]

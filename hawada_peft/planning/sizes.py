@@ -12,8 +12,8 @@ from ..errors import InvalidPlanError
 from ..gates.reading import UnitScores
 from ..latency.build import SMALLEST_FFN
 from ..vanilla.family import Layout
-from ..vanilla.legality import build_sizes, least_layers
-from ..vanilla.shape import BY_NAME, FFN, HEADS, HIDDEN, LAYERS, Shape
+from ..vanilla.legality import build_sizes, least_experts, least_layers
+from ..vanilla.shape import BY_NAME, EXPERTS, FFN, HEADS, HIDDEN, LAYERS, Shape
 
 PER_GROUP = "heads_per_group"
 """Query heads per KV group, beside the names of `Shape`."""
@@ -55,6 +55,7 @@ def ratio_shape(
     multiple = ffn_multiple(dense["intermediate_size"], layout, group_size)
     ffn = max(1, _round(asked.get("intermediate_size", dense["intermediate_size"]) / multiple)) * multiple
     hidden = asked.get("hidden_size", layout.hidden_size)
+    experts = max(least_experts(layout), _round(asked.get("num_experts", layout.num_experts or 0)))
     return Shape(
         num_attention_heads=heads["num_attention_heads"],
         num_key_value_heads=heads["num_key_value_heads"],
@@ -63,6 +64,7 @@ def ratio_shape(
             least_layers(layout), _round(asked.get("num_hidden_layers", dense["num_hidden_layers"]))
         ),
         hidden_size=max(1, _round(hidden)) if hidden < layout.hidden_size else None,
+        num_experts=experts if experts < (layout.num_experts or 0) else None,
     )
 
 
@@ -75,13 +77,17 @@ def ratio_sizes(layout: Layout, keep_ratio: float | Mapping[str, float]) -> dict
     if problems := ratio_problems(keep_ratio):
         raise InvalidPlanError("\n".join(problems))
     full, ratios = layout.full.to_dict(), _by_axis(keep_ratio)
+    if EXPERTS in ratios and not layout.num_experts:
+        raise InvalidPlanError(
+            f"keep_ratio names experts, and the family row of model_type={layout.model_type!r} names no router"
+        )
     return {BY_NAME[axis].field: ratio * full[BY_NAME[axis].field] for axis, ratio in ratios.items()}
 
 
 def ratio_problems(keep_ratio: Any) -> list[str]:
     """What is wrong with a keep ratio, one line each."""
     ratios = _by_axis(keep_ratio)
-    allowed = (HEADS, FFN, LAYERS, HIDDEN)
+    allowed = (HEADS, FFN, LAYERS, HIDDEN, EXPERTS)
     problems = [f"unknown axis {axis!r}; known are {list(allowed)}" for axis in ratios if axis not in allowed]
     problems += [
         f"keep_ratio of {axis} must be a number in (0, 1], got {ratio!r}"
@@ -115,13 +121,14 @@ def open_shape(layout: Layout, scores: UnitScores, legal_heads: Sequence[Shape])
     ]
     heads = min(roomy, key=lambda s: s["num_attention_heads"])
     multiple = ffn_multiple(dense["intermediate_size"], layout, scores.group_size)
-    hidden = opened["hidden_size"]
+    hidden, experts = opened["hidden_size"], max(opened["num_experts"], least_experts(layout))
     return Shape(
         num_attention_heads=heads["num_attention_heads"],
         num_key_value_heads=heads["num_key_value_heads"],
         intermediate_size=min(-(-opened["intermediate_size"] // multiple) * multiple, dense["intermediate_size"]),
         num_hidden_layers=max(opened["num_hidden_layers"], least_layers(layout)),
         hidden_size=hidden if hidden < layout.hidden_size else None,
+        num_experts=experts if experts < (layout.num_experts or 0) else None,
     )
 
 
@@ -133,7 +140,8 @@ def open_units(layout: Layout, scores: UnitScores) -> dict[str, int]:
     dense, per_group = layout.dense.sizes(), layout.dense.heads_per_group
     depth = [1.0 if score is None else float(score) for score in scores.layers]
     layers = [layer for layer, score in enumerate(depth) if score >= OPEN] or [depth.index(max(depth))]
-    most = dict.fromkeys(("num_attention_heads", "num_key_value_heads", PER_GROUP, "intermediate_size"), 1)
+    counted = ("num_attention_heads", "num_key_value_heads", PER_GROUP, "intermediate_size", "num_experts")
+    most = dict.fromkeys(counted, 1)
     for layer in layers:
         opened = _opened(scores.heads[layer], dense["num_attention_heads"]).reshape(-1, per_group)
         here = {
@@ -141,6 +149,7 @@ def open_units(layout: Layout, scores: UnitScores) -> dict[str, int]:
             "num_key_value_heads": opened.any(1).sum(),
             PER_GROUP: opened.sum(1).max(),
             "intermediate_size": _opened(scores.channels[layer], dense["intermediate_size"]).sum(),
+            "num_experts": _opened(scores.experts[layer] if scores.experts else None, layout.num_experts or 1).sum(),
         }
         most = {name: max(most[name], int(count)) for name, count in here.items()}
     hidden = max(1, int(_opened(scores.hidden, layout.hidden_size).sum()))

@@ -28,6 +28,9 @@ def json_problems(data: Mapping[str, Any]) -> Iterator[str]:
         yield f"channels must be a list of bit masks of {total} bits, in hexadecimal, got {short(data['channels'])}"
     if data.get("hidden") is not None and not _is_mask(data["hidden"], dense.get("hidden_size", 0)):
         yield f"hidden must be a bit mask of the residual stream, in hexadecimal, got {short(data['hidden'])}"
+    experts, total = data.get("experts"), dense.get("num_experts", 0)
+    if experts is not None and not (isinstance(experts, list) and all(_is_mask(mask, total) for mask in experts)):
+        yield f"experts must be a list of bit masks of {total} bits, in hexadecimal, got {short(experts)}"
     if not isinstance(data.get("tower", ""), str):
         yield f"tower must be the path of a sub-config, got {short(data['tower'])}"
     roundings = data.get("roundings", [])

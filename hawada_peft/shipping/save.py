@@ -13,8 +13,8 @@ from typing import Any
 from transformers import AutoProcessor, PreTrainedModel
 
 from ..errors import HawAdaError, UnsupportedModelError
-from ..files.checkpoint import stored_names
 from ..files.folder import check_free, new_folder
+from ..files.pieces import stored_form
 from ..planning.plan import Plan
 from ..race.record import RaceRecord
 from ..refit.reconstruction import Reconstruction
@@ -196,8 +196,7 @@ class Slimmed:
     @property
     def weight_bytes(self) -> int:
         """In the slim model's files."""
-        state = self.model.state_dict()
-        return sum(state[name].nbytes for name in stored_names(self.model).values())
+        return sum(tensor.nbytes for tensor in stored_form(self.model).values())
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

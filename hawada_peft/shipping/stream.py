@@ -19,7 +19,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from ..basis.basis import Basis, stream_basis, turn_of
 from ..basis.turn import Turn
 from ..errors import HawAdaError, InvalidPlanError, VerificationError
-from ..files.checkpoint import Checkpoint, stored_names
+from ..files.checkpoint import Checkpoint
+from ..files.pieces import Piece, stored_form, stored_pieces
 from ..files.shards import write_shard
 from ..gates.reading import gate_scores
 from ..planning.plan import Plan
@@ -60,6 +61,7 @@ class _Export:
         self._factors: dict[str, Factors] = {}
         self._lora: dict[str, Any] = {}
         self._turn: Turn | None = None
+        self._stacks: dict[str, torch.Tensor] = {}
         stream = basis if plan is not None and plan.rotated else None
         factor: torch.Tensor | None = None
         self.dense = checkpoint.skeleton
@@ -101,8 +103,7 @@ class _Export:
             The bytes of all tensors.
         """
         self.slim.save_pretrained(folder, state_dict={})  # the configs
-        names, state = stored_names(self.slim), self.slim.state_dict()
-        like = {key: state[name] for key, name in names.items()}
+        pieces, like = stored_pieces(self.slim), stored_form(self.slim)
         try:
             split = split_torch_state_dict_into_shards(like, max_shard_size=max_shard_size)
         except ValueError as error:
@@ -113,7 +114,7 @@ class _Export:
             raise OSError(f"the slim model needs {total / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in {folder}")
         with progress_bar(progress, total=total, desc="slimming", unit="B", unit_scale=True, leave=False) as bar:
             for file, keys in split.filename_to_tensors.items():
-                write_shard(folder / file, {key: like[key] for key in keys}, partial(self._watched, names, bar))
+                write_shard(folder / file, {key: like[key] for key in keys}, partial(self._watched, pieces, bar))
         if split.is_sharded:
             index = {
                 "metadata": {"total_parameters": self.slim.num_parameters(), **split.metadata},
@@ -123,12 +124,20 @@ class _Export:
             (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
         return total
 
-    def _watched(self, names: dict[str, str], bar: Any, key: str) -> Iterator[torch.Tensor]:
-        for part in self._parts(names[key]):
+    def _watched(self, pieces: dict[str, Piece], bar: Any, key: str) -> Iterator[torch.Tensor]:
+        piece = pieces[key]
+        for part in self._parts(piece.name) if piece.entry is None else [piece.of(self._stack(piece.name))]:
             if part.is_floating_point() and not part.isfinite().all():
-                raise VerificationError(f"{names[key]} would hold NaN or infinity: nothing is written")
+                raise VerificationError(f"{key} would hold NaN or infinity: nothing is written")
             yield part
             bar.update(part.nbytes)
+
+    def _stack(self, name: str) -> torch.Tensor:
+        """A slim tensor that the files hold in pieces. The last two are kept: pieces of both alternate in a file."""
+        if name not in self._stacks:
+            self._stacks = dict([*self._stacks.items()][-1:])
+            self._stacks[name] = torch.cat(list(self._parts(name)))
+        return self._stacks[name]
 
     def _parts(self, name: str) -> Iterator[torch.Tensor]:
         """A slim tensor by its name in the slim model, in parts along its first dimension."""

@@ -10,7 +10,7 @@ from ..planning.plan import Plan
 from ..vanilla.family import Layout
 from ..vanilla.legality import build_sizes, depth_of
 from ..vanilla.resize import edit_config
-from ..vanilla.shape import FFN, HEADS, HIDDEN, KV_GROUPS, LAYERS, SIZES, Shape
+from ..vanilla.shape import EXPERTS, FFN, HEADS, HIDDEN, KV_GROUPS, LAYERS, SIZES, Shape
 from ..vanilla.skeleton import build_empty
 
 
@@ -31,7 +31,7 @@ class SliceRule:
 
 
 def find_axes(
-    layout: Layout, *, hidden: bool = False, cut: Collection[str] = (HEADS, KV_GROUPS, FFN)
+    layout: Layout, *, hidden: bool = False, cut: Collection[str] = (HEADS, KV_GROUPS, FFN, EXPERTS)
 ) -> dict[str, tuple[SliceRule, ...]]:
     """
     The slicing rules of every parameter and persistent buffer that depends on a width, or holds a stretch per layer.
@@ -99,9 +99,9 @@ def cut_by(plan: Plan) -> set[str]:
         dense.num_attention_heads,
         dense.num_key_value_heads,
     )
-    return ({HEADS, KV_GROUPS} if heads else set()) | (
-        {FFN} if slim.intermediate_size != dense.intermediate_size else set()
-    )
+    cut = {HEADS, KV_GROUPS} if heads else set()
+    cut |= {FFN} if slim.intermediate_size != dense.intermediate_size else set()
+    return cut | ({EXPERTS} if plan.experts is not None else set())
 
 
 def _shapes(layout: Layout, shape: Shape) -> dict[str, tuple[int, ...]]:
@@ -118,6 +118,7 @@ def _probes(layout: Layout, plain: Shape, hidden: bool) -> Iterator[tuple[str, S
         HEADS: [Shape(groups * n if grouped else n, groups if grouped else n) for n in range(2 * heads, 0, -1)],
         KV_GROUPS: [Shape(heads, n) for n in range(heads, 0, -1) if heads % n == 0] if grouped else [],
         FFN: [Shape(intermediate_size=size) for size in (2 * ffn, ffn + layout.hidden_size, ffn + 1)],
+        EXPERTS: [Shape(num_experts=layout.num_experts * 2)] if layout.num_experts else [],
     }
     if hidden:
         # Where the FFN size is a multiple of the hidden size, the latter must be changed by a factor of that.
@@ -137,15 +138,18 @@ def _multiples(hidden: int, ffn: int) -> list[int]:
 
 def _rule(layout: Layout, name: str, dim: int, axes: list[str], size: int) -> SliceRule:
     full = layout.full.to_dict()
-    units = {axis.name: full[axis.field] for axis in SIZES}
-    declared = dict(layout.family.fused).get(name.rpartition(".")[0])
-    if (dim != 0 and axes != [HIDDEN]) or (axes == [HIDDEN] and set(declared or ()) != {HIDDEN}):
+    units = {axis.name: full[axis.field] for axis in SIZES if axis.field in full}
+    fused = dict(layout.family.fused)
+    declared = fused.get(name.rpartition(".")[0])
+    if name in fused:
+        declared = fused[name] if {*axes} == {*fused[name]} else None
+    elif (dim != 0 and axes != [HIDDEN]) or (axes == [HIDDEN] and set(declared or ()) != {HIDDEN}):
         declared = None  # it is about another dimension
     segments = declared or tuple(axes)
     width, rest = divmod(size, sum(units[axis] for axis in segments))
     # Rows of a head are its features, or one entry of a per-head table. Any other width hides several things in one
     # dimension, whose order only the row can tell.
-    natural = {HEADS: (1, layout.head_dim), KV_GROUPS: (1, layout.head_dim), FFN: (1,), HIDDEN: (1,)}
+    natural = {HEADS: (1, layout.head_dim), KV_GROUPS: (1, layout.head_dim), FFN: (1,), HIDDEN: (1,), EXPERTS: (1,)}
     if rest or set(segments) != set(axes) or (not declared and (len(axes) > 1 or width not in natural[axes[0]])):
         raise UnsupportedModelError(
             f"dimension {dim} of {name!r} (size {size}) depends on {axes}, and the order of its rows is not known: "

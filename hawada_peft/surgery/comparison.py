@@ -212,20 +212,24 @@ def _broken(model: nn.Module) -> Iterator[str]:
 
 def check_binary(base: nn.Module, adapter_names: Sequence[str]) -> None:
     """
-    Refuse soft values that no weight can take up: of gates that blend a layer's output and its input.
+    Refuse soft values that no weight can take up: of gates that are binary under a plan, without one.
 
     Raises:
         InvalidPlanError: if there are some that no plan has made binary.
     """
     for name, module in base.named_modules():
-        found = module.blend_factor(adapter_names, hard=True) if isinstance(module, GateAdapter) else None
-        factor = None if found is None else found.detach()
-        if factor is not None and not (factor == 1).all():
+        gates = [gate for each in adapter_names for gate in _own_gates(module, each) if gate.binary]
+        soft = [value for gate in gates if (value := gate.factor(hard=True).detach()).ne(1).any()]
+        if soft:
             raise InvalidPlanError(
-                f"the gate on the layer of {name} is at {float(factor):.3g} and blends the layer's output with its "
-                "input, which no weight can take up: apply a plan, under which layers stay or go "
-                "(`model.apply_plan(model.plan(keep_ratio={'layers': 0.75}))`)"
+                f"gates at {name} are at {float(soft[0].min()):.3g}, and no weight can take that up: it blends a "
+                "layer's output and input, or weighs experts against each other. Apply a plan, under which layers "
+                "and experts stay or go (`model.apply_plan(model.plan(keep_ratio={'layers': 0.75}))`)"
             )
+
+
+def _own_gates(module: nn.Module, adapter_name: str) -> Sequence[SigmoidGate]:
+    return [*module.gates(adapter_name).values()] if isinstance(module, GateAdapter) else []
 
 
 def check_gates(base: nn.Module) -> None:

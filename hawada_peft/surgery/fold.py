@@ -163,7 +163,9 @@ def fold_tensor(module: nn.Module, which: str, tensor: torch.Tensor, factors: Fa
     """The module's `weight` or `bias` with the factors in it; the module's other parameters stay without data."""
     base = cast(Base, module)
     parameter = getattr(base, which)
-    index = next(i for i, each in enumerate(parameters_of(base)) if each is parameter)
+    index = next((i for i, each in enumerate(parameters_of(base)) if each is parameter), None)
+    if index is None:  # of experts, what comes before the channels
+        return tensor
     setattr(base, which, nn.Parameter(tensor, requires_grad=False))
     try:
         return fold_factors(base, *factors)[index]

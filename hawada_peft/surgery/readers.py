@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModelError
 from ..vanilla.family import Layout
-from ..vanilla.modules import gateable, norm_offset
+from ..vanilla.modules import channels_dim, gateable, norm_offset
 from ..vanilla.resize import edit_config
 from ..vanilla.shape import FFN, HEADS, KV_GROUPS, Shape
 from ..vanilla.skeleton import build_empty
@@ -70,6 +70,9 @@ def _readers(layout: Layout, rules: Mapping[str, tuple[SliceRule, ...]]) -> tupl
                     f"{where}: {owner} reads them, and the family row of {layout.model_type!r} has no gate there, "
                     f"only on {layout.family.attention_out} and {layout.family.ffn_out}"
                 )
+                problems.append((axes, problem))
+            elif channels_dim(module) is not None and parameter == "down_proj" and owner != layout.family.ffn_out:
+                problem = f"{where}: {owner} reads them, and is not the {layout.family.ffn_out} of the family row"
                 problems.append((axes, problem))
             elif not gateable(module) and getattr(module, parameter).ndim > 2:
                 problem = f"{where}: it is not known what a {type(module).__name__} does with them"

@@ -10,7 +10,7 @@ from .family import (
     register_family,
 )
 from .rehoming import rehome
-from .rows import bert, llama, vit
+from .rows import bert, experts, llama, vit
 from .shape import FFN, HEADS, HIDDEN, KV_GROUPS, LAYERS, SIZES, Axis, Shape
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Layout",
     "Shape",
     "bert",
+    "experts",
     "find_module",
     "llama",
     "locate",

@@ -18,7 +18,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 
 from ..errors import UnsupportedModelError
 from .modules import feature_sizes
-from .shape import FFN, HEADS, HIDDEN, Shape
+from .shape import EXPERTS, FFN, HEADS, HIDDEN, Shape
 from .towers import Tower, config_at, towers_of
 
 TOWER = "_hawada_tower"
@@ -52,9 +52,13 @@ class Family:
         branches (`tuple[str, ...]`, *optional*): the modules of a layer whose outputs its gate multiplies, relative to
             it: what they give must be added to the residual stream as it is. Empty: there are none, as each layer
             norms its sum. Left out, they are found by running one layer (`gates.branches`).
-        fused (`tuple[tuple[str, tuple[str, ...]], ...]`): modules (relative to a layer; with a dot before it, relative
-            to the model) whose rows, or inputs from the residual stream, hold several things: the axes in their
-            order. One axis alone means that everything of a unit is stored together.
+        router (`str`): what chooses the experts of a token, relative to a layer; empty if there are none. `ffn_out`
+            are the experts then, stacked in raw weights, and FFN channels are those of every expert.
+        experts_field (`str`): the config field with the number of experts.
+        chosen_field (`str`): the config field with the number of experts per token.
+        fused (`tuple[tuple[str, tuple[str, ...]], ...]`): modules, or raw weights (relative to a layer; with a dot
+            before it, relative to the model) whose rows, or inputs from the residual stream, hold several things: the
+            axes in their order. One axis alone means that everything of a unit is stored together.
         twin (`str`): the `model_type` of a class that computes the same from the same weights and allows more head
             counts; empty if there is none.
         twin_fields (`tuple[tuple[str, Any], ...]`): config fields that make it compute the same.
@@ -79,6 +83,9 @@ class Family:
     layer_lists: tuple[str, ...] = ()
     pinned: tuple[tuple[int, str], ...] = ()
     branches: tuple[str, ...] | None = None
+    router: str = ""
+    experts_field: str = "num_experts"
+    chosen_field: str = "num_experts_per_tok"
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
     twin: str = ""
     twin_fields: tuple[tuple[str, Any], ...] = ()
@@ -122,6 +129,7 @@ class Layout:
         model_class (`type[PreTrainedModel]`): the model's class.
         config (`PreTrainedConfig`): its config.
         tower (`str`): path of the sub-config that the sizes are in, as `"text_config"`; empty if it is the config.
+        num_experts (`int`, *optional*): routed experts of a layer; None if there are none.
     """
 
     model_type: str
@@ -134,6 +142,7 @@ class Layout:
     model_class: type[PreTrainedModel] = field(compare=False, repr=False)
     config: PreTrainedConfig = field(compare=False, repr=False)
     tower: str = ""
+    num_experts: int | None = None
 
     def once(self, key: Any, find: Callable[[], Found]) -> Found:
         """What building this layout's class tells, found at the first call with a key, and kept."""
@@ -178,13 +187,14 @@ class Layout:
 
     @property
     def full(self) -> Shape:
-        """The dense sizes with that of the residual stream."""
-        return replace(self.dense, hidden_size=self.hidden_size)
+        """The dense sizes with that of the residual stream, and the number of experts."""
+        return replace(self.dense, hidden_size=self.hidden_size, num_experts=self.num_experts)
 
     def complete(self, shape: Shape) -> Shape:
-        """Fill what was left out from the dense model; a `hidden_size` that is the dense one is left out."""
+        """Fill what was left out from the dense model; sizes that a shape need not state are left out if dense."""
         size = None if shape.hidden_size == self.hidden_size else shape.hidden_size
-        return replace(shape, hidden_size=size).complete(self.dense)
+        experts = None if shape.num_experts == self.num_experts else shape.num_experts
+        return replace(shape, hidden_size=size, num_experts=experts).complete(self.dense)
 
     def narrowed(self, hidden_size: int | None) -> Shape:
         """
@@ -201,15 +211,14 @@ class Layout:
 
     def position(self, name: str) -> tuple[int, str] | None:
         """
-        The layer (-1: after the layers) and the axis (`"heads"`, `"ffn"`, `"hidden"`) that are gated at a module; None
-        if the row gates nothing there.
+        The layer (-1: after the layers) and the axis (`"heads"`, `"ffn"`, `"experts"`, `"hidden"`) that are gated at a
+        module; None if the row gates nothing there.
         """
         if self.norms and name == self.norms[-1]:
             return -1, HIDDEN
         match = re.fullmatch(rf"{re.escape(self.stack)}\.(\d+)\.(.+)", name)
-        axes = {self.family.attention_out: HEADS, self.family.ffn_out: FFN} | dict.fromkeys(
-            self.family.hidden_norms, HIDDEN
-        )
+        axes = {self.family.attention_out: HEADS, self.family.ffn_out: FFN, self.family.router: EXPERTS}
+        axes |= dict.fromkeys(self.family.hidden_norms, HIDDEN)
         if match is None or match[2] not in axes:
             return None
         return int(match[1]), axes[match[2]]
@@ -227,6 +236,7 @@ class Layout:
             "head_dim": self.head_dim,
             **self.dense.sizes(),
             **({"tower": self.tower} if self.tower else {}),
+            **({"num_experts": self.num_experts} if self.num_experts else {}),
         }
 
 
@@ -340,6 +350,7 @@ def _measured(model: PreTrainedModel, family: Family, tower: str, stack_name: st
         model_class=type(model),
         config=model.config,
         tower=tower,
+        num_experts=getattr(config, family.experts_field) if family.router else None,
     )
 
 

@@ -58,7 +58,8 @@ def build_sizes(layout: Layout, shape: Shape) -> str | None:
     except (StrictDataclassError, ValueError, TypeError) as error:
         # The last line holds the cause; those before it name transformers' validator.
         return f"{type(layout.tower_config).__name__} refuses: {str(error).strip().splitlines()[-1].strip()}"
-    if built.full != replace(wanted, hidden_size=hidden) or built.head_dim != layout.head_dim:
+    experts = shape.num_experts or layout.num_experts
+    if built.full != replace(wanted, hidden_size=hidden, num_experts=experts) or built.head_dim != layout.head_dim:
         found = built.dense if shape.hidden_size is None and built.hidden_size == hidden else built.full
         return (
             f"{layout.model_class.__name__} builds {found.to_dict()} with heads of {built.head_dim} features when "
@@ -199,7 +200,9 @@ def check_legal(layout: Layout, shape: Shape) -> None:
     """
     if shape.hidden_size not in (None, layout.hidden_size):
         hidden_home(layout)
-    dense, sizes = layout.full.to_dict(), {"hidden_size": layout.hidden_size} | shape.to_dict()
+    dense, sizes = layout.full.to_dict(), layout.full.to_dict() | shape.to_dict()
+    if shape.num_experts is not None:
+        check_experts(layout, shape.num_experts)
     problems = [f"{name} {sizes[name]} exceeds {dense[name]}" for name in dense if sizes[name] > dense[name]]
     heads, groups = sizes["num_attention_heads"], sizes["num_key_value_heads"]
     if not problems and Shape(heads, groups) not in head_shapes(layout.dense):
@@ -234,6 +237,31 @@ def check_legal(layout: Layout, shape: Shape) -> None:
         unit = getattr(layout.tower_config, layout.family.ffn_unit)
         problems.append(f"possible intermediate_size: multiples of {layout.family.ffn_unit} = {unit}")
     raise IllegalShapeError(f"no vanilla model of the shape {shape.to_dict()}:\n" + "\n".join(problems))
+
+
+def check_experts(layout: Layout, count: int) -> None:
+    """
+    Check that a token still finds as many experts as are chosen for it.
+
+    Raises:
+        IllegalShapeError: if not, or if the model has no experts.
+    """
+    if not layout.num_experts:
+        raise IllegalShapeError(
+            f"num_experts {count}: the family row of model_type={layout.model_type!r} names no router, so there are "
+            "no experts to choose from; leave it out"
+        )
+    least = least_experts(layout)
+    if not least <= count <= layout.num_experts:
+        raise IllegalShapeError(
+            f"num_experts must be {least} (which {layout.family.chosen_field} says are chosen for a token) to "
+            f"{layout.num_experts}, got {count}"
+        )
+
+
+def least_experts(layout: Layout) -> int:
+    """The fewest experts that can stay: as many as are chosen for a token."""
+    return int(getattr(layout.tower_config, layout.family.chosen_field)) if layout.num_experts else 0
 
 
 def check_layers(layout: Layout, layers: Iterable[int]) -> None:

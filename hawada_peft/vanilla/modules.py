@@ -16,6 +16,17 @@ Base = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | Conv1D
 """A module that gates go on."""
 
 
+def channels_dim(module: nn.Module) -> int | None:
+    """
+    Of experts that are stacked in raw weights, the dimension of `down_proj` that holds channels; None for other
+    modules. Classes state whether they store it transposed.
+    """
+    down, up = (module._parameters.get(name) for name in ("down_proj", "gate_up_proj"))
+    if down is None or up is None or down.ndim != 3 or up.ndim != 3:
+        return None
+    return next((dim for dim in (1, 2) if 2 * down.shape[dim] == up.shape[3 - dim]), None)
+
+
 def feature_sizes(module: nn.Module) -> tuple[int, int]:
     """
     The input and output features (channels) of a module that gates can be placed on.
@@ -29,9 +40,13 @@ def feature_sizes(module: nn.Module) -> tuple[int, int]:
         return module.in_channels, module.out_channels
     if isinstance(module, Conv1D):
         return module.weight.shape[0], module.weight.shape[1]
+    if (dim := channels_dim(module)) is not None:
+        down = module.get_parameter("down_proj")
+        return down.shape[dim], down.shape[3 - dim]
     raise UnsupportedModelError(
         f"Target module of type {type(module).__name__} is not supported. Gates go on torch.nn.Linear, Conv1d, "
-        "Conv2d, Conv3d and transformers.pytorch_utils.Conv1D: leave the module out of `target_modules`."
+        "Conv2d, Conv3d, transformers.pytorch_utils.Conv1D and stacked experts: leave the module out of "
+        "`target_modules`."
     )
 
 
@@ -138,6 +153,8 @@ def check_own_weights(module: nn.Module) -> None:
     Raises:
         UnsupportedModelError: naming the parameters that it has instead.
     """
+    if channels_dim(module) is not None:
+        return
     other = [name for name in module._parameters if name not in ("weight", "bias")]
     if "weight" not in module._parameters or "parametrizations" in module._modules:
         raise UnsupportedModelError(
@@ -167,8 +184,9 @@ def check_loaded(module: nn.Module) -> None:
 
 
 def parameters_of(base: Base) -> list[nn.Parameter]:
-    """The weight, and the bias if there is one."""
-    found = (base.weight, getattr(base, "bias", None))
+    """The weight, and the bias if there is one; of stacked experts those of their last projection."""
+    names = ("weight", "bias") if channels_dim(base) is None else ("down_proj", "down_proj_bias")
+    found = (getattr(base, name, None) for name in names)
     return [parameter for parameter in found if isinstance(parameter, nn.Parameter)]
 
 
@@ -192,12 +210,15 @@ def fold_factors(base: Base, inputs: torch.Tensor | None, output: torch.Tensor |
     Returns:
         The new weight and bias, contiguous, in the dtypes they had.
     """
-    weight, base_bias = base.weight.data, getattr(base, "bias", None)
+    parameters, channels = parameters_of(base), channels_dim(base)
+    weight, base_bias = parameters[0].data, parameters[1] if len(parameters) > 1 else None
     factor = inputs if output is None else output if inputs is None else inputs * output
     if factor is None:
         factor = torch.ones(1)
     factor = factor.to(weight.device)
-    if factor.numel() > 1 and isinstance(base, Conv1D):
+    if factor.numel() > 1 and channels is not None:
+        factor = factor[:, None] if channels == 1 else factor
+    elif factor.numel() > 1 and isinstance(base, Conv1D):
         factor = factor[:, None]  # (in, out)
     elif factor.numel() > 1 and isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         per_group = factor.reshape(base.groups, 1, -1).expand(-1, base.out_channels // base.groups, -1)

@@ -95,6 +95,8 @@ def edit_config(layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None 
         put(family.ffn_field, size / unit if size % unit else size // unit)
     else:
         put(family.ffn_field, size)
+    if shape.num_experts is not None:
+        put(family.experts_field, shape.num_experts)
     for name in family.layer_lists:
         if isinstance(fields.get(name), list):
             fields[name] = [fields[name][layer] for layer in layers]

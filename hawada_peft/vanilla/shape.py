@@ -32,13 +32,14 @@ SIZES = (
     Axis("ffn", "intermediate_size", "FFN channel", "FFN channels"),
     Axis("layers", "num_hidden_layers", "layer", "layers"),
     Axis("hidden", "hidden_size", "channel of the residual stream", "channels of the residual stream"),
+    Axis("experts", "num_experts", "expert", "experts"),
 )
 """Every axis, in the order of the fields of `Shape`."""
 
 BY_NAME = {axis.name: axis for axis in SIZES}
 BY_FIELD = {axis.field: axis for axis in SIZES}
-HEADS, KV_GROUPS, FFN, LAYERS, HIDDEN = BY_NAME
-AXES = tuple(axis.field for axis in SIZES if axis.name != HIDDEN)
+HEADS, KV_GROUPS, FFN, LAYERS, HIDDEN, EXPERTS = BY_NAME
+AXES = tuple(axis.field for axis in SIZES if axis.name not in (HIDDEN, EXPERTS))
 """The sizes that every complete shape states."""
 
 
@@ -55,6 +56,8 @@ class Shape:
         num_hidden_layers (`int`, *optional*): layers.
         hidden_size (`int`, *optional*): channels of the residual stream. A complete shape may leave it out as well:
             the dense model's.
+        num_experts (`int`, *optional*): routed experts in every layer, whose channels `intermediate_size` counts. A
+            complete shape may leave it out as well: the dense model's, or none.
 
     Example:
 
@@ -67,6 +70,7 @@ class Shape:
     intermediate_size: int | None = None
     num_hidden_layers: int | None = None
     hidden_size: int | None = None
+    num_experts: int | None = None
 
     def __post_init__(self) -> None:
         problems = [
