@@ -31,9 +31,22 @@ PER_LAYER = {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 1
 KINDS_OF_LAYERS = {"global_head_dim": 8, "sliding_window": 6, "layer_types": ["full_attention"] * 4}
 TABLES = Row("Gemma4ForCausalLM", "Gemma4TextConfig", LM | PER_LAYER | KINDS_OF_LAYERS, Shape(4, 2, 40, 2))
 
+T5 = {"vocab_size": 128, "d_model": 64, "d_kv": 8, "d_ff": 96, "num_layers": 4, "num_heads": 8}
+SHARED_TABLE = Row("T5EncoderModel", "T5Config", T5, Shape(8, 8, 40, 3))
+
 ROWS: dict[str, tuple[Row, Family]] = {
     "gemma4_text": (TABLES, FAMILIES["gemma3_text"]),
     "yolos": (YOLOS, Family("encoder.layer", "attention.output.dense", "output.dense", head_dim_field="")),
+    "t5": (
+        SHARED_TABLE,
+        Family(
+            "encoder.block",
+            "layer.0.SelfAttention.o",
+            "layer.1.DenseReluDense.wo",
+            head_dim_field="d_kv",
+            ffn_field="d_ff",
+        ),
+    ),
     "wav2vec2-bert": (
         TWO_FFNS,
         Family("encoder.layers", "self_attn.linear_out", "ffn1.output_dense", head_dim_field=""),
@@ -54,6 +67,18 @@ def test_a_place_without_a_gate_is_found_at_injection(model: Any) -> None:
         gate(model)
     gated = gate(model, gates=("heads", "layers"))  # nothing of the FFN is cut then
     assert gated.plan(keep_ratio={"layers": 0.5}).shape.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("model", ["t5"], indirect=True)
+def test_a_table_that_all_layers_read_keeps_their_heads(model: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"relative_attention_bias.*only some layers hold it"):
+        gate(model)
+    gated = gate(model.double(), gates=("ffn", "layers"))
+    plan = gated.plan(Shape(intermediate_size=40, num_hidden_layers=3))
+    assert plan.layers[0] == 0
+    gated.apply_plan(plan)
+    masked = logits_of(gated)
+    assert difference(logits_of(gated.merge_and_unload()), masked) < 1e-12
 
 
 @pytest.mark.parametrize("model", ["gemma4_text"], indirect=True)

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from ..vanilla.family import Layout
+from ..vanilla.legality import tensors_of
 from ..vanilla.skeleton import build_empty
 
 Shapes = dict[str, tuple[int, ...]]
@@ -62,7 +63,7 @@ def check_conforms(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> None:
         UnsupportedModelError: naming the tensors that differ, and the config field, the parametrization or the
             replaced module that is at fault.
     """
-    expected = _shapes(layout.model_class, layout.config)
+    expected = tensors_of(layout)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found == expected:
         return

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModelError
 from ..vanilla.family import Layout
+from ..vanilla.legality import tensors_of
 from ..vanilla.modules import channels_dim, gateable, norm_offset
 from ..vanilla.resize import edit_config
 from ..vanilla.shape import FFN, HEADS, KV_GROUPS, Shape
@@ -55,6 +56,7 @@ def _readers(layout: Layout, rules: Mapping[str, tuple[SliceRule, ...]]) -> tupl
     one_layer = Shape(num_hidden_layers=1).complete(layout.dense)
     built = build_empty(layout.model_class, edit_config(layout, one_layer, layers=(0,)))
     gated = {layout.family.attention_out: {HEADS}, layout.family.ffn_out: {FFN}}
+    layers, tensors = range(layout.dense.sizes()["num_hidden_layers"]), tensors_of(layout)
     problems: Problems = []
     norms: dict[str, str] = {}
     for name, each in rules.items():
@@ -63,6 +65,13 @@ def _readers(layout: Layout, rules: Mapping[str, tuple[SliceRule, ...]]) -> tupl
         for rule in each:
             axes = CUT & set(rule.segments)
             if not axes:
+                continue
+            if not name.startswith(".") and any(f"{layout.stack}.{layer}.{name}" not in tensors for layer in layers):
+                problem = (
+                    f"{name!r} of {layout.model_class.__name__} depends on {sorted(axes)}, and only some layers hold "
+                    "it: where the others read it too, the same units would have to stay in all of them"
+                )
+                problems.append((axes, problem))
                 continue
             where = f"{name!r} of {layout.model_class.__name__} depends on {sorted(axes)} along dimension {rule.dim}"
             if rule.dim == _input_dim(module, parameter) and not axes <= gated.get(owner, set()):

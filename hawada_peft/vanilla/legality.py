@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 
 from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
 
 from ..errors import IllegalShapeError
 from .family import Layout, hidden_home, relocate
@@ -128,17 +129,27 @@ def _without(
 def _by_layer(layout: Layout, layers: tuple[int, ...]) -> tuple[Tensors, list[Tensors]]:
     """What the class builds with some of the layers: the shapes outside of them, and those of each, by name."""
     shape = replace(layout.dense, num_hidden_layers=len(layers))
-    check_constructor(layout.model_class)
-    built = build_empty(layout.model_class, edit_config(layout, shape, layers=layers))
+    every = len(layers) == layout.dense.num_hidden_layers
+    tensors = tensors_of(layout) if every else _tensors(layout, edit_config(layout, shape, layers=layers))
     outside: Tensors = {}
     inside: list[Tensors] = [{} for _ in layers]
-    for name, tensor in built.state_dict().items():
+    for name, each in tensors.items():
         index, _, short = name.removeprefix(f"{layout.stack}.").partition(".")
         if name.startswith(f"{layout.stack}.") and index.isdigit() and int(index) < len(layers):
-            inside[int(index)][short] = tuple(tensor.shape)
+            inside[int(index)][short] = each
         else:
-            outside[name] = tuple(tensor.shape)
+            outside[name] = each
     return outside, inside
+
+
+def tensors_of(layout: Layout) -> Tensors:
+    """The shapes of all tensors that the class builds from the dense model's config, by name."""
+    return layout.once("tensors", lambda: _tensors(layout, layout.config))
+
+
+def _tensors(layout: Layout, config: PreTrainedConfig) -> Tensors:
+    built = build_empty(layout.model_class, config)
+    return {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
 
 
 def least_layers(layout: Layout) -> int:
