@@ -4,11 +4,17 @@ Estimated against measured latency over random legal shapes that the table has n
     python benchmarks/latency_error.py llama-3.2-1b:prefill:8x1024:bfloat16:eager vit-b16:forward:64:float32:eager \
         --device cuda
     python benchmarks/latency_error.py TEACHER_FOLDER:prefill:1x128:float32:eager --device cpu --threads 1
+
+Of narrower residual streams too, each by the table of its own that a search measures:
+
+    python benchmarks/latency_error.py llama-3.2-1b:prefill:8x1024:bfloat16:eager vit-b16:forward:64:float32:eager \
+        --device cuda --hidden 1 0.75 0.5 --tie --table-seconds 2 --check-seconds 3
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -23,16 +29,18 @@ from hawada_peft.latency.build import random_shapes
 from hawada_peft.latency.clock import Clock
 from hawada_peft.latency.effort import Effort
 from hawada_peft.latency.measuring import measure_built
+from hawada_peft.planning.sizes import hidden_multiple
 from hawada_peft.search.timed import measure_table
 from hawada_peft.search.timed_models import realiser
 from hawada_peft.vanilla.family import locate
-from hawada_peft.vanilla.legality import legal_head_shapes
+from hawada_peft.vanilla.legality import fit_hidden, legal_head_shapes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--shapes", type=int, default=30)
+    parser.add_argument("--hidden", type=float, nargs="+", default=[1.0], help="parts of the dense hidden size")
     parser.add_argument("--table-seconds", type=float, default=6.0, help="per group of timed models")
     parser.add_argument(
         "--tie", action="store_true", help="scale by the dense model timed beside the shapes, where the machine drifts"
@@ -45,17 +53,22 @@ def main() -> None:
     print("| " + columns.replace(", ", " | ") + " |")
     print("|" + "---|" * 12)
     raw = []
-    for text in options.cases:
+    for text, part in itertools.product(options.cases, options.hidden):
         case = parse_case(text, options.device)
         model = case.load()
         clock = Clock(time.thread_time) if options.cpu_time else Clock()
         effort = Effort(min_rounds=7, max_rounds=40, max_seconds=options.table_seconds, cache=False, clock=clock)
+        layout, size = locate(model), None
+        if part < 1:
+            wish = replace(layout.dense, hidden_size=round(part * layout.hidden_size))
+            size = layout.complete(fit_hidden(layout, wish, step=hidden_multiple(layout, 1))).hidden_size
         started = time.perf_counter()
-        table = measure_table(model, case.regime, effort=effort)
+        table = measure_table(
+            model, case.regime, effort=effort if size is None else effort.narrower(), hidden_size=size
+        )
         seconds = time.perf_counter() - started
-        layout = locate(model)
-        heads, build = legal_head_shapes(layout), realiser(layout, case.regime)
-        shapes = random_shapes(layout.dense, heads, table.multiple, options.shapes, seed=12345)
+        heads, build = legal_head_shapes(layout, size), realiser(layout, case.regime)
+        shapes = random_shapes(layout.narrowed(size), heads, table.multiple, options.shapes, seed=12345)
         effort = replace(effort, min_rounds=10, max_rounds=60, max_seconds=options.check_seconds, tolerance=0.005)
         timings = measure_built(build, shapes, case.regime, reference=layout.dense, effort=effort)
         scale = table.dense_ms / timings[layout.dense].median_ms if options.tie else 1.0
@@ -67,8 +80,9 @@ def main() -> None:
         error, rough = np.abs(estimates / real - 1), np.abs(plain / real - 1)
         found = (np.median(error), np.percentile(error, 95), error.max(), np.median(estimates / real - 1))
         shares = " | ".join(f"{value:.2%}" for value in found)
+        name = str(case) if size is None else f"{case}, hidden {size}"
         print(
-            f"| {case} | {table.dense_ms:.3f} | {seconds:.0f} | {table.multiple} | {len(shapes)} | {shares} | "
+            f"| {name} | {table.dense_ms:.3f} | {seconds:.0f} | {table.multiple} | {len(shapes)} | {shares} | "
             f"{rank_correlation(estimates, real):.4f} | {np.median(rough):.2%} | {np.percentile(rough, 95):.2%} |",
             flush=True,
         )
@@ -80,6 +94,7 @@ def main() -> None:
         raw.append(
             {
                 "case": text,
+                "hidden_size": size,
                 "dense_again": timings[layout.dense].median_ms,
                 "spread": spread,
                 "table": table.to_dict(),

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import BARE_ROW, LM_ROW, VISION_ROW, Row, assert_same_state, build, difference, logits_of, state_of
@@ -14,14 +15,17 @@ from peft import PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from test_basis import calibration
 from test_trainer import trainer_of
-from toys import by_shape, once
+from toys import REGIME, by_shape, once
 
 from hawada_peft import HawAdaConfig, LatencyBudget, SearchResult, Shape, collect_gates, find_plan, slim_checkpoint
 from hawada_peft.basis.attach import attach_directions, detach_directions
 from hawada_peft.basis.basis import basis_gate
 from hawada_peft.basis.find import find_basis
 from hawada_peft.errors import HawAdaError, UnsupportedModelError
+from hawada_peft.latency.build import random_shapes
+from hawada_peft.search.timed import measure_table
 from hawada_peft.vanilla.family import FAMILIES, locate, register_family
+from hawada_peft.vanilla.legality import legal_head_shapes
 
 pytestmark = pytest.mark.filterwarnings("ignore::hawada_peft.errors.UntiedEmbeddingsWarning")
 two_rows = pytest.mark.parametrize("row", [LM_ROW, VISION_ROW], ids=["text", "vision"])
@@ -228,3 +232,28 @@ def test_what_is_untied_counts(constant: bool) -> None:
     small = model.merge_and_unload()
     assert small.num_parameters() == result.best.parameters
     assert small.config.tie_word_embeddings == constant
+
+
+# ------------------------------------------------------------------ latency
+
+
+def test_estimates_of_narrower_streams_are_as_good_as_others() -> None:
+    """A clock on which hidden and inner sizes multiply; a table for each hidden size, as a search measures it."""
+
+    def law(shape: Shape) -> float:
+        heads, _, ffn, layers = shape.sizes().values()
+        hidden = shape.hidden_size or 64
+        return 0.3 + layers * (0.05 + hidden * (8 * heads * 3 + 3 * ffn) / 20_000 + hidden / 400)
+
+    model = build(LM_ROW)
+    layout, effort = locate(model), once(by_shape(law)).narrower()
+    errors: dict[int, list[float]] = {}
+    for size in (56, 48, 40, 32, 24):
+        table = measure_table(model, REGIME, effort=effort, hidden_size=size)
+        heads = legal_head_shapes(layout, size)
+        shapes = random_shapes(layout.narrowed(size), heads, table.multiple, 30, seed=7)
+        assert {shape.hidden_size for shape in shapes} == {size}
+        errors[size] = [abs(table.estimate(shape) / law(shape) - 1) for shape in shapes]
+    for found in errors.values():
+        assert np.median(found) <= 0.03
+        assert np.percentile(found, 95) <= 0.08

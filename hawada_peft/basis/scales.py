@@ -17,6 +17,9 @@ from .moments import counted, kind_of, watching
 PART = 4
 """One in so many calibration batches is used: there is one number to fit for each norm."""
 
+ENOUGH = 1024
+"""Positions that suffice for that; no further batch is used."""
+
 
 def fit_scales(
     model: nn.Module,
@@ -50,7 +53,10 @@ def fit_scales(
     vectors = vectors.to(device=device, dtype=dtype)
     directions = vectors - vectors.mean(0) if centred else vectors
     products, squares = torch.zeros(2, len(WIDTHS), len(layout.norms), device=device, dtype=dtype)
+    positions = 0
     for batch in progress_bar(progress, iterable=batches[::PART], desc="factors of the norms", leave=False):
+        if positions >= ENOUGH:
+            break
         inputs = without_labels(batch, device)
         dense: list[torch.Tensor] = []
 
@@ -62,6 +68,7 @@ def fit_scales(
 
         with torch.no_grad(), watching(model, layout, keep):
             model(**inputs)
+        positions += len(counted(dense[0], inputs))
         for place, part in enumerate(WIDTHS[:-1]):
             kept = directions[:, : max(1, round(part * vectors.shape[1]))]
 
