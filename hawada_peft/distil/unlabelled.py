@@ -1,4 +1,8 @@
-"""What trainers that need no labels have in common: a loss for evaluation, and checkpoints that can be relied on."""
+"""
+What trainers that need no labels have in common: a loss for evaluation, and checkpoints that can be relied on.
+
+Long because transformers asks one class for all of a training.
+"""
 
 from __future__ import annotations
 
