@@ -1,4 +1,8 @@
-"""The trainer of gates: from a budget or a shape to gates that are no worse than untrained ones."""
+"""
+The trainer of gates: from a budget or a shape to gates that are no worse than untrained ones.
+
+Long because its start, its end and its checkpoints are those of one class of transformers.
+"""
 
 from __future__ import annotations
 
