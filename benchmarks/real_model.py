@@ -1,7 +1,7 @@
 """
 Our race against its peers on a real pretrained model, at equal measured latency and equal steps.
 
-    python benchmarks/real_teacher.py DIR/smollm2-135m
+    python benchmarks/real_models.py smollm2-135m DIR/smollm2-135m
     python benchmarks/real_model.py data --teacher DIR/smollm2-135m --source-tokenizer BENCH/teachers/llama \\
         --train BENCH/text_train.npy.xz --eval BENCH/text_eval.npy --out DIR/data
     COMMON="--teacher DIR/smollm2-135m --data DIR/data --out OUT/rows.jsonl --known OLD/rows.jsonl OLD/timings.jsonl"

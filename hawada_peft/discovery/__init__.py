@@ -22,6 +22,7 @@ from .anatomy import (
     Segment,
     Stack,
 )
+from .families import find_parts, parts_of
 from .inspected import inspect
 
 __all__ = [
@@ -45,5 +46,7 @@ __all__ = [
     "Rows",
     "Segment",
     "Stack",
+    "find_parts",
     "inspect",
+    "parts_of",
 ]

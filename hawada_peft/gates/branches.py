@@ -59,8 +59,15 @@ def branches_of(layout: Layout) -> tuple[str, ...]:
     Raises:
         UnsupportedModelError: if a layer does not run on its own, and the family's row does not tell.
     """
+    if layout.known is not None:
+        return tuple(dict.fromkeys(name for each in layout.known.branches for name in each))
     declared = layout.family.branches
     return layout.once("branches", lambda: _find(layout)) if declared is None else declared
+
+
+def branches_at(layout: Layout, layer: int) -> tuple[str, ...]:
+    """As `branches_of`, of one layer: in stacks of layers of several kinds they may have other modules."""
+    return branches_of(layout) if layout.known is None else layout.known.branches[layer]
 
 
 def _find(layout: Layout) -> tuple[str, ...]:
@@ -189,16 +196,19 @@ def _arguments(model: PreTrainedModel, layers: list[nn.Module]) -> tuple[tuple[A
     with ExitStack() as stack:
         for layer in layers:
             stack.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
-        for masked in (True, False):  # some look at the values of a mask, others at those of the positions without one
+        # Some look at the values of a mask, others at those of the positions without one, or of tokens of an image.
+        for masked, alone in ((True, False), (False, False), (True, True), (False, True)):
             if not seen:
-                _try(model, masked=masked)
+                _try(model, masked=masked, alone=alone)
     return seen[-1] if seen else None
 
 
-def _try(model: PreTrainedModel, *, masked: bool) -> None:
+def _try(model: PreTrainedModel, *, masked: bool, alone: bool) -> None:
     """Run a model without values as far as it goes: nothing after the layer matters."""
     try:
         inputs = example_inputs(model)
+        if alone:
+            inputs = {name: value for name, value in inputs.items() if name.endswith("input_ids")} or inputs
         if "input_ids" in inputs:
             inputs |= {"attention_mask": torch.ones_like(inputs["input_ids"])} if masked else {}
             inputs["use_cache"] = False

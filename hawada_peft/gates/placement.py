@@ -18,11 +18,11 @@ from ..vanilla.legality import depth_of
 from ..vanilla.modules import feature_dim, feature_sizes
 from ..vanilla.shape import EXPERTS, KV_GROUPS
 from .adapter import BLOCK, EXPERT_UNITS, HIDDEN_UNITS, LAYER, UNITS, GateAdapter
-from .branches import branches_of
+from .branches import branches_at, branches_of
 from .concrete import AttentionHeadAdapter, BlockAdapter, ChannelAdapter, ExpertsAdapter, RouterAdapter
 from .hidden import HiddenAdapter, UnitNormAdapter, norm_sizes
 from .kinds import BlendGate, BlockGate, ChannelGate, ExpertGate, GateStart, HeadGate, HiddenGate, SigmoidGate
-from .reading import adapters_in, hidden_gate, whole_gates
+from .reading import adapter_at, adapters_in, hidden_gate, whole_gates
 from .stream_basis import BasisGate
 
 BLOCKS, LAYERS = "blocks", "layers"
@@ -116,9 +116,9 @@ def _whole(
     """New gates on the whole of a layer that one of its modules carries: slot to gate."""
     if not {BLOCKS, LAYERS} & {*kinds} or layer in depth_of(layout).pinned:
         return {}
-    branches = branches_of(layout)
+    branches = branches_at(layout, layer)
     if not branches:
-        return {LAYER: BlendGate(start=start, relative=True)} if name == layout.family.attention_out else {}
+        return {LAYER: BlendGate(start=start, relative=True)} if name == _blending(layout) else {}
     if name not in branches:
         return {}
     slots = [slot for slot, kind in ((BLOCK, BLOCKS), (LAYER, LAYERS)) if kind in kinds]
@@ -141,7 +141,18 @@ def whole_ends(layout: Layout, kinds: Collection[str]) -> set[str]:
             f"the layers of model_type={layout.model_type!r} norm the sum of their input and of what a block adds, so "
             "that no factor on a block alone makes it smaller or closes it: leave 'blocks' out of the config's `gates`"
         )
-    return {*branches} or {layout.family.attention_out}
+    if not branches and not _blending(layout):
+        raise UnsupportedModelError(
+            f"the layers of {layout.model_class.__name__} norm their sum, and no module of theirs is known that could "
+            "hold the gate of a layer: leave 'layers' out of the config's `gates`"
+        )
+    every = layout.known is None or all(layout.known.branches)
+    return {*branches} if branches and every else {*branches, _blending(layout)} - {""}
+
+
+def _blending(layout: Layout) -> str:
+    """The module of a layer that holds a gate which blends the layer."""
+    return layout.family.attention_out or layout.family.ffn_out
 
 
 def router_of(layout: Layout) -> str:
@@ -176,7 +187,7 @@ def connect(model: nn.Module, layout: Layout, name: str, adapter: GateAdapter) -
 def siblings(model: nn.Module, layout: Layout, name: str) -> list[GateAdapter]:
     """The adapters at the modules of the same layer that carry gates on the whole of it."""
     inside = layout.within(name)
-    branches = branches_of(layout) if inside is not None else ()
+    branches = branches_at(layout, inside[0]) if inside is not None else ()
     if inside is None or inside[1] not in branches:
         return []
     found = [model.get_submodule(f"{layout.stack}.{inside[0]}.{branch}") for branch in branches]
@@ -206,9 +217,8 @@ def follow_units(model: nn.Module, layout: Layout, norms: Mapping[str, str]) -> 
     for layer in range(layout.dense.sizes()["num_hidden_layers"]):
         for name, axis in norms.items():
             norm = model.get_submodule(f"{layout.stack}.{layer}.{name}")
-            end = layout.ffn_out(layer) if axis == FFN else layout.attention_out(layer)
-            home = model.get_submodule(end)
-            if isinstance(norm, UnitNormAdapter) and isinstance(home, GateAdapter):
+            home = adapter_at(model, layout.ffn_out(layer) if axis == FFN else layout.attention_out(layer))
+            if isinstance(norm, UnitNormAdapter) and home is not None:
                 norm.follow(home, layout.dense.heads_per_group if axis == KV_GROUPS else 1)
 
 
@@ -322,8 +332,10 @@ def set_masks(
             (HEADS, layout.attention_out(layer), sizes["num_attention_heads"]),
             (FFN, layout.ffn_out(layer), sizes["intermediate_size"]),
         ):
-            adapter = model.get_submodule(end)
-            gates = adapter.gates(adapter_name) if isinstance(adapter, GateAdapter) else {}
+            adapter = adapter_at(model, end)
+            gates = {} if adapter is None else adapter.gates(adapter_name)
+            if not end:
+                continue
             if (kept := plan.kept(axis, layer)) is not None:
                 masks += masks_of(gates, kept, total, f"{axis} in layer {layer}")
         if stays and (chosen := plan.kept(EXPERTS, layer)) is not None:

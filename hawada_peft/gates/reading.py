@@ -64,17 +64,23 @@ def layers_of(model: nn.Module, layout: Layout, adapter_names: Sequence[str]) ->
         heads: list[SigmoidGate] = []
         ffn: list[SigmoidGate] = []
         whole: list[SigmoidGate] = []
+        ends = adapter_at(model, layout.attention_out(layer)), adapter_at(model, layout.ffn_out(layer))
         experts: list[SigmoidGate] = []
-        ends = model.get_submodule(layout.attention_out(layer)), model.get_submodule(layout.ffn_out(layer))
         inside = adapters_in(model, layout, layer)
         for name in adapter_names:
-            here, there = (end.gates(name) if isinstance(end, GateAdapter) else {} for end in ends)
+            here, there = ({} if end is None else end.gates(name) for end in ends)
             heads += [here[UNITS]] if UNITS in here else []
             ffn += [there[UNITS]] if UNITS in there else []
             whole += [*whole_gates(inside, name, LAYER), *whole_gates(inside, name, BLOCK)]
             experts += [gates[EXPERT_UNITS] for each in inside if EXPERT_UNITS in (gates := each.gates(name))]
         found.append(LayerGates(tuple(heads), tuple(ffn), tuple(whole), tuple(experts)))
     return found
+
+
+def adapter_at(model: nn.Module, name: str) -> GateAdapter | None:
+    """The adapter of a name; None if it is empty, or another module's."""
+    module = model.get_submodule(name) if name else None
+    return module if isinstance(module, GateAdapter) else None
 
 
 def adapters_in(model: nn.Module, layout: Layout, layer: int) -> list[GateAdapter]:

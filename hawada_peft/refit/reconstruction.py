@@ -196,6 +196,11 @@ def refit_model(
         streams = zip([*fitted, *held], student.hidden, strict=True)
         masks = [position_mask(batch, hidden.shape[:2]) for batch, hidden in streams]
         ends = [name(i) for i in range(len(student.layers)) for name in (layout.attention_out, layout.ffn_out)]
+        if "" in ends:
+            raise UnsupportedModelError(
+                f"layers of {type(slim).__name__} have no attention or FFN output that is known: leave out the "
+                "calibration"
+            )
         projections = {name: as_projection(slim.get_submodule(name), name) for name in ends}
         plain = {name: [p.data for p in parameters_of(module)] for name, module in projections.items()}
         applied = False

@@ -11,7 +11,7 @@ from transformers.initialization import no_init_weights
 
 from ..errors import IllegalShapeError
 from ..latency.regime import Regime
-from ..vanilla.family import Layout
+from ..vanilla.family import Layout, mark
 from ..vanilla.resize import edit_config
 from ..vanilla.shape import Shape
 
@@ -44,6 +44,7 @@ def realiser(layout: Layout, regime: Regime) -> Callable[[Shape], PreTrainedMode
         except (StrictDataclassError, ValueError, TypeError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise IllegalShapeError(f"{type(layout.config).__name__} refuses {shape.to_dict()}: {reason}") from None
+        mark(built, layout, range(shape.sizes()["num_hidden_layers"]))
         return built.eval()
 
     return build

@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
-from ..errors import HawAdaError, InvalidPlanError
+from ..errors import HawAdaError, InvalidPlanError, UnsupportedModelError
 from ..files.names import REPORT_NAME
 from ..planning.plan import Plan
 from ..vanilla.family import Layout, locate
@@ -147,7 +147,10 @@ def size_problems(model: PreTrainedModel, report: Mapping[str, Any]) -> list[str
     if said is not None and said != model.num_parameters():
         problems.append(f"{REPORT_NAME} says {said:,} parameters, the model has {model.num_parameters():,}")
     if plan is not None:
-        wanted, found = plan.shape.to_dict(), locate(model, _tower_of(plan)).full.to_dict()
+        try:
+            wanted, found = plan.shape.to_dict(), locate(model, _tower_of(plan)).full.to_dict()
+        except UnsupportedModelError:  # of what is left of it nothing more can be removed, so nothing is found
+            return problems
         off = [f"{name} {found[name]} instead of {size}" for name, size in wanted.items() if found[name] != size]
         if off:
             untouched = all(found[name] == size for name, size in plan.dense.to_dict().items())

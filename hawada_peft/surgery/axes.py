@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 
 from ..errors import UnsupportedModelError
 from ..planning.plan import Plan
 from ..vanilla.family import Layout
 from ..vanilla.legality import build_sizes, depth_of
 from ..vanilla.resize import edit_config
-from ..vanilla.shape import EXPERTS, FFN, HEADS, HIDDEN, KV_GROUPS, LAYERS, SIZES, Shape
+from ..vanilla.shape import EXPERTS, FFN, HEADS, HIDDEN, KV_GROUPS, LAYERS, SIZES, Shape, SliceRule
 from ..vanilla.skeleton import build_empty
-
-
-@dataclass(frozen=True)
-class SliceRule:
-    """
-    How one dimension of one parameter is made of units.
-
-    Args:
-        dim (`int`): the dimension.
-        segments (`tuple[str, ...]`): the axes whose units follow each other along it.
-        width (`int`): rows per unit.
-    """
-
-    dim: int
-    segments: tuple[str, ...]
-    width: int
 
 
 def find_axes(
@@ -51,6 +34,12 @@ def find_axes(
     Raises:
         UnsupportedModelError: if a dimension is not made of whole units, or of several things in an undeclared order.
     """
+    if layout.facts is not None:
+        found = {
+            name: tuple(rule for rule in each if hidden or HIDDEN not in rule.segments)
+            for name, each in layout.facts.rules.items()
+        }
+        return {name: each for name, each in found.items() if each}
     rules, problems = layout.once(("axes", hidden), lambda: _find_axes(layout, hidden))
     wanted = {*cut, HIDDEN} if hidden else {*cut}
     for axes, problem in problems:

@@ -44,6 +44,8 @@ def check_readers(layout: Layout, cut: Collection[str]) -> dict[str, str]:
     Raises:
         UnsupportedModelError: naming the tensor; as `find_axes`.
     """
+    if layout.known is not None:
+        return {}  # units that others read were refused when the row was found
     rules = find_axes(layout, cut=cut)
     problems, norms = layout.once("readers", lambda: _readers(layout, rules))
     for axes, problem in problems:

@@ -84,7 +84,7 @@ def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None) -> Model
     materialise(model, result, layout, plan)
     result.tie_weights()
     rename(result, "", origin_of(model))
-    mark(result, layout)
+    mark(result, layout, plan.layers)
     if model.can_generate():
         result.generation_config = copy.deepcopy(model.generation_config)
     for parameter in result.parameters():

@@ -13,9 +13,8 @@ from transformers.initialization import guard_torch_init_functions
 from ..errors import UnsupportedModelError
 from ..planning.plan import Plan
 from ..vanilla.family import Layout
-from ..vanilla.shape import BY_NAME
+from ..vanilla.shape import BY_NAME, SliceRule
 from ..vanilla.skeleton import build_empty
-from .axes import SliceRule
 from .conformity import below
 
 
@@ -49,6 +48,14 @@ def source_of(name: str, layout: Layout, plan: Plan) -> tuple[str, int, str]:
 def rows_of(rule: SliceRule, layout: Layout, plan: Plan, layer: int) -> torch.Tensor:
     """The indices that stay along a rule's dimension, in the layer at a position of the plan."""
     offset, rows, sizes = 0, [], layout.full.to_dict()
+    if rule.units:
+        stays = torch.ones(len(rule.units[0]), dtype=torch.bool)
+        for axis, units in zip(rule.segments, rule.units, strict=True):
+            total = sizes[BY_NAME[axis].field]
+            here = torch.zeros(total + 1, dtype=torch.bool)
+            here[[*(plan.units(axis, layer) or range(total)), -1]] = True  # -1: a row of none of its units
+            stays &= here[torch.tensor(units)]
+        return stays.nonzero()[:, 0]
     for axis in rule.segments:
         total = sizes[BY_NAME[axis].field]
         kept = plan.units(axis, layer) or range(total)

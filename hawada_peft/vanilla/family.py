@@ -7,7 +7,7 @@ Long because every field of a row and of a layout is explained.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar, cast
@@ -18,11 +18,15 @@ from transformers.backbone_utils import BackboneConfigMixin
 
 from ..errors import UnsupportedModelError
 from .modules import feature_sizes
-from .shape import EXPERTS, FFN, HEADS, HIDDEN, Shape
-from .towers import Tower, config_at, towers_of
+from .shape import EXPERTS, FFN, HEADS, HIDDEN, Shape, SliceRule
+from .skeleton import build_empty
+from .towers import Tower, config_at, towers_of, value_at
 
 TOWER = "_hawada_tower"
 """Attribute of a model: which of its towers is slimmed."""
+
+PART = "_hawada_part"
+"""Attribute of a model without a row: what was found of that tower."""
 
 Found = TypeVar("Found")
 
@@ -46,7 +50,13 @@ class Family:
         layers_field (`str`): the config field with the number of layers.
         hidden_field (`str`): the config field with the size of the residual stream.
         ffn_unit (`str`): the config field that `ffn_field` is a multiple of; empty if it counts channels.
+        ffn_channels (`float`): channels that 1 of `ffn_field` stands for, where it is a ratio; 0 if it counts them.
         layer_lists (`tuple[str, ...]`): config fields that hold one entry per layer.
+        layer_counts (`tuple[str, ...]`): further config fields with the number of layers.
+        layer_indices (`tuple[str, ...]`): config fields that list layers, counted from 0.
+        layer_stages (`tuple[str, ...]`): config fields that list layers counted from 1; 0 is what goes into the first.
+        leading (`tuple[str, ...]`): config fields that tell how many of the first layers are of a kind.
+        removed (`tuple[str, ...]`): config fields that follow from others, left out of an edited config.
         pinned (`tuple[tuple[int, str], ...]`): layers that must stay although a model without them can be built, each
             with the reason.
         branches (`tuple[str, ...]`, *optional*): the modules of a layer whose outputs its gate multiplies, relative to
@@ -80,7 +90,13 @@ class Family:
     heads_field: str = "num_attention_heads"
     layers_field: str = "num_hidden_layers"
     hidden_field: str = "hidden_size"
+    ffn_channels: float = 0
     layer_lists: tuple[str, ...] = ()
+    layer_counts: tuple[str, ...] = ()
+    layer_indices: tuple[str, ...] = ()
+    layer_stages: tuple[str, ...] = ()
+    leading: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
     pinned: tuple[tuple[int, str], ...] = ()
     branches: tuple[str, ...] | None = None
     router: str = ""
@@ -114,6 +130,58 @@ def register_family(model_type: str, family: Family) -> None:
 
 
 @dataclass(frozen=True)
+class Known:
+    """
+    What was found of the layers of one class and config, so that it needs not be asked again.
+
+    Args:
+        rules (`Mapping[str, tuple[SliceRule, ...]]`): how parameters are made of units, as `find_axes` gives them.
+        sizes (`Mapping[str, Container[int]]`): the numbers of units that are built as asked, by the axis.
+        layers (`Mapping[str, Container[int]]`): the layers that have units of an axis, by the axis.
+        branches (`tuple[tuple[str, ...], ...]`): of every layer what `Family.branches` says of all.
+        pinned (`Mapping[int, str]`): layers that must stay, each with the reason.
+        per_layer (`Mapping[str, tuple[int, int]]`): tensors outside of the layers with a stretch for each of them:
+            along which dimension, and how long a stretch is.
+    """
+
+    rules: Mapping[str, tuple[SliceRule, ...]]
+    sizes: Mapping[str, Container[int]]
+    layers: Mapping[str, Container[int]]
+    branches: tuple[tuple[str, ...], ...]
+    pinned: Mapping[int, str] = field(default_factory=dict)
+    per_layer: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def left(self, layers: Sequence[int]) -> Known:
+        """What is still known when some layers are left, of other sizes: where things are."""
+        kept = {axis: {new for new, old in enumerate(layers) if old in some} for axis, some in self.layers.items()}
+        return Known({}, {}, kept, tuple(self.branches[layer] for layer in layers))
+
+
+@dataclass(frozen=True)
+class Part:
+    """
+    A list of layers of a model for which a row was found and not written.
+
+    Args:
+        tower (`str`): what it is called among the others of the model; empty if it is the only one.
+        scope (`str`): path of the config that its sizes are in; empty for the model's own.
+        stack (`str`): its full dotted name.
+        family (`Family`): the row; config fields of lists end in the place there, as `"depths.1"`.
+        known (`Known`): what else was found.
+    """
+
+    tower: str
+    scope: str
+    stack: str
+    family: Family
+    known: Known | None = None
+
+
+FINDERS: list[Callable[[PreTrainedModel], list[Part]]] = []
+"""Who is asked for the parts of a model that has no row."""
+
+
+@dataclass(frozen=True)
 class Layout:
     """
     A family's row found in a model, with its class and config: all that decides which sizes it can have.
@@ -128,7 +196,10 @@ class Layout:
         hidden_size (`int`): features of the residual stream.
         model_class (`type[PreTrainedModel]`): the model's class.
         config (`PreTrainedConfig`): its config.
-        tower (`str`): path of the sub-config that the sizes are in, as `"text_config"`; empty if it is the config.
+        tower (`str`): what the layers are called, in a model of several towers: the path of their sub-config, as
+            `"text_config"`, or part of the name of their list, as `"decoder"`.
+        scope (`str`): path of the sub-config that the sizes are in; empty if it is the config.
+        known (`Known`, *optional*): what was found with the row.
         num_experts (`int`, *optional*): routed experts of a layer; None if there are none.
     """
 
@@ -142,6 +213,8 @@ class Layout:
     model_class: type[PreTrainedModel] = field(compare=False, repr=False)
     config: PreTrainedConfig = field(compare=False, repr=False)
     tower: str = ""
+    scope: str = ""
+    known: Known | None = field(default=None, compare=False, repr=False)
     num_experts: int | None = None
 
     def once(self, key: Any, find: Callable[[], Found]) -> Found:
@@ -152,17 +225,39 @@ class Layout:
         return cast(Found, kept[key])
 
     @property
+    def facts(self) -> Known | None:
+        """
+        What was found with the row, of these sizes: found again where the model was cut.
+
+        Raises:
+            UnsupportedModelError: as the finders.
+        """
+        if self.known is None or self.known.rules or self.known.sizes:
+            return self.known
+        return self.once("facts", self._found_again)
+
+    def _found_again(self) -> Known:
+        parts = [part for find in FINDERS for part in find(build_empty(self.model_class, self.config))]
+        found = [part.known for part in parts if part.stack == self.stack and part.known is not None]
+        everything = range(self.dense.sizes()["num_hidden_layers"])
+        return found[0] if found else cast(Known, self.known).left(everything)
+
+    @property
     def tower_config(self) -> PreTrainedConfig:
         """The config that the sizes are in: the model's, or one inside it."""
-        return config_at(self.config, self.tower)
+        return config_at(self.config, self.scope)
 
     def attention_out(self, layer: int) -> str:
-        """The dotted name of a layer's attention output projection."""
-        return f"{self.stack}.{layer}.{self.family.attention_out}"
+        """The dotted name of a layer's attention output projection; empty if none is known there."""
+        return self._end(layer, HEADS, self.family.attention_out)
 
     def ffn_out(self, layer: int) -> str:
-        """The dotted name of a layer's FFN output projection."""
-        return f"{self.stack}.{layer}.{self.family.ffn_out}"
+        """The dotted name of a layer's FFN output projection; empty if none is known there."""
+        return self._end(layer, FFN, self.family.ffn_out)
+
+    def _end(self, layer: int, axis: str, name: str) -> str:
+        there = self.known is None or layer in self.known.layers.get(axis, ())
+        return f"{self.stack}.{layer}.{name}" if name and there else ""
 
     @cached_property
     def norms(self) -> tuple[str, ...]:
@@ -260,23 +355,49 @@ def locate(model: nn.Module, tower: str | None = None) -> Layout:
             "Please specify `target_modules` in `peft_config` to gate the inputs of modules by name."
         )
     wanted = vars(model).get(TOWER) if tower is None else tower
+    held = vars(model).get(PART)
+    if held is not None and wanted in (None, held.tower):
+        return _measured(model, held, "")
     towers = towers_of(model)
     known = [each for each in towers if each.config.model_type in FAMILIES and wanted in (None, each.path)]
     if not known:
-        raise _no_row(model, towers, wanted)
+        return _discovered(model, towers, wanted)
     chosen = known[0] if not known[0].path or len(known) == 1 else max(known, key=lambda each: _weight(model, each))
     family = FAMILIES[chosen.config.model_type]
     if chosen.path:
         # Of a row that is about whole models: who else reads the stream, and which class computes the same.
         family = replace(family, hidden_norms=(), final_norm="", stream_scales=(), twin="", twin_fields=())
     stack = f"{chosen.root}.{family.layers}" if chosen.root else family.layers
-    return _measured(model, family, chosen.path, stack, chosen.root)
+    return _measured(model, Part(chosen.path, chosen.path, stack, family), chosen.root)
 
 
-def mark(model: PreTrainedModel, layout: Layout) -> None:
-    """Have `locate` find the tower of a layout in a model, whatever else is in it."""
+def _discovered(model: PreTrainedModel, towers: list[Tower], wanted: str | None) -> Layout:
+    """The layout of a model without a row, by what is found of it."""
+    parts = [part for find in FINDERS for part in find(model)]
+    chosen = [part for part in parts if wanted in (None, part.tower)]
+    if not chosen:
+        raise _no_row(model, towers, wanted)
+
+    def weight(part: Part) -> int:
+        return sum(parameter.numel() for parameter in model.get_submodule(part.stack).parameters())
+
+    return _measured(model, max(chosen, key=weight), "")
+
+
+def mark(model: PreTrainedModel, layout: Layout, layers: Sequence[int] | None = None) -> None:
+    """
+    Have `locate` find the tower of a layout in a model, whatever else is in it.
+
+    Args:
+        model: of the same class.
+        layout: of a model of these sizes, or of the one that it was cut from.
+        layers: those that are left of that one.
+    """
     if layout.tower:
         vars(model)[TOWER] = layout.tower
+    if layout.known is not None:
+        known = layout.known if layers is None else layout.known.left(layers)
+        vars(model)[PART] = Part(layout.tower, layout.scope, layout.stack, layout.family, known)
 
 
 def relocate(layout: Layout, model: PreTrainedModel) -> Layout:
@@ -286,12 +407,13 @@ def relocate(layout: Layout, model: PreTrainedModel) -> Layout:
     Raises:
         UnsupportedModelError: if it does not have the family's modules.
     """
-    return _measured(model, layout.family, layout.tower, layout.stack, layout.root)
+    return _measured(model, Part(layout.tower, layout.scope, layout.stack, layout.family, layout.known), layout.root)
 
 
 def tower_names(model: PreTrainedModel) -> list[str]:
     """The towers of a model that a row is known for; the empty name is the model's own."""
-    return [each.path for each in towers_of(model) if each.config.model_type in FAMILIES]
+    known = [each.path for each in towers_of(model) if each.config.model_type in FAMILIES]
+    return known or [part.tower for find in FINDERS for part in find(model)]
 
 
 def _weight(model: PreTrainedModel, tower: Tower) -> int:
@@ -315,43 +437,63 @@ def _no_row(model: PreTrainedModel, towers: list[Tower], wanted: str | None) -> 
     )
 
 
-def _measured(model: PreTrainedModel, family: Family, tower: str, stack_name: str, root: str) -> Layout:
-    config = config_at(model.config, tower)
-    stack = find_module(model, stack_name, config.model_type)
-    if not isinstance(stack, nn.ModuleList) or len(stack) == 0:
+def _measured(model: PreTrainedModel, part: Part, root: str) -> Layout:
+    config, family = config_at(model.config, part.scope), part.family
+    stack = find_module(model, part.stack, config.model_type)
+    if not isinstance(stack, nn.ModuleList | nn.Sequential) or len(stack) == 0:
         raise UnsupportedModelError(
-            f"model_type={config.model_type!r}: {stack_name!r} should be a list of layers, is a {type(stack).__name__}"
+            f"model_type={config.model_type!r}: {part.stack!r} should be a list of layers, is a {type(stack).__name__}"
         )
-    sizes = []
-    for index in range(len(stack)):
-        layer = f"{stack_name}.{index}"
-        attention = feature_sizes(find_module(model, f"{layer}.{family.attention_out}", config.model_type))
-        ffn = feature_sizes(find_module(model, f"{layer}.{family.ffn_out}", config.model_type))
-        sizes.append((attention[0], ffn[0]))
-    heads = getattr(config, family.heads_field)
-    if len(set(sizes)) > 1 or sizes[0][0] % heads:
+    hidden = _number(config, family.hidden_field or "hidden_size")
+    heads = _number(config, family.heads_field or "num_attention_heads")
+    attention, ffn = _inputs(model, part, family.attention_out), _inputs(model, part, family.ffn_out)
+    if len({*attention}) > 1 or len({*ffn}) > 1 or any(size % heads for size in attention):
         raise UnsupportedModelError(
             f"model_type={config.model_type!r}: every layer should have the same sizes, and {heads} heads; the input "
-            f"features of {family.attention_out} and {family.ffn_out} are {sorted(set(sizes))}"
+            f"features of {family.attention_out} and {family.ffn_out} are "
+            f"{sorted({*zip(attention, ffn, strict=False)})}"
         )
+    groups = int(value_at(config, family.kv_heads_field)) if family.kv_heads_field else heads
     return Layout(
         model_type=model.config.model_type,
         family=family,
-        stack=stack_name,
+        stack=part.stack,
         root=root,
         dense=Shape(
             num_attention_heads=heads,
-            num_key_value_heads=getattr(config, family.kv_heads_field) if family.kv_heads_field else heads,
-            intermediate_size=sizes[0][1],
+            num_key_value_heads=groups,
+            intermediate_size=next(iter(ffn), 1),
             num_hidden_layers=len(stack),
         ),
-        head_dim=sizes[0][0] // heads,
-        hidden_size=getattr(config, family.hidden_field),
+        head_dim=next(iter(attention), hidden) // heads,
+        hidden_size=hidden,
         model_class=type(model),
         config=model.config,
-        tower=tower,
+        tower=part.tower,
+        scope=part.scope,
+        known=part.known,
         num_experts=getattr(config, family.experts_field) if family.router else None,
     )
+
+
+def _number(config: PreTrainedConfig, field: str) -> int:
+    """A size in a config; 1 where it has none of that name, or several."""
+    value = value_at(config, field)
+    return value if isinstance(value, int) else 1
+
+
+def _inputs(model: PreTrainedModel, part: Part, end: str) -> list[int]:
+    """The input features of one end of every layer, in layers of several kinds of those that have it."""
+    stack = cast(Sequence[nn.Module], model.get_submodule(part.stack))
+    names = {name for layer in stack for name, _ in layer.named_modules()} if part.known is not None else set()
+    sizes = []
+    for index, layer in enumerate(stack):
+        if end and (part.known is None or end in dict(layer.named_modules())):
+            module = find_module(model, f"{part.stack}.{index}.{end}", model.config.model_type)
+            sizes.append(feature_sizes(module)[0])
+    if end and not sizes:
+        raise UnsupportedModelError(f"no layer of {part.stack!r} has a module {end!r}, only {sorted(names)}")
+    return sizes
 
 
 def find_module(model: nn.Module, name: str, model_type: str) -> nn.Module:

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from ..errors import IllegalShapeError
 from .family import Layout, hidden_home, relocate
 from .resize import edit_config
-from .shape import Shape
+from .shape import HEADS, LAYERS, SIZES, Shape
 from .skeleton import build_empty, check_constructor
 
 MOST_REASONS = 3
@@ -51,6 +51,8 @@ def build_sizes(layout: Layout, shape: Shape) -> str | None:
         UnsupportedModelError: if the class cannot be built from a config alone.
     """
     check_constructor(layout.model_class)
+    if layout.known is not None:
+        return _unknown_size(layout, shape)
     wanted = Shape(num_hidden_layers=1).complete(shape)
     hidden = shape.hidden_size or layout.hidden_size
     try:
@@ -69,6 +71,22 @@ def build_sizes(layout: Layout, shape: Shape) -> str | None:
     return None
 
 
+def _unknown_size(layout: Layout, shape: Shape) -> str | None:
+    """Which of a shape's widths is none of those that were found to be built."""
+    sizes, full = shape.complete(layout.full).to_dict(), layout.full.to_dict()
+    known = {} if layout.facts is None else layout.facts.sizes
+    per_group = shape.complete(layout.dense).heads_per_group
+    # Within kept KV groups, heads are counted as if all groups stayed.
+    asked = {axis.name: sizes.get(axis.field) for axis in SIZES if axis.name != LAYERS}
+    asked[HEADS] = per_group * full["num_key_value_heads"]
+    for axis in SIZES:
+        name, size = axis.name, asked.get(axis.name)
+        if size is None or size == full[axis.field] or size in known.get(name, ()):
+            continue
+        return f"{layout.model_class.__name__} was not found to build {size} of {full[axis.field]} {axis.plural}"
+    return None
+
+
 def depth_of(layout: Layout) -> Depth:
     """
     Ask which layers may go, by building the model without one of them on the meta device: what is left must be the
@@ -77,6 +95,8 @@ def depth_of(layout: Layout) -> Depth:
     Raises:
         UnsupportedModelError: if the class cannot be built from a config alone.
     """
+    if layout.facts is not None:
+        return Depth(layout.facts.pinned, layout.facts.per_layer)
     return layout.once("depth", lambda: _depth(layout))
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneConfigMixin
 
-from .family import Layout
+from .family import Family, Layout
 from .shape import Shape
 
 LEFT_OVER = ("auto_map", "quantization_config")
@@ -71,18 +71,25 @@ def edit_config(layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None 
     layers = layers or tuple(range(sizes["num_hidden_layers"]))
     whole: dict[str, Any] = plain_fields(copy.deepcopy(layout.config.to_dict()))
     fields = whole
-    for name in layout.tower.split(".") if layout.tower else []:
+    for name in layout.scope.split(".") if layout.scope else []:
         fields = fields[name]
 
     def put(name: str, value: Any) -> None:
-        fields[config.attribute_map.get(name, name)] = value
+        if not name:  # the row knows no such field: the size stays
+            return
+        name, _, place = name.partition(".")
+        name = config.attribute_map.get(name, name)
+        if place:
+            fields[name] = [*fields[name][: int(place)], value, *fields[name][int(place) + 1 :]]
+        else:
+            fields[name] = value
 
     hidden = shape.hidden_size or layout.hidden_size
     put(family.hidden_field, hidden)
     put(family.heads_field, sizes["num_attention_heads"])
-    put(family.layers_field, sizes["num_hidden_layers"])
-    if family.kv_heads_field:
-        put(family.kv_heads_field, sizes["num_key_value_heads"])
+    for name in (family.layers_field, *family.layer_counts):
+        put(name, sizes["num_hidden_layers"])
+    put(family.kv_heads_field, sizes["num_key_value_heads"])
     if family.head_dim_field and (
         sizes["num_attention_heads"] != dense["num_attention_heads"] or hidden != layout.hidden_size
     ):
@@ -92,14 +99,12 @@ def edit_config(layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None 
     size = sizes["intermediate_size"]
     if family.ffn_unit:
         unit = hidden if family.ffn_unit == "hidden_size" else getattr(config, family.ffn_unit)
-        put(family.ffn_field, size / unit if size % unit else size // unit)
+        put(family.ffn_field, _whole(size / unit))
     else:
-        put(family.ffn_field, size)
+        put(family.ffn_field, _whole(size / family.ffn_channels) if family.ffn_channels else size)
     if shape.num_experts is not None:
         put(family.experts_field, shape.num_experts)
-    for name in family.layer_lists:
-        if isinstance(fields.get(name), list):
-            fields[name] = [fields[name][layer] for layer in layers]
+    _cut_lists(fields, family, layers)
     if isinstance(config, BackboneConfigMixin):
         # Stage i is what comes out of layer i - 1; the names of stages and of outputs follow from the indices.
         fields.pop("stage_names", None)
@@ -110,6 +115,30 @@ def edit_config(layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None 
         new._attn_implementation = old._attn_implementation
         new._experts_implementation = old._experts_implementation
     return edited
+
+
+def _whole(number: float) -> float | int:
+    return int(number) if number == int(number) else number
+
+
+def _cut_lists(fields: dict[str, Any], family: Family, layers: Sequence[int]) -> None:
+    """What a config says of single layers, with some of them left."""
+
+    def before(layer: int) -> int:
+        """How many of the kept layers come before one."""
+        return sum(each < layer for each in layers)
+
+    for name in family.layer_lists:
+        if isinstance(fields.get(name), list):
+            fields[name] = [fields[name][layer] for layer in layers]
+    for name in family.layer_indices:
+        fields[name] = [before(layer) for layer in fields[name] if layer in layers]
+    for name in family.layer_stages:
+        fields[name] = sorted({before(stage) for stage in fields[name]})
+    for name in family.leading:
+        fields[name] = before(fields[name])
+    for name in family.removed:
+        fields.pop(name, None)
 
 
 def parameters_at(layout: Layout, shape: Shape) -> int:

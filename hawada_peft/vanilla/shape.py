@@ -131,3 +131,22 @@ class Shape:
         if unknown:
             raise IllegalShapeError(f"unknown sizes {unknown} in a shape; known are {allowed}")
         return cls(**sizes)
+
+
+@dataclass(frozen=True)
+class SliceRule:
+    """
+    How one dimension of one parameter is made of units.
+
+    Args:
+        dim (`int`): the dimension.
+        segments (`tuple[str, ...]`): the axes whose units follow each other along it.
+        width (`int`): rows per unit.
+        units (`tuple[tuple[int, ...], ...]`): instead of an order and a width, for each of the axes the unit of every
+            row; -1: none of its.
+    """
+
+    dim: int
+    segments: tuple[str, ...]
+    width: int
+    units: tuple[tuple[int, ...], ...] = ()

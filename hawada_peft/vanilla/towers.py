@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -48,6 +49,13 @@ def config_at(config: PreTrainedConfig, path: str) -> PreTrainedConfig:
     for name in path.split(".") if path else []:
         config = getattr(config, name)
     return config
+
+
+def value_at(config: PreTrainedConfig, field: str) -> Any:
+    """A field of a config, of a list there one entry: `"depths.1"`; None if it has none."""
+    name, _, place = field.partition(".")
+    value = getattr(config, name, None)
+    return value[int(place)] if place and value is not None else value
 
 
 def _below(config: PreTrainedConfig, path: str) -> Iterator[tuple[str, PreTrainedConfig]]:

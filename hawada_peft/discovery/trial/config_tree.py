@@ -57,6 +57,10 @@ def value_at(tree: Mapping[str, Any], path: Path) -> Any:
     return found
 
 
+LAYERS = re.compile("layers$|^depth$")
+"""Names of fields that count layers."""
+
+
 def numbers_of(tree: Mapping[str, Any], above: Path = ()) -> Iterator[tuple[Path, Number]]:
     """Every number that may be a width or a count, with its path."""
     for name, value in tree.items():
@@ -74,7 +78,9 @@ def numbers_of(tree: Mapping[str, Any], above: Path = ()) -> Iterator[tuple[Path
 
 
 def _counts(name: str, value: Any) -> bool:
-    return (isinstance(value, int) and value > 1) or (isinstance(value, float) and value > 0 and "ratio" in name)
+    if isinstance(value, int):
+        return value > 1 or (value == 1 and LAYERS.search(name) is not None)  # a list of one layer is still one
+    return isinstance(value, float) and value > 0 and "ratio" in name
 
 
 def _widths(name: str, values: list[Any] | tuple[Any, ...]) -> bool:

@@ -1,0 +1,188 @@
+"""Models without a row: what is found of them is gated, planned, cut, written and loaded as if one were written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Row, build, difference, gate
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForSeq2SeqLM
+
+from hawada_peft import HawAdaConfig, Shape, save_slim, slim_checkpoint
+from hawada_peft.discovery import Anatomy, parts_of
+from hawada_peft.discovery.anatomy import INPUT, Axis, Number, PerLayer, Pinned, Place, Rows, Segment, Stack
+from hawada_peft.discovery.inputs import example_inputs
+from hawada_peft.errors import IllegalShapeError, UnsupportedModelError
+from hawada_peft.vanilla.family import FAMILIES, locate
+from hawada_peft.vanilla.outputs import outputs_of
+
+BART = {
+    "vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 40, "max_position_embeddings": 32,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+    "forced_eos_token_id": None,
+}  # fmt: skip
+ROW = Row("BartForConditionalGeneration", "BartConfig", BART, Shape())
+TOWERS = {"encoder": Shape(4, 4, 20, 2), "decoder": Shape(4, 4, 17, 1)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> object:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HAWADA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def together(found: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([value.flatten() for value in found.values()])
+
+
+def test_no_row_is_written() -> None:
+    assert "bart" not in FAMILIES
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_stack_of_an_encoder_decoder_slims_exactly(tower: str) -> None:
+    dense = build(ROW, torch.float64)
+    inputs = example_inputs(dense)
+    model = gate(build(ROW, torch.float64), towers=(tower,))
+    plan = model.plan(TOWERS[tower])
+    assert plan.tower == tower
+    model.apply_plan(plan)
+    masked = together(outputs_of(model, inputs))
+    small = model.merge_and_unload()
+    assert locate(small).dense == TOWERS[tower]
+    assert difference(together(outputs_of(small, inputs)), masked) <= 1e-12
+    assert difference(masked, together(outputs_of(dense, inputs))) > 1e-3
+
+
+def test_files_and_bytes_of_a_stack(tmp_path: Path) -> None:
+    build(ROW).save_pretrained(tmp_path / "base")
+    model = gate(build(ROW), towers=("decoder",))
+    model.apply_plan(model.plan(TOWERS["decoder"]))
+    inputs = example_inputs(model.get_base_model())
+    masked = together(outputs_of(model, inputs))
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(build(ROW), tmp_path / "adapter").eval()
+    assert torch.equal(together(outputs_of(again, inputs)), masked)
+    again.merge_and_unload().save_pretrained(tmp_path / "expected")
+    slim_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "slim")
+    mine, expected = (tmp_path / each / "model.safetensors" for each in ("slim", "expected"))
+    assert mine.read_bytes() == expected.read_bytes()
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "slim").eval()
+    assert (loaded.config.decoder_ffn_dim, loaded.config.decoder_layers, loaded.config.encoder_layers) == (17, 1, 2)
+    assert difference(together(outputs_of(loaded, inputs)), masked) <= 1e-5
+
+
+def test_the_second_stack_is_cut_in_the_slim_model(tmp_path: Path) -> None:
+    first = gate(build(ROW), towers=("encoder",))
+    small = first.merge_and_unload(plan=first.plan(TOWERS["encoder"]))
+    second = gate(small, towers=("decoder",))
+    both = second.merge_and_unload(plan=second.plan(TOWERS["decoder"]))
+    assert (locate(both, "encoder").dense, locate(both, "decoder").dense) == (TOWERS["encoder"], TOWERS["decoder"])
+    assert save_slim(both, tmp_path / "slim").max_difference == 0
+
+
+def test_gates_of_a_stack_learn() -> None:
+    model = gate(build(ROW), towers=("decoder",))
+    inputs = example_inputs(model.get_base_model())
+    optimizer = torch.optim.Adam([p for p in model.train().parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(5):
+        loss = model(**inputs, labels=inputs["decoder_input_ids"]).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+
+
+def test_what_was_not_found_is_refused() -> None:
+    model = get_peft_model(build(ROW), HawAdaConfig(towers=("encoder",)))
+    with pytest.raises(IllegalShapeError, match="was not found to build 2 of 4 KV groups"):
+        model.plan(Shape(num_attention_heads=2, num_key_value_heads=2))
+    with pytest.raises(UnsupportedModelError, match=r"has no tower 'speech'"):
+        get_peft_model(build(ROW), HawAdaConfig(towers=("speech",)))
+
+
+# ------------------------------------------------------------------ rows out of what was found, as data
+
+LAYERS = (0, 1)
+LIST = "model.text.layers"
+
+
+def axis(name: str, kind: str, units: int, module: str, rows: tuple[Rows, ...], **more: object) -> Axis:
+    place = Place(f"{LIST}.*.{module}.weight", 1, INPUT, units, LAYERS)
+    numbers = (Number(f"text_config.{name}", units),)
+    return Axis(name, kind, units, numbers, (place,), rows, tuple(range(1, units + 1)), **more)  # type: ignore[arg-type]
+
+
+def fused(*segments: Segment) -> tuple[Rows, ...]:
+    """Rows of [Q0 Q1 K | Q0 Q1 K], 2 features each, as Falcon has them, and the columns that read them."""
+    return (
+        Rows(f"{LIST}.*.attn.qkv.weight", 0, 0, segments, 2, layers=LAYERS),
+        Rows(f"{LIST}.*.attn.out.weight", 1, 0, (Segment(2, 1 if len(segments) == 1 else 2),), 2, layers=LAYERS),
+    )
+
+
+QUERY = axis("heads", "heads", 4, "attn.out", fused(Segment(2, 2), Segment(2)), groups=2)
+GROUPS = axis("groups", "heads", 2, "attn.out", fused(Segment(6, 1)))
+CHANNELS = axis(
+    "wide", "ffn", 8, "mlp.down", (Rows(f"{LIST}.*.mlp.up.weight", 0, 0, (Segment(1, 8),), layers=LAYERS),)
+)
+TABLE = PerLayer("model.text.table.weight", 1, 3)
+TEXT = Stack("text_config.depth", LIST, 2, (1,), (Pinned(0, "it is first"),), lists=("text_config.kinds",),
+             branches=(("mlp.down", "attn.out"),) * 2, per_layer=(TABLE,))  # fmt: skip
+EYES = Stack("eyes_config.depths.1", "model.eyes.stages.1", 3, (0, 1, 2), branches=((),) * 3)
+
+
+def test_rows_and_columns_of_an_order_that_no_row_could_say() -> None:
+    (part,) = parts_of(Anatomy("Some", "some", (QUERY, GROUPS, CHANNELS), (TEXT,)))
+    family = part.family
+    assert (part.tower, part.scope, part.stack) == ("text_config", "text_config", LIST)
+    assert (family.attention_out, family.ffn_out) == ("attn.out", "mlp.down")
+    assert (family.heads_field, family.kv_heads_field, family.ffn_field) == ("heads", "groups", "wide")
+    assert (family.layers_field, family.layer_lists) == ("depth", ("kinds",))
+    assert part.known.pinned == {0: "it is first"}
+    assert part.known.branches == (("attn.out", "mlp.down"),) * 2
+    (rule,) = part.known.rules["attn.qkv.weight"]
+    units = dict(zip(rule.segments, rule.units, strict=True))
+    assert units["heads"] == (0, 0, 1, 1, -1, -1, 2, 2, 3, 3, -1, -1)
+    assert units["kv_groups"] == (0,) * 6 + (1,) * 6
+    (table,) = part.known.rules[".model.text.table.weight"]
+    assert (table.dim, table.segments, table.width) == (1, ("layers",), 3)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"tied": True},
+        {"follows": "hidden_size"},
+        {"rows": (Rows("model.head.weight", 0, 0, (Segment(1, 8),)),)},
+        {"places": (*CHANNELS.places, Place("model.head.weight", 1, INPUT, 8))},
+        {"places": (*CHANNELS.places, Place(f"{LIST}.*.mlp.second.weight", 1, INPUT, 8, LAYERS))},
+        {"places": (Place(f"{LIST}.*.experts.down", 2, "parameter", 8, LAYERS),)},
+    ],
+)
+def test_what_a_row_cannot_say_is_left_out(changed: dict[str, object]) -> None:
+    (part,) = parts_of(Anatomy("Some", "some", (replace(CHANNELS, **changed),), (TEXT,)))
+    assert part.family.ffn_out == ""
+    assert "ffn" not in part.known.sizes
+
+
+def test_towers_are_named_by_their_config_or_by_what_tells_them_apart() -> None:
+    lists = [
+        Stack("text_config.depth", "model.text.layers", 2, (0, 1), branches=((),) * 2),
+        EYES,
+        Stack("encoder_layers", "model.encoder.layers", 2, (0, 1), branches=((),) * 2),
+        Stack("decoder_layers", "model.decoder.layers", 2, (0, 1), branches=((),) * 2),
+    ]
+    names = [part.tower for part in parts_of(Anatomy("Some", "some", (), tuple(lists[:2])))]
+    assert names == ["text_config", "eyes_config"]
+    assert [part.tower for part in parts_of(Anatomy("Some", "some", (), tuple(lists[2:])))] == ["encoder", "decoder"]
+    (alone,) = parts_of(Anatomy("Some", "some", (), tuple(lists[2:3])))
+    assert (alone.tower, alone.family.layers_field) == ("", "encoder_layers")
+    assert parts_of(Anatomy("Some", "some", (), (EYES,)))[0].family.layers_field == "depths.1"
