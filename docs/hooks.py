@@ -37,6 +37,7 @@ FOLDERS = (
     "training",
     "surgery",
     "refit",
+    "evaluation",
     "shipping",
     "page",
     "recipes",

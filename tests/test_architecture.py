@@ -19,6 +19,7 @@ FLOORS = (
     "registered",
     "model",
     "distil",
+    "evaluation",
     "shipping",
     "race",
     "search",

@@ -95,7 +95,7 @@ def test_docs_name_every_command_option_and_exit_code() -> None:
         options = [
             opt for each in command.params for opt in (*each.opts, *each.secondary_opts) if opt.startswith("--")
         ]
-        section = sections[name] + (text if name in ("measure", "plan") else "")
+        section = sections[name] + (text if name in ("init", "measure", "plan", "evaluate") else "")
         assert [opt for opt in options if opt[2:] not in PRINTING and f"`{opt}" not in section] == [], name
         assert all(f"hawada {name}" in sections[name] for _ in options)
     assert all(f"`--{name}`" in text for name in (*PRINTING, "version"))
@@ -131,7 +131,7 @@ def test_demo_does_not_overwrite(tmp_path: Path) -> None:
         (["plan", "m", "data.npy", "--backend", "magic"], errors.WRONG_USAGE, "--backend"),
         (["measure", "m", "--mode", "idle"], errors.WRONG_USAGE, "'prefill'"),
         (["measure", "m", "--seq-len", "0"], errors.WRONG_USAGE, "--seq-len"),
-        (["plan", "m"], errors.WRONG_USAGE, "calibration"),
+        (["plan", "m"], errors.WRONG_USAGE, "DATA"),
         (["plan", "m", "data.npy", "--examples", "0"], errors.WRONG_USAGE, "--examples"),
         (["measure", "m", "--nonsense"], errors.WRONG_USAGE, "--nonsense"),
         (["nonsense"], errors.WRONG_USAGE, "nonsense"),

@@ -84,7 +84,7 @@ def test_a_plan_is_what_slim_takes(made: Path, tmp_path: Path, gates: str, refit
     assert plan.shape.to_dict() == found["shape"]
     assert found["shape"] in [point["shape"] for point in json.loads(Path(found["search"]).read_text())["points"]]
     places = [made / "adapter", tmp_path / "slim"] if gates == "trained" else [tmp_path / "slim"]
-    written = said("slim", made / "base", *places, plan=path)
+    written = said("slim", made / "base", *places, plan=path, refit=False)
     assert written["shape"] == found["shape"]
     assert written["parameters"] == found["parameters"]
     assert said("verify", tmp_path / "slim", base=made / "base")["ok"]
@@ -137,6 +137,72 @@ def test_slim_refits(made: Path, tmp_path: Path, gates: str) -> None:
     found = said("slim", made / "base", *places, plan=plan, calibration=made / "data.safetensors")
     assert found["shape"] == LM_ROW.slim.to_dict()
     assert found["reconstruction"]["after"] < found["reconstruction"]["before"]
+
+
+def test_the_way_without_training(made: Path, tmp_path: Path) -> None:
+    """Each command finds what the one before left: the plan's data, its search, its regime."""
+    plan, slim, data = tmp_path / "plan.json", tmp_path / "slim", made / "data.safetensors"
+    said("plan", made / "base", data, speedup=1.2, batch_size=2, seq_len=8, examples=8, output=plan, effort="quick")
+    made_slim = said("slim", made / "base", slim, plan=plan)
+    assert made_slim["reconstruction"]["after"] < made_slim["reconstruction"]["before"]
+    before = json.loads((slim / "hawada_report.json").read_text())
+    assert before["search"]["regime"]["seq_len"] == 8
+    assert before["calibration"]["examples"] == 8
+    assert str(made) not in json.dumps(before)
+    found = said("evaluate", slim, base=made / "base", data=data, effort="quick")
+    assert found["speedup"] > 1
+    assert found["regime"] == before["search"]["regime"]
+    after = json.loads((slim / "hawada_report.json").read_text())
+    assert after["latency"]["slim_ms"] == found["latency_ms"]["slim"]
+    assert {each["data"] for each in after["quality"]} == {"16 held-out examples of 16 tokens"}  # 8 were calibrated on
+    again = said("evaluate", slim, base=made / "base", data=data, latency=False, examples=4)
+    assert again["speedup"] is None
+    assert len(json.loads((slim / "hawada_report.json").read_text())["quality"]) == 2 * len(after["quality"])
+    card = (slim / "README.md").read_text()
+    assert "## Latency" in card
+    assert "perplexity" in card
+    assert verify_slim(slim, base=made / "base").ok
+
+
+def test_slim_by_a_plan_can_leave_the_weights_as_they_are(made: Path, tmp_path: Path) -> None:
+    plan, data = tmp_path / "plan.json", made / "data.safetensors"
+    said("plan", made / "base", data, speedup=1.2, batch_size=2, seq_len=8, examples=4, output=plan, effort="quick")
+    assert said("slim", made / "base", tmp_path / "slim", plan=plan, refit=False)["reconstruction"] is None
+    wrong = refused(
+        "slim", made / "base", tmp_path / "x", plan=plan, refit=True, verify="full", code=errors.WRONG_USAGE
+    )
+    assert "--verify does not go with --refit" in wrong
+    plan.with_suffix(".search.json").write_text("[]")
+    assert "holds no search" in refused("slim", made / "base", tmp_path / "x", plan=plan)
+
+
+def test_what_was_calibrated_on_is_not_evaluated(made: Path, tmp_path: Path) -> None:
+    plan, slim = tmp_path / "plan.json", tmp_path / "slim"
+    plan.write_text(scattered_plan(build(LM_ROW), LM_ROW.slim).to_json())
+    said("slim", made / "base", slim, plan=plan, calibration=made / "data.safetensors")
+    told = refused("evaluate", slim, base=made / "base", data=made / "data.safetensors", latency=False)
+    assert "was calibrated on all 24 examples" in told
+
+
+def test_push_shows_what_will_be_public(made: Path) -> None:
+    found = said("push", made / "base", "name/model", dry_run=True)
+    assert set(found["files"]) == {path.name for path in (made / "base").iterdir()}
+    shown = CliRunner().invoke(app, words("push", made / "base", "name/model"), input="n\n")
+    assert shown.exit_code == errors.FAILED
+    assert "model.safetensors" in shown.stderr
+    assert "nothing was put anywhere" in shown.stdout
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_init_writes_a_recipe_that_train_takes(made: Path, tmp_path: Path, planned: bool) -> None:
+    recipe, plan = tmp_path / "recipe.yaml", tmp_path / "plan.json"
+    plan.write_text(scattered_plan(build(LM_ROW), LM_ROW.slim).to_json())
+    given = {"speedup": 1.2, "seq_len": 8, "output": recipe, "folder": tmp_path / "out", "effort": "quick"}
+    found = said("init", made / "base", made / "data.safetensors", **given, **({"plan": plan} if planned else {}))
+    assert found["seconds"]["recovery"] > 0
+    assert (found["seconds"]["gates"] == 0) == planned
+    assert found["steps"] == said("train", recipe, dry_run=True)["steps"]
+    assert "exists" in refused("init", made / "base", made / "data.safetensors", **given)
 
 
 def test_slim_refuses_what_it_has_no_use_for(made: Path, tmp_path: Path) -> None:

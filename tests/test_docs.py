@@ -30,6 +30,7 @@ import yaml
 from conftest import LM_ROW, build, gate, scattered_plan
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
 
 import hawada_peft
@@ -245,6 +246,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build(LM_ROW).save_pretrained(folder / "teacher")
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 128)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    (folder / "text.txt").write_text(" ".join(f"w{3 + index**2 % 125}" for index in range(5000)), encoding="utf-8")
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(
         folder / "teacher"
     )
@@ -342,9 +345,15 @@ def command(words: list[str]) -> Any:
 
 
 @pytest.mark.parametrize("line", lines_of_shell("hawada") + lines_of_shell("accelerate launch -m hawada_peft.cli"))
-def test_command_parses(line: str) -> None:
+def test_command_parses(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     words = words_of(line.replace("accelerate launch -m hawada_peft.cli", "hawada"))[1:]
     words = list(takewhile(lambda word: word not in {"|", "||", "&&", ">"}, words))
+    for word in words[1:]:  # what must be there to be accepted
+        made = tmp_path / word
+        if not word.startswith("-") and not made.exists():
+            made.parent.mkdir(parents=True, exist_ok=True)
+            made.touch() if made.suffix in (".yaml", ".json") else made.mkdir()
     command(words).make_context(words[0], words[1:])  # raises on what it does not know, or misses
 
 

@@ -16,9 +16,9 @@ from transformers import TrainingArguments
 from hawada_peft import HawAdaConfig, HawAdaTrainer, collect_gates, init_gates, recover
 from hawada_peft.distil.divergence import kl_divergence
 from hawada_peft.errors import BadDataError, UnsupportedModelError
+from hawada_peft.evaluation.measures import qualities
 from hawada_peft.planning.importance import gate_importance
 from hawada_peft.planning.per_example import example_gradients
-from hawada_peft.recipes.measures import qualities
 from hawada_peft.refit.fidelity import divergence
 from hawada_peft.search.masked import MaskedQuality
 from hawada_peft.search.refitted import RefittedQuality

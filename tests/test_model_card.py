@@ -278,6 +278,12 @@ def test_with_all_facts_there_is_every_section(made: Slimmed, folder: Path) -> N
         assert text in card.text
     assert "Kept layers: 1, 3. Dropped: 0, 2." in card.text
     assert "| a phone | yes | run | my phone, version 3 |" in card.text
+    perplexity, latency = card.data.eval_results
+    assert (perplexity.metric_type, perplexity.metric_value) == ("perplexity", 31.456)
+    assert perplexity.dataset_name == "64 windows of 512 tokens"
+    assert "dense model: 15.12" in perplexity.metric_name
+    assert (latency.metric_type, latency.dataset_name, latency.task_type) == ("latency", "a device", "text-generation")
+    assert "batch_size 8 seq_len 64" in latency.metric_name
     assert report["reconstruction"] == facts.reconstruction
     assert checked.to_dict() in report["passport"]
 
@@ -319,6 +325,7 @@ def test_a_searched_latency_is_called_measured(made: Slimmed, folder: Path) -> N
     latency = report_in(folder)["latency"]
     assert (latency["measured"], latency["slim_ms"], latency["dense_ms"], latency["speedup"]) == (True, 6.0, 9.0, 1.5)
     assert "random weights" in card_in(folder).text
+    assert card_in(folder).data.eval_results is None  # another model of these sizes was timed
 
 
 @pytest.mark.parametrize("source", ["table", "search"])

@@ -29,7 +29,18 @@ from hawada_peft.training.history import HISTORY_FILE
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 NAME = 'a <b> & "c" $d$'
 REQUESTS = ("src", "href", "xlink:href", "srcset", "action", "data", "poster")
-EVERY = {"frontier", "race", "peers", "kept", "gates", "sizes", "roundings", "reconstruction", "passport"}
+EVERY = {
+    "milliseconds",
+    "frontier",
+    "race",
+    "peers",
+    "kept",
+    "gates",
+    "sizes",
+    "roundings",
+    "reconstruction",
+    "passport",
+}
 
 
 @dataclass
@@ -154,6 +165,10 @@ def test_nothing_is_requested_and_nothing_runs(page: Path) -> None:
     assert all(link.startswith(("#", "data:")) for link in found.links)
 
 
+def test_code_is_not_between_literal_backticks(page: Path) -> None:
+    assert "`" not in read(page).text
+
+
 def test_names_are_text(page: Path) -> None:
     text, found = page.read_text(encoding="utf-8"), read(page)
     assert "<b>" not in text
@@ -164,7 +179,7 @@ def test_names_are_text(page: Path) -> None:
 
 def test_pictures_are_in_the_page(page: Path) -> None:
     found = read(page)
-    assert len(found.pictures) == 6
+    assert len(found.pictures) == 7
     for picture in found.pictures:
         root = ElementTree.fromstring(base64.b64decode(picture.removeprefix("data:image/svg+xml;base64,")))
         assert root.tag.endswith("svg")
@@ -172,7 +187,7 @@ def test_pictures_are_in_the_page(page: Path) -> None:
 
 def test_png_files_are_pictures(page: Path) -> None:
     files = sorted(page.parent.glob("*.png"))
-    assert {path.stem for path in files} == {"frontier", "race", "peers", "kept", "gates", "training"}
+    assert {path.stem for path in files} == {"milliseconds", "frontier", "race", "peers", "kept", "gates", "training"}
     for path in files:
         with Image.open(path) as picture:
             picture.load()

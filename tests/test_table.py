@@ -116,6 +116,17 @@ def test_what_is_left_out_of_a_shape_is_dense(table: LatencyTable) -> None:
     assert table.estimate(Shape()) == table.estimate(DENSE)
 
 
+def test_parts_are_where_the_milliseconds_go(table: LatencyTable) -> None:
+    half = Shape(intermediate_size=table.dense.sizes()["intermediate_size"] // 2)
+    dense = table.parts(table.dense)
+    fewer = table.parts(half)
+    for parts, shape in ((dense, table.dense), (fewer, half)):
+        assert sum(parts.values()) == pytest.approx(table.estimate(shape))
+        assert min(parts.values()) >= 0
+    assert fewer["FFN"] < 0.7 * dense["FFN"]
+    assert fewer["attention"] == pytest.approx(dense["attention"], rel=0.2)
+
+
 def test_estimates_are_vectorised(table: LatencyTable) -> None:
     shapes = random_shapes(DENSE, head_shapes(DENSE), 8, 10, seed=1)
     columns = np.array(

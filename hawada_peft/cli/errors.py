@@ -30,6 +30,8 @@ EXTRAS = {
     "onnxruntime": "onnx",
     "onnxscript": "onnx",
     "sklearn": "examples",
+    "scipy": "examples",
+    "PIL": "examples",
 }
 """Which extra holds a package that is imported where it is needed."""
 

@@ -7,16 +7,19 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import demo, measure, plan, report, slim, train, verify
+from .commands import demo, evaluate, init, measure, plan, push, report, slim, train, verify
 from .errors import EXIT_CODES
 from .options import add, listed
 
 WHOLE_WAY = (
     "hawada measure ./teacher --batch-size 8 --seq-len 256      what sizes cost here",
     "hawada plan ./teacher text.txt --speedup 1.5 --seq-len 256 the best shape so fast",
+    "hawada slim ./teacher ./slim --plan plan.json              without training; or",
+    "hawada init ./teacher text.txt --speedup 1.5 --seq-len 256 a recipe, to train by",
     "hawada train recipe.yaml                                   gates, merge, recover",
-    "hawada slim ./teacher ./slim --plan plan.json              or only the last step",
+    "hawada evaluate ./slim --base ./teacher --data text.txt    quality and latency",
     "hawada verify ./slim && hawada report ./slim               is it sound; a page on it",
+    "hawada push ./slim name/model                              on the Hub",
 )
 
 app = typer.Typer(
@@ -50,11 +53,14 @@ def _root(
 
 for module, check in (
     (demo, None),
+    (init, init.check),
     (measure, measure.check),
     (plan, plan.check),
     (slim, slim.check),
     (train, None),
+    (evaluate, evaluate.check),
     (verify, None),
     (report, None),
+    (push, None),
 ):
     add(app, module.run, module.EXAMPLES, check)

@@ -37,6 +37,9 @@ CALIBRATION_BATCH = 8
 SOFT_FRACTION = 0.2
 """Of the gates' training; short, because in so few steps the ranking of `init_gates` is hard to improve on."""
 
+SHOWN = 256
+"""Training examples that are left beside the teacher."""
+
 MARKER = ".hawada-demo"
 """In every folder that the demo makes, so that the next run knows what it may replace."""
 
@@ -82,13 +85,18 @@ def train_task(task: Task, work: Work, folder: Path, progress: Progress | None =
     Args:
         task: which model.
         work: how long.
-        folder: gets `teacher`, `adapter`, `search.json`, and `held_out.safetensors` with the held-out examples and
-            the logits of the masked model on them.
+        folder: gets `teacher`, `adapter`, `search.json`, some of the examples in `examples.safetensors` and the
+            held-out ones in `test.safetensors`, as commands take them, and in `held_out.safetensors` with the logits
+            of the masked model on them.
         progress: makes progress bars; none are shown if left out.
     """
     folder.mkdir(parents=True)
     (folder / MARKER).touch()
     data = task.load()
+    # For `hawada plan`, `slim` and `evaluate` on the same teacher.
+    inputs = {name: tensor for name, tensor in stack(data.train[:SHOWN]).items() if name != "labels"}
+    save_file(inputs, folder / "examples.safetensors")
+    save_file(stack(data.held_out), folder / "test.safetensors")
     train_teacher(task, data, work.teacher, folder / "teacher", progress)
     with no_file_bars():
         base = task.auto_class.from_pretrained(folder / "teacher")

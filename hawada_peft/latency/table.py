@@ -128,6 +128,34 @@ class LatencyTable:
         _, groups, ffn, layers = sizes.sizes().values()
         return float(self.estimate_sizes(groups, sizes.heads_per_group, ffn, layers))
 
+    def parts(self, shape: Shape) -> dict[str, float]:
+        """
+        Where the milliseconds of a shape go, in sum its estimate: the FFN is what would be saved by the smallest one
+        that was timed, and so is the attention; what is left of the layers is in `"rest of the layers"`.
+
+        Args:
+            shape: the sizes; what it leaves out is dense.
+
+        Raises:
+            IncompatibleTableError: as for `estimate`.
+        """
+        sizes = shape.complete(self.dense)
+        _, groups, ffn, layers = sizes.sizes().values()
+        given = (_tensor(value) for value in (groups, sizes.heads_per_group, ffn))
+        whole = float(self._layer(*given)) * layers
+        least = (_tensor(value) for value in (groups, sizes.heads_per_group, min(self.ffn_sizes)))
+        narrow = float(self._layer(*least)) * layers
+        few = _tensor(min(self.kv_groups)), _tensor(min(self.heads_per_group)), _tensor(min(self.ffn_sizes))
+        rest = float(self._layer(*few)) * layers
+        raw = {
+            "attention": narrow - rest,
+            "FFN": whole - narrow,
+            "rest of the layers": rest,
+            "outside the layers": self.fixed_ms,
+        }
+        factor = self.estimate(shape) / sum(raw.values())
+        return {name: factor * ms for name, ms in raw.items()}
+
     def estimate_sizes(self, kv_groups: Any, heads_per_group: Any, ffn: Any, layers: Any) -> torch.Tensor:
         """
         The latency of many shapes at once, differentiable.

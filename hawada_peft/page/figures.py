@@ -12,6 +12,9 @@ from .known import SlimFacts
 MOST_STEPS = 100
 """Moments of a training that are drawn at most."""
 
+FAR = 30
+"""Losses that are so many times apart are drawn on a logarithmic axis."""
+
 AXES = {HEADS: HEADS} | {name: BY_NAME[name].plural for name in (FFN, LAYERS)}
 
 
@@ -37,7 +40,12 @@ def frontier(facts: SlimFacts) -> Picture | None:
         axes.plot(*chosen[:2], "D", color=COLOURS["second"], markersize=9, label="chosen")
         if limit is not None:
             axes.axvline(limit, color=COLOURS["third"], linestyle="--", linewidth=1.5, label="budget")
-        axes.set_ylim(-0.05 * top, top)
+        least = min((loss for _, loss, _ in [*timed, chosen] if loss > 0), default=top)
+        if top / least > FAR:
+            axes.set_yscale("symlog", linthresh=least)
+            axes.set_ylim(0, top)
+        else:
+            axes.set_ylim(-0.05 * top, top)
         axes.set_xlabel("latency, ms")
         axes.set_ylabel("loss before recovery")
         legend(figure, axes)
@@ -48,6 +56,32 @@ def frontier(facts: SlimFacts) -> Picture | None:
     )
     text += f"{hidden} shapes of more loss lie above the picture." if hidden else ""
     return picture_of("frontier", text.strip(), draw, 3.9)
+
+
+def milliseconds(facts: SlimFacts) -> Picture | None:
+    """Where the milliseconds of the dense model and of the slim one go."""
+    parts = (facts.search or {}).get("parts")
+    if not parts:
+        return None
+    names = list(parts["dense"])
+    shades = dict(zip(names, ("first", "second", "third", "muted"), strict=True))
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for place, form in enumerate(("slim", "dense")):
+            left = 0.0
+            for name in names:
+                label = name if place == 0 else None
+                axes.barh(place, parts[form][name], left=left, color=COLOURS[shades[name]], height=0.6, label=label)
+                left += parts[form][name]
+        axes.set_yticks([0, 1], ["slim", "dense"])
+        axes.set_xlabel("latency, ms (by the table)")
+        legend(figure, axes)
+
+    said = "; ".join(
+        f"{form}: " + ", ".join(f"{name} {parts[form][name]:.3g} ms" for name in names) for form in ("dense", "slim")
+    )
+    return picture_of("milliseconds", f"Where the milliseconds go. {said}.", draw, 3.0)
 
 
 def peers(facts: SlimFacts) -> Picture | None:

@@ -20,8 +20,8 @@ HOW = {
     "`hawada plan`: `hawada report --search plan.search.json`.",
     "race": "What recovered best: `hawada train` lets plans race before a recovery, or `recover(race=Race(...))` in "
     "Python.",
-    "latency": "The latency: `hawada train` measures it, or `measure_many` and `ExportFacts(latency=...)` in Python.",
-    "quality": "The quality: `hawada train` measures it, or `ExportFacts(quality=[QualityChange(...)])` in Python.",
+    "latency": "The latency: `hawada evaluate` measures it, `hawada train`, or `ExportFacts(latency=...)`.",
+    "quality": "The quality: `hawada evaluate` measures it, `hawada train`, or `ExportFacts(quality=[...])`.",
     "peers": "Other models to compare with: `hawada report --peers`, a file of JSON lines with name, quality, and "
     "latency_ms or speedup. Needs the latency and the quality of the slim model.",
     "kept": "Which heads and channels stay: the report holds no plan.",
@@ -43,6 +43,7 @@ def page(facts: SlimFacts, pictures: Mapping[str, Picture]) -> str:
     missing: list[str] = []
     made = []
     for name, title, make in (
+        ("milliseconds", "Where the milliseconds go", searched.milliseconds),
         ("frontier", "What the shape was chosen from", searched.frontier),
         ("race", "What recovered best", race_section),
         ("peers", "Beside other models", sections.peers),

@@ -62,6 +62,23 @@ def frontier(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterator[Part
         )
 
 
+def milliseconds(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterator[Part]:
+    """Where they go, dense and slim: why this was cut and not that."""
+    parts = (facts.search or {}).get("parts")
+    if not parts:
+        return
+    if "milliseconds" in pictures:
+        yield figure(pictures["milliseconds"], pictures["milliseconds"].text)
+    yield table(
+        "By the latency table of the search, which was measured on this device.",
+        ("part", "dense, ms", "slim, ms", "slim / dense"),
+        (
+            (name, number(ms), number(parts["slim"][name]), number(parts["slim"][name] / ms if ms else None, ".0%"))
+            for name, ms in parts["dense"].items()
+        ),
+    )
+
+
 def _candidate(point: Mapping[str, Any], evaluated: bool) -> tuple[Any, ...]:
     loss = point["predicted_loss"] if point["expected_loss"] is None else point["expected_loss"]
     return (

@@ -77,9 +77,16 @@ def write_report(
     facts = read_facts(slim, training, peers, search)
     folder = Path(slim).absolute()
     target = folder.with_name(f"{folder.name}-report") if output is None else Path(output)
-    drawers = (
-        (figures.frontier, race_picture, figures.peers, kept, figures.gates, figures.training) if pictures else ()
+    makers = (
+        figures.milliseconds,
+        figures.frontier,
+        race_picture,
+        figures.peers,
+        kept,
+        figures.gates,
+        figures.training,
     )
+    drawers = makers if pictures else ()
     drawn = [picture for draw in drawers if (picture := draw(facts)) is not None]
     text = page(facts, {picture.name: picture for picture in drawn})
     target.mkdir(parents=True, exist_ok=True)

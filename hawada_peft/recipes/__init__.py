@@ -1,8 +1,9 @@
 """Recipes: a whole slimming as a YAML file, read by `hawada train`."""
 
+from .draft import Draft, draft_recipe
 from .recipe import Recipe
 from .result import RecipeResult
 from .run import train_recipe
 from .words import steps_of
 
-__all__ = ["Recipe", "RecipeResult", "steps_of", "train_recipe"]
+__all__ = ["Draft", "Recipe", "RecipeResult", "draft_recipe", "steps_of", "train_recipe"]

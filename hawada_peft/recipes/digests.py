@@ -27,6 +27,8 @@ def recipe_digests(recipe: Recipe) -> dict[str, str]:
     found = {"model": _all(digests_of(model)) if model.is_dir() else _commit(recipe.model)}
     for path in map(Path, recipe.source().paths()):
         found[f"data {path}"] = _all(_sizes(path)) if path.is_dir() else digest_of(path)
+    if recipe.plan is not None:
+        found["plan"] = digest_of(Path(recipe.plan))
     return {name: digest for name, digest in found.items() if digest is not None}
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from ..evaluation.measures import qualities
 from ..latency.budget import LatencyBudget
 from ..latency.measuring import measure_many
 from ..latency.regime import Regime
@@ -25,7 +26,6 @@ from ..vanilla.family import locate
 from ..vanilla.loading import processor_of
 from .examples import Example, batches_from
 from .facts import Facts
-from .measures import qualities
 from .recipe import Recipe
 from .record import Record
 from .result import RecipeResult

@@ -6,17 +6,19 @@ from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
 from ..errors import HawAdaError
 from ..vanilla.loading import load_skeleton
-from .readers import load_examples
+from .readers import load_examples, tokens_of
 from .settings import DataSource
 
 Example = dict[str, torch.Tensor]
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SOUNDS = (".wav",)
 
 
 class Rows(Dataset[Example]):
@@ -66,6 +68,49 @@ class Pictures(Dataset[Example]):
             return {"pixel_values": self.processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]}
 
 
+class Sounds(Dataset[Example]):
+    """
+    Audio files of a folder, read when they are asked for, cut or padded to one length as the model's feature extractor
+    does it.
+
+    Args:
+        folder: with `.wav` files in it, or in folders of it.
+        model: where the feature extractor is.
+        seconds: of each, at most and at least.
+
+    Raises:
+        HawAdaError: if there is no audio; on reading a file, if its sampling rate is not the extractor's.
+    """
+
+    def __init__(self, folder: Path, model: str, seconds: float = 5.0) -> None:
+        self.paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SOUNDS)
+        if not self.paths:
+            raise HawAdaError(f"{folder} holds no audio ({', '.join(SOUNDS)})")
+        self.extractor: Any = AutoFeatureExtractor.from_pretrained(model)
+        self.seconds = seconds
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Example:
+        # Here: only a folder of audio needs the library.
+        from scipy.io import wavfile  # type: ignore[import-untyped]
+
+        rate, samples = wavfile.read(self.paths[index])
+        if rate != self.extractor.sampling_rate:
+            raise HawAdaError(
+                f"{self.paths[index]} has {rate} samples a second, the model takes {self.extractor.sampling_rate}: "
+                "resample it first"
+            )
+        if np.issubdtype(samples.dtype, np.integer):
+            samples = samples / np.iinfo(samples.dtype).max
+        mono = samples if samples.ndim == 1 else samples.mean(-1)
+        length = round(self.seconds * rate)
+        mono = np.pad(mono[:length], (0, max(0, length - len(mono))))
+        made = self.extractor(mono.astype(np.float32), sampling_rate=rate, return_tensors="pt")
+        return {name: tensor[0] for name, tensor in made.items()}
+
+
 def load_data(source: DataSource, model: str, seed: int) -> tuple[Dataset[Example], Dataset[Example]]:
     """
     The examples of a recipe.
@@ -81,11 +126,7 @@ def load_data(source: DataSource, model: str, seed: int) -> tuple[Dataset[Exampl
     Raises:
         HawAdaError: if there are too few, or of a kind that cannot be read.
     """
-    if source.dataset is None:
-        parts = [_read(Path(path), source, model) for path in source.paths()]
-        examples: Any = parts[0] if len(parts) == 1 else ConcatDataset(parts)
-    else:
-        examples = _load_dataset(source, model)
+    examples = load_examples_of(source, model)
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     order = order[: source.max_examples]
     if len(order) <= source.held_out:
@@ -94,6 +135,23 @@ def load_data(source: DataSource, model: str, seed: int) -> tuple[Dataset[Exampl
             "data.held_out"
         )
     return Subset(examples, order[source.held_out :]), Subset(examples, order[: source.held_out])
+
+
+def load_examples_of(source: DataSource, model: str) -> Any:
+    """
+    All examples, in their order.
+
+    Args:
+        source: where they are.
+        model: where the tokenizer or processor is.
+
+    Raises:
+        HawAdaError: if they are of a kind that cannot be read, or are not for this model.
+    """
+    if source.dataset is not None:
+        return _load_dataset(source, model)
+    parts = [_read(Path(path), source, model) for path in source.paths()]
+    return parts[0] if len(parts) == 1 else ConcatDataset(parts)
 
 
 def batches_from(examples: Dataset[Example], count: int, size: int) -> list[Example]:
@@ -105,7 +163,8 @@ def batches_from(examples: Dataset[Example], count: int, size: int) -> list[Exam
 
 def _read(path: Path, source: DataSource, model: str) -> Dataset[Example]:
     if path.is_dir():
-        return Pictures(path, model)
+        sounds = load_skeleton(model).main_input_name in ("input_values", "input_features")
+        return Sounds(path, model) if sounds else Pictures(path, model)
     return Rows(load_examples(path, model, length=source.seq_len))
 
 
@@ -115,7 +174,8 @@ def _load_dataset(source: DataSource, model: str) -> Any:
 
     data = load_dataset(source.dataset, source.config, split=source.split)
     vision = load_skeleton(model).main_input_name == "pixel_values"
-    column = source.column or ("image" if vision else "text")
+    texts = "messages" if "messages" in data.column_names else "text"
+    column = source.column or ("image" if vision else texts)
     if column not in data.column_names:
         raise HawAdaError(f"the dataset has no column {column!r}, but {data.column_names}: name one as data.column")
     if vision:
@@ -127,11 +187,11 @@ def _load_dataset(source: DataSource, model: str) -> Any:
 
         return data.with_transform(pixels)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     length = source.seq_len
 
     def windows(rows: dict[str, Any]) -> dict[str, Any]:
-        tokens = [token for ids in tokenizer(rows[column])["input_ids"] for token in [*ids, *end]]
+        found = (tokens_of({column: row}, tokenizer, source.dataset, column) for row in rows[column])
+        tokens = [token for each in found for token in each]
         return {"input_ids": [tokens[at : at + length] for at in range(0, len(tokens) - length + 1, length)]}
 
     cut = data.map(windows, batched=True, remove_columns=data.column_names, desc="cutting windows")

@@ -18,7 +18,8 @@ from .recipe import Recipe
 
 def missing_here(recipe: Recipe) -> list[str]:
     """What this machine lacks: data files that are not there, packages that `report_to` names."""
-    lost = [path for path in recipe.source().paths() if not Path(path).exists()]
+    named = [*recipe.source().paths(), *([recipe.plan] if recipe.plan else [])]
+    lost = [path for path in named if not Path(path).exists()]
     return lost + [each for section in ("training", "recovery") for each in _loggers_missing(recipe, section)]
 
 

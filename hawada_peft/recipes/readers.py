@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel
@@ -23,8 +25,9 @@ def load_examples(path: Path, model: str, *, length: int, count: int | None = No
 
     Args:
         path: a `.safetensors` file of input tensors, each (examples, ...) under the name of a forward argument; a
-            `.txt` file, which the model's tokenizer cuts into windows; or a `.npy` file of tokens, one stream or
-            (examples, tokens), or of pixel values (images, channels, height, width).
+            `.txt` or `.md` file, which the model's tokenizer cuts into windows; a `.jsonl` file with a `text` or with
+            chat `messages` in every line, which go through the tokenizer's chat template; or a `.npy` file of tokens,
+            one stream or (examples, tokens), or of pixel values (images, channels, height, width).
         model: a folder or id of the model that takes them: its tokenizer is used.
         length: tokens per window of a stream.
         count: examples at most; all if left out.
@@ -36,7 +39,13 @@ def load_examples(path: Path, model: str, *, length: int, count: int | None = No
         FileNotFoundError: if there is no such file, or no such model.
         HawAdaError: on another kind of file, one with too little in it, or examples that the model cannot take.
     """
-    readers = {".safetensors": _read_safetensors, ".txt": _read_text, ".npy": _read_array}
+    readers = {
+        ".safetensors": _read_safetensors,
+        ".txt": _read_text,
+        ".md": _read_text,
+        ".jsonl": _read_lines,
+        ".npy": _read_array,
+    }
     if path.suffix not in readers:
         raise HawAdaError(f"data must be a file of {sorted(readers)}, got {path}")
     if not path.is_file():
@@ -130,17 +139,75 @@ def _read_safetensors(path: Path, skeleton: PreTrainedModel, model: str, length:
 
 
 def _read_text(path: Path, skeleton: PreTrainedModel, model: str, length: int) -> dict[str, torch.Tensor]:
+    _check_takes_text(path, skeleton)
+    tokenizer = tokenizer_of(model)
+    return {"input_ids": windows_of(torch.tensor(tokenizer(_text_of(path))["input_ids"]), length, path)}
+
+
+def _read_lines(path: Path, skeleton: PreTrainedModel, model: str, length: int) -> dict[str, torch.Tensor]:
+    """JSON lines: texts or chats, one after the other with an end of text between them, cut into windows."""
+    _check_takes_text(path, skeleton)
+    tokenizer = tokenizer_of(model)
+    stream: list[int] = []
+    for number, line in enumerate(_text_of(path).splitlines(), 1):
+        if line.strip():
+            stream += tokens_of(_row_of(line, f"{path}, line {number}"), tokenizer, f"{path}, line {number}")
+    return {"input_ids": windows_of(torch.tensor(stream), length, path)}
+
+
+def tokens_of(row: Mapping[str, Any], tokenizer: Any, source: object, column: str | None = None) -> list[int]:
+    """
+    The tokens of a text, or of a chat as the tokenizer's template writes it; a text with an end of text after it.
+
+    Args:
+        row: with a `"text"`, or `"messages"` as chat templates take them.
+        tokenizer: the model's.
+        source: for the message.
+        column: of the text or the messages, instead of those names.
+
+    Raises:
+        HawAdaError: if there is neither, or the tokenizer has no template for a chat.
+    """
+    name = column or next((each for each in ("messages", "text") if each in row), None)
+    if name is None or name not in row:
+        raise HawAdaError(f"{source} has neither a text nor messages, but {sorted(row)}")
+    content = row[name]
+    if isinstance(content, str):
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        return [*tokenizer(content)["input_ids"], *end]
+    if tokenizer.chat_template is None:
+        raise HawAdaError(f"{source} is a chat, and the tokenizer has no chat template: give plain text")
+    try:
+        chat = tokenizer.apply_chat_template(content, tokenize=False)
+    except (TypeError, TemplateError) as error:
+        raise HawAdaError(f"{source} is no chat that the tokenizer's template takes: {error}") from None
+    found: list[int] = tokenizer(chat, add_special_tokens=False)["input_ids"]
+    return found
+
+
+def _row_of(line: str, source: str) -> Mapping[str, Any]:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise HawAdaError(f"{source} is no JSON: {error}") from None
+    if not isinstance(row, Mapping):
+        raise HawAdaError(f"{source} must be an object with a text or messages, got a {type(row).__name__}")
+    return row
+
+
+def _check_takes_text(path: Path, skeleton: PreTrainedModel) -> None:
     if skeleton.main_input_name != "input_ids":
         raise HawAdaError(
             f"{path} is text, and {type(skeleton).__name__} takes {skeleton.main_input_name}: give those, as "
             ".safetensors or .npy"
         )
-    tokenizer = tokenizer_of(model)
+
+
+def _text_of(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise HawAdaError(f"{path} is no text in UTF-8: {error}") from None
-    return {"input_ids": windows_of(torch.tensor(tokenizer(text)["input_ids"]), length, path)}
 
 
 def tokenizer_of(model: str) -> Any:

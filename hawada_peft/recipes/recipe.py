@@ -45,6 +45,7 @@ class Recipe:
         budget (`dict`, *optional*): fields of `LatencyBudget`. One of `budget`, `shape` and `keep_ratio` is given.
         shape (`dict`, *optional*): fields of `Shape`.
         keep_ratio (`float` or `dict`, *optional*): as in `HawAdaModel.plan`.
+        plan (`str`, *optional*): file of a plan to cut by, without training gates; with a `budget`, timed under that.
         search (`dict`, *optional*): how a budget becomes a shape: `effort` (fields of `Effort`), `quick` (what it
             leaves out is as in `Effort.quick`), `clock` (`"real"`, or `"toy"`, by which nothing depends on the
             machine), `hidden_sizes`, `rotate` and `refit` of `find_plan`.
@@ -77,6 +78,7 @@ class Recipe:
     budget: dict[str, Any] | None = None
     shape: dict[str, Any] | None = None
     keep_ratio: float | dict[str, float] | None = None
+    plan: str | None = None
     search: dict[str, Any] | None = None
     gates: dict[str, Any] | None = None
     training: dict[str, Any] | None = None

@@ -95,7 +95,11 @@ def _run(recipe: Recipe, record: Record, arguments: tuple[TrainingArguments, Tra
     with state.main_process_first():  # a dataset is prepared once, the others find it in the cache
         train, held_out = load_data(recipe.source(), recipe.model, recipe.seed)
     if record.stage("gates") is None:
-        record.end_stage("gates", _train_gates(recipe, record, args, train, held_out))
+        if recipe.plan is None:
+            losses = _train_gates(recipe, record, args, train, held_out)
+        else:
+            losses = _close_gates(recipe, record, recipe.plan)
+        record.end_stage("gates", losses)
         state.wait_for_everyone()
         clear_device_cache(garbage_collection=True)
     model = PeftModel.from_pretrained(load_model(recipe.model, dtype=recipe.dtype), str(record.adapter))
@@ -124,6 +128,19 @@ def _train_gates(
     trainer.train(resume_from_checkpoint=record.checkpoint("gates"))
     record.keep_history()
     loss = trainer.evaluate()["eval_loss"]
+    _save_gates(model, record)
+    return {"gates": loss}
+
+
+def _close_gates(recipe: Recipe, record: Record, file: str) -> dict[str, float]:
+    """Fresh gates under a plan that is given, saved as an adapter."""
+    model: Any = get_peft_model(load_model(recipe.model, dtype=recipe.dtype), recipe.config())
+    model.apply_plan(Plan.from_json(Path(file).read_text(encoding="utf-8")))
+    _save_gates(model, record)
+    return {}
+
+
+def _save_gates(model: PeftModel, record: Record) -> None:
     if cast(Any, model).applied_plan().keeps_all:
         raise HawAdaError("the plan keeps everything: the dense model is what was asked for. Ask for a smaller one")
     if record.main:
@@ -133,7 +150,6 @@ def _train_gates(
         if record.adapter.exists():
             shutil.rmtree(record.adapter)
         temporary.rename(record.adapter)
-    return {"gates": loss}
 
 
 def _cut(

@@ -28,7 +28,7 @@ from .settings import DataSource, ReconstructionStep, SearchStep
 Hints = dict[str, Any]
 Place = tuple[str | int, ...]
 
-GOALS = ("budget", "shape", "keep_ratio")
+GOALS = ("budget", "shape", "keep_ratio", "plan")
 """What gates may be trained towards: a recipe says one of them."""
 
 REQUIRED = ("model", "output", "data")
@@ -66,7 +66,9 @@ def sections() -> dict[str, Hints]:
     number = float | dict[str, float]
     within = dict.fromkeys(("budget", "shape", "search", "gates", "training", "reconstruction", "recovery"))
     return {
-        "recipe": {"model": str, "output": str, "data": None, **within, "race": bool, "keep_ratio": number}
+        "recipe": {"model": str, "output": str, "data": None, "plan": str, "keep_ratio": number}
+        | within
+        | {"race": bool}
         | {"dtype": Literal[("auto", *DTYPES)], "save_dtype": Literal[DTYPES], "seed": int},
         "data": fields_of(DataSource),
         "budget": fields_of(LatencyBudget),
@@ -114,7 +116,10 @@ def validated(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """
     given = {name: value for name, value in given.items() if value is not None}
     goals = [name for name in GOALS if name in given]
-    problems = [] if len(goals) == 1 else [f"recipe: give one of {list(GOALS)}, got {goals or 'none'}"]
+    one = len(goals) == 1 or goals == ["budget", "plan"]
+    problems = [] if one else [f"recipe: give one of {list(GOALS)}, or a plan and its budget, got {goals or 'none'}"]
+    idle = [name for name in ("training", "search") if name in given and "plan" in given]
+    problems += [f"recipe: {name} is for gates that find a plan, and a plan is given" for name in idle]
     problems += [f"{name} must not be empty" for name in ("model", "output") if given.get(name) == ""]
     try:
         return _adapter().validate_python(given), problems

@@ -21,7 +21,8 @@ class DataSource:
     Where the examples are. Labels are not needed: the dense model is the teacher.
 
     Args:
-        files (`str` or `list[str]`, *optional*): `.txt`, `.npy` or `.safetensors` files, or a folder of images.
+        files (`str` or `list[str]`, *optional*): `.txt`, `.md`, `.jsonl` (a `text` or chat `messages` in every line),
+            `.npy` or `.safetensors` files, or a folder of images or of `.wav` files.
         dataset (`str`, *optional*): instead of files, the name or folder of a dataset that the `datasets` library
             loads.
         config (`str`, *optional*): which one of the dataset's.

@@ -16,17 +16,22 @@ from .settings import ReconstructionStep
 
 def steps_of(recipe: Recipe) -> list[str]:
     """What will be done, in words."""
-    goal = next(name for name in GOALS if getattr(recipe, name) is not None)
     data, training, folder = recipe.source(), recipe.training or {}, Path(recipe.output)
     where = ", ".join(data.paths()) or f"the dataset {data.dataset}"
     kinds = ", ".join(recipe.config().gates) + (" and LoRA" if (recipe.gates or {}).get("lora") else "")
     steps = [
         f"load {recipe.model} ({recipe.dtype}), and examples from {where}; {data.held_out} of them are held out",
-        f"put gates in: {kinds}",
-        f"train them{_length(training)} towards {goal} {_plain(getattr(recipe, goal))}",
-        f"save the adapter: {folder / 'adapter'}",
-        "merge: fold the gates, remove what the plan closes",
     ]
+    if recipe.plan is not None:
+        steps.append(f"remove what the plan in {recipe.plan} closes")
+    else:
+        goal = next(name for name in GOALS if getattr(recipe, name) is not None)
+        steps += [
+            f"put gates in: {kinds}",
+            f"train them{_length(training)} towards {goal} {_plain(getattr(recipe, goal))}",
+            f"save the adapter: {folder / 'adapter'}",
+            "merge: fold the gates, remove what the plan closes",
+        ]
     if recipe.reconstruction is not None:
         refit = ReconstructionStep(**recipe.reconstruction)
         steps.append(f"refit the output projections on {refit.examples} examples")

@@ -150,6 +150,14 @@ class SearchResult:
         except (TypeError, KeyError) as error:
             raise HawAdaError(f"the search is damaged: {error}; search again") from None
 
+    def parts(self) -> dict[str, dict[str, float]]:
+        """Where the milliseconds of the dense model and of the best shape go, by the table; empty for other widths."""
+        if self.best.shape.hidden_size not in (None, self.table.base_sizes["hidden_size"]):
+            return {}
+        shapes = {"dense": self.table.dense, "slim": self.best.shape}
+        found = {name: self.table.parts(shape) for name, shape in shapes.items()}
+        return {name: {part: _short(ms) for part, ms in each.items()} for name, each in found.items()}
+
     def figures(self) -> dict[str, Any]:
         """
         For a report, without the plan and the table: at most `MOST_POINTS` candidates under `points`, `frontier` says
@@ -177,6 +185,7 @@ class SearchResult:
             "shapes": self.shapes,
             "steps": dict(self.steps),
             "loss": self.loss,
+            "parts": self.parts(),
             "points": [point.figures() | {"frontier": point.shape in on_frontier} for point in points],
         }
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers.modelcard import TASK_MAPPING
 
@@ -35,7 +35,11 @@ def slim_card(report: Mapping[str, Any], processors: Sequence[str] = ()) -> Mode
     base, model, plan = report.get("base", {}), report["model"], report.get("plan")
     tasks: Mapping[str, Any] = TASK_MAPPING
     task = next((task for task, classes in tasks.items() if model["class"] in classes.values()), None)
+    results = measured_results(report, task or "feature-extraction")
+    name = f"{base['name']}, slimmed" if "name" in base else f"A slim {model['class']}"
     data = ModelCardData(
+        model_name=name if results else None,
+        eval_results=results or None,
         base_model=base.get("id"),
         library_name="transformers",
         license=base.get("license"),
@@ -54,6 +58,45 @@ def slim_card(report: Mapping[str, Any], processors: Sequence[str] = ()) -> Mode
         dropped=[] if plan is None else sorted(set(layers) - set(plan["layers"])),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
+
+
+def measured_results(report: Mapping[str, Any], task: str) -> list[EvalResult]:
+    """
+    What was measured, in the Hub's schema of a `model-index`: quality, and the latency of these very models.
+
+    Args:
+        report: see `report_of`.
+        task: of the Hub's tasks.
+    """
+    found = []
+    for each in report.get("quality") or []:
+        kind = next((known for known in METRICS if each["name"].startswith(known)), "agreement")
+        unit = 100 if each["name"].endswith("in %") else 1  # the Hub's metrics are parts of one
+        title = each["name"].removesuffix(" in %").removesuffix(",")
+        label = f"{title} (dense model: {each['dense'] / unit:.4g})"
+        found.append(_result(task, each["data"], kind, float(f"{each['slim'] / unit:.6g}"), label))
+    latency = report.get("latency")
+    if latency is not None and "rounds" in latency:  # these models were timed, not others of their sizes
+        where = " ".join(f"{key} {value}" for key, value in latency["regime"].items() if value is not None)
+        label = f"latency in ms (dense model: {latency['dense_ms']:.4g}), {where}"
+        found.append(_result(task, latency["device"], "latency", float(f"{latency['slim_ms']:.6g}"), label))
+    return found
+
+
+METRICS = ("perplexity", "accuracy")
+"""Names of the Hub's metrics that qualities begin with."""
+
+
+def _result(task: str, data: str, kind: str, value: float, label: str) -> EvalResult:
+    return EvalResult(
+        task_type=task,
+        dataset_type="held-out",
+        dataset_name=data,
+        dataset_config=data,  # what is grouped by
+        metric_type=kind,
+        metric_value=value,
+        metric_name=label,
+    )
 
 
 def _template() -> Any:

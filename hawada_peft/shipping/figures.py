@@ -14,18 +14,19 @@ from ..vanilla.shape import Shape
 Latency: TypeAlias = SearchResult | LatencyTable | Mapping[str, Timing]
 
 
-def latency_facts(latency: Latency, slim: Shape) -> dict[str, Any]:
+def latency_facts(latency: Latency, slim: Shape | None = None) -> dict[str, Any]:
     """
     Milliseconds of the dense and the slim model, and where they come from.
 
     Args:
         latency: see `ExportFacts`.
-        slim: the slim model's sizes, complete, with that of the residual stream.
+        slim: the slim model's sizes, complete, with that of the residual stream; timings are of the models themselves,
+            and need none.
 
     Raises:
         IncompatibleTableError: see `report_of`.
     """
-    if isinstance(latency, SearchResult):
+    if isinstance(latency, SearchResult) and slim is not None:
         best = latency.best.shape.complete(latency.table.dense).complete(slim)
         if best != slim:
             raise IncompatibleTableError(
@@ -36,7 +37,7 @@ def latency_facts(latency: Latency, slim: Shape) -> dict[str, Any]:
         return _latency(
             latency.dense_ms, latency.ms, table.regime.to_dict(), table.device_name, table.versions, measured=measured
         ) | {"budget": str(latency.budget), "how": "a model of this shape with random weights, beside the dense one"}
-    if isinstance(latency, LatencyTable):
+    if isinstance(latency, LatencyTable) and slim is not None:
         return _latency(
             latency.dense_ms,
             latency.estimate(slim),
@@ -45,6 +46,8 @@ def latency_facts(latency: Latency, slim: Shape) -> dict[str, Any]:
             latency.versions,
             measured=False,
         ) | {"errors": dict(latency.errors), "how": "the estimate of a latency table", "multiple": latency.multiple}
+    if not isinstance(latency, Mapping):
+        raise IncompatibleTableError("the latency of a search or a table is of sizes: pass those of the slim model")
     missing = sorted({"dense", "slim"} - set(latency))
     if missing:
         raise IncompatibleTableError(

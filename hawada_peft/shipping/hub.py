@@ -34,16 +34,25 @@ def push_to_hub(
         FileNotFoundError: if the folder lacks a config or weights.
         huggingface_hub.errors.HfHubHTTPError: what the Hub refuses.
     """
-    folder = Path(folder)
-    missing = [what for what in ("config.json", "*.safetensors") if not any(folder.glob(what))]
-    if missing:
-        raise FileNotFoundError(f"{folder} lacks {missing}: pass a folder that `save_slim` has written")
+    check_complete(folder)
     api = HfApi() if api is None else api
     api.create_repo(repo_id, private=private, exist_ok=True)
     return api.upload_folder(
         repo_id=repo_id,
-        folder_path=folder,
+        folder_path=Path(folder),
         revision=revision,
         commit_message=commit_message,
         create_pr=create_pr,
     )
+
+
+def check_complete(folder: str | os.PathLike[str]) -> None:
+    """
+    Check that a folder can be put on the Hub.
+
+    Raises:
+        FileNotFoundError: if it lacks a config or weights.
+    """
+    missing = [what for what in ("config.json", "*.safetensors") if not any(Path(folder).glob(what))]
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks {missing}: pass a folder that `save_slim` has written")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import FILE, Fold, Said, Slim
+from ..options import FILE, Fold, Said, Slim
 
 EXAMPLES = (
     "hawada verify ./slim",
@@ -31,7 +31,7 @@ def run(
     It must be vanilla (loaded strictly through its Auto class, from safetensors files, without a field, tensor or line
     of code from here), of the sizes that its report says, and finite. Exit code 1 if it is not.
     """
-    from ..shipping.verify import verify_slim
+    from ...shipping.verify import verify_slim
     from .plan import read_plan
 
     runtimes = [name for name, asked in (("compile", compile), ("onnx", onnx)) if asked]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import FILE, FOLDER, Said, Slim
+from ..options import FILE, FOLDER, Said, Slim
 
 EXAMPLES = (
     "hawada report ./slim",
@@ -27,7 +27,7 @@ def run(
     pictures: Annotated[bool, typer.Option(help="Also write the pictures as files.")] = True,
 ) -> Said:
     """Write a page about a slim model: what was cut, and what it costs."""
-    from ..page.write import write_report
+    from ...page.write import write_report
 
     written = write_report(slim, output, training=training, search=search, peers=peers, pictures=pictures)
     return Said(str(written), written.to_dict())

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ..progress import Progress
-from .options import Said
+from ...progress import Progress
+from ..options import Said
 
 EXAMPLES = ("hawada demo --quick", "hawada demo --output /tmp/demo --json")
 
@@ -24,8 +24,8 @@ def run(
 
     On data that installed packages carry; needs `pip install hawada_peft[examples]`.
     """
-    from ..demo.pipeline import run_demo
-    from ..demo.table import render
+    from ...demo.pipeline import run_demo
+    from ...demo.table import render
 
     rows = run_demo(output, quick=quick, progress=progress)
     return Said(render(rows), {"rows": [asdict(row) for row in rows]})

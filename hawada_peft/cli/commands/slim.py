@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ..progress import Progress
-from .options import FILE, Fold, Model, Said, refuse, size
+from ...progress import Progress
+from ..data import check_data
+from ..errors import say
+from ..options import FILE, Fold, Model, Said, refuse, size
 
 EXAMPLES = (
     "hawada slim ./teacher ./adapter ./slim",
@@ -58,8 +60,14 @@ def run(
         typer.Option(help="What is looked at (files if left out); full also loads both models and compares logits."),
     ] = None,
     calibration: Annotated[
-        Path | None,
-        typer.Option(exists=True, help="Load the model, and reconstruct on these examples: as for `hawada plan`."),
+        str | None, typer.Option(help="Load the model, and refit on these examples: DATA as for `hawada plan`.")
+    ] = None,
+    refit: Annotated[
+        bool | None,
+        typer.Option(
+            help="Refit on the data that the plan was searched with, or slice the files alone; refitted if the search "
+            "was, and left its file beside the plan.",
+        ),
     ] = None,
     examples: Annotated[int | None, typer.Option(min=1, help="Calibration examples at most; 64 if left out.")] = None,
     seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens per example of a text; 256 if left out.")] = None,
@@ -69,15 +77,24 @@ def run(
     Slim a checkpoint of any size straight from its files.
 
     Tensor by tensor: the dense model is never in memory. With --calibration it is, and the slim model's output
-    projections are refitted to it.
+    projections are refitted to it; with a plan of `hawada plan`, whose search refitted, this is done on its data.
     """
-    from ..shipping.checkpoint import slim_checkpoint
-    from ..vanilla.loading import checked_device
-    from .plan import read_basis, read_plan
-    from .shared import read_batches
+    from ...shipping.checkpoint import slim_checkpoint
+    from ...shipping.facts import ExportFacts
+    from ...vanilla.loading import checked_device
+    from ..shared import read_batches
+    from .plan import read_basis, read_plan, read_search
 
     *adapters, output = places
     adapter = adapters[0] if adapters else None
+    search, searched = (None, {}) if plan is None else read_search(plan)
+    if calibration is None and refit is not False and max_shard_size is None and verify is None:
+        known = searched.get("refitted") and searched.get("model") == base and Path(searched["data"]).exists()
+        if refit and not known:
+            raise typer.BadParameter("--refit needs --calibration: no search with its data is beside the plan")
+        if known:
+            calibration, seq_len, examples = (searched[name] for name in ("data", "seq_len", "examples"))
+            say(f"refitted on {calibration}, as the search did; --no-refit slices the files alone")
     batches = None
     if calibration is not None:
         device = checked_device(device or "cpu")
@@ -91,30 +108,37 @@ def run(
         basis=None if plan is None or chosen is None else read_basis(plan, chosen),
         fold=fold,
         calibration=batches,
-        device=device,
+        device=device if batches is not None else None,
         max_shard_size=max_shard_size,
         verify=verify,
+        card=ExportFacts(search=search),
         progress=progress,
     )
-    return Said(str(made), made.to_dict())
+    data = calibration or searched.get("data") or "DATA"
+    further = (f"hawada evaluate {output} --base {base} --data {data}", f"hawada report {output}")
+    return Said(str(made), made.to_dict(), next=further)
 
 
-def check(base: str, places: list[str], plan: Path | None, calibration: Path | None, **options: Any) -> None:
+def check(
+    base: str, places: list[str], plan: Path | None, calibration: str | None, refit: bool | None, **options: Any
+) -> None:
     """Refuse options that do not go together, and what is not there."""
-    from ..files.folder import check_free
-    from ..sources import ADAPTER_FILE, check_source
+    from ...files.folder import check_free
+    from ...sources import ADAPTER_FILE, check_source
 
     *adapters, output = places
     if not adapters and plan is None:
         raise typer.BadParameter("without an ADAPTER a --plan is needed: it says what is kept")
     given = {f"--{name.replace('_', '-')}": each for name, each in options.items()}
+    files = {name: given[name] for name in ("--max-shard-size", "--verify")}
     if calibration is None:
-        refuse({name: given[name] for name in ("--examples", "--seq-len", "--device")}, "needs --calibration")
+        needs = ("--examples", "--seq-len") if plan is not None else ("--examples", "--seq-len", "--device")
+        refuse({name: given[name] for name in needs}, "needs --calibration")
+        refuse(files if refit else {}, "does not go with --refit, which slims in memory")
     else:
-        refuse(
-            {name: given[name] for name in ("--max-shard-size", "--verify")},
-            "does not go with --calibration, which slims in memory, where outputs are always compared",
-        )
+        why = "which slims in memory, where outputs are always compared"
+        refuse(files | {"--no-refit": None if refit is not False else refit}, f"does not go with --calibration, {why}")
+        check_data(calibration)
     check_source(base)
     for adapter in adapters:
         check_source(adapter, ADAPTER_FILE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn import functional
@@ -20,12 +20,17 @@ TITLES = {
     "labels": "labels that are the dense model's, in %",
     "explained": "variance of the dense model's outputs that is explained, in %",
     "accuracy": "accuracy in %",
+    "cosine": "cosine of mean embeddings with the dense model's, in %",
 }
 
 
 @torch.inference_mode()
 def qualities(
-    dense: PreTrainedModel, slim: PreTrainedModel, batches: Sequence[dict[str, torch.Tensor]], data: str
+    dense: PreTrainedModel,
+    slim: PreTrainedModel,
+    batches: Sequence[dict[str, torch.Tensor]],
+    data: str,
+    each: Callable[[], object] = lambda: None,
 ) -> list[QualityChange]:
     """
     How much of the dense model is left.
@@ -34,11 +39,13 @@ def qualities(
         dense, slim: on one device.
         batches: keyword arguments of the forward pass; labels of images are used if they are there.
         data: what they are, for the report.
+        each: is called after every batch.
 
     Returns:
         How far the predictions are the dense model's: the part of largest outputs that are the same, or of labels
         that are; of values the part of their variance that the slim model's explain, 100 % where they are the same,
-        below 0 where their mean would be nearer. The perplexity of a model that generates; the accuracy where there is
+        below 0 where their mean would be nearer, and for sequences of hidden states the cosine of their means, as
+        embeddings are compared. The perplexity of a model that generates; the accuracy where there is
         one label per example.
 
     Raises:
@@ -61,6 +68,11 @@ def qualities(
         elif isinstance(head, Classes) and labels is not None and labels.ndim == 1 and expected.ndim == 2:
             right = [float((logits.argmax(-1) == labels).sum()) for logits in (expected, found)]
             _add(sums, "accuracy", float(len(labels)), *right)
+        elif isinstance(head, Values) and expected.ndim == 3:
+            pooled = [(values.float() * weights[..., None]).sum(1) for values in (expected, found)]
+            near = float(functional.cosine_similarity(pooled[0], pooled[1]).sum())
+            _add(sums, "cosine", float(len(expected)), float(len(expected)), near)
+        each()
     changes = []
     for name, (count, before, after_cut) in sums.items():
         if count == 0:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..progress import Progress
-from .options import Effort, Fresh, Level, Model, Said
+from ...progress import Progress
+from ..options import Effort, Fresh, Level, Model, Said
 
 if TYPE_CHECKING:
-    from ..latency.table import LatencyTable
+    from ...latency.table import LatencyTable
 
 EXAMPLES = (
     "hawada measure ./teacher --batch-size 8 --seq-len 256",
@@ -22,10 +22,10 @@ def run(
     model: Model, progress: Progress | None, effort: Level = Effort.normal, fresh: Fresh = False, **regime: Any
 ) -> Said:
     """Measure a latency table of a model's shapes on this machine. No weights are loaded."""
-    from ..latency.budget import LatencyBudget
-    from ..search.timed import measure_table, regime_of
-    from ..vanilla.loading import checked_device, load_skeleton
-    from .shared import effort_of
+    from ...latency.budget import LatencyBudget
+    from ...search.timed import measure_table, regime_of
+    from ...vanilla.loading import checked_device, load_skeleton
+    from ..shared import effort_of
 
     checked_device(regime["device"])
     skeleton = load_skeleton(model)
@@ -36,14 +36,14 @@ def run(
 
 def check(model: str) -> None:
     """Refuse what is no model."""
-    from ..sources import check_source
+    from ...sources import check_source
 
     check_source(model)
 
 
 def _lines(table: LatencyTable) -> Iterator[str]:
     """The table, and what a few shapes would take."""
-    from ..vanilla.shape import Shape
+    from ...vanilla.shape import Shape
 
     yield str(table)
     yield f"FFN sizes in multiples of {table.multiple} are not slower than larger ones"

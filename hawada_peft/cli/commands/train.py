@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..progress import Progress
-from .options import FILE, Said
+from ...progress import Progress
+from ..options import FILE, Said
 
 EXAMPLES = (
     "hawada train examples/recipes/tiny.yaml --dry-run",
@@ -35,11 +35,11 @@ def run(
     """
     from accelerate import PartialState  # type: ignore[import-untyped]
 
-    from ..processes import run_program
-    from ..recipes.here import missing_here
-    from ..recipes.recipe import Recipe
-    from ..recipes.run import train_recipe
-    from ..recipes.words import steps_of
+    from ...processes import run_program
+    from ...recipes.here import missing_here
+    from ...recipes.recipe import Recipe
+    from ...recipes.run import train_recipe
+    from ...recipes.words import steps_of
 
     read = Recipe.read(recipe, overrides or ())
     if dry_run:

@@ -1,0 +1,206 @@
+"""`hawada plan`."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from ...progress import Progress
+from ..data import DATA, check_data
+from ..errors import say
+from ..options import Effort, Fresh, Level, Model, Said
+from ..tables import table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ...basis.basis import Basis
+    from ...gates.stream_basis import BasisGate
+    from ...planning.plan import Plan
+    from ...search.result import SearchResult
+
+EXAMPLES = (
+    "hawada plan ./teacher text.txt --speedup 1.5 --batch-size 8 --seq-len 256",
+    "hawada plan ./vit images.safetensors --latency-ms 8 --batch-size 64 --output plan.json",
+    "hawada plan ./chat Salesforce/wikitext:wikitext-2-raw-v1 --speedup 1.3 --seq-len 512 --effort quick",
+    "hawada plan ./teacher text.txt --speedup 1.5 --seq-len 256 --adapter ./adapter --json",
+)
+
+
+def run(
+    model: Model,
+    progress: Progress | None,
+    calibration: Annotated[str, typer.Argument(metavar="DATA", help=DATA, show_default=False)],
+    output: Annotated[Path, typer.Option(help="Where to write the plan.")] = Path("plan.json"),
+    adapter: Annotated[str | None, typer.Option(help="Trained gates; Fisher importance if left out.")] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Calibration examples at most.")] = 64,
+    rotate: Annotated[
+        bool | None,
+        typer.Option(help="Search hidden sizes, cut along directions in a basis; where that is exact if left out."),
+    ] = None,
+    hidden: Annotated[
+        bool, typer.Option("--hidden", help="Without --adapter: cut channels of the hidden size, not directions.")
+    ] = False,
+    refit: Annotated[
+        bool | None, typer.Option(help="Judge shapes by refitted models, or by closed gates; refitted where possible.")
+    ] = None,
+    effort: Level = Effort.normal,
+    fresh: Fresh = False,
+    **budget: Any,
+) -> Said:
+    """
+    Find the best shape that meets a budget here, and write its plan.
+
+    All legal shapes are searched; the answer is the one of least loss that was built and timed on this machine. If it
+    cuts the hidden size in a basis, the basis is written beside the plan, and `hawada slim --plan` finds it there.
+
+    Give one of --speedup, --latency-ms and --fraction, or --max-parameters or --max-memory, or both.
+    """
+    from ...basis.basis import basis_gate, gate_basis
+    from ...basis.stored import SUFFIX, save_basis
+    from ...files.atomic import write_text
+    from ...latency.budget import LatencyBudget
+    from ...latency.runner import check_call
+    from ...search.budgeted import find_plan
+    from ...search.refitted import obstacle
+    from ...search.result import FORMAT
+    from ...search.timed import regime_of
+    from ...vanilla.family import locate
+    from ...vanilla.loading import checked_device, load_model, load_skeleton
+    from ..expected import expected_of
+    from ..shared import effort_of, gates_of, read_batches
+
+    device = checked_device(budget["device"])
+    limits = LatencyBudget(**budget)
+    skeleton = load_skeleton(model)
+    check_call(skeleton, regime_of(skeleton, limits))  # before the work
+    output.parent.mkdir(parents=True, exist_ok=True)
+    batches = read_batches(calibration, model, seq_len=limits.seq_len, examples=examples)
+    gated = gates_of(load_model(model, device), adapter, hidden=hidden)
+    if progress is not None:
+        say(expected_of(gated, batches, limits))
+    hard = effort_of(effort, fresh=fresh)
+    found = find_plan(gated, limits, batches, rotate=rotate, refit=refit, effort=hard, progress=progress)
+    refitted = not obstacle(gated, batches) if refit is None else refit
+    made = {"model": model, "data": calibration, "seq_len": limits.seq_len, "examples": examples, "refitted": refitted}
+    beside = search_file(output)
+    basis: Path | None = None
+    if found.plan.rotated:
+        base, basis = gated.get_base_model(), output.with_suffix(SUFFIX)
+        gate = basis_gate(base, locate(base), gated.active_adapters[0])
+        save_basis(gate_basis(cast("BasisGate", gate)), basis)  # before the plan that needs it
+    write_text(output, found.plan.to_json())
+    write_text(beside, json.dumps({"format": FORMAT, MADE: made} | found.figures()) + "\n")
+    best = found.best
+    data = {
+        "shape": best.shape.to_dict(),
+        "measured_ms": best.measured_ms,
+        "dense_ms": found.dense_ms,
+        "speedup": found.speedup,
+        "measured_loss": best.measured_loss,
+        "parameters": best.parameters,
+        "plan": str(output),
+        "search": str(beside),
+        "basis": None if basis is None else str(basis),
+    }
+    also = "" if basis is None else f", the basis that it keeps directions of to {basis}"
+    words = " ".join(["hawada slim", model, *([adapter] if adapter else []), f"slim --plan {output}"])
+    return Said(
+        f"{_table(found, skeleton)}\nplan written to {output}, the search to {beside}{also}", data, next=[words]
+    )
+
+
+def _table(found: SearchResult, skeleton: PreTrainedModel) -> str:
+    """The dense model and the shape."""
+    from ...vanilla.family import locate
+
+    best, dense, layout = found.best, locate(skeleton).dense.sizes(), locate(skeleton)
+    slim = best.shape.complete(layout.dense).sizes()
+    rows: list[tuple[object, ...]] = [
+        ("latency, ms (measured)", f"{found.dense_ms:.3f}", f"{found.ms:.3f}", f"{found.speedup:.2f}x faster"),
+        ("parameters", f"{skeleton.num_parameters():,}", f"{best.parameters:,}", ""),
+    ]
+    rows += [(name.replace("num_", "").replace("_", " "), dense[name], slim[name], "") for name in dense]
+    loss = best.predicted_loss if best.measured_loss is None else best.measured_loss
+    times = f"perplexity about {math.exp(min(loss, 50.0)):.2f} times the dense one's"
+    rows.append(("loss before training, nats", 0, f"{loss:.4f}", times if skeleton.can_generate() else ""))
+    limit = "" if math.isinf(found.limit_ms) else f"; allowed {found.limit_ms:.3f} ms"
+    return "\n".join(
+        [table(["", "dense", "slim", ""], rows), f"{found.table.regime}, {found.table.device_name}{limit}"]
+    )
+
+
+def check(model: str, calibration: str, **options: Any) -> None:
+    """Refuse a budget that contradicts itself, and what is not there."""
+    from ...latency.budget import LatencyBudget
+    from ...sources import check_source
+
+    LatencyBudget(**{name: each for name, each in options.items() if name in LatencyBudget.__dataclass_fields__})
+    check_data(calibration)
+    check_source(model)
+
+
+MADE = "made"
+"""Where a search's file says what it was made of."""
+
+
+def search_file(plan: Path) -> Path:
+    """Where the search is that a plan came of."""
+    return plan.with_suffix(".search.json")
+
+
+def read_search(plan: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """
+    The search beside a plan, for a report, and what it was made of; None and nothing if there is none.
+
+    Raises:
+        HawAdaError: if the file holds no search.
+    """
+    from ...errors import HawAdaError
+    from ...search.result import FORMAT
+
+    file = search_file(plan)
+    if not file.is_file():
+        return None, {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise HawAdaError(f"{file} holds no search: {error}") from None
+    if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
+        raise HawAdaError(f"{file} holds no search of this version: plan again, or move it away")
+    made = found.pop(MADE, {})
+    return found, made
+
+
+def read_plan(path: Path) -> Plan:
+    """
+    A plan from its file.
+
+    Raises:
+        HawAdaError: if it holds none, with the file's name.
+        OSError: if it cannot be read.
+    """
+    from ...errors import HawAdaError
+    from ...planning.plan import Plan
+
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"))
+    except (HawAdaError, UnicodeDecodeError) as error:
+        raise HawAdaError(f"{path} holds no plan: {error}") from None
+
+
+def read_basis(path: Path, plan: Plan) -> Basis | None:
+    """
+    The basis beside a plan's file; None if the plan is not about directions, or it is not there (but in an adapter).
+
+    Raises:
+        HawAdaError: if the file holds none, or is damaged.
+    """
+    from ...basis.stored import SUFFIX, load_basis
+
+    beside = path.with_suffix(SUFFIX)
+    return load_basis(beside) if plan.rotated and beside.exists() else None
