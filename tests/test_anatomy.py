@@ -57,12 +57,19 @@ def test_explicit_rows_are_what_they_say() -> None:
 
 @pytest.mark.parametrize(
     ("value", "units", "left", "expected"),
-    [(32, 8, 2, 8), (4, 3072, 1536, 2), (4, 3072, 1537, 4 * 1537 / 3072), (96, 96, 41, 41), (2.5, 40, 16, 1)],
+    [
+        (32, 8, 2, 8),
+        (4, 3072, 1536, 2),
+        (4, 3072, 1537, 4 * 1537 / 3072),
+        (96, 96, 41, 41),
+        (2.5, 40, 16, 1.0),
+        (4.0, 128, 64, 2.0),
+    ],
 )
 def test_numbers_follow_their_units(value: float, units: int, left: int, expected: float) -> None:
     found = Number("x", value).at(left, units)
     assert found == expected
-    assert isinstance(found, int) == (expected == int(expected))
+    assert type(found) is type(expected)
 
 
 def test_an_axis_is_found_by_name_and_by_kind() -> None:

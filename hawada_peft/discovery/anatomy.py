@@ -68,10 +68,9 @@ class Number(Data):
     value: int | float
 
     def at(self, units: int, of: int) -> int | float:
-        """The value with `units` of `of` units left; a whole number where it is one."""
+        """The value with `units` of `of` units left; of a whole number a whole one, where it comes out."""
         scaled = self.value * units
-        whole = int(scaled) // of if scaled == int(scaled) else 0
-        return whole if whole * of == scaled else scaled / of
+        return scaled // of if isinstance(scaled, int) and scaled % of == 0 else scaled / of
 
 
 @dataclass(frozen=True)
