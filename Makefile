@@ -44,6 +44,10 @@ TIMES ?= 3
 test-loaded: $(VENV)/.dev
 	tests/under_load.sh $(LOOPS) $(TIMES) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+# What can be removed of every type of the zoo, proved; writes the table of docs/families.md. About ten minutes of one core.
+test-zoo: $(VENV)/.dev
+	$(BIN)/python tests/zoo_table.py
+
 # The benchmarks' own tests: they run on tiny models, and time nothing.
 test-benchmarks: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks/tests

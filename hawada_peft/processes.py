@@ -9,11 +9,32 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import distributed
 
 from .errors import HawAdaError
 
 T = TypeVar("T")
+
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+"""What makes one sum of those of all ranks."""
+
+
+def all_reduced(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks, in place, where `torch.distributed` is in use."""
+    if _in_group():
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def of_this_rank(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum as it is: for what one rank does while the others wait."""
+    return tensor
+
+
+def rank_of(reduce: Reduce) -> int:
+    """Whose data this process has, of what `reduce` sums up."""
+    return 0 if reduce is of_this_rank or not _in_group() else distributed.get_rank()
 
 
 def in_main_process(function: Callable[[], T]) -> T:

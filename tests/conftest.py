@@ -115,9 +115,15 @@ def free_port() -> int:
     return port
 
 
-def start_two(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a script (or `-m module`) in two processes that form a group."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+def start_two(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """Run a script (or `-m module`) in several processes that form a group: two unless more are asked for."""
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={processes}",
+        f"--master-port={free_port()}",
+    ]
     return subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=1800)
 
 

@@ -16,7 +16,8 @@ from torch.utils.data import IterableDataset
 
 from hawada_peft import HawAdaTrainer, Shape, init_gates
 from hawada_peft.errors import CheckpointError
-from hawada_peft.refit.fidelity import divergence, of_this_rank
+from hawada_peft.processes import of_this_rank
+from hawada_peft.refit.fidelity import divergence
 from hawada_peft.training.comparison import START_FILE, Comparison, StartingPoint, set_aside
 from hawada_peft.training.history import HISTORY_FILE
 

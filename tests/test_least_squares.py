@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hawada_peft.refit.fidelity import of_this_rank
+from hawada_peft.processes import of_this_rank
 from hawada_peft.refit.least_squares import COLUMNS, ROWS, Fit, Moments
 
 CPU = torch.device("cpu")

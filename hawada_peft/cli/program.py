@@ -7,11 +7,12 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from .commands import demo, evaluate, init, measure, plan, push, report, slim, train, verify
+from .commands import demo, evaluate, init, inspect, measure, plan, push, report, slim, train, verify
 from .errors import EXIT_CODES
 from .options import add, listed
 
 WHOLE_WAY = (
+    "hawada inspect ./teacher                                   what can be removed",
     "hawada measure ./teacher --batch-size 8 --seq-len 256      what sizes cost here",
     "hawada plan ./teacher text.txt --speedup 1.5 --seq-len 256 the best shape so fast",
     "hawada slim ./teacher ./slim --plan plan.json              without training; or",
@@ -53,6 +54,7 @@ def _root(
 
 for module, check in (
     (demo, None),
+    (inspect, None),
     (init, init.check),
     (measure, measure.check),
     (plan, plan.check),

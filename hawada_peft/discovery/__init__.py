@@ -24,6 +24,7 @@ from .anatomy import (
 )
 from .families import find_parts, parts_of
 from .inspected import inspect
+from .table import table_of
 
 __all__ = [
     "EXPERTS",
@@ -49,4 +50,5 @@ __all__ = [
     "find_parts",
     "inspect",
     "parts_of",
+    "table_of",
 ]

@@ -9,7 +9,7 @@ from .parts.cuts import Cut
 from .parts.depth import FoundStack, leave_out
 from .trial.specimen import Specimen
 
-DRAWS = 3
+DRAWS = 2
 """Random halves of the layers that are left out, to see that what may go one by one may go together."""
 
 FEW = 8

@@ -134,7 +134,8 @@ class Rows(Data):
     Args:
         parameter (`str`): by its dotted name; `*` stands for a layer's index.
         dim (`int`): the dimension.
-        place (`int`): index in `Axis.places` of the place whose kept units stay here; that of the same layer.
+        place (`int`): index in `Axis.places` of the place whose kept units stay here: that of the same layer, or any
+            of its layers where one of both lies outside of them.
         segments (`tuple[Segment, ...]`): in their order. Each segment counts its units from the first.
         groups (`int`): the segments repeat so often, once for each group, each with the next units.
         explicit (`tuple[int, ...]`): instead of segments, the unit of every row; -1: the row always stays.

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ..vanilla import shape as sizes
 from ..vanilla.family import FINDERS, Family, Known, Part
+from ..vanilla.modules import gateable, norm_offset
 from ..vanilla.shape import SliceRule
 from .anatomy import FFN, HEADS, HIDDEN, INPUT, NORM, Anatomy, Axis, Place, Rows, Stack
 from .inspected import inspect
@@ -23,7 +24,21 @@ def find_parts(model: PreTrainedModel) -> list[Part]:
     Raises:
         UnsupportedModelError: as `inspect`.
     """
-    return parts_of(inspect(model))
+    return [_gated(model, part) for part in parts_of(inspect(model))]
+
+
+def _gated(model: PreTrainedModel, part: Part) -> Part:
+    """A part whose layers blend where a branch ends in a module that no gate can sit on, as stacked experts."""
+
+    def carries(layer: int, name: str) -> bool:
+        module = model.get_submodule(f"{part.stack}.{layer}.{name}")
+        return gateable(module) or norm_offset(module) is not None
+
+    if part.known is None:
+        return part
+    every = enumerate(part.known.branches)
+    branches = tuple(names if all(carries(layer, name) for name in names) else () for layer, names in every)
+    return replace(part, known=replace(part.known, branches=branches))
 
 
 def parts_of(anatomy: Anatomy) -> list[Part]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .anatomy import EXPERTS, HEADS, INPUT, LOGITS, NORM, PARAMETER, Axis, Number, Place, Rows, Sizes
+from .parts.heads import heads_in
 from .patterns import Pattern, pattern_of
 from .shortened import Layers
 from .trial.builds import Builds, Dim, Moves
@@ -67,7 +68,7 @@ class Large:
     def _written(self, path: Path, small: Any) -> Any:
         """A head's size, which grows with the place that heads are read at, or with the stream."""
         if self.found.kind != HEADS:
-            return small * self.units // self.found.units
+            return self.units // max(heads_in(value_at(self.builds.tree, path[:-1])))
         per_unit = self.size(self.place) * self.found.units * small
         return per_unit // (self.units * len(self.found.places[self.place]))
 
@@ -104,22 +105,23 @@ class Large:
         if self.units <= MANY:
             return _regular((*(size for size in range(1, self.units) if fits(size)), self.units))
         for step in STEPS:
-            if self.units % step or self.units < 4 * step:
+            if self.units % step or self.units < 4 * step or (groups and step % groups):
                 continue
             tried = (self.units - step, self.units // step // 2 * step, self.units // step * 37 // 101 * step, step)
             if all(fits(size) for size in dict.fromkeys(tried)):
                 return range(step, self.units + 1, step)
         return (*(size for size in sorted({self.units * part // 8 for part in range(1, 8)}) if fits(size)), self.units)
 
-    def axes(self, groups: int, least: int) -> list[Axis] | str:
+    def axes(self, groups: int, least: int, step: int) -> list[Axis] | str:
         """
         The axis as data, and its partner; else why it is none.
 
         Args:
             groups: that its units come in.
             least: the fewest units with which the model runs.
+            step: only multiples of it do.
         """
-        sizes = _from(self.sizes(groups), least)
+        sizes = _from(self.sizes(max(groups, step)), least)
         probe = sizes[0]
         moves = self.moves(probe) if probe < self.units else None
         if moves is None:

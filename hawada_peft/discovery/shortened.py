@@ -99,8 +99,7 @@ def _kinds(deep: Specimen, cut: Cut) -> list[int]:
     first: dict[str, int] = {}
     kinds = []
     for layer in range(cut.count):
-        before = f"{cut.stack}.{layer}."
-        own = sorted((name[len(before) :], shape) for name, shape in deep.base.items() if name.startswith(before))
+        own = deep.told(f"{cut.stack}.{layer}")
         entries = [value_at(tree, path)[layer] for path in cut.lists]
         named = [layer in value_at(tree, path) for path in cut.indices]
         named += [layer + 1 in value_at(tree, path) for path in cut.stages]

@@ -60,7 +60,7 @@ def study_of(specimen: Specimen) -> Study:
     found.reasons |= {name: why for name, why in reasons.items() if name not in {axis.name for axis in found.axes}}
     for cut in cuts:
         _study_stack(found, cut, effects)
-    _together(found)
+    _prove_together(found)
     return found
 
 
@@ -92,7 +92,7 @@ def _proposals(
 
 def _proposal(specimen: Specimen, path: Path, effect: Effect, stacks: list[str]) -> Found | str:
     moves = effect.moves or {}
-    if is_stream(specimen, moves, stacks):
+    if is_stream(specimen, moves, stacks) and not isinstance(path[-1], int):
         return find_stream(specimen, path)
     experts = find_experts(specimen, path, effect.value, effect.tried, moves)
     if experts is not None:
@@ -134,14 +134,16 @@ def _candidates(axis: Found) -> list[int]:
 
 
 def _enough(specimen: Specimen, axis: Found) -> list[int]:
-    """Numbers of experts with which the model runs: not fewer than are chosen for a token."""
-    for index, size in enumerate(axis.sizes):
-        try:
-            difference(specimen, Cutting(draw(axis, size, 3, tied=False), axis.changes(size)))
-        except REFUSES:
-            continue
-        return axis.sizes[index:]
-    return []
+    """Numbers of experts with which the model runs: not fewer than are chosen for a token, in whole groups."""
+    return [size for size in axis.sizes if _runs(specimen, axis, size)]
+
+
+def _runs(specimen: Specimen, axis: Found, size: int) -> bool:
+    try:
+        difference(specimen, Cutting(draw(axis, size, 3, tied=False), axis.changes(size)))
+    except REFUSES:
+        return False
+    return True
 
 
 def _name_kinds(found: Study, effects: dict[Path, Effect], stacks: list[str]) -> None:
@@ -166,16 +168,34 @@ def _study_stack(found: Study, cut: Cut, effects: dict[Path, Effect]) -> None:
     specimen = found.specimen
     stack = prove_layers(specimen, cuts_of(specimen, cut, effects))
     found.stacks.append(stack)
+    known: dict[str, tuple[str, ...]] = {}
     for layer in range(cut.count):
         name = f"{cut.stack}.{layer}"
-        found.branches[name] = find_branches(specimen, name)
+        like = specimen.told(name)
+        if like not in known:
+            known[like] = find_branches(specimen, name)
+        found.branches[name] = known[like]
 
 
-def _together(found: Study) -> None:
-    """
-    Cut every width but the residual stream at once, and a layer of every stack; an axis that does not go with those
-    before it is refused.
-    """
+def _prove_together(found: Study) -> None:
+    """Cut all at once; an axis that does not go with those before it is refused."""
+    chosen, stacks = together(found)
+    error = _at_once(found.specimen, chosen, stacks)
+    if error >= ROUNDING:
+        good: list[Found] = []
+        for axis in chosen:
+            if _at_once(found.specimen, [*good, axis], []) < ROUNDING:
+                good.append(axis)
+                continue
+            others = ", ".join(each.name for each in good)
+            found.axes.remove(axis)
+            found.reasons[axis.label] = f"together with {others} the smaller model computes something else"
+        error = _at_once(found.specimen, good, stacks)
+    found.errors[""] = error
+
+
+def together(found: Study) -> tuple[list[Found], list[FoundStack]]:
+    """What is cut at once: every width but the residual stream, and a layer of every stack that can lose one."""
     chosen: list[Found] = []
     taken: set[Dim] = set()
     numbers: set[Path] = set()
@@ -186,20 +206,7 @@ def _together(found: Study) -> None:
         chosen.append(axis)
         taken |= set(axis.places)
         numbers |= set(changes)
-    stacks = [stack for stack in found.stacks if stack.free]
-    error = _at_once(found.specimen, chosen, stacks)
-    if error >= ROUNDING:
-        good: list[Found] = []
-        for axis in chosen:
-            alone = _at_once(found.specimen, [*good, axis], [])
-            if alone < ROUNDING:
-                good.append(axis)
-                continue
-            others = ", ".join(each.name for each in good)
-            found.axes.remove(axis)
-            found.reasons[axis.label] = f"together with {others} the smaller model computes something else"
-        error = _at_once(found.specimen, good, stacks)
-    found.errors[""] = error
+    return chosen, [stack for stack in found.stacks if stack.free]
 
 
 def at_once(specimen: Specimen, axes: list[Found], stacks: list[FoundStack]) -> Cutting:

@@ -14,15 +14,18 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .parts.heads import HEADLIKE, NOT_HEADS, WIDTHS
+from .parts.heads import HEADLIKE, NOT_HEADS, WIDTHS, heads_in
 from .trial.builds import REFUSES, shapes_of
-from .trial.config_tree import DESCRIPTIONS, Path, edited, scopes_of
+from .trial.config_tree import CHOSEN_EXPERTS, DESCRIPTIONS, Path, edited, scopes_of
 
-SMALL = 2_000_000
-"""Parameters of a model that is small enough as it is."""
+SMALL, LARGE = 2_000_000, 100_000_000
+"""Parameters of a model that is small enough as it is, and of one that is too large to be tried at all."""
 
-VOCABULARY, POSITIONS, WINDOW, PATCHES, EXPERTS, WIDTH = 256, 64, 6, 4, 8, 96
-"""What tokens, positions, tokens in a window, patches along a side, experts and other widths come down to."""
+VOCABULARY, POSITIONS, WINDOW, PATCHES, WIDTH = 256, 64, 6, 4, 96
+"""What tokens, positions, tokens in a window, patches along a side and other widths come down to."""
+
+EXPERTS, CHOSEN, GROUPS = 8, 2, 2
+"""Experts, those that are chosen for a token, and groups that they are chosen from first."""
 
 HEAD_SIZES, HEADS = 8, 4
 """A head's features and a layer's heads are not made fewer than this."""
@@ -33,11 +36,11 @@ SOURCES = re.compile("max_source_positions|max_target_positions")
 WINDOWS = re.compile("^sliding_window$|local_attention|attention_chunk_size|attention_window")
 IMAGES = re.compile("image_size$")
 COUNTED_EXPERTS = re.compile("^(n|num)_(local_|routed_)?experts$|moe_num_experts$")
-CHOSEN_EXPERTS = re.compile("per_tok|top_?k")
+EXPERT_GROUPS = re.compile("^(n|num)_(expert_)?groups?$|^topk_group$")
 HEAD_SIZE = re.compile("head_dim|head_size|^d_kv$|rotary_dim")
 NO_WIDTH = re.compile(
     "layer|depth|expert|head|token|vocab|position|group|patch|image|kernel|stride|channels|labels|version|ids?$"
-    "|index|window|bucket|num_|n_|steps|length|frames|bins|ratio|factor|queries|points|seed|state|block"
+    "|index|window|bucket|^num_|^n_|steps|length|frames|bins|ratio|factor|queries|points|seed|state|block"
 )
 """Names of whole numbers that are no widths of their own."""
 
@@ -46,23 +49,30 @@ Fields = dict[str, Any]
 
 def shrunk(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     """
-    Configs with small numbers and all layers, the smallest first; the last is the config itself.
+    Configs with small numbers and all layers, the smallest first; the last is the config itself, if it is not large.
 
     Args:
         model_class: of transformers.
         config: the real one.
     """
-    if sum(math.prod(shape) for shape in shapes_of(model_class, config).values()) <= SMALL:
+    parameters = _parameters(model_class, config)
+    if parameters <= SMALL:
         yield config
         return
     for head_sizes, widths in ((True, True), (False, True), (True, False), (False, False)):
         try:
             small = _shrink(config, head_sizes=head_sizes, widths=widths)
-            shapes_of(model_class, small)
+            fits = _parameters(model_class, small) <= LARGE
         except REFUSES:
             continue
-        yield small
-    yield config
+        if fits:
+            yield small
+    if parameters <= LARGE:
+        yield config
+
+
+def _parameters(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> int:
+    return sum(math.prod(shape) for shape in shapes_of(model_class, config).values())
 
 
 def _shrink(config: PreTrainedConfig, *, head_sizes: bool, widths: bool) -> PreTrainedConfig:
@@ -81,9 +91,8 @@ def _shrink(config: PreTrainedConfig, *, head_sizes: bool, widths: bool) -> PreT
     image = next((own["patch_size"] for own in scopes.values() if isinstance(own.get("patch_size"), int)), 0)
     for path, own in scopes.items():
         heads, head_size = factors[path]
-        chosen = max((value for name, value in _whole(own) if CHOSEN_EXPERTS.search(name)), default=1)
         for name, value in own.items():
-            new = _smaller(name, value, heads, head_size, chosen, mapped, widths=widths)
+            new = _smaller(name, value, heads, head_size, mapped, widths=widths)
             if VOCABULARIES.search(name) and largest > VOCABULARY and isinstance(value, int):
                 new = min(value, VOCABULARY)
             if TOKENS.search(name) and largest > VOCABULARY:
@@ -115,7 +124,7 @@ def _whole(own: Fields) -> Iterator[tuple[str, int]]:
 
 def _factors(own: Fields, head_sizes: bool) -> tuple[int, int]:
     """By how much the heads of a scope get fewer, and the size of a head smaller."""
-    heads = [value for name, value in _whole(own) if HEADLIKE.search(name) and not NOT_HEADS.search(name)]
+    heads = heads_in(own)
     few = 1
     if heads:
         most = max(heads) // HEADS
@@ -134,7 +143,7 @@ def _factors(own: Fields, head_sizes: bool) -> tuple[int, int]:
     fits = [
         factor
         for factor in (2, 4, 8, 16)
-        if sizes and all(size % (2 * factor) == 0 and size // factor >= min(HEAD_SIZES, size) for size in sizes)
+        if sizes and all(size % (4 * factor) == 0 and size // factor >= min(HEAD_SIZES, size) for size in sizes)
     ]
     return few, max(fits, default=1)
 
@@ -143,9 +152,7 @@ def _vocabularies(own: Fields) -> list[int]:
     return [value for name, value in _whole(own) if VOCABULARIES.search(name)]
 
 
-def _smaller(
-    name: str, value: Any, heads: int, head_size: int, chosen: int, mapped: dict[int, int], *, widths: bool
-) -> Any:
+def _smaller(name: str, value: Any, heads: int, head_size: int, mapped: dict[int, int], *, widths: bool) -> Any:
     """A number, or a list of widths, by the rule of its kind."""
     if isinstance(value, list | tuple):
         return _smaller_list(name, value) if widths else value
@@ -160,10 +167,12 @@ def _smaller(
     if WINDOWS.search(name):
         return min(value, WINDOW)
     if COUNTED_EXPERTS.search(name):
-        while value % 2 == 0 and value // 2 >= max(EXPERTS, 2 * chosen):
-            value //= 2
-        return value
-    if value in mapped and not NO_WIDTH.search(name.replace("num_", "num")):
+        return min(value, EXPERTS)
+    if CHOSEN_EXPERTS.search(name):
+        return min(value, CHOSEN)
+    if EXPERT_GROUPS.search(name):
+        return min(value, GROUPS if name != "topk_group" else 1)
+    if value in mapped and (name in WIDTHS or not NO_WIDTH.search(name)):
         return mapped[value]
     if not widths or NO_WIDTH.search(name) or value <= WIDTH:
         return value

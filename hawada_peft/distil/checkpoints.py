@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME
 
 from ..errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 
 def checkpoint_of(resume_from_checkpoint: Any, args: TrainingArguments) -> Path:
@@ -56,12 +59,16 @@ def check_complete(folder: Path, args: TrainingArguments, adapters: Iterable[Pat
         CheckpointError: naming those that are missing, empty or cut.
     """
     random = "rng_state.pth" if args.world_size == 1 else f"rng_state_{args.process_index}.pth"
+    randoms = sorted(path.name for path in folder.glob("rng_state*.pth"))
+    if randoms and random not in randoms:
+        logger.warning("%s was saved by %d process(es): random numbers go on anew", folder, len(randoms))
+        random = randoms[0]
     names = [OPTIMIZER_NAME, SCHEDULER_NAME, random, TRAINER_STATE_NAME, *([SCALER_NAME] if args.fp16 else [])]
     missing = [name for name in names if not (folder / name).is_file() or not (folder / name).stat().st_size]
     if missing:
         raise CheckpointError(
             f"{folder} lacks {missing}, so that training would not go on as it was: name a complete checkpoint, saved "
-            "by as many processes and without `save_only_model`, or start anew from its weights"
+            "without `save_only_model`, or start anew from its weights"
         )
     configs = [adapter / ADAPTER_FILE for adapter in adapters] + list(folder.glob(CONFIG_NAME))
     broken = [path for path in (folder / TRAINER_STATE_NAME, *configs) if not _holds_object(path)]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..errors import DivergedError
 
@@ -27,7 +28,8 @@ def check_finite(model: nn.Module, loss: torch.Tensor | None, step: int, acceler
     Raises:
         DivergedError: naming the tensors that are not finite, of the whole model.
     """
-    trained = [each.detach() for each in model.parameters() if each.requires_grad and each.numel()]
+    trained = [_here(each.detach()) for each in model.parameters() if each.requires_grad]
+    trained = [each for each in trained if each.numel()]
     # The largest magnitude: it exists in every dtype, where a sum of squares does not, and NaN goes through it.
     largest = list(torch._foreach_norm(trained, ord=float("inf"))) if trained else []
     largest += [] if loss is None else [loss.detach()]
@@ -53,8 +55,14 @@ def check_finite(model: nn.Module, loss: torch.Tensor | None, step: int, acceler
     )
 
 
+def _here(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _fine(tensor: torch.Tensor) -> bool:
     """Masks hold -inf on purpose, buffers may: NaN is never meant."""
+    tensor = _here(tensor)
     if not tensor.is_floating_point() or tensor.is_meta:
         return True
     return not bool(tensor.isnan().any() if not isinstance(tensor, nn.Parameter) else (~tensor.isfinite()).any())

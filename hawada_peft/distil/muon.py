@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import CheckpointError, HawAdaError
+from .sharded import shards
 
 RATE = 2.0
 """The rate of Muon, in rates of AdamW: what measured best in recoveries of some hundred steps."""
@@ -203,4 +204,4 @@ def optimizer_of(
 
 
 def _sharded(args: TrainingArguments) -> bool:
-    return bool(args.fsdp or args.deepspeed)
+    return shards(args) or bool(args.deepspeed)

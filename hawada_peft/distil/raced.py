@@ -32,14 +32,14 @@ from ..basis.proof import check_exact
 from ..basis.rotation import warn_untied
 from ..errors import HawAdaError, UnsupportedModelError
 from ..planning.plan import Plan
-from ..processes import in_main_process
+from ..processes import in_main_process, of_this_rank
 from ..race.candidates import DIRECTIONS, GENERATORS, GIVEN, field_of, neighbours, searched
 from ..race.fits import Fits, fits_of, no_larger
 from ..race.judge import Judge
 from ..race.preparations import PREPARATIONS
 from ..race.race import Race, entrants_of, run_race
 from ..race.record import NAME, Entrant, RaceRecord
-from ..refit.fidelity import divergence, of_this_rank
+from ..refit.fidelity import divergence
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch
 from ..vanilla.family import locate

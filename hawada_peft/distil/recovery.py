@@ -28,6 +28,7 @@ from .arguments import rate_problems
 from .muon import optimizer_problems
 from .objective import Distillation
 from .raced import RacedRecovery
+from .sharded import gather_into, shards, twin_of
 from .trainer import DistillTrainer
 
 
@@ -131,8 +132,10 @@ def recover(
         quiet: bool = False,
         **more: Any,
     ) -> PreTrainedModel:
+        target = student if lora is None else get_peft_model(student, lora)
+        sharded = shards(args)
         trainer = DistillTrainer(
-            student if lora is None else get_peft_model(student, lora),
+            twin_of(target) if sharded else target,
             args,
             teacher=base,
             train_dataset=train_dataset,
@@ -145,8 +148,10 @@ def recover(
         if quiet:
             trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=resume)
+        if sharded:
+            gather_into(target, trainer.student)
         trainer.accelerator.unwrap_model(student, keep_fp32_wrapper=False)  # its output is not autocast any more
-        trained: Any = trainer.student
+        trained: Any = target
         return trained if lora is None else trained.merge_and_unload()
 
     gated_basis = _basis_of(model) if racing is not None and isinstance(model, PeftModel) else None

@@ -18,6 +18,7 @@ from ..vanilla.outputs import get_student_logits
 from .arguments import rate_problems
 from .muon import optimizer_of, optimizer_problems
 from .objective import Distillation
+from .sharded import sharded_teacher
 from .unlabelled import UnlabelledTrainer
 
 Model = PreTrainedModel | PeftModel
@@ -28,7 +29,9 @@ class DistillTrainer(UnlabelledTrainer):
     Trains a slim model, or LoRA on it, to give the logits of a dense one. Labels are not used.
 
     Whatever of the student requires gradients is trained. The teacher is moved to the device; it is neither wrapped,
-    nor saved, nor changed. The loss is `kl_weight * KL + mse_weight * MSE`, averaged over all positions of a step:
+    nor saved, nor changed. Under FSDP2 it stays where it is, and what teaches is a sharded copy.
+
+    The loss is `kl_weight * KL + mse_weight * MSE`, averaged over all positions of a step:
     those of its accumulated batches and of all processes count the same. Evaluation reports the same loss, and its
     terms as `eval_kl` and `eval_mse`. What the KL is of depends on the head: classes, independent labels
     (`problem_type="multi_label_classification"`); one output, regression and hidden states have none, and MSE is
@@ -100,6 +103,8 @@ class DistillTrainer(UnlabelledTrainer):
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             self.optimizer_cls_and_kwargs = optimizer_of(optimizer, model, self.args)
         self.model_accepts_loss_kwargs = True  # the loss is scaled here, by `num_items_in_batch`
+        if self.is_fsdp_enabled:
+            self.teacher = sharded_teacher(self.accelerator, teacher)
         if self.place_model_on_device and getattr(teacher, "quantization_method", None) is None:
             self._move_model_to_device(teacher, self.args.device)
 

@@ -1,10 +1,14 @@
-"""What trainers that need no labels have in common: a loss for evaluation, and checkpoints that can be relied on."""
+"""
+What trainers that need no labels have in common: a loss for evaluation, and checkpoints that can be relied on.
+
+Long because transformers asks one class for all of a training.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +33,7 @@ from .checkpointing import embeddings_with_gradients
 from .checkpoints import adapter_folder, check_complete, check_tensors, checkpoint_of, keeping_trainable
 from .events import Events, Told
 from .finite import check_finite
+from .sharded import average_gradients, check_version, keep_trained_whole
 
 
 class UnlabelledTrainer(Trainer):
@@ -51,6 +56,11 @@ class UnlabelledTrainer(Trainer):
         self._use_cache: bool | None = getattr(model.config, "use_cache", None)
         self._step_loss: torch.Tensor | None = None
         super().__init__(model=model, args=args, **kwargs)
+        self._whole: list[nn.Parameter] = []  # what is trained and not sharded, where the rest is
+        if self.is_fsdp_enabled:
+            check_version(self.accelerator)
+            if isinstance(model, PeftModel):
+                self._whole = keep_trained_whole(self.accelerator, model)
         self._checked = False
         self.can_return_loss = True  # the teacher takes the place of labels
         self.add_callback(Events(**self._events()))
@@ -91,6 +101,8 @@ class UnlabelledTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As in `Trainer`; the losses of a step are added up, to be looked at once."""
         loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if self._whole and self.accelerator.sync_gradients:
+            average_gradients(self._whole, self.accelerator)
         self._step_loss = loss if self._step_loss is None else self._step_loss + loss
         return loss
 
@@ -111,7 +123,7 @@ class UnlabelledTrainer(Trainer):
     # ---------------------------------------------------------------- checkpoints
 
     def _check_checkpoint(self, folder: Path) -> None:
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # these name their files otherwise
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled) or self._whole:  # these name their files otherwise
             names = self.model.active_adapters if isinstance(self.model, PeftModel) else []
             check_complete(folder, self.args, [adapter_folder(folder, name) for name in names])
 
@@ -123,7 +135,7 @@ class UnlabelledTrainer(Trainer):
         if isinstance(self.model, PreTrainedModel) and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             self._load_renamed(folder)
             return
-        with keeping_trainable(self.model):
+        with keeping_trainable(self.model), self._as_unsharded():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_renamed(self, folder: Path) -> None:
@@ -220,9 +232,28 @@ class UnlabelledTrainer(Trainer):
         during = getattr(self._model_config, "use_cache", None)
         self._set_cache(self._use_cache)
         try:
-            super().save_model(*args, **kwargs)
+            with self._as_unsharded():
+                super().save_model(*args, **kwargs)
         finally:
             self._set_cache(during)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._as_unsharded():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self._as_unsharded():
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    @contextmanager
+    def _as_unsharded(self) -> Iterator[None]:
+        """All that is trained is whole in every process where only an adapter is: its checkpoints are those of one."""
+        before = self.is_fsdp_enabled
+        self.is_fsdp_enabled = before and not self._whole
+        try:
+            yield
+        finally:
+            self.is_fsdp_enabled = before
 
     # ----------------------------------------------------------------- evaluation
 

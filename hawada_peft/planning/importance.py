@@ -10,13 +10,16 @@ from torch import nn
 
 from ..errors import HawAdaError
 from ..gates.attach import collect_gates
+from ..processes import Reduce, of_this_rank, rank_of
 from ..vanilla.batches import Batch, check_batch
 from ..vanilla.mode import evaluating
 from .per_example import example_gradients
 from .plan import Plan
 
 
-def gate_importance(model: nn.Module, batches: Iterable[Batch], plan: Plan | None = None) -> dict[str, torch.Tensor]:
+def gate_importance(
+    model: nn.Module, batches: Iterable[Batch], plan: Plan | None = None, *, reduce: Reduce = of_this_rank
+) -> dict[str, torch.Tensor]:
     """
     The empirical Fisher information of every active gate at its start: the mean over examples of the squared
     gradient of the loss.
@@ -33,6 +36,7 @@ def gate_importance(model: nn.Module, batches: Iterable[Batch], plan: Plan | Non
             their first axes, a gated module's input has another first axis than the batch, or the model's loss is not
             one of transformers' losses on the logits of language models and classifiers.
         plan: what it closes stays closed meanwhile, whatever its legality: importance in the model without it.
+        reduce: sums over ranks; each has batches of its own then (`all_reduced`).
 
     Returns:
         By the names of `collect_gates`: a tensor of the gate's shape, float64, on the CPU.
@@ -48,7 +52,7 @@ def gate_importance(model: nn.Module, batches: Iterable[Batch], plan: Plan | Non
     before = [theta.detach().clone() for theta in thetas]
     plans = [(gate.kept, gate.hard_in_training) for gate in gates.values()]
     totals = [torch.zeros(theta.shape, dtype=torch.float64) for theta in thetas]
-    generator = torch.Generator().manual_seed(0)  # the caller's random state stays
+    generator = torch.Generator().manual_seed(rank_of(reduce))  # the caller's random state stays
     count = 0
     with evaluating(model):
         try:
@@ -67,6 +71,8 @@ def gate_importance(model: nn.Module, batches: Iterable[Batch], plan: Plan | Non
             for theta, value, gate, (kept, hard) in zip(thetas, before, gates.values(), plans, strict=True):
                 theta.data.copy_(value)
                 gate.set_plan(kept, in_training=hard)
-    if count == 0:
+    sums = [torch.tensor(float(count), dtype=torch.float64), *totals]
+    examples, *totals = (reduce(each.to(thetas[0].device)).cpu() for each in sums)
+    if examples == 0:
         raise HawAdaError("no calibration batches were given; pass at least one")
-    return {name: total / count for name, total in zip(gates, totals, strict=True)}
+    return {name: total / examples for name, total in zip(gates, totals, strict=True)}

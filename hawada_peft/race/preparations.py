@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from ..planning.plan import Plan
+from ..processes import all_reduced
 from ..refit.cosine import refine_cosine
-from ..refit.fidelity import all_reduced
 from ..refit.magnitude import compensate_magnitude, stream_magnitudes
 from ..refit.reconstruction import DAMPINGS, refit_model
 from ..vanilla.batches import Batch

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import distributed, nn
+from torch import nn
 from transformers import PreTrainedModel
 
+from ..processes import Reduce, all_reduced
 from ..vanilla.batches import Batch, position_mask
 from ..vanilla.heads import head_of
 from ..vanilla.outputs import output_of
 
-Reduce = Callable[[torch.Tensor], torch.Tensor]
-"""What makes one sum of those of all ranks."""
-
 KEPT_BYTES = 2**30
 """Outputs of a dense model that are kept to compare several others with."""
-
-
-def all_reduced(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over ranks, in place, where `torch.distributed` is in use."""
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(tensor)
-    return tensor
-
-
-def of_this_rank(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum as it is: for what one rank does while the others wait."""
-    return tensor
 
 
 def divergence(

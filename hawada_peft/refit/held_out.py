@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import HawAdaError
+from ..processes import Reduce
 from ..vanilla.batches import Batch, check_batch, main_input, rows_of, without_labels
-from .fidelity import Reduce
 
 HELD_OUT = 0.125
 """The part of the calibration batches that nothing is fitted to."""

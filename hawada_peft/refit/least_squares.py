@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from .fidelity import Reduce
+from ..processes import Reduce
 
 ROWS = 4096
 """Rows that are multiplied at a time."""

@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from ..planning.plan import Plan
+from ..processes import Reduce, all_reduced
 from ..vanilla.batches import Batch, position_mask
 from ..vanilla.family import locate
-from .fidelity import Reduce, all_reduced
 from .layerwise import Stream, residual_gains
 from .projections import as_projection
 

@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 
 from ..errors import HawAdaError, IncompatibleBaseError, UnsupportedModelError
 from ..planning.plan import Plan
+from ..processes import Reduce, all_reduced
 from ..progress import Progress, progress_bar
 from ..vanilla.batches import Batch, position_mask
 from ..vanilla.family import locate
 from ..vanilla.mode import evaluating
 from ..vanilla.modules import parameters_of
-from .fidelity import Expected, Reduce, all_reduced
+from .fidelity import Expected
 from .held_out import HELD_OUT, split
 from .layerwise import Stream
 from .projections import Refit, as_projection

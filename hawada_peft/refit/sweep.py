@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..planning.plan import Plan
-from .fidelity import Reduce
+from ..processes import Reduce
 from .layerwise import Stream, residual_gains
 from .projections import Refit, as_projection, choose, new_moments
 from .targets import block_on, targets_of

@@ -16,6 +16,7 @@ from ..errors import HawAdaError, InvalidPlanError
 from ..gates.attach import collect_gates
 from ..planning.plan import Plan
 from ..planning.ranking import rank
+from ..processes import Reduce, of_this_rank
 from ..progress import Progress, progress_bar
 from ..vanilla.batches import Batch
 from ..vanilla.family import HIDDEN, Layout
@@ -58,6 +59,7 @@ class MaskedQuality:
         importance (`Mapping[str, Tensor]`, *optional*): how much the loss depends on each gate, by the names of
             `collect_gates(model)`; the gates' own values if left out.
         progress (*optional*): makes progress bars, as `tqdm.tqdm`; none are shown if left out.
+        reduce (*optional*): sums over ranks; each has batches of its own then.
 
     Raises:
         HawAdaError: if there are no batches.
@@ -77,10 +79,11 @@ class MaskedQuality:
         batches: Sequence[Batch],
         importance: Mapping[str, torch.Tensor] | None = None,
         progress: Progress | None = None,
+        reduce: Reduce = of_this_rank,
     ) -> None:
         if not batches:
             raise HawAdaError("no calibration batches were given; pass at least one")
-        self.model, self._progress = model, progress
+        self.model, self._progress, self._reduce = model, progress, reduce
         self.tuner = cast(Any, model.base_model)
         self.names = list(self.tuner.active_adapters)
         if len(self.names) != 1:
@@ -122,9 +125,11 @@ class MaskedQuality:
     def loss(self, plan: Plan) -> float:
         """The divergence of the masked model from the dense one on the calibration batches, for a plan."""
         if plan not in self.measured:
-            with self._masked(plan), torch.inference_mode():
-                sums = np.sum([reference.divergence(self.model) for reference in self.references], axis=0)
-            self.measured[plan] = float(sums[0] / sums[1])
+            with self._masked(plan), torch.no_grad():
+                parts = [reference.divergence(self.model) for reference in self.references]
+            device = self.references[0].mask.device
+            total, count = self._reduce(torch.tensor(parts, dtype=torch.float64, device=device).sum(0)).tolist()
+            self.measured[plan] = total / count
         return self.measured[plan]
 
     def predict(self, space: SearchSpace) -> np.ndarray:

@@ -42,7 +42,7 @@ class Reference:
         """
         check_batch(model, batch)
         inputs = without_labels(batch, next(model.parameters()).device)
-        with evaluating(model), torch.inference_mode(), adapters_off(model):
+        with evaluating(model), torch.no_grad(), adapters_off(model):
             logits = get_student_logits(model, inputs)
         head, given = head_of(model, logits), position_mask(inputs, logits.shape[:-1])
         mask = torch.ones(logits.shape[:-1], device=logits.device) if given is None else given.float()

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from ..basis.basis import basis_gate, gate_basis, plan_turn
 from ..errors import HawAdaError, IllegalShapeError
 from ..planning.plan import Plan
+from ..processes import of_this_rank
 from ..progress import Progress, progress_bar
-from ..refit.fidelity import of_this_rank
 from ..refit.reconstruction import refit_model
 from ..surgery.dense import dense_view
 from ..surgery.slimming import slim

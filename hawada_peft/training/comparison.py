@@ -18,7 +18,8 @@ from transformers.trainer_utils import has_length
 
 from ..errors import CheckpointError, UnsupportedModelError
 from ..planning.plan import Plan
-from ..refit.fidelity import divergence, mean_divergence, of_this_rank
+from ..processes import Reduce, of_this_rank
+from ..refit.fidelity import divergence, mean_divergence
 from ..refit.reconstruction import refit_model
 from ..search.timed import dense_model
 from ..vanilla.batches import Batch, main_input, without_labels
@@ -152,7 +153,13 @@ def set_aside(data: Any, count: int) -> tuple[Any, Dataset[Any] | None]:
 
 
 def compare(
-    model: Any, start: StartingPoint, held_out: Sequence[Batch], calibration: Sequence[Batch], keep: str
+    model: Any,
+    start: StartingPoint,
+    held_out: Sequence[Batch],
+    calibration: Sequence[Batch],
+    keep: str,
+    *,
+    reduce: Reduce = of_this_rank,
 ) -> Comparison:
     """
     Measure a trained model under its plan, and what it was before. The model is as it was afterwards.
@@ -163,6 +170,7 @@ def compare(
         held_out: batches that nothing was trained on.
         calibration: batches to refit on.
         keep: one of `KEEPS`.
+        reduce: sums over ranks; each has held-out batches of its own then.
     """
     trained = StartingPoint.of(model, model.applied_plan())
     refits = keep != "sliced" and _can_refit(model, (start.plan, trained.plan), calibration)
@@ -171,7 +179,7 @@ def compare(
         for state in (trained, start):
             if state is start:
                 start.put_into(model)
-            name, sliced = _sliced(model, held_out)
+            name, sliced = _sliced(model, held_out, reduce)
             losses.append({"sliced": sliced})
             refitted = _refitted(model, held_out, calibration) if refits else None
             if refitted is None:
@@ -184,10 +192,11 @@ def compare(
     if not refits:
         after.pop("refitted", None)
     base = dense_model(model)
-    return Comparison(name, before, after, keep, sum(len(main_input(base, batch)) for batch in held_out))
+    examples = torch.tensor(sum(len(main_input(base, batch)) for batch in held_out), device=base.device)
+    return Comparison(name, before, after, keep, int(reduce(examples)))
 
 
-def _sliced(model: Any, held_out: Sequence[Batch]) -> tuple[str, float]:
+def _sliced(model: Any, held_out: Sequence[Batch], reduce: Reduce) -> tuple[str, float]:
     """Of the model under its plan, which computes what the slim one does."""
 
     def pairs() -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
@@ -196,7 +205,7 @@ def _sliced(model: Any, held_out: Sequence[Batch]) -> tuple[str, float]:
                 dense = output_of(model, batch)
             yield batch, dense, output_of(model, batch)
 
-    return mean_divergence(model, pairs(), of_this_rank)
+    return mean_divergence(model, pairs(), reduce)
 
 
 def _refitted(model: Any, held_out: Sequence[Batch], calibration: Sequence[Batch]) -> float | None:

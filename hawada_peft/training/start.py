@@ -25,6 +25,7 @@ from ..gates.reading import layers_of
 from ..gates.stream_basis import BasisGate
 from ..planning.importance import gate_importance
 from ..planning.plan import Plan
+from ..processes import Reduce, of_this_rank
 from ..search.masked import MaskedQuality
 from ..search.timed import dense_model
 from ..vanilla.batches import Batch
@@ -45,6 +46,7 @@ def init_gates(
     plan: Plan | None = None,
     importance: Mapping[str, torch.Tensor] | None = None,
     spread: float = SPREAD,
+    reduce: Reduce = of_this_rank,
 ) -> None:
     """
     Start the gates in the order of their importance, close to where they start anyway.
@@ -63,6 +65,7 @@ def init_gates(
         plan: instead of a shape, where a search has found already which layers go (`SearchResult.plan`).
         importance: of `gate_importance(model, batches)`, where it is known already; used if no layers go.
         spread: see above.
+        reduce: sums over ranks; each has batches of its own then, and all get the same gates (`all_reduced`).
 
     Raises:
         HawAdaError: on another criterion or spread, on both a shape and a plan, or as `gate_importance`.
@@ -78,12 +81,12 @@ def init_gates(
     batches = list(batches)
     gates = collect_gates(model)
     if plan is None:
-        dropped = _dropped(cast(PeftModel, model), batches, shape)
+        dropped = _dropped(cast(PeftModel, model), batches, shape, reduce)
     else:
         dropped = [layer for layer in range(plan.dense.sizes()["num_hidden_layers"]) if layer not in plan.layers]
     without, places = _without(cast(PeftModel, model), dropped) if dropped else (None, {})
     if importance is None or dropped:
-        importance = gate_importance(model, batches, without)
+        importance = gate_importance(model, batches, without, reduce=reduce)
     pooled: dict[str, list[tuple[SigmoidGate, torch.Tensor]]] = {}
     for name, value in importance.items():
         slot, adapter = name.split(".")[-2:]
@@ -122,13 +125,13 @@ def _check_aim(model: nn.Module, shape: Shape | None, plan: Plan | None) -> None
         check_layers(layout, plan.layers)
 
 
-def _dropped(model: PeftModel, batches: Sequence[Batch], shape: Shape | None) -> list[int]:
+def _dropped(model: PeftModel, batches: Sequence[Batch], shape: Shape | None, reduce: Reduce) -> list[int]:
     """The layers to go at a shape, the cheapest first."""
     if shape is None or shape.num_hidden_layers is None:
         return []
     if shape.num_hidden_layers == locate(dense_model(model)).dense.sizes()["num_hidden_layers"]:
         return []
-    return MaskedQuality(model, batches).drop_order(shape.num_hidden_layers)
+    return MaskedQuality(model, batches, reduce=reduce).drop_order(shape.num_hidden_layers)
 
 
 def _without(model: PeftModel, dropped: Sequence[int]) -> tuple[Plan, dict[int, float]]:

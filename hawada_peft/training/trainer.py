@@ -1,4 +1,8 @@
-"""The trainer of gates: from a budget or a shape to gates that are no worse than untrained ones."""
+"""
+The trainer of gates: from a budget or a shape to gates that are no worse than untrained ones.
+
+Long because its start, its end and its checkpoints are those of one class of transformers.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from tqdm import tqdm
 from transformers import TrainingArguments
 
 from ..basis.find import ensure_basis
+from ..distil.sharded import same_everywhere
 from ..errors import HawAdaError
 from ..gates.adapter import GateAdapter
 from ..gates.attach import collect_gates
@@ -23,7 +28,7 @@ from ..latency.budget import LatencyBudget
 from ..latency.effort import Effort
 from ..latency.table import LatencyTable
 from ..planning.plan import Plan
-from ..processes import in_main_process
+from ..processes import all_reduced, in_main_process
 from ..search.budgeted import search_plan
 from ..search.directions import Found, with_directions
 from ..search.result import SearchResult
@@ -120,8 +125,18 @@ class HawAdaTrainer(PhasedTrainer):
     def _prepare(self) -> None:
         """Find the shape for a budget, and start gates that nobody has started."""
         self._start, self.comparison = None, None
+        if not self.is_fsdp_enabled:
+            self._start_gates()
+        elif self._goal is None:
+            raise HawAdaError(
+                "a budget becomes a shape by measuring on one device: find the plan with `find_plan` in a process of "
+                "its own, and pass shape=plan.shape to the sharded training"
+            )
+
+    def _start_gates(self) -> None:
         start = are_fresh(self.gated) and self.args.calibration_examples > 0 and not self.decided
-        batches = self._calibration() if start or self._goal is None else []
+        searching = self._goal is None
+        batches = self._calibration(together=not searching) if start or searching else []
         if batches:
             ensure_basis(self.gated, batches)
         importance, plan = None, None
@@ -129,7 +144,7 @@ class HawAdaTrainer(PhasedTrainer):
             self._goal, importance, plan = self._goal_of_budget(cast(LatencyBudget, self.budget), batches)
         if start:
             shape = self.goal.shape if plan is None else None
-            init_gates(self.gated, batches, shape=shape, plan=plan, importance=importance)
+            init_gates(self.gated, batches, shape=shape, plan=plan, importance=importance, reduce=all_reduced)
 
     def _goal_of_budget(
         self, budget: LatencyBudget, batches: Sequence[Batch]
@@ -154,21 +169,25 @@ class HawAdaTrainer(PhasedTrainer):
         self.search, importance = with_directions(self.gated, batches, self.rotate, search, progress=progress)
         return Goal(self.gated, self.search.best.shape), importance, self.search.plan
 
-    def _calibration(self) -> list[Batch]:
+    def _calibration(self, *, together: bool = False) -> list[Batch]:
         """
         The first examples of the training data, in batches; the random state is left as it was.
+
+        Args:
+            together: this process's share of them; as many for each process if left out.
 
         Raises:
             HawAdaError: if there are none.
         """
         batches: list[Batch] = []
         count = 0
+        wanted = max(1, -(-self.args.calibration_examples // (self.args.world_size if together else 1)))
         with torch.random.fork_rng(devices=[]):  # data is drawn on the CPU
             torch.default_generator.manual_seed(self.args.seed)
             for batch in self.get_train_dataloader():
                 batches.append(batch)
                 count += len(main_input(self.gated.get_base_model(), batch))
-                if count >= max(1, self.args.calibration_examples):
+                if count >= wanted:
                     break
         if not batches:
             raise HawAdaError(
@@ -182,6 +201,9 @@ class HawAdaTrainer(PhasedTrainer):
 
     def _begin(self) -> None:
         """Keep what is trained as it is, before the first step: after all processes have the first one's gates."""
+        if self.is_fsdp_enabled and not self.state.global_step:
+            self._start_gates()
+            same_everywhere(self._whole)
         if self._start is None and self.set_aside is not None:
             plan = self.gated.applied_plan() or self.phases.plan(self.goal.shape)
             self._start = StartingPoint.of(self.gated, plan)
@@ -191,8 +213,11 @@ class HawAdaTrainer(PhasedTrainer):
         if self._start is None or self.set_aside is None:
             return
         start, keep, held_out = self._start, self.args.keep_better, self._held_out()
-        calibration = [] if keep == "sliced" else self._calibration()
-        self.comparison = in_main_process(lambda: compare(self.gated, start, held_out, calibration, keep))
+        if self.is_fsdp_enabled:  # every process takes part in a pass of the model, which cannot be sliced here
+            self.comparison = compare(self.gated, start, held_out, [], "sliced", reduce=all_reduced)
+        else:
+            calibration = [] if keep == "sliced" else self._calibration()
+            self.comparison = in_main_process(lambda: compare(self.gated, start, held_out, calibration, keep))
         logger.info("%s", self.comparison)
         if self.comparison.kept == "start":
             start.put_into(self.gated)

@@ -42,7 +42,7 @@ def outputs_of(model: nn.Module, inputs: Batch) -> dict[str, torch.Tensor]:
     Raises:
         UnsupportedModelError: if there are none.
     """
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.no_grad():
         output = model(**on_device(inputs, next(model.parameters()).device))
     found = floats_of(output)
     if not found:
@@ -66,7 +66,7 @@ def output_of(model: nn.Module, inputs: Batch) -> torch.Tensor:
     What the model predicts (`prediction_of`) in evaluation mode; the mode is put back. Inputs are taken to the model's
     device.
     """
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.no_grad():
         return prediction_of(model(**on_device(inputs, next(model.parameters()).device)), model)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from ..anatomy import HEADS
@@ -36,6 +36,15 @@ def head_numbers(specimen: Specimen) -> dict[Path, list[Path]]:
         if isinstance(value, int) and HEADLIKE.search(name) and not NOT_HEADS.search(name):
             found.setdefault(path[:-1], []).append(path)
     return found
+
+
+def heads_in(own: Mapping[str, Any]) -> list[int]:
+    """The numbers of one scope that count heads."""
+    return [
+        value
+        for name, value in own.items()
+        if isinstance(value, int) and value > 1 and HEADLIKE.search(name) and not NOT_HEADS.search(name)
+    ]
 
 
 def find_heads(

@@ -14,7 +14,7 @@ from ..trial.builds import Dim, Moves
 from ..trial.config_tree import Path, numbers_of, value_at
 from ..trial.found import Found, changes_of, misfits
 from ..trial.specimen import CONVS, Specimen
-from ..trial.units import decode
+from ..trial.units import closes_any, decode
 from .heads import HEAD_SIZE, HEADLIKE
 from .widths import made_of
 
@@ -39,8 +39,8 @@ def find_stream(specimen: Specimen, path: Path) -> Found | str:
         The axis, not yet proved; else the reason why there is none.
     """
     value = value_at(specimen.builds.tree, path)
-    if not isinstance(value, int) or isinstance(path[-1], int):
-        return "the residual stream: one of several widths of it"
+    if not isinstance(value, int):
+        return "the residual stream: it is no whole number"
     reasons = []
     for numbers, written in _edits(specimen, path, value):
         for tried in (value // 2, value * 2, value * 3 // 4):
@@ -182,12 +182,14 @@ def _with_heads(
         outer = [dim for dim in known if dim not in inner]
         if not outer:
             continue
+        places = {dim: [row // width for row in range(moves[dim][0])] for dim in inner}
+        if not closes_any(specimen, moves, places):
+            continue
         stream = decode(specimen, moves, _channels(outer, moves, value))
         sizes: Sizes = dict.fromkeys(outer, (value, tried))
         rest = list(dict.fromkeys([*misfits(stream.rows, moves, sizes), *inner]))
         if len(rest) >= len(moves) // 2 + len(inner):
             continue
-        places = {dim: [row // width for row in range(moves[dim][0])] for dim in inner}
         other = decode(specimen, {dim: moves[dim] for dim in rest}, places)
         fewer = dict.fromkeys(inner, (heads, heads * tried // value))
         if misfits(other.rows, {dim: moves[dim] for dim in rest}, fewer):

@@ -156,10 +156,16 @@ def _builds(specimen: Specimen, axis: Found, units: int, whole: Mapping[Dim, lis
 
 
 def is_stream(specimen: Specimen, moves: Moves, stacks: Collection[str]) -> bool:
-    """Whether most parameters of a stack moved, or of the model where it has none: the residual stream does that."""
+    """
+    Whether most parameters of a stack moved, and some outside of all stacks, which heads do not move; of a model
+    without stacks, most parameters. The residual stream does that.
+    """
     moved = {name for name, _ in moves}
-    for prefix in [f"{stack}." for stack in stacks] or [""]:
-        inside = {name for name in specimen.base if name.startswith(prefix)}
-        if len(moved & inside) > STREAM * len(inside):
+    inside = tuple(f"{stack}." for stack in stacks)
+    if inside and all(name.startswith(inside) for name in moved):
+        return False
+    for prefix in inside or ("",):
+        own = {name for name in specimen.base if name.startswith(prefix)}
+        if len(moved & own) > STREAM * len(own):
             return True
     return False

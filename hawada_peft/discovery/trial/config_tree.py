@@ -32,6 +32,9 @@ NOT_WIDTHS = re.compile(
 LISTED_LAYERS = re.compile("index|indices|idx|only_layers")
 """Names of lists that hold numbers of layers."""
 
+CHOSEN_EXPERTS = re.compile("per_tok|top_?k$|^moe_topk")
+"""Names of numbers of experts that are chosen for a token."""
+
 DESCRIPTIONS = ("id2label", "label2id", "rope_parameters", "rope_scaling", "task_specific_params")
 """Fields that are tables of something else."""
 

@@ -69,6 +69,10 @@ class Found:
         left, rest = divmod(units * self.counts[place], self.units)
         return None if rest or left < 1 else left
 
+    def grouped(self, other: Found) -> bool:
+        """Whether its units are the groups of another axis."""
+        return self is not other and self.units == other.groups and self.places.keys() == other.places.keys()
+
     def everything(self) -> dict[Dim, list[int]]:
         """The rows of the axis and of the partner."""
         return self.rows | (self.partner.rows if self.partner else {})

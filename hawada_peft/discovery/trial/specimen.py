@@ -49,6 +49,7 @@ class Specimen:
             inner._experts_implementation = "eager"
         self.builds = Builds(model_class, config)
         self.model_class, self.config, self.base = model_class, config, self.builds.base
+        self._open: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
         best = -1.0
         for seed in SEEDS:
             model = random_model(model_class, config, seed)
@@ -90,6 +91,12 @@ class Specimen:
         with closed_units(self.model, closed or Closed()):
             return run(self.model, self.inputs)
 
+    def open_gradients(self, linear: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        """As `gradients`, with nothing closed; kept."""
+        if linear not in self._open:
+            self._open[linear] = self.gradients(Closed(linear=linear))
+        return self._open[linear]
+
     def gradients(self, closed: Closed) -> dict[str, torch.Tensor]:
         """Of the weighted sum of all outputs, for every parameter that it depends on."""
         for parameter in self.model.parameters():
@@ -107,6 +114,11 @@ class Specimen:
         }
         self.model.zero_grad(set_to_none=True)
         return found
+
+    def told(self, module: str) -> str:
+        """What tells a module from others: the names of its parameters, and their shapes."""
+        before = f"{module}."
+        return repr(sorted((name[len(before) :], self.base[name]) for name in self.base if name.startswith(before)))
 
     # -- what a parameter is to its module
 

@@ -76,8 +76,8 @@ def decode(
         for place, rows in places.items()
         if dim[1] == place[1] and specimen.parameters.get(dim[0]) is specimen.parameters[place[0]]
     }
-    plain = specimen.gradients(Closed(linear=linear))
-    top = max((float(each.abs().max()) for each in plain.values() if each.numel()), default=0.0) or 1.0
+    plain = specimen.open_gradients(linear)
+    top = _top(plain)
     targets = [dim for dim in moves if dim not in places and dim not in tied and dim[0] in plain]
     live = {dim: _largest(plain, dim, moves[dim][0]) > LIVE * top for dim in targets}
     counts = {place: max(rows) + 1 for place, rows in places.items()}
@@ -116,6 +116,28 @@ def decode(
     return found
 
 
+def closes_any(specimen: Specimen, moves: Moves, places: Mapping[Dim, Sequence[int]]) -> bool:
+    """Whether some other dimension falls in two, when the even units are closed, and when the odd ones are."""
+    top = _top(specimen.open_gradients(()))
+    found = []
+    for want in (1, 0):
+        shut: list[tuple[Dim, Sequence[int]]] = [
+            (place, [row for row, unit in enumerate(rows) if unit & 1 != want]) for place, rows in places.items()
+        ]
+        found.append(specimen.gradients(Closed(zero=shut)))
+    for dim, (size, _) in moves.items():
+        if dim not in places and dim[0] in found[0]:
+            odd, even = (_largest(each, dim, size) > SURVIVES * top for each in found)
+            if bool(odd.any() and even.any()) and not bool((odd & even).any()):
+                return True
+    return False
+
+
+def _top(gradients: Mapping[str, torch.Tensor]) -> float:
+    """The largest of all."""
+    return max((float(each.abs().max()) for each in gradients.values() if each.numel()), default=0.0) or 1.0
+
+
 def _largest(gradients: Mapping[str, torch.Tensor], dim: Dim, size: int) -> torch.Tensor:
     """The largest absolute gradient in each row; 0 where there is none."""
     gradient = gradients.get(dim[0])
@@ -133,16 +155,15 @@ def _room(dim: Dim, moves: Moves, sizes: Mapping[Dim, tuple[int, int]]) -> float
 
 def _read(opened: torch.Tensor, shut: torch.Tensor, live: torch.Tensor) -> list[Any]:
     """The unit of each row; of rows whose gradient told too little, the bits that are known."""
-    stays, told = (opened & shut).any(0), opened | shut
-    rows: list[Any] = []
-    for row in range(opened.shape[1]):
-        bits = {bit: bool(opened[bit, row]) for bit in range(len(opened)) if told[bit, row]}
-        if stays[row]:
-            rows.append(-1)
-        elif live[row] and len(bits) == len(opened):
-            rows.append(sum(1 << bit for bit, is_set in bits.items() if is_set))
-        else:
-            rows.append(bits)
+    stays = (opened & shut).any(0).tolist()
+    whole = (live & (opened | shut).all(0)).tolist()
+    powers = 2 ** torch.arange(len(opened))
+    units = (opened * powers[:, None]).sum(0).tolist()
+    rows: list[Any] = [-1 if fixed else unit for fixed, unit in zip(stays, units, strict=True)]
+    for row, known in enumerate(whole):
+        if not known and not stays[row]:
+            told = (opened[:, row] | shut[:, row]).tolist()
+            rows[row] = {bit: is_set for bit, is_set in enumerate(opened[:, row].tolist()) if told[bit]}
     return rows
 
 

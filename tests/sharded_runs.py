@@ -1,0 +1,101 @@
+"""A training as one of several processes: `python sharded_runs.py WHAT FOLDER [STOP]`, with or without torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import DistributedType, PartialState
+from conftest import LM_ROW, build, gate, scattered_plan
+from distil_runs import arguments as recovery_arguments
+from gate_runs import LABELLED, TARGET, StopAt, arguments
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
+
+from hawada_peft import HawAdaTrainer, recover
+from hawada_peft.distil.sharded import whole
+from hawada_peft.processes import run_program
+
+WORLD, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+SHARDED: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}} if WORLD > 1 else {}
+OPTIMIZER = {"optim": "adamw_torch", "adam_epsilon": 1e-2}  # no signs of gradients that are zero but for rounding
+ROWS = (LABELLED * 5)[:36]  # four are set aside, the rest are whole steps
+
+
+def sharding(args: TrainingArguments) -> Any:
+    """The arguments; of several processes, with accelerate told that it may shard: it offers that on accelerators."""
+    if WORLD > 1:
+        _ = args.device  # the processes have met
+        PartialState().distributed_type = DistributedType.MULTI_GPU
+    return args
+
+
+def gates(folder: Path, stop: int, lora: LoraConfig | None = None) -> None:
+    """Gates, or gates and LoRA: trained to the end, or up to a step; what they are then."""
+    model = gate(build(LM_ROW), shuffle=False, lora=lora)
+    options: dict[str, Any] = {
+        "per_device_train_batch_size": 8 // WORLD,
+        "calibration_examples": 16,
+        "keep_better": "sliced",
+    }
+    options |= {"soft_fraction": 0.5, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.3} | OPTIMIZER
+    args = sharding(arguments(folder, **options, **SHARDED))
+    trainer = HawAdaTrainer(model, args, shape=TARGET, train_dataset=ROWS)
+    resume = bool(list(folder.glob("checkpoint-*")))
+    if stop:
+        trainer.add_callback(StopAt(stop))
+    trainer.train(resume_from_checkpoint=resume)
+    trained = {name: whole(p.detach()).clone() for name, p in model.named_parameters() if p.requires_grad}
+    report(folder, trained, model.applied_plan().to_json(), trainer.state.log_history)
+    trainer.save_model(str(folder / "adapter"))
+    assert WORLD == 1 or is_sharded(model)
+
+
+def joint(folder: Path, stop: int) -> None:
+    """Gates and LoRA."""
+    gates(folder, stop, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+
+
+def recovery(folder: Path, stop: int) -> None:
+    """A slim model, recovered with all of its weights trained."""
+    dense = build(LM_ROW)
+    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    options = {"per_device_train_batch_size": 8 // WORLD, "save_strategy": "steps", "save_steps": 2}
+    args = sharding(recovery_arguments(folder, **options, **OPTIMIZER, **SHARDED))
+    resume = bool(list(folder.glob("checkpoint-*")))
+    stopping = [StopAt(stop)] if stop else []
+    slimmed = recover(
+        dense,
+        args,
+        train_dataset=ROWS,
+        plan=scattered_plan(dense, LM_ROW.slim),
+        optimizer="args",
+        resume_from_checkpoint=resume,
+        callbacks=stopping,
+    )
+    assert all(torch.equal(before[name], tensor) for name, tensor in dense.state_dict().items())
+    report(folder, dict(slimmed.model.state_dict()), slimmed.plan.to_json(), [])
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether all weights of the layers that are not trained are. The last norm and the head are gathered just now."""
+    layers = {name: parameter for name, parameter in model.named_parameters() if ".layers." in name}
+    return all(isinstance(parameter, DTensor) != parameter.requires_grad for parameter in layers.values())
+
+
+def report(folder: Path, tensors: dict[str, torch.Tensor], plan: str, log: list[dict[str, Any]]) -> None:
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / f"{RANK}.safetensors")
+    (folder / f"{RANK}.json").write_text(json.dumps({"plan": plan, "log": log}))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    what, where, last = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]) if sys.argv[3:] else 0
+    where.mkdir(parents=True, exist_ok=True)
+    run_program(lambda: globals()[what](where, last))
