@@ -58,17 +58,19 @@ def rank(layout: Layout, scores: UnitScores, shape: Shape) -> Plan:
         wishes = [_required(gated[layer], EXPERTS, layer) for layer in layers]
         experts = tuple(tuple(_top(wish, shape.num_experts or 0)) for wish in wishes)
     for layer in layers:
-        if wanted["num_attention_heads"] < dense["num_attention_heads"]:
+        # A layer of another kind has none of these units, and says the first ones.
+        if layout.attention_out(layer) and wanted["num_attention_heads"] < dense["num_attention_heads"]:
             table = _required(scores.heads[layer], HEADS, layer).reshape(-1, per_group)
             groups = _top(table.sum(1), wanted["num_key_value_heads"])
             heads.append(tuple(g * per_group + h for g in groups for h in _top(table[g], keep_per_group)))
         else:
-            heads.append(tuple(range(dense["num_attention_heads"])))
-        if wanted["intermediate_size"] < dense["intermediate_size"]:
+            first = range(wanted["num_key_value_heads"])
+            heads.append(tuple(g * per_group + h for g in first for h in range(keep_per_group)))
+        if layout.ffn_out(layer) and wanted["intermediate_size"] < dense["intermediate_size"]:
             values = _required(scores.channels[layer], FFN, layer)
             channels.append(tuple(_top(values, wanted["intermediate_size"])))
         else:
-            channels.append(tuple(range(dense["intermediate_size"])))
+            channels.append(tuple(range(wanted["intermediate_size"])))
     return Plan(
         dense=dense_shape,
         layers=tuple(layers),

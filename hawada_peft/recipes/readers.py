@@ -175,6 +175,8 @@ def tokens_of(row: Mapping[str, Any], tokenizer: Any, source: object, column: st
     if isinstance(content, str):
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         return [*tokenizer(content)["input_ids"], *end]
+    if not isinstance(content, list) or not all(isinstance(message, Mapping) for message in content):
+        raise HawAdaError(f"{source} is no chat: messages must be a list of objects with role and content")
     if tokenizer.chat_template is None:
         raise HawAdaError(f"{source} is a chat, and the tokenizer has no chat template: give plain text")
     try:
