@@ -232,8 +232,8 @@ def write(options: argparse.Namespace, peers: Mapping[str, Peer]) -> None:
                 cells.append(f"{_cell(peer, stage)} ({peer.title})" if peer else "")
             lines.append(f"| {budget:g}x | " + " | ".join(cells) + " |")
         behind = [line.removeprefix("- ") for line in claims(first, lengths[0]) if "**Behind**" in line]
-        text = [f"![{metric} against measured speedup]({_link(options.picture, options.readme)})", "\n".join(lines)]
-        replace_section(options.readme, "real-model", "\n\n".join([*text, *behind]))
+        # The picture stands on the first screen already.
+        replace_section(options.readme, "real-model", "\n\n".join(["\n".join(lines), *behind]))
 
 
 def _link(target: Path, page: Path) -> str:

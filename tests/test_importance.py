@@ -217,7 +217,7 @@ def test_a_start_towards_a_shape_leaves_everything_else_as_it_was(row: Row) -> N
 @pytest.mark.parametrize(
     ("aim", "facts"),
     [
-        ({"shape": Shape(num_hidden_layers=2)}, "at least 3, a layer before each stage"),
+        ({"shape": Shape(num_hidden_layers=2)}, "at least 3, got 2; a layer stays"),
         ({"shape": Shape(num_hidden_layers=9)}, "num_hidden_layers 9 exceeds 6"),
         ({"shape": 2}, "a Shape .* got a int"),
         ({"plan": Plan.keep_all(Shape(8, 8, 128, 5))}, "another base model"),
