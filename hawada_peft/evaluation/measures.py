@@ -36,7 +36,8 @@ def qualities(
     How much of the dense model is left.
 
     Args:
-        dense, slim: on one device.
+        dense: on the same device as the slim one.
+        slim: the slim model.
         batches: keyword arguments of the forward pass; labels of images are used if they are there.
         data: what they are, for the report.
         each: is called after every batch.

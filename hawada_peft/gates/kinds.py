@@ -318,7 +318,8 @@ class BlockGate(SigmoidGate):
     One gate on a whole tensor: what a block, or all blocks of a layer, add to the residual stream.
 
     Args:
-        start, relative: as in `SigmoidGate`.
+        start: as in `SigmoidGate`.
+        relative: as in `SigmoidGate`.
         parts (`int`): blocks of its layer; with all of them closed the layer is the identity.
     """
 
