@@ -40,6 +40,8 @@ from hawada_peft.vanilla.shape import Shape
 LAYERS = 6
 TOKENS = torch.randint(3, 128, (16, 12), generator=torch.Generator().manual_seed(9))
 BATCHES = [{"input_ids": rows} for rows in TOKENS.split(4)]
+PICTURES = [{"pixel_values": torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(i))} for i in range(3)]
+"""Enough positions for all directions of the residual stream, also without those that are held out."""
 SMALL = {"plans": 2, "steps": 1, "preparations": ("none", "least squares"), "rotate": False}
 QUICK = {"max_steps": 40, "learning_rate": 0.01, "lr_scheduler_type": "cosine"}
 
@@ -205,7 +207,7 @@ def test_a_rotated_stream_races_is_prepared_and_wins(
     images = row is VISION_ROW
     limit = LatencyBudget(speedup=1.2, **({"image_size": 16} if images else {"seq_len": 12}))
     data = IMAGES if images else DATA
-    batches = [{"pixel_values": torch.stack([each["pixel_values"] for each in IMAGES])}] if images else BATCHES
+    batches = PICTURES if images else BATCHES
     race = Race(limit, preparations=tuple(PREPARATIONS), steps=1, effort=Effort.quick(clock=clock))
     options: dict[str, Any] = {"train_dataset": data, "calibration": batches, "race": race}
     slim, record = raced(tmp_path, dense, **options)
@@ -220,8 +222,7 @@ def test_a_rotated_stream_races_is_prepared_and_wins(
 
 
 def test_the_plan_of_gates_on_directions_races_in_their_basis(tmp_path: Path) -> None:
-    dense = build(VISION_ROW)
-    batches = [{"pixel_values": torch.stack([each["pixel_values"] for each in IMAGES])}]
+    dense, batches = build(VISION_ROW), PICTURES
     model = gate(dense, shuffle=False, gates=("heads", "ffn", "layers", "hidden"), rotate=True)
     init_basis(model, batches)
     model.apply_plan(model.plan(Shape(hidden_size=dense.config.hidden_size // 2)))

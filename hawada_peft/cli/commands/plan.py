@@ -139,8 +139,8 @@ def check(model: str, calibration: str, **options: Any) -> None:
     from ...latency.budget import LatencyBudget
     from ...sources import check_source
 
-    LatencyBudget(**{name: each for name, each in options.items() if name in LatencyBudget.__dataclass_fields__})
     check_data(calibration)
+    LatencyBudget(**{name: each for name, each in options.items() if name in LatencyBudget.__dataclass_fields__})
     check_source(model)
 
 
