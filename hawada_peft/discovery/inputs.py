@@ -61,6 +61,12 @@ def configs_of(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
             yield from configs_of(inner)
 
 
+def field_of(config: PreTrainedConfig, field: str) -> Any:
+    """A field of the first config that has it: the model's own, then its sub-configs'; None if none has."""
+    found = (getattr(each, field, None) for each in configs_of(config))
+    return next((value for value in found if value is not None), None)
+
+
 class Drawn:
     """
     The inputs of one model, drawn one kind after the other.
@@ -143,9 +149,8 @@ class Drawn:
     # -- what configs say
 
     def of(self, field: str) -> Any:
-        """A field of the first config that has it: the model's own, then its sub-configs'."""
-        found = (getattr(config, field, None) for config in self.configs)
-        return next((value for value in found if value is not None), None)
+        """As `field_of`."""
+        return field_of(self.model.config, field)
 
     @staticmethod
     def number(field: str, config: PreTrainedConfig) -> int | None:
