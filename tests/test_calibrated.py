@@ -159,6 +159,15 @@ def test_options_of_the_other_way_are_refused(folder: Path, options: list[str], 
     assert not (folder / "slim").exists()
 
 
+def test_a_device_where_nothing_is_refitted_is_refused(folder: Path) -> None:
+    (folder / "alone").mkdir()
+    (folder / "alone" / "plan.json").write_text(Plan.keep_all(locate(build(LM_ROW)).dense).to_json())
+    result = run(folder, "--plan", str(folder / "alone" / "plan.json"), "--device", "cpu")
+    assert result.exit_code == 2
+    assert "--device needs --calibration" in " ".join(result.output.split())
+    assert not (folder / "slim").exists()
+
+
 def test_bad_input_is_refused_before_the_model_is_loaded(folder: Path) -> None:
     batches = batches_of(examples_of(LM_ROW), 8)
     (folder / "base" / "model.safetensors").unlink()
