@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-loaded test-benchmarks quality docs peft-suite clean
+.PHONY: demo test test-loaded test-zoo test-benchmarks quality docs peft-suite clean
 
 # Markers: made when the installation succeeded, older than the files that it depends on when it must be repeated.
 $(VENV)/.made:

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from work import Batch, Bench, add_work_arguments
 
 from hawada_peft import HawAdaConfig, Shape, init_gates
-from hawada_peft.refit.fidelity import of_this_rank
+from hawada_peft.processes import of_this_rank
 from hawada_peft.refit.reconstruction import refit_model
 from hawada_peft.vanilla.family import locate
 

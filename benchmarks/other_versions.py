@@ -1,77 +1,105 @@
-"""Which other versions of transformers load slim models and compute the same, for every family.
+"""Which other versions of transformers load slim models and compute the same, for every family with a row.
 
     python benchmarks/other_versions.py write FOLDER                    # here, with hawada_peft
     /other/environment/bin/python benchmarks/other_versions.py read FOLDER    # needs torch, transformers, safetensors
 
-Tiny models with random weights and rotary parameters other than the class's default. `read` prints one row: OK where
-the logits are those of the version that wrote them, WRONG where they differ, FAIL where the folder does not load.
+The tiny models of the tests, with random weights and, where a class has them in one place, rotary parameters other
+than its default. `read` prints a row per folder: OK where the first output is that of the version that wrote it, WRONG
+where it differs, FAIL where the folder does not load. A family whose heads cannot go alone has none with fewer heads.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-SIZES = {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 4}
-ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
-TEXT = {"num_key_value_heads": 4, "intermediate_size": 96, "vocab_size": 128, "pad_token_id": 0, "head_dim": 8} | ROPE
-IMAGES = {"image_size": 16, "patch_size": 8}
 CUTS = {"ffn and layers": {"ffn": 0.5, "layers": 0.5}, "heads too": {"heads": 0.5, "ffn": 0.5, "layers": 0.5}}
+EXPECTED = "expected.safetensors.out"
+THETA = 5000.0
 
 
 def write(folder: Path) -> None:
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    import transformers
+    from conftest import KINDS, ROWS, Row, build
+    from families import FURTHER, INPUTS, MIXTURES
     from peft import get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
+    from zoo import ZOO
 
     from hawada_peft import HawAdaConfig, save_slim
     from hawada_peft.discovery.inputs import example_inputs
+    from hawada_peft.errors import IllegalShapeError
     from hawada_peft.vanilla.family import FAMILIES
-    from hawada_peft.vanilla.outputs import output_of
 
-    for model_type, family in FAMILIES.items():
+    rows = {getattr(transformers, row.config).model_type: row for row in (ROWS | KINDS | FURTHER | MIXTURES).values()}
+    for model_type in FAMILIES:
+        if model_type in ZOO and model_type not in rows:
+            kind = ZOO[model_type]
+            rows[model_type] = Row(kind.model, kind.config, kind.fields, FURTHER["roberta"].slim)
+        if model_type not in rows:  # twins of roberta in all but their names
+            config = transformers.CONFIG_MAPPING[model_type].__name__
+            named = config.replace("Config", "ForSequenceClassification"), config
+            rows[model_type] = replace(FURTHER["roberta"], model=named[0], config=named[1])
         for cut, keep_ratio in CUTS.items():
-            torch.manual_seed(0)
-            images = family.kv_heads_field == ""
-            config = AutoConfig.for_model(model_type, **SIZES, **(IMAGES if images else TEXT))
-            auto = AutoModelForImageClassification if images else AutoModelForCausalLM
-            found = auto._model_mapping[type(config)]
-            model = (found[0] if isinstance(found, tuple) else found)(config).eval()
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(0.05 * torch.randn_like(parameter))
+            rope = getattr(getattr(transformers, rows[model_type].config)(), "rope_parameters", None) or {}
+            fields = {"rope_parameters": rope | {"rope_theta": THETA}} if "rope_theta" in rope else {}
+            model = build(rows[model_type], **fields)
             gated = get_peft_model(model, HawAdaConfig())
-            slim = gated.merge_and_unload(plan=gated.plan(keep_ratio=keep_ratio))
+            try:
+                plan = gated.plan(keep_ratio=keep_ratio)
+            except IllegalShapeError:
+                continue
+            if cut == "heads too" and plan.shape.num_attention_heads == plan.dense.num_attention_heads:
+                continue
+            slim = gated.merge_and_unload(plan=plan)
             place = folder / model_type / cut.replace(" ", "-")
-            save_slim(slim, place)
-            inputs = example_inputs(slim)
-            save_file({**inputs, "logits": output_of(slim, inputs).clone()}, place / "expected.safetensors.out")
+            inputs = INPUTS[model_type]() if model_type in INPUTS else example_inputs(slim)
+            save_slim(slim, place, inputs=inputs)
+            with torch.no_grad():
+                name, output = next((k, v) for k, v in slim(**inputs).items() if isinstance(v, torch.Tensor))
+            tensors = {key: value.contiguous().clone() for key, value in (inputs | {"": output}).items()}
+            save_file(tensors, place / EXPECTED, metadata={"output": name})
 
 
 def read(folder: Path) -> None:
     import transformers
-    from transformers import AutoModelForCausalLM, AutoModelForImageClassification
+    from huggingface_hub.errors import StrictDataclassError
 
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     for place in sorted(folder.glob("*/*")):
-        expected = load_file(place / "expected.safetensors.out")
-        logits = expected.pop("logits")
-        auto = AutoModelForImageClassification if "pixel_values" in expected else AutoModelForCausalLM
+        inputs = load_file(place / EXPECTED)
+        expected = inputs.pop("")
+        with safe_open(place / EXPECTED, "pt") as file:
+            name = file.metadata()["output"]
         try:
-            model = auto.from_pretrained(place).eval()
+            architecture = json.loads((place / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+            model = getattr(transformers, architecture).from_pretrained(place).eval()
             with torch.no_grad():
-                gap = (model(**expected).logits - logits).abs().max() / logits.abs().max()
+                gap = (model(**inputs)[name] - expected).abs().max() / expected.abs().max()
             result = "OK" if gap <= 1e-4 else "WRONG"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+            ImportError,
+            StrictDataclassError,
+        ) as error:
             result = f"FAIL ({type(error).__name__})"
-        print(f"| {transformers.__version__} | {place.parent.name} | {place.name} | {result} |")
+        print(f"| {transformers.__version__} | {place.parent.name} | {place.name} | {result} |", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("write", "read"))
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()

@@ -37,7 +37,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hawada_peft import HawAdaConfig, Shape, collect_gates, slim_checkpoint
-from hawada_peft.files.checkpoint import Checkpoint, stored_names
+from hawada_peft.files.checkpoint import Checkpoint
+from hawada_peft.files.pieces import stored_pieces
 from hawada_peft.files.shards import write_shard
 
 BLOCK = 2**25
@@ -58,7 +59,7 @@ def write_base(folder: Path, *, layers: int, vocabulary: int) -> int:
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     state = model.state_dict()
-    like = {key: state[name] for key, name in stored_names(model).items()}
+    like = {key: state[piece.name] for key, piece in stored_pieces(model).items()}
     block = (torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)) * 0.02).to(torch.bfloat16)
 
     def parts(key: str) -> Iterator[torch.Tensor]:

@@ -95,3 +95,14 @@ INPUTS: dict[str, Callable[[], Inputs]] = {
     "audio-spectrogram-transformer": lambda: {"input_values": _noise(24, 16)},
 }
 """Of the models that take more than pixels or tokens alone."""
+
+SMALL = Shape(4, 2, 12, 2, num_experts=5)
+CHOSEN = {"num_experts_per_tok": 2}
+NARROW = {"moe_intermediate_size": 24, "num_experts": 8, "norm_topk_prob": True}
+LOCAL = {"intermediate_size": 24, "num_local_experts": 8}
+MIXTURES = {
+    "qwen3_moe": Row("Qwen3MoeForCausalLM", "Qwen3MoeConfig", LM | CHOSEN | NARROW, SMALL),
+    "mixtral": Row("MixtralForCausalLM", "MixtralConfig", LM | CHOSEN | LOCAL, SMALL),
+    "gpt_oss": Row("GptOssForCausalLM", "GptOssConfig", LM | CHOSEN | LOCAL | {"sliding_window": 6}, SMALL),
+}
+"""Of experts."""

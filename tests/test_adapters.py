@@ -133,7 +133,7 @@ def test_layer_gate_is_shared_and_held_once() -> None:
     first, second = ChannelAdapter(nn.Linear(8, 4)), ChannelAdapter(nn.Linear(8, 4))
     gate = BlockAdapter(nn.Linear(1, 1)).gates("default")[BLOCK]
     first.update_layer("default", {"hawada_layer": gate})
-    second.share_layer_gate(first)
+    second.share("hawada_layer", first)
     assert second.gates("default")["hawada_layer"] is gate
     assert not [name for name, _ in second.named_parameters() if "hawada_layer" in name]
 

@@ -127,7 +127,7 @@ def test_under_a_plan_layers_are_there_or_gone() -> None:
 def test_soft_values_are_never_folded_silently() -> None:
     model = bert(gates=("layers",))
     before = logits_of(model)
-    with pytest.raises(InvalidPlanError, match="blends the layer's output with its input"):
+    with pytest.raises(InvalidPlanError, match="it blends a layer's output and input"):
         model.merge_and_unload()
     assert torch.equal(logits_of(model), before)
     model.merge_adapter()  # still in the model, and so still applied

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,16 @@ from hawada_peft import Plan, slim_checkpoint
 from hawada_peft.cli.program import app
 from hawada_peft.errors import HawAdaError, InvalidPlanError
 from hawada_peft.files.names import CARD_NAME, REPORT_NAME
-from hawada_peft.recipes.readers import batches_of, load_examples
+from hawada_peft.recipes.readers import load_examples
 from hawada_peft.shipping import calibration_facts
 from hawada_peft.vanilla.family import locate
 from hawada_peft.vanilla.loading import load_model
+
+
+def batches_of(examples: Mapping[str, torch.Tensor], size: int) -> list[dict[str, torch.Tensor]]:
+    """The examples in batches of at most `size`."""
+    parts = {name: tensor.split(size) for name, tensor in examples.items()}
+    return [dict(zip(parts, rows, strict=True)) for rows in zip(*parts.values(), strict=True)]
 
 
 def examples_of(row: Row) -> dict[str, torch.Tensor]:
@@ -149,6 +156,15 @@ def test_options_of_the_other_way_are_refused(folder: Path, options: list[str], 
     result = run(folder, *options)
     assert result.exit_code in (1, 2)
     assert facts in " ".join(result.output.split())
+    assert not (folder / "slim").exists()
+
+
+def test_a_device_where_nothing_is_refitted_is_refused(folder: Path) -> None:
+    (folder / "alone").mkdir()
+    (folder / "alone" / "plan.json").write_text(Plan.keep_all(locate(build(LM_ROW)).dense).to_json())
+    result = run(folder, "--plan", str(folder / "alone" / "plan.json"), "--device", "cpu")
+    assert result.exit_code == 2
+    assert "--device needs --calibration" in " ".join(result.output.split())
     assert not (folder / "slim").exists()
 
 

@@ -32,6 +32,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
+from transformers import PreTrainedModel
+from zoo import ZOO
 
 import hawada_peft
 from hawada_peft import ExportFacts, Family, Plan, Shape
@@ -216,8 +218,15 @@ ANYWHERE: Factories = {
 }
 """Made anew for each block that says the name, unless the page has given it another value."""
 
+
+def llava() -> PreTrainedModel:
+    kind = ZOO["llava"]
+    return kind.model_class(kind.make_config()).eval()
+
+
 BY_PAGE: dict[str, Factories] = {
     "add-a-family.md": {"tiny_model": starcoder},
+    "families.md": {"llava": llava},
     "gates-and-adapters.md": {
         "model": Blocks,
         "x": lambda: torch.ones(2, 3, 8),
@@ -360,7 +369,8 @@ def test_command_parses(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("code", mentions("hawada"))
 def test_mentioned_command_exists(code: str) -> None:
     words = words_of(code)[1:]
-    known = {option for parameter in command(words).params for option in parameter.opts} | {"--help"}
+    options = [(*each.opts, *each.secondary_opts) for each in command(words).params]
+    known = {name for names in options for name in names} | {"--help"}
     assert {word for word in words if word.startswith("--")} <= known
 
 

@@ -58,8 +58,8 @@ def test_a_quick_one_asks_for_no_more_than_the_default() -> None:
 
 def test_what_follows_keeps_the_clock_and_the_order() -> None:
     effort = Effort.quick()
-    for other in (effort.confirming(), effort.glancing(), effort.narrower()):
+    for other in (effort.confirming(), effort.narrower()):
         assert other.clock is effort.clock
     assert effort.confirming().tolerance < effort.tolerance
-    assert effort.glancing().max_seconds < effort.max_seconds < effort.confirming().max_seconds
+    assert effort.max_seconds < effort.confirming().max_seconds
     assert Effort().narrower().ffn_sizes < Effort().ffn_sizes

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import LM, Row, assert_same_state, build, difference, gate, inputs_of, logits_of, shuffle_gates, state_of
+from families import MIXTURES, SMALL
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -21,15 +22,6 @@ from hawada_peft.planning import gate_importance
 from hawada_peft.vanilla.family import locate
 
 ALL = ("heads", "ffn", "experts", "layers")
-SMALL = Shape(4, 2, 12, 2, num_experts=5)
-CHOSEN = {"num_experts_per_tok": 2}
-NARROW = {"moe_intermediate_size": 24, "num_experts": 8, "norm_topk_prob": True}
-LOCAL = {"intermediate_size": 24, "num_local_experts": 8}
-MIXTURES = {
-    "qwen3_moe": Row("Qwen3MoeForCausalLM", "Qwen3MoeConfig", LM | CHOSEN | NARROW, SMALL),
-    "mixtral": Row("MixtralForCausalLM", "MixtralConfig", LM | CHOSEN | LOCAL, SMALL),
-    "gpt_oss": Row("GptOssForCausalLM", "GptOssConfig", LM | CHOSEN | LOCAL | {"sliding_window": 6}, SMALL),
-}
 AXES = {
     "heads": Shape(4, 2),
     "ffn": Shape(intermediate_size=12),

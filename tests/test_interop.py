@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import EVERYTHING, LM_ROW, ROWS, VISION_ROW, Export, Row, build, difference, gate, inputs_of, logits_of
+from conftest import (
+    LM_ROW,
+    ROWS,
+    VISION_ROW,
+    Export,
+    Row,
+    build,
+    difference,
+    everything,
+    gate,
+    inputs_of,
+    logits_of,
+)
 from conftest import scattered_plan as plan_for
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
@@ -58,7 +70,7 @@ def test_lora_trains_on_a_slim_model_and_merges(exported: Export, tmp_path: Path
 
 
 def test_a_slim_model_is_slimmed_again(exported: Export) -> None:
-    model = gate(reload(exported), gates=EVERYTHING)
+    model = gate(reload(exported), gates=everything(exported.row))
     plan = model.plan(keep_ratio={"layers": 0.5})
     model.apply_plan(plan)
     masked = logits_of(model)

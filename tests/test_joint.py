@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import (
+    EVERYTHING,
     LM_ROW,
     ROWS,
     VISION_ROW,
@@ -32,7 +33,6 @@ from hawada_peft.distil import get_teacher_logits
 from hawada_peft.errors import BrokenGatesError, HawAdaError, UnsupportedModelError
 
 LORA = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1)
-EVERYTHING = ("heads", "ffn", "blocks", "layers")
 
 
 def joint(row: Row = LM_ROW, *, lora: Any = LORA, dtype: torch.dtype = torch.float32, **options: Any) -> PeftModel:

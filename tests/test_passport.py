@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from conftest import LM_ROW, ROWS, VISION_ROW, Export, Row, build, scattered_plan
+from conftest import KINDS, LM_ROW, ROWS, VISION_ROW, Export, Row, build, scattered_plan
 from transformers import PreTrainedModel
 
 from hawada_peft import Shape, slim
@@ -76,7 +76,8 @@ def test_what_was_run_replaces_what_is_assumed() -> None:
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_every_family_has_rules_about_versions_that_were_tried(name: str) -> None:
     rules = RULES[name]
-    assert {rules.transformers, rules.free_heads} <= set(VERSIONS_TRIED)
+    assert {rules.transformers, rules.free_heads, *rules.also} <= set(VERSIONS_TRIED)
+    assert all(VERSIONS_TRIED.index(each) < VERSIONS_TRIED.index(rules.transformers) for each in rules.also)
     assert VERSIONS_TRIED.index(rules.transformers) <= VERSIONS_TRIED.index(rules.free_heads)
 
 
@@ -88,6 +89,14 @@ def test_cut_heads_of_a_vit_need_a_later_version_than_a_cut_ffn() -> None:
     assert f"did not load or computed something else with {rules.transformers}" in heads.detail
     assert ffn.detail.startswith(rules.transformers)
     assert {heads.evidence, ffn.evidence} == {"rule"}
+
+
+def test_older_versions_that_do_are_not_said_to_fail() -> None:
+    line = lines_of(slimmed(KINDS["olmo2"], KINDS["olmo2"].slim))["other transformers versions"]
+    works, fails = line.detail.split(", and did not load or computed something else with ")
+    rules = RULES["olmo2"]
+    assert all(version in works for version in rules.also)
+    assert fails == "5.4.0"
 
 
 def test_version_4_needs_the_rotary_parameters_by_their_old_names() -> None:

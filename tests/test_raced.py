@@ -40,8 +40,11 @@ from hawada_peft.vanilla.shape import Shape
 LAYERS = 6
 TOKENS = torch.randint(3, 128, (16, 12), generator=torch.Generator().manual_seed(9))
 BATCHES = [{"input_ids": rows} for rows in TOKENS.split(4)]
+PICTURES = [{"pixel_values": torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(i))} for i in range(3)]
+"""Enough positions for all directions of the residual stream, also without those that are held out."""
 SMALL = {"plans": 2, "steps": 1, "preparations": ("none", "least squares"), "rotate": False}
 QUICK = {"max_steps": 40, "learning_rate": 0.01, "lr_scheduler_type": "cosine"}
+HALF = {"max_steps": 20}
 
 
 def dense_model() -> Any:
@@ -111,13 +114,22 @@ class KilledError(Exception):
     pass
 
 
-@pytest.mark.parametrize("onward", ["continued", "anew"])
+@pytest.fixture(scope="module", params=["continued", "anew"])
+def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Race, Any, Any]:
+    """A race, and what comes of it."""
+    race = Race(budget(), onward=request.param, share=0.2, **SMALL)
+    return race, *raced(tmp_path_factory.mktemp("whole"), race=race, args=HALF)
+
+
 @pytest.mark.parametrize(("killed_at", "written"), [(0, True), (2, False), (4, True), (5, False)])
 def test_a_killed_race_loses_one_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, onward: str, killed_at: int, written: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: tuple[Race, Any, Any],
+    killed_at: int,
+    written: bool,
 ) -> None:
-    race = Race(budget(), onward=onward, **SMALL)
-    whole, record = raced(tmp_path / "whole", race=race)
+    race, whole, record = undisturbed
     write = RaceRecord.write
 
     def killed(self: RaceRecord) -> None:
@@ -130,9 +142,9 @@ def test_a_killed_race_loses_one_run(
 
     monkeypatch.setattr(RaceRecord, "write", killed)
     with pytest.raises(KilledError):
-        raced(tmp_path / "killed", race=race)
+        raced(tmp_path / "killed", race=race, args=HALF)
     monkeypatch.setattr(RaceRecord, "write", write)
-    again, resumed = raced(tmp_path / "killed", race=race)
+    again, resumed = raced(tmp_path / "killed", race=race, args=HALF)
     assert [replace(run, seconds=0) for run in resumed.runs] == [replace(run, seconds=0) for run in record.runs]
     assert_same_state(again.state_dict(), whole.state_dict())
 
@@ -205,7 +217,7 @@ def test_a_rotated_stream_races_is_prepared_and_wins(
     images = row is VISION_ROW
     limit = LatencyBudget(speedup=1.2, **({"image_size": 16} if images else {"seq_len": 12}))
     data = IMAGES if images else DATA
-    batches = [{"pixel_values": torch.stack([each["pixel_values"] for each in IMAGES])}] if images else BATCHES
+    batches = PICTURES if images else BATCHES
     race = Race(limit, preparations=tuple(PREPARATIONS), steps=1, effort=Effort.quick(clock=clock))
     options: dict[str, Any] = {"train_dataset": data, "calibration": batches, "race": race}
     slim, record = raced(tmp_path, dense, **options)
@@ -220,8 +232,7 @@ def test_a_rotated_stream_races_is_prepared_and_wins(
 
 
 def test_the_plan_of_gates_on_directions_races_in_their_basis(tmp_path: Path) -> None:
-    dense = build(VISION_ROW)
-    batches = [{"pixel_values": torch.stack([each["pixel_values"] for each in IMAGES])}]
+    dense, batches = build(VISION_ROW), PICTURES
     model = gate(dense, shuffle=False, gates=("heads", "ffn", "layers", "hidden"), rotate=True)
     init_basis(model, batches)
     model.apply_plan(model.plan(Shape(hidden_size=dense.config.hidden_size // 2)))

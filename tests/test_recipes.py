@@ -272,7 +272,7 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
         "search.effort.candidates must be a valid integer, got 1.5",
         "race.preparations.0 must be a valid string, got 1",
         "keep_ratio.heads must be a valid number, got 'half'",
-        "give one of ['budget', 'shape', 'keep_ratio'], got ['shape', 'keep_ratio']",
+        "give one of ['budget', 'shape', 'keep_ratio', 'plan'], or a plan and its budget, got ['shape', 'keep_ratio']",
         "dtype must be 'auto', 'float32'",
     ):
         assert part in str(error.value), part

@@ -208,7 +208,7 @@ def test_bytes_with_other_kinds_of_lora(name: str, lora: dict[str, Any], dtype: 
     model.save_pretrained(tmp_path / "base")
     save_joint(model, row, tmp_path / "adapter", lora={**LORA, **lora})
     slim_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "slim")
-    # LoRA so far from its start rounds otherwise in bfloat16 once it is in the weights.
+    # In bfloat16 such a model is a sixth of its largest logit off its float64 self; there both ways agree to 0.
     assert_same_files(tmp_path / "slim", in_memory(tmp_path, verify=dtype is not torch.bfloat16))
 
 

@@ -14,9 +14,21 @@ import transformers
 from conftest import LM, SIZES, TOKENS, VISION, Row, assert_same_state, difference, gate, shuffle_gates
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText
+from zoo import ZOO
 
-from hawada_peft import ExportFacts, HawAdaConfig, Plan, Shape, save_slim, slim_checkpoint
-from hawada_peft.errors import HawAdaError, IncompatibleBaseError, UnsupportedModelError
+from hawada_peft import (
+    ExportFacts,
+    HawAdaConfig,
+    LatencyBudget,
+    Plan,
+    Shape,
+    find_plan,
+    save_slim,
+    slim_checkpoint,
+)
+from hawada_peft.errors import HawAdaError, IncompatibleBaseError, InvalidRegimeError, UnsupportedModelError
+from hawada_peft.latency import Effort, Regime, ToyClock
+from hawada_peft.latency.runner import check_call
 from hawada_peft.vanilla.batches import Batch
 from hawada_peft.vanilla.family import locate
 from hawada_peft.vanilla.outputs import output_of, outputs_of
@@ -214,3 +226,37 @@ def test_a_plan_of_one_tower_is_none_of_another() -> None:
 def test_a_wrong_tower_is_refused(towers: Any, facts: str) -> None:
     with pytest.raises((UnsupportedModelError, HawAdaError), match=facts):
         get_peft_model(build(CASES["llava text"][0]), HawAdaConfig(towers=towers))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("llava vision", "is timed on its input_ids alone, and 'vision_config' sees pixel_values"),
+        ("clip text", r"is timed on its input_ids alone, and needs \['pixel_values'\] as well"),
+    ],
+)
+def test_a_budget_for_a_tower_that_the_timing_does_not_reach_is_refused_before_the_work(name: str, said: str) -> None:
+    row, tower = CASES[name]
+    model = get_peft_model(build(row), HawAdaConfig(towers=(tower,)))
+    with pytest.raises(InvalidRegimeError, match=said):
+        find_plan(
+            model, LatencyBudget(speedup=1.5, seq_len=16), [example_of(row)], effort=Effort.quick(clock=ToyClock())
+        )
+
+
+def test_a_budget_for_a_language_model_inside_another_is_met() -> None:
+    row, tower = CASES["llava text"]
+    model = get_peft_model(build(row), HawAdaConfig(towers=(tower,)))
+    effort = Effort.quick(clock=ToyClock())
+    found = find_plan(model, LatencyBudget(speedup=1.5, seq_len=16), [example_of(row)], effort=effort, refit=False)
+    assert found.plan is not None
+    assert found.plan.tower == tower
+    assert found.speedup >= 1.5
+
+
+@pytest.mark.parametrize("name", ["whisper", "t5"])
+def test_a_budget_for_two_lengths_is_refused(name: str) -> None:
+    kind = ZOO[name]
+    model = kind.model_class(kind.make_config())
+    with pytest.raises(InvalidRegimeError, match="give the sizes that are to stay, as a Shape"):
+        check_call(model, Regime(seq_len=8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mimetypes
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,15 @@ def fields_of_data(data: str) -> dict[str, Any]:
 
 def check_data(data: str) -> None:
     """
-    Refuse a file that is not there.
+    Refuse a file that is not there, or of a kind that is not read.
 
     Raises:
         typer.BadParameter: if it is neither there, nor could be a dataset's name.
     """
     path = Path(data)
-    if not path.exists() and (path.suffix in FILES or path.is_absolute() or data.startswith((".", "~"))):
+    if path.exists():
+        return
+    if path.suffix in FILES or path.is_absolute() or data.startswith((".", "~")):
         raise typer.BadParameter(f"the file or folder {data!r} does not exist")
+    if mimetypes.guess_type(data)[0] is not None:
+        raise typer.BadParameter(f"data must be a file of {list(FILES)}, a folder, or a dataset's name, got {data!r}")

@@ -61,6 +61,12 @@ def configs_of(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
             yield from configs_of(inner)
 
 
+def field_of(config: PreTrainedConfig, field: str) -> Any:
+    """A field of the first config that has it: the model's own, then its sub-configs'; None if none has."""
+    found = (getattr(each, field, None) for each in configs_of(config))
+    return next((value for value in found if value is not None), None)
+
+
 class Drawn:
     """
     The inputs of one model, drawn one kind after the other.
@@ -77,11 +83,19 @@ class Drawn:
         self.configs = list(configs_of(model.config))
         self.text = model.config.get_text_config()
         self.generator = torch.Generator().manual_seed(0)
-        self.parameters = inspect.signature(model.forward).parameters
+        self.parameters = self.arguments()
         alone = getattr(self.text, "pad_token_id", None) is None and type(model).__name__ in CLASSIFIERS.values()
         self.rows = 1 if alone and "input_ids" in self.parameters else rows
         positions = self.number("max_position_embeddings", self.text) or length
         self.length = min(length, positions)
+
+    def arguments(self) -> Mapping[str, inspect.Parameter]:
+        """Of the forward pass; where a wrapper hides them, the one that every model names."""
+        found = inspect.signature(self.model.forward).parameters
+        if all(each.kind in (each.VAR_KEYWORD, each.VAR_POSITIONAL) for each in found.values()):
+            main = inspect.Parameter(self.model.main_input_name, inspect.Parameter.KEYWORD_ONLY)
+            return {**found, main.name: main}
+        return found
 
     def everything(self) -> dict[str, Any]:
         """See `example_inputs`."""
@@ -135,9 +149,8 @@ class Drawn:
     # -- what configs say
 
     def of(self, field: str) -> Any:
-        """A field of the first config that has it: the model's own, then its sub-configs'."""
-        found = (getattr(config, field, None) for config in self.configs)
-        return next((value for value in found if value is not None), None)
+        """As `field_of`."""
+        return field_of(self.model.config, field)
 
     @staticmethod
     def number(field: str, config: PreTrainedConfig) -> int | None:

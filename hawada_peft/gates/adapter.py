@@ -92,10 +92,6 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def share_layer_gate(self, home: GateAdapter) -> None:
-        """Use the layer gate that lives in `home` for every name that has none here."""
-        self.share(LAYER, home)
-
     def share(self, slot: str, home: GateAdapter) -> None:
         """Use the gate that lives in a slot of `home` for every name that has none here."""
         homes = self._gate_homes.setdefault(slot, [])

@@ -140,7 +140,11 @@ def _layer(layout: Layout) -> tuple[nn.Module, torch.Tensor, Call]:
     config._experts_implementation = "eager"  # it knows float64
     model = build_empty(layout.model_class, config).eval()
     empty = model.get_submodule(f"{layout.stack}.{depth - 1}")
-    kwargs = _arguments(model, [model.get_submodule(f"{layout.stack}.{index}") for index in range(depth)])
+    stack = [f"{layout.stack}.{index}" for index in range(depth)]
+    kwargs = _arguments(model, [model.get_submodule(name) for name in stack])
+    if kwargs is None:  # it looks at values on the way, as rotary embeddings do that depend on the length
+        model = layout.model_class(config).eval()
+        kwargs = _arguments(model, [model.get_submodule(name) for name in stack])
     layer = copy.deepcopy(empty).to_empty(device="cpu").double()
     for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
         if tensor.is_floating_point():
@@ -187,7 +191,7 @@ def _exists(layout: Layout, shape: Shape) -> bool:
 
 
 def _arguments(model: PreTrainedModel, layers: list[nn.Module]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """What a model without values gives to the last of its layers that it gets to; None if it gets to none."""
+    """What a model, with or without values, gives to the last of its layers that it gets to; None if to none."""
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def note(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -204,7 +208,7 @@ def _arguments(model: PreTrainedModel, layers: list[nn.Module]) -> tuple[tuple[A
 
 
 def _try(model: PreTrainedModel, *, masked: bool, alone: bool) -> None:
-    """Run a model without values as far as it goes: nothing after the layer matters."""
+    """Run a model as far as it goes: nothing after the layer matters."""
     try:
         inputs = example_inputs(model)
         if alone:

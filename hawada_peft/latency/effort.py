@@ -129,15 +129,6 @@ class Effort:
             tolerance=0.4 * self.tolerance,
         )
 
-    def glancing(self) -> Effort:
-        """How the shape of a training is timed while it runs: shorter."""
-        return replace(
-            self,
-            min_rounds=math.ceil(self.min_rounds / 2),
-            max_rounds=math.ceil(self.max_rounds / 3),
-            max_seconds=self.max_seconds / 4,
-        )
-
     def narrower(self) -> Effort:
         """What is measured for the table of a further hidden size: less."""
         return replace(

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+from ..discovery.inputs import field_of
 from ..errors import InvalidRegimeError
 from ..vanilla.family import locate
 from .regime import Regime
@@ -34,6 +35,10 @@ class Runner:
     reset: Callable[[], Any]
 
 
+TIMED_INPUTS = ("pixel_values", "input_ids")
+"""What a regime says the size of."""
+
+
 def check_call(model: nn.Module, regime: Regime) -> PreTrainedModel:
     """
     Check that a model can be called under a regime; its weights are not looked at, so they may be anywhere.
@@ -49,7 +54,13 @@ def check_call(model: nn.Module, regime: Regime) -> PreTrainedModel:
     name, problems = type(model).__name__, []
     if regime.mode != "forward" and not model.can_generate():
         problems.append(f"{name} does not generate; mode {regime.mode!r} needs that: use 'forward'")
-    if model.main_input_name == "pixel_values":
+    if model.main_input_name not in TIMED_INPUTS or model.config.is_encoder_decoder:
+        takes = "two texts" if model.main_input_name == "input_ids" else model.main_input_name
+        problems.append(
+            f"{name} takes {takes}, and a regime says the sizes of images or of one text: give the sizes that are to "
+            "stay, as a Shape, instead of a budget"
+        )
+    elif model.main_input_name == "pixel_values":
         if regime.seq_len is not None:
             problems.append(f"{name} takes images: leave seq_len out (got {regime.seq_len}), or give image_size")
     elif regime.image_size is not None:
@@ -143,8 +154,8 @@ def make_inputs(model: PreTrainedModel, regime: Regime) -> torch.Tensor:
     """
     generator = torch.Generator().manual_seed(0)
     if model.main_input_name == "pixel_values":
-        size = regime.image_size or model.config.image_size
-        pixels = (regime.batch_size, model.config.num_channels, size, size)
+        size = regime.image_size or field_of(model.config, "image_size")
+        pixels = (regime.batch_size, field_of(model.config, "num_channels"), size, size)
         return torch.randn(pixels, generator=generator).to(device=regime.device, dtype=regime.torch_dtype)
     shape = (regime.batch_size, cast(int, regime.seq_len))
     return torch.randint(model.config.get_text_config().vocab_size, shape, generator=generator).to(regime.device)

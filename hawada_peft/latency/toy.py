@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from ..discovery.inputs import configs_of
 from ..errors import HawAdaError
 from .clock import Clock
 from .regime import Regime
@@ -31,7 +32,8 @@ def toy_law(model: nn.Module, regime: Regime) -> float:
     """
     found = check_call(model, regime)
     weights = found.num_parameters(exclude_embeddings=True)
-    return CALL_MS + LAYER_MS * found.config.num_hidden_layers + WEIGHT_MS * weights
+    layers = sum(getattr(config, "num_hidden_layers", 0) for config in configs_of(found.config))
+    return CALL_MS + LAYER_MS * layers + WEIGHT_MS * weights
 
 
 class ToyClock(Clock):

@@ -10,8 +10,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 
 from ..errors import HawAdaError
 from ..latency.budget import LatencyBudget
-from ..latency.runner import check_call
-from ..search.timed import regime_of
+from ..search.timed import check_regime, regime_of
 from ..vanilla.loading import load_skeleton
 from .recipe import Recipe
 
@@ -55,4 +54,4 @@ def check_device(recipe: Recipe, device: torch.device) -> None:
     if problems:
         raise HawAdaError("\n".join(problems))
     if budget is not None:
-        check_call(skeleton, regime_of(skeleton, budget))
+        check_regime(skeleton, regime_of(skeleton, budget))

@@ -241,9 +241,3 @@ def _read_array(path: Path, skeleton: PreTrainedModel, model: str, length: int) 
         f"{path} must hold whole numbers of one or two dimensions (tokens), or floats of four (pixel values), got "
         f"{array.dtype} of shape {array.shape}"
     )
-
-
-def batches_of(examples: Mapping[str, torch.Tensor], size: int) -> list[dict[str, torch.Tensor]]:
-    """The examples in batches of at most `size`."""
-    parts = {name: tensor.split(size) for name, tensor in examples.items()}
-    return [dict(zip(parts, rows, strict=True)) for rows in zip(*parts.values(), strict=True)]

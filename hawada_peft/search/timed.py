@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..discovery.inputs import example_inputs
 from ..errors import InvalidRegimeError
 from ..latency.budget import LatencyBudget
 from ..latency.build import build_table
@@ -26,6 +27,9 @@ from ..vanilla.legality import check_legal, legal_head_shapes
 from ..vanilla.loading import checked_device
 from ..vanilla.shape import Shape
 from .timed_models import realiser
+
+MAIN_INPUTS = {"input_ids", "pixel_values", "input_values", "input_features"}
+"""What transformers' models call what they are about."""
 
 TIMING = "building and timing shapes"
 """What a search shows its timings as."""
@@ -147,7 +151,8 @@ def regime_of(model: PreTrainedModel | PeftModel, budget: LatencyBudget) -> Regi
 
 def check_regime(model: PreTrainedModel, regime: Regime) -> None:
     """
-    Check that a model can be called under a regime on its device, before any work. Its weights may be anywhere.
+    Check that a model can be called under a regime on its device, before any work, and that what is cut of it then
+    runs. Its weights may be anywhere.
 
     Raises:
         InvalidRegimeError: if it cannot.
@@ -155,7 +160,26 @@ def check_regime(model: PreTrainedModel, regime: Regime) -> None:
     """
     checked_device(regime.device)
     check_call(model, regime)
+    _check_tower(model)
     check_memory(model, regime)
+
+
+def _check_tower(model: PreTrainedModel) -> None:
+    """A model of several towers is timed on its main input alone: the tower that is cut has to see it."""
+    layout, main = locate(model), model.main_input_name
+    if not layout.tower:
+        return
+    names = layout.stack.split(".")
+    owners = (model.get_submodule(".".join(names[:end])) for end in range(len(names), -1, -1))
+    tower = next(each for each in owners if isinstance(each, PreTrainedModel))
+    # Without their other inputs, models that generate run on text alone; the others do not run.
+    others = set() if model.can_generate() else set(example_inputs(model)) & MAIN_INPUTS - {main}
+    if others or tower.main_input_name != main:
+        raise InvalidRegimeError(
+            f"{type(model).__name__} is timed on its {main} alone, and "
+            + (f"needs {sorted(others)} as well" if others else f"{layout.tower!r} sees {tower.main_input_name}")
+            + ": give the sizes that are to stay, as a Shape, instead of a budget"
+        )
 
 
 def dense_model(model: nn.Module) -> PreTrainedModel:

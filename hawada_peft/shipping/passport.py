@@ -153,10 +153,14 @@ def _transformers_elsewhere(model: PreTrainedModel, layout: Layout) -> PassportL
         return not_checked(runtime, f"nothing is known of model_type {layout.model_type!r}")
     free = _free_heads(layout)
     oldest = rules.free_heads if free else rules.transformers
+    tried: Sequence[str] = VERSIONS_TRIED
     if not _rope_for_v4(model):
         oldest = max(oldest, FIRST_WITH_ROPE_PARAMETERS, key=VERSIONS_TRIED.index)
+        tried = VERSIONS_TRIED[VERSIONS_TRIED.index(FIRST_WITH_ROPE_PARAMETERS) :]
     place = VERSIONS_TRIED.index(oldest)
-    older, newer = VERSIONS_TRIED[:place], VERSIONS_TRIED[place:]
+    also = [version for version in rules.also if version in tried]
+    newer = [*also, *VERSIONS_TRIED[place:]]
+    older = [version for version in VERSIONS_TRIED[:place] if version not in also]
     why = (
         f"{layout.dense.num_attention_heads} heads of {layout.head_dim} in {layout.hidden_size} features need a class "
         "that reads `head_dim`"

@@ -13,6 +13,7 @@ class FamilyRules:
     Args:
         transformers (`str`): the oldest version tried that loads a slim model and computes the same.
         free_heads (`str`): the same where the head size is not `hidden_size / num_attention_heads`.
+        also (`tuple[str, ...]`): older versions tried that do so as well, though one between does not.
         gguf (`bool`, *optional*): whether llama.cpp's converter takes the class, and llama.cpp loads what it wrote
             and computes the same; None if it was not tried.
         gguf_free_heads (`bool`, *optional*): the same where the head size is not `hidden_size / num_attention_heads`.
@@ -20,6 +21,7 @@ class FamilyRules:
 
     transformers: str
     free_heads: str
+    also: tuple[str, ...] = ()
     gguf: bool | None = None
     gguf_free_heads: bool | None = None
 
@@ -40,6 +42,27 @@ RULES: dict[str, FamilyRules] = {
     "vit": FamilyRules("4.57.6", "5.9.0", gguf=False, gguf_free_heads=False),
     "deit": FamilyRules("4.57.6", "5.9.0", gguf=False, gguf_free_heads=False),
     "dinov2": FamilyRules("4.57.6", "5.18.0", gguf=False, gguf_free_heads=False),
+    **dict.fromkeys(
+        (
+            *("bert", "camembert", "cohere", "deberta-v2", "dinov3_vit", "distilbert", "electra", "exaone4", "gemma"),
+            *("gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neox", "gpt_oss", "hubert", "hunyuan_v1_dense"),
+            *("mixtral", "modernbert", "mpnet", "nemotron", "opt", "phi", "phi3", "roberta", "stablelm", "starcoder2"),
+            *("wav2vec2", "xlm-roberta"),
+        ),
+        FamilyRules("4.57.6", "4.57.6"),
+    ),
+    **dict.fromkeys(("audio-spectrogram-transformer", "beit", "ijepa", "vit_mae"), FamilyRules("4.57.6", "5.9.0")),
+    **dict.fromkeys(("clip_text_model", "clip_vision_model"), FamilyRules("5.8.1", "5.8.1")),
+    **dict.fromkeys(
+        ("cohere2", "ernie4_5", "olmo2"), FamilyRules("5.8.1", "5.8.1", also=("4.57.6", "5.0.0", "5.3.0"))
+    ),
+    "dinov2_with_registers": FamilyRules("4.57.6", "5.18.0"),
+    "eurobert": FamilyRules("5.8.1", "5.8.1", also=("5.3.0",)),
+    "ministral3": FamilyRules("5.0.0", "5.0.0"),
+    "olmo3": FamilyRules("5.17.0", "5.17.0"),
+    "qwen3_moe": FamilyRules("5.3.0", "5.3.0"),
+    "videomae": FamilyRules("5.18.0", "5.18.0", also=("4.57.6", "5.0.0", "5.3.0", "5.4.0")),
+    "vit_msn": FamilyRules("5.0.0", "5.9.0"),
 }
 """By `config.model_type`. A family that is not here has lines that say so."""
 

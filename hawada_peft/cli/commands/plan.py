@@ -64,11 +64,10 @@ def run(
     from ...basis.stored import SUFFIX, save_basis
     from ...files.atomic import write_text
     from ...latency.budget import LatencyBudget
-    from ...latency.runner import check_call
     from ...search.budgeted import find_plan
     from ...search.refitted import obstacle
     from ...search.result import FORMAT
-    from ...search.timed import regime_of
+    from ...search.timed import check_regime, regime_of
     from ...vanilla.family import locate
     from ...vanilla.loading import checked_device, load_model, load_skeleton
     from ..expected import expected_of
@@ -77,7 +76,7 @@ def run(
     device = checked_device(budget["device"])
     limits = LatencyBudget(**budget)
     skeleton = load_skeleton(model)
-    check_call(skeleton, regime_of(skeleton, limits))  # before the work
+    check_regime(skeleton, regime_of(skeleton, limits))  # before the work
     output.parent.mkdir(parents=True, exist_ok=True)
     batches = read_batches(calibration, model, seq_len=limits.seq_len, examples=examples)
     gated = gates_of(load_model(model, device), adapter, hidden=hidden)
@@ -139,8 +138,8 @@ def check(model: str, calibration: str, **options: Any) -> None:
     from ...latency.budget import LatencyBudget
     from ...sources import check_source
 
-    LatencyBudget(**{name: each for name, each in options.items() if name in LatencyBudget.__dataclass_fields__})
     check_data(calibration)
+    LatencyBudget(**{name: each for name, each in options.items() if name in LatencyBudget.__dataclass_fields__})
     check_source(model)
 
 

@@ -95,6 +95,11 @@ def run(
         if known:
             calibration, seq_len, examples = (searched[name] for name in ("data", "seq_len", "examples"))
             say(f"refitted on {calibration}, as the search did; --no-refit slices the files alone")
+    if calibration is None:
+        refuse(
+            {"--device": device},
+            "needs --calibration: nothing is refitted, as the plan's search and its data are not here",
+        )
     batches = None
     if calibration is not None:
         device = checked_device(device or "cpu")
