@@ -39,7 +39,7 @@ Numbers of layers at most at which a refitted model is measured: the two ends an
 to the masked loss is followed.
 """
 
-JUDGED = 4096
+JUDGED = 8192
 """Predictions on which models are refitted to be judged: a search builds and refits a few dozen."""
 
 
