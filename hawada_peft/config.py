@@ -20,7 +20,7 @@ from .files.adapter_card import write_adapter_card
 from .gates.kinds import GateStart
 from .gates.lora import lora_fields, lora_problems
 from .gates.saved import check_adapter_file
-from .vanilla.family import Layout
+from .vanilla.family import Layout, base_sizes
 
 GATES = ("heads", "ffn", "blocks", "layers", "hidden", "experts")
 """
@@ -66,8 +66,9 @@ class HawAdaConfig(PeftConfig):
         lora (`LoraConfig` or `dict`, *optional*): LoRA to train with the gates, on the same base, below them. It
             belongs to the same adapter: switched off, saved and merged with it. Kept as the fields that differ from
             PEFT's defaults.
-        towers (`list[str]`, *optional*): of a model made of several, which one to gate, by the path of its sub-config:
-            `("text_config",)`. If left out, the model itself, or the tower with the most parameters in its layers.
+        towers (`list[str]`, *optional*): of a model made of several, which to gate, by the paths of their sub-configs:
+            `("text_config", "vision_config")`. The first is the one that a budget is searched in. If left out, the
+            model itself, or the tower with the most parameters in its layers.
         plan (`dict`, *optional*): the applied plan; written by `apply_plan`, saved with the adapter.
         plan_in_training (`bool`, *optional*, defaults to `False`): whether the plan closes gates in training as well.
         base_sizes (`dict`, *optional*): the sizes of the base model whose family row placed the gates; written at
@@ -100,7 +101,7 @@ class HawAdaConfig(PeftConfig):
         default=None, metadata={"help": "LoRA to train with the gates, below them."}
     )
     towers: Sequence[str] | None = field(
-        default=None, metadata={"help": "Which tower to gate, by the path of its sub-config."}
+        default=None, metadata={"help": "Which towers to gate, by the paths of their sub-configs."}
     )
     plan: dict[str, Any] | None = field(default=None, metadata={"help": "The applied plan; written by apply_plan."})
     plan_in_training: bool = field(default=False, metadata={"help": "The plan closes gates in training as well."})
@@ -206,10 +207,8 @@ class HawAdaConfig(PeftConfig):
             self.start()
         except HawAdaError as error:
             yield str(error)
-        if self.towers is not None and len(self.towers) != 1:
-            yield (
-                f"towers must name one tower, got {list(self.towers)}: slim one, then gate the next in the slim model"
-            )
+        if self.towers is not None and (not self.towers or len(set(self.towers)) < len(self.towers)):
+            yield f"towers must name at least one tower, each once, got {list(self.towers)}"
         if self.towers and self.target_modules is not None and not self.base_sizes:
             yield "towers is about the gates that a family row places: leave out it or `target_modules`"
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
@@ -232,14 +231,14 @@ class HawAdaConfig(PeftConfig):
         """How this configuration's gates start."""
         return GateStart(temperature=self.temperature, value=self.init_value, random=not self.init_weights)
 
-    def check_base(self, layout: Layout) -> None:
+    def check_base(self, layouts: Sequence[Layout]) -> None:
         """
-        Check that the adapter was made for a model of this layout.
+        Check that the adapter was made for a model of these towers.
 
         Raises:
             IncompatibleBaseError: naming the sizes that differ.
         """
-        found = layout.base_sizes()
+        found = base_sizes(layouts)
         differing = [
             f"{name}: adapter {size}, model {found.get(name)}"
             for name, size in (self.base_sizes or {}).items()

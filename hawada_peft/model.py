@@ -24,16 +24,18 @@ from .errors import HawAdaError, InvalidPlanError
 from .gates.adapter import GateAdapter
 from .gates.placement import set_masks
 from .gates.reading import gate_scores
-from .planning.legal import check_plan, legal_plan
 from .planning.plan import Plan
+from .planning.towers import Ratio, Sizes, check_towers, each_of, plan_towers
 from .shipping.facts import calibration_facts
 from .shipping.save import Slimmed
 from .surgery.comparison import check_binary, check_gates
 from .surgery.conformity import vanilla_tensors
+from .surgery.cutting import Cutting
 from .surgery.gated import Gated
 from .surgery.slimming import check_exists
 from .tuner import GateTuner
 from .vanilla.batches import Batch
+from .vanilla.family import Layout
 from .vanilla.modules import check_unquantized
 from .vanilla.shape import Shape
 
@@ -54,18 +56,21 @@ class HawAdaModel(GateTuner):
 
     def plan(
         self,
-        shape: Shape | None = None,
+        shape: Sizes | None = None,
         *,
-        keep_ratio: float | Mapping[str, float] | None = None,
+        keep_ratio: Ratio | None = None,
         adapter_names: Sequence[str] | None = None,
     ) -> Plan:
         """
         Rank the units by their gates into a legal plan. Nothing is changed; see `apply_plan`.
 
         Args:
-            shape (`Shape`, *optional*): the sizes of the slim model; what it leaves out stays as it is.
+            shape (`Shape` or `dict`, *optional*): the sizes of the slim model; what it leaves out stays as it is. By
+                the paths of config fields, `{"text_config.intermediate_size": 512}`, or a `Shape` for each tower,
+                where several are gated.
             keep_ratio (`float` or `dict[str, float]`, *optional*): kept over total, for heads and FFN, or by axis:
-                `{"heads": 0.5, "ffn": 0.5, "layers": 0.75, "hidden": 0.75}`. Rounded to the nearest legal sizes.
+                `{"heads": 0.5, "ffn": 0.5, "layers": 0.75, "hidden": 0.75}`, of every tower or of one:
+                `{"vision_config.ffn": 0.5}`. Rounded to the nearest legal sizes.
             adapter_names (`list[str]`, *optional*): whose gates count (their product); the active ones if left out.
 
         With neither, units whose gate is below 0.5 are closed, and the sizes rounded up to legal ones.
@@ -80,13 +85,13 @@ class HawAdaModel(GateTuner):
         """
         if shape is not None and keep_ratio is not None:
             raise InvalidPlanError("give either `shape` or `keep_ratio`, not both")
-        if shape is not None and not isinstance(shape, Shape):
+        if shape is not None and not isinstance(shape, Shape | Mapping):
             raise InvalidPlanError(f"shape must be a Shape, got {shape!r}; for a ratio use `plan(keep_ratio=...)`")
         names = self._names(adapter_names)
         self._check_gated()
-        layout = self.layout_of(names)
-        plan = legal_plan(layout, gate_scores(self.model, layout, names), shape, keep_ratio)
-        check_exists(layout, plan, vanilla_tensors(self.model))
+        layouts = self.layouts_of(names)
+        plan = plan_towers(layouts, lambda layout: gate_scores(self.model, layout, names), shape, keep_ratio)
+        self._check_exists(layouts, plan)
         return plan
 
     def apply_plan(self, plan: Plan | None, *, in_training: bool = False, adapter_name: str | None = None) -> None:
@@ -113,8 +118,7 @@ class HawAdaModel(GateTuner):
         if any(isinstance(module, GateAdapter) and module.merged for module in self.model.modules()):
             raise InvalidPlanError("the gates are merged into the weights; call `unmerge_adapter()` first")
         if plan is not None:
-            check_plan(layout := self.layout_of([name]), plan)
-            check_exists(layout, plan, vanilla_tensors(self.model))
+            self._check_exists(self.layouts_of([name]), plan)
         self.set_masks(plan, name, in_training=in_training)
         config.plan = None if plan is None else plan.to_dict()
         config.plan_in_training = in_training and plan is not None
@@ -148,7 +152,7 @@ class HawAdaModel(GateTuner):
             InvalidPlanError: if it closes something without gates, or several adapters are active.
         """
         name = self._one_name(adapter_name)
-        set_masks(self.model, self.layout_of([name]), plan, name, in_training=in_training)
+        set_masks(self.model, each_of(self.layouts_of([name]), plan), name, in_training=in_training)
 
     def slim(
         self,
@@ -208,7 +212,7 @@ class HawAdaModel(GateTuner):
                 if chosen is None
                 else f"plan must be a Plan, got a {type(chosen).__name__}; see `Plan.from_dict`"
             )
-        check_plan(self.layout_of(names), chosen)
+        check_towers(self.layouts_of(names), chosen)
         turn_of = self._turn_of(names, chosen, fold)
         if not isinstance(calibration, Iterable | None) or isinstance(calibration, Mapping):
             raise HawAdaError(f"calibration must be a list of batches, got a {type(calibration).__name__}")
@@ -284,9 +288,10 @@ class HawAdaModel(GateTuner):
         self._check_gated()
         removes, placed = plan is not None or self.applied_plan(names) is not None, self._are_placed(names)
         if not removes and placed:
-            layout = self.layout_of(names)
-            if any(moved_stream(self.model, layout, name) for name in names):
-                plan = Plan.keep_all(layout.dense, layout.tower)  # nothing in place can take up what scales directions
+            layouts = self.layouts_of(names)
+            # Nothing in place can take up what scales directions.
+            if any(moved_stream(self.model, layout, name) for layout in layouts for name in names):
+                plan = Plan.of_towers([Plan.keep_all(layout.dense, layout.tower) for layout in layouts])
         if removes or plan is not None:
             return self.slim(
                 adapter_names=names,
@@ -306,7 +311,7 @@ class HawAdaModel(GateTuner):
         )
         self._check_merge_allowed()
         gated = self._gated(names, None, True, safe_merge, progressbar)
-        return gated.merged(verify=verify and gated.layout is not None, inputs=inputs)
+        return gated.merged(verify=verify and gated.layouts is not None, inputs=inputs)
 
     def _gated(
         self,
@@ -320,13 +325,17 @@ class HawAdaModel(GateTuner):
         return Gated(
             base=cast(PreTrainedModel, self.model),
             names=names,
-            layout=self.layout_of(names) if self._are_placed(names) else None,
+            layouts=self.layouts_of(names) if self._are_placed(names) else None,
             instead=instead,
             fold=fold,
             merge=partial(super().merge_and_unload, progressbar, safe_merge, list(names)),
             unload=super().unload,
             turn_of=turn_of,
         )
+
+    def _check_exists(self, layouts: Sequence[Layout], plan: Plan) -> None:
+        """Check that a plan is one for these towers, and that what it leaves is what the class builds."""
+        check_exists(Cutting(check_towers(layouts, plan)), vanilla_tensors(self.model))
 
     def _are_placed(self, names: Sequence[str]) -> bool:
         """Whether all gates were placed by a family row."""

@@ -41,10 +41,23 @@ from .gates.rows import adapter_per_row
 from .gates.saved import check_adapter_tensors, check_modules_to_save
 from .gates.weighted import add_gates
 from .planning.plan import Plan
+from .planning.towers import each_of
 from .surgery.conformity import check_conforms, vanilla_tensors
 from .surgery.dense import put_back, unmerge
 from .surgery.readers import check_readers
-from .vanilla.family import FAMILIES, FFN, HEADS, HIDDEN, TARGET_MODULES, Layout, locate, mark, tower_names
+from .vanilla.family import (
+    FAMILIES,
+    FFN,
+    HEADS,
+    HIDDEN,
+    TARGET_MODULES,
+    Layout,
+    base_sizes,
+    locate,
+    locate_all,
+    mark,
+    tower_names,
+)
 from .vanilla.modules import check_loaded, check_own_weights, check_unquantized, quantized_weight
 from .vanilla.shape import EXPERTS, KV_GROUPS
 from .vanilla.skeleton import check_constructor
@@ -60,8 +73,8 @@ class GateTuner(BaseTuner):
     target_module_mapping = TARGET_MODULES
 
     peft_config: dict[str, HawAdaConfig]  # type: ignore[assignment]
-    _place: Layout  # of the model into which gates are injected
-    _unit_norms: Mapping[str, str]  # of a layer, over units of it, and the axes of these
+    _places: dict[str, Layout]  # of the towers into which gates are injected
+    _unit_norms: dict[str, Mapping[str, str]]  # of each tower's layers, over units of them, and the axes of these
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -78,8 +91,7 @@ class GateTuner(BaseTuner):
         self, peft_config: HawAdaConfig, model_config: dict[str, Any]
     ) -> HawAdaConfig:
         if peft_config.base_sizes is not None:
-            self._place = self._located(peft_config)
-            peft_config.check_base(self._place)
+            peft_config.check_base(self._located(peft_config))
         if peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             # PEFT tells tuner layers on linear modules by the name of their class; ours wrap convolutions too.
             wrapped = {
@@ -94,10 +106,18 @@ class GateTuner(BaseTuner):
             model_type in self.target_module_mapping and model_type not in FAMILIES
         ):
             return cast(HawAdaConfig, super()._prepare_adapter_config(peft_config, model_config))
-        layout = self._place = self._located(peft_config)
+        layouts = self._located(peft_config)
+        peft_config.target_modules = set().union(*(self._wanted(each, peft_config) for each in layouts))  # type: ignore[assignment]
+        peft_config.base_sizes = base_sizes(layouts)
+        if len(layouts) > 1:
+            peft_config.towers = [layout.tower for layout in layouts]
+        return peft_config
+
+    def _wanted(self, layout: Layout, peft_config: HawAdaConfig) -> set[str]:
+        """The modules of a tower to wrap."""
         ends = {HEADS: layout.family.attention_out, FFN: layout.family.ffn_out}
         names = {end for axis, end in ends.items() if axis in peft_config.gates}
-        names |= whole_ends(layout, peft_config.gates) | self._unit_norms.keys()
+        names |= whole_ends(layout, peft_config.gates) | self._unit_norms[layout.tower].keys()
         if EXPERTS in peft_config.gates:
             names.add(router_of(layout))
         if HIDDEN in peft_config.gates:
@@ -105,9 +125,7 @@ class GateTuner(BaseTuner):
             if peft_config.rotate:
                 check_exact(layout)
             names |= {*layout.family.hidden_norms, layout.norms[-1]}
-        peft_config.target_modules = self._targets(layout, names, peft_config)  # type: ignore[assignment]
-        peft_config.base_sizes = layout.base_sizes()
-        return peft_config
+        return self._targets(layout, names, peft_config)
 
     def _targets(self, layout: Layout, names: set[str], peft_config: HawAdaConfig) -> set[str]:
         """The modules to wrap: by short names; in full where other parts of the model have modules of these names."""
@@ -115,19 +133,24 @@ class GateTuner(BaseTuner):
         found = [name for name, _ in self.model.named_modules() if name in names or name.endswith(ends)]
         inside = {name: layout.within(name) or (-1, name) for name in found}
         placed = {name: layer for name, (layer, short) in inside.items() if short in names}
-        if len(placed) == len(found):
+        if len(placed) == len(found) and len(self._places) == 1:
             return names
         chosen = peft_config.layers_to_transform
         layers = [chosen] if isinstance(chosen, int) else chosen
         return {name for name, layer in placed.items() if layers is None or layer in layers}
 
-    def _located(self, peft_config: HawAdaConfig) -> Layout:
-        """The base model's layout. What no slim model of its class could hold is refused before any training."""
-        sizes = peft_config.base_sizes
-        asked = sizes.get("tower", "") if sizes is not None else peft_config.towers[0] if peft_config.towers else None
-        layout = locate(self.model, asked)
-        mark(cast(PreTrainedModel, self.model), layout)
-        if layout.tower and asked is None:
+    def _located(self, peft_config: HawAdaConfig) -> list[Layout]:
+        """The towers to gate. What no slim model of its class could hold is refused before any training."""
+        sizes, towers = peft_config.base_sizes, peft_config.towers
+        asked: Sequence[str | None] = towers or (None,)
+        if sizes is not None and len(asked) == 1:
+            asked = (sizes.get("tower", ""),)
+        layouts = [locate(self.model, each) for each in asked]
+        layout = layouts[0]
+        for number, each in enumerate(layouts):
+            mark(cast(PreTrainedModel, self.model), each, beside=number > 0)
+        self._places = {each.tower: each for each in layouts}
+        if layout.tower and asked == (None,):
             others = [name for name in tower_names(cast(PreTrainedModel, self.model)) if name != layout.tower]
             more = f"; others: towers={others}" if others else ""
             logger.info("gates are placed in %r of %s%s", layout.tower, type(self.model).__name__, more)
@@ -136,8 +159,13 @@ class GateTuner(BaseTuner):
         if quantized_weight(self.model) is None:
             check_conforms(layout, vanilla_tensors(self.model))
         grouped = {KV_GROUPS} if HEADS in peft_config.gates else set()
-        self._unit_norms = check_readers(layout, {*peft_config.gates} | grouped)
-        return layout
+        self._unit_norms = {each.tower: check_readers(each, {*peft_config.gates} | grouped) for each in layouts}
+        return layouts
+
+    def _place_of(self, name: str) -> Layout:
+        """The tower that a module is in, or whose norm it is."""
+        inside = [each for each in self._places.values() if each.within(name) or each.position(name)]
+        return inside[0] if inside else next(iter(self._places.values()))
 
     def _prepare_model(self, peft_config: HawAdaConfig, model: nn.Module) -> None:  # type: ignore[override]
         if peft_config.lora is not None:
@@ -155,7 +183,7 @@ class GateTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layout = None if peft_config.base_sizes is None else self._place
+        layout = None if peft_config.base_sizes is None else self._place_of(current_key)
         cls, gates = gates_at(
             layout,
             current_key,
@@ -164,7 +192,7 @@ class GateTuner(BaseTuner):
             group_size=peft_config.group_size,
             start=peft_config.start(),
             centred=is_centred(self.model, layout) if layout is not None and peft_config.rotate else None,
-            norms=() if layout is None else self._unit_norms,
+            norms=() if layout is None else self._unit_norms[layout.tower],
         )
         if layout is not None and any(
             adapter_name in getattr(each, LAYER) for each in siblings(self.model, layout, current_key)
@@ -197,16 +225,26 @@ class GateTuner(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
         if config.base_sizes is not None:
-            follow_units(self.model, self._place, self._unit_norms)
-            if HIDDEN in config.gates:
-                share_hidden(self.model, self._place)
+            for layout in self._places.values():
+                follow_units(self.model, layout, self._unit_norms[layout.tower])
+                if HIDDEN in config.gates:
+                    share_hidden(self.model, layout)
         if config.plan is not None:
-            plan, layout = Plan.from_dict(config.plan), self.layout_of([adapter_name])
-            set_masks(self.model, layout, plan, adapter_name, in_training=config.plan_in_training)
+            towers = each_of(self.layouts_of([adapter_name]), Plan.from_dict(config.plan))
+            set_masks(self.model, towers, adapter_name, in_training=config.plan_in_training)
 
     def layout_of(self, adapter_names: Sequence[str]) -> Layout:
         """
-        The layout of the model that adapters' plans speak of.
+        The layout of the first tower that adapters' plans speak of.
+
+        Raises:
+            InvalidPlanError: as `layouts_of`.
+        """
+        return self.layouts_of(adapter_names)[0]
+
+    def layouts_of(self, adapter_names: Sequence[str]) -> tuple[Layout, ...]:
+        """
+        The layouts of the towers that adapters' plans speak of.
 
         Raises:
             InvalidPlanError: if gates of an adapter were not placed by a family row.
@@ -217,7 +255,7 @@ class GateTuner(BaseTuner):
                 f"adapter {by_name or 'none'} gates modules that were named by `target_modules`; only gates placed by "
                 "a family row can be planned. Leave `target_modules` out of the config."
             )
-        return locate(self.model)
+        return locate_all(self.model)
 
     def _check_gated(self) -> None:
         if not any(isinstance(module, GateAdapter) for module in self.model.modules()):

@@ -16,7 +16,7 @@ from hawada_peft.discovery import Anatomy, parts_of
 from hawada_peft.discovery.anatomy import INPUT, Axis, Number, PerLayer, Pinned, Place, Rows, Segment, Stack
 from hawada_peft.discovery.inputs import example_inputs
 from hawada_peft.errors import IllegalShapeError, UnsupportedModelError
-from hawada_peft.vanilla.family import FAMILIES, locate
+from hawada_peft.vanilla.family import FAMILIES, locate, locate_all
 from hawada_peft.vanilla.outputs import outputs_of
 
 BART = {
@@ -84,6 +84,26 @@ def test_the_second_stack_is_cut_in_the_slim_model(tmp_path: Path) -> None:
     both = second.merge_and_unload(plan=second.plan(TOWERS["decoder"]))
     assert (locate(both, "encoder").dense, locate(both, "decoder").dense) == (TOWERS["encoder"], TOWERS["decoder"])
     assert save_slim(both, tmp_path / "slim").max_difference == 0
+
+
+def test_both_stacks_are_cut_by_one_plan(tmp_path: Path) -> None:
+    build(ROW, torch.float64).save_pretrained(tmp_path / "base")
+    model = gate(build(ROW, torch.float64), towers=tuple(TOWERS))
+    plan = model.plan({"encoder_ffn_dim": 20, "decoder": TOWERS["decoder"]})
+    assert {part.tower: part.shape for part in plan.parts} == TOWERS
+    model.apply_plan(plan)
+    inputs = example_inputs(model.get_base_model())
+    masked = together(outputs_of(model, inputs))
+    model.save_pretrained(tmp_path / "adapter")
+    slim_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "slim")
+    small = model.merge_and_unload()
+    assert {layout.tower: layout.dense for layout in locate_all(small)} == TOWERS
+    assert difference(together(outputs_of(small, inputs)), masked) <= 1e-12
+    small.save_pretrained(tmp_path / "expected")
+    mine, expected = (tmp_path / each / "model.safetensors" for each in ("slim", "expected"))
+    assert mine.read_bytes() == expected.read_bytes()
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "slim", dtype=torch.float64).eval()
+    assert difference(together(outputs_of(loaded, inputs)), masked) <= 1e-12
 
 
 def test_gates_of_a_stack_learn() -> None:

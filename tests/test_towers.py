@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,19 @@ from hawada_peft import (
     find_plan,
     save_slim,
     slim_checkpoint,
+    verify_slim,
 )
-from hawada_peft.errors import HawAdaError, IncompatibleBaseError, InvalidRegimeError, UnsupportedModelError
+from hawada_peft.errors import (
+    HawAdaError,
+    IncompatibleBaseError,
+    InvalidPlanError,
+    InvalidRegimeError,
+    UnsupportedModelError,
+)
 from hawada_peft.latency import Effort, Regime, ToyClock
 from hawada_peft.latency.runner import check_call
 from hawada_peft.vanilla.batches import Batch
-from hawada_peft.vanilla.family import locate
+from hawada_peft.vanilla.family import locate, locate_all
 from hawada_peft.vanilla.outputs import output_of, outputs_of
 
 IMAGE, PATCHES = 120, 16
@@ -219,7 +227,8 @@ def test_a_plan_of_one_tower_is_none_of_another() -> None:
             ("audio_config",),
             r"LlavaForConditionalGeneration has no tower 'audio_config'. It has the towers",
         ),
-        (("text_config", "vision_config"), r"towers must name one tower"),
+        (("text_config", "text_config"), r"towers must name at least one tower, each once"),
+        ((), r"towers must name at least one tower, each once"),
         (3, r"towers must be a string, or a list of strings, got 3"),
     ],
 )
@@ -260,3 +269,150 @@ def test_a_budget_for_two_lengths_is_refused(name: str) -> None:
     model = kind.model_class(kind.make_config())
     with pytest.raises(InvalidRegimeError, match="give the sizes that are to stay, as a Shape"):
         check_call(model, Regime(seq_len=8))
+
+
+# ------------------------------------------------------------------ several towers in one plan
+
+BOTH = ("text_config", "vision_config")
+PAIRS = {
+    "llava": ("llava text", {"text_config": HALF, "vision_config": THIN}),
+    "clip": ("clip text", {"text_config": THIN, "vision_config": Shape(8, 8, 30, 2)}),
+}
+
+
+def pair(name: str, dtype: torch.dtype = torch.float32) -> tuple[PeftModel, Batch, Plan]:
+    case, shapes = PAIRS[name]
+    row, _ = CASES[case]
+    model = gate(build(row, dtype), towers=BOTH)
+    plan = model.plan(shapes)
+    model.apply_plan(plan)
+    return model, example_of(row, dtype), plan
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_two_towers_are_cut_by_one_plan(name: str) -> None:
+    case, shapes = PAIRS[name]
+    model, inputs, plan = pair(name, torch.float64)
+    assert {part.tower: part.shape for part in plan.parts} == shapes
+    assert Plan.from_json(plan.to_json()) == plan
+    assert [part.tower for part in Plan.from_json(plan.to_json()).parts] == list(BOTH)
+    masked, before = outputs_of(model, inputs), outputs_of(build(CASES[case][0], torch.float64), inputs)
+    small = model.merge_and_unload(inputs=inputs)
+    found = outputs_of(small, inputs)
+    assert max(difference(found[key], masked[key]) for key in masked) <= 1e-12
+    assert max(difference(masked[key], before[key]) for key in masked) > 1e-6
+    assert {layout.tower: layout.dense for layout in locate_all(small)} == shapes
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_two_towers_are_saved_loaded_and_streamed_with_the_same_bytes(name: str, tmp_path: Path) -> None:
+    case, shapes = PAIRS[name]
+    row, _ = CASES[case]
+    build(row).save_pretrained(tmp_path / "base")
+    model, inputs, plan = pair(name)
+    masked = output_or_logits(model, inputs)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(build(row), tmp_path / "adapter").eval()
+    assert torch.equal(output_or_logits(again, inputs), masked)
+    again.merge_and_unload(inputs=inputs).save_pretrained(tmp_path / "expected")
+    slim_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "slim")
+    mine, expected = (tmp_path / each / "model.safetensors" for each in ("slim", "expected"))
+    assert mine.read_bytes() == expected.read_bytes()
+    loaded = type(build(row)).from_pretrained(tmp_path / "slim")
+    assert difference(output_or_logits(loaded, inputs), masked) <= 1e-5
+    report = json.loads((tmp_path / "slim" / "hawada_report.json").read_text())
+    assert Plan.from_dict(report["plan"]) == plan
+    assert report["dense"]["parameters"] == build(row).num_parameters()
+    assert report["model"]["beside"] == {"vision_config": shapes["vision_config"].to_dict()}
+    card = (tmp_path / "slim" / "README.md").read_text()
+    assert f"| FFN channels of vision_config | 96 | {shapes['vision_config'].intermediate_size} |" in card
+    assert card.count("Kept layers of ") == 2
+    assert verify_slim(tmp_path / "slim", base=tmp_path / "base", adapter=tmp_path / "adapter").ok
+
+
+def test_sizes_by_their_paths_and_ratios_of_one_tower() -> None:
+    model = gate(build(CASES["llava text"][0]), towers=BOTH)
+    plan = model.plan({"text_config.intermediate_size": 40, "vision_config.layers": 3})
+    assert plan.sizes["text_config.intermediate_size"] == 40
+    assert plan.sizes["vision_config.num_hidden_layers"] == 3
+    assert plan.sizes["vision_config.intermediate_size"] == 96
+    part = model.plan(keep_ratio={"vision_config.ffn": 0.5})
+    assert part.sizes["vision_config.intermediate_size"] == 48
+    assert str(part).startswith("Plan(vision_config: ")  # the other stays, and is not named
+    assert model.plan(keep_ratio=0.5).sizes["text_config.intermediate_size"] == 48
+    model.apply_plan(part.parts[1])  # of one tower alone: the other stays
+    assert locate(model.merge_and_unload(), "text_config").dense.intermediate_size == 96
+
+
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [
+        ({"shape": Shape(intermediate_size=40)}, r"a Shape is about one tower, and gated are \['text_config'"),
+        ({"shape": {"intermediate_size": 40}}, r"'intermediate_size' names no size; names are paths"),
+        ({"shape": {"audio_config": Shape()}}, r"no gated towers \['audio_config'\]"),
+        ({"keep_ratio": {"vision_config.width": 0.5}}, r"'vision_config.width' names no size"),
+        ({"keep_ratio": {"vision_config.ffn": 2}}, r"keep_ratio of ffn must be a number in \(0, 1\], got 2"),
+        ({"keep_ratio": {}}, r"keep_ratio names no axis"),
+    ],
+)
+def test_what_is_no_wish_of_a_tower_is_refused(wish: dict[str, Any], said: str) -> None:
+    model = gate(build(CASES["llava text"][0]), towers=BOTH)
+    with pytest.raises(HawAdaError, match=said):
+        model.plan(**wish)
+
+
+def test_gates_of_both_towers_learn() -> None:
+    row, _ = CASES["llava text"]
+    model = shuffle_gates(get_peft_model(build(row), HawAdaConfig(towers=BOTH)))
+    inputs = example_of(row)
+    model.train()
+    trained = [(name, p, p.detach().clone()) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam([p for _, p, _ in trained], lr=0.1)
+    losses = []
+    for _ in range(5):
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    moved = {name.split(".layers.")[0].split(".")[-1] for name, p, before in trained if not torch.equal(p, before)}
+    assert len(moved) == 2
+
+
+def test_both_towers_are_refitted() -> None:
+    case, _ = PAIRS["llava"]
+    model, _, plan = pair("llava")
+    row, _ = CASES[case]
+    batches = [{key: value + 0 for key, value in example_of(row).items()} for _ in range(4)]
+    for number, batch in enumerate(batches):
+        batch["pixel_values"] = batch["pixel_values"].roll(number, -1)
+    slimmed = model.slim(calibration=batches, inputs=batches[0])
+    assert slimmed.reconstruction is not None
+    layers = sum(len(part.layers) for part in plan.parts)
+    assert len(slimmed.reconstruction.refits) == 2 * layers
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda data: data["towers"].pop("text_config"), "towers must be an object with the plan of each of several"),
+        (lambda data: data.update(layers=[0]), r"has no fields \['layers'\]|no fields"),
+        (lambda data: data["towers"]["text_config"].update(tower="x"), "text_config.tower.* said once"),
+        (lambda data: data["towers"]["text_config"].pop("layers"), r"the plan lacks \['layers'\]"),
+    ],
+)
+def test_a_damaged_plan_of_towers_is_refused(damage: Any, said: str) -> None:
+    part = Plan.keep_all(Shape(4, 4, 8, 2), "text_config")
+    data = Plan.of_towers([part, replace(part, tower="vision_config")]).to_dict()
+    damage(data)
+    with pytest.raises(InvalidPlanError, match=said):
+        Plan.from_dict(data)
+
+
+def test_plans_beside_each_other_name_their_towers() -> None:
+    part = Plan.keep_all(Shape(4, 4, 8, 2), "text_config")
+    with pytest.raises(InvalidPlanError, match="each name their own, got"):
+        Plan.of_towers([part, part])
+    with pytest.raises(InvalidPlanError, match="at least one tower"):
+        Plan.of_towers([])

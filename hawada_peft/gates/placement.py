@@ -304,21 +304,31 @@ def _layer_masks(adapters: Sequence[GateAdapter], adapter_name: str, layer: int,
 
 
 def set_masks(
-    model: nn.Module, layout: Layout, plan: Kept | None, adapter_name: str, *, in_training: bool = False
+    model: nn.Module,
+    towers: Sequence[tuple[Layout, Kept | None]],
+    adapter_name: str,
+    *,
+    in_training: bool = False,
 ) -> None:
     """
-    Close what a plan removes, whatever its legality.
+    Close what plans remove, whatever their legality.
 
     Args:
         model: the base model with adapters in it.
-        layout: its family row and sizes.
-        plan: what stays; None opens everything.
+        towers: of each tower its family row and sizes, and what stays; None opens everything.
         adapter_name: whose gates.
         in_training: in training as well.
 
     Raises:
-        InvalidPlanError: if it closes something without gates; no mask has been changed then.
+        InvalidPlanError: if one closes something without gates; no mask has been changed then.
     """
+    masks = [(_masks(model, layout, plan, adapter_name), plan is not None) for layout, plan in towers]
+    for each, closed in masks:
+        for gate, mask in each:
+            gate.set_plan(mask, in_training=in_training and closed)
+
+
+def _masks(model: nn.Module, layout: Layout, plan: Kept | None, adapter_name: str) -> Masks:
     sizes = layout.dense.sizes()
     masks: Masks = []
     for layer in range(sizes["num_hidden_layers"]):
@@ -351,5 +361,4 @@ def set_masks(
         if plan is not None and plan.hidden is not None and stream is not None and plan.rotated != stream.in_basis:
             raise InvalidPlanError(NO_BASIS if plan.rotated else NO_CHANNELS)
         masks += masks_of(gates, kept, len(everything), "channels of the residual stream (gates on 'hidden')")
-    for gate, mask in masks:
-        gate.set_plan(mask, in_training=in_training and plan is not None)
+    return masks

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from ..errors import IncompatibleBaseError
 from ..gates.reading import UnitScores
 from ..vanilla.family import Layout
 from ..vanilla.legality import check_layers, check_legal, fit_hidden, legal_head_shapes
@@ -59,10 +58,6 @@ def check_plan(layout: Layout, plan: Plan) -> None:
         IncompatibleBaseError: if the plan is for a model of other sizes.
         IllegalShapeError: if there is no vanilla model of its shape, or a backbone loses a stage.
     """
-    if plan.tower and plan.tower != layout.tower:
-        raise IncompatibleBaseError(
-            f"the plan is for the tower {plan.tower!r}, and what is gated is {layout.tower or 'the model itself'!r}"
-        )
     plan.check_base(layout.full)
     check_legal(layout, plan.shape)
     check_layers(layout, plan.layers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from ..errors import IncompatibleBaseError, InvalidPlanError
@@ -40,6 +41,8 @@ class Plan:
         rotated (`bool`): `hidden` are directions of a basis of the stream, which the adapter has, not channels.
         tower (`str`): path of the sub-config in the model's config that the sizes are in, as `"text_config"`; empty if
             they are the config's own, or that of the one tower.
+        beside (`tuple[Plan, ...]`): what stays of further towers of the same model, each with its path, as `of_towers`
+            makes it.
         roundings (`tuple[Rounding, ...]`): what was asked for where that is not what the plan has, and why. Plans that
             keep the same are equal, whatever was asked for.
 
@@ -55,6 +58,7 @@ class Plan:
     rotated: bool = False
     tower: str = ""
     experts: tuple[tuple[int, ...], ...] | None = None
+    beside: tuple[Plan, ...] = ()
     roundings: tuple[Rounding, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -66,6 +70,8 @@ class Plan:
         if not isinstance(self.dense, Shape):
             yield f"dense must be a Shape, got a {type(self.dense).__name__}"
             return
+        if self.beside:
+            yield from _tower_problems(self)
         sizes = self.dense.sizes()
         experts = () if self.experts is None else self.experts
         if not all(isinstance(row, Sequence) for row in (self.layers, self.heads, self.channels, experts)) or not all(
@@ -144,8 +150,37 @@ class Plan:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether nothing is removed."""
-        return self.shape == self.dense
+        """Whether nothing is removed, of any tower."""
+        return all(part.shape == part.dense for part in self.parts)
+
+    @cached_property
+    def parts(self) -> tuple[Plan, ...]:
+        """The plan of each tower by itself."""
+        return (replace(self, beside=()), *self.beside) if self.beside else (self,)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of the slim model by their paths, of every tower: `"text_config.intermediate_size"`."""
+        return {
+            f"{part.tower}.{name}" if part.tower else name: size
+            for part in self.parts
+            for name, size in part.shape.to_dict().items()
+        }
+
+    @classmethod
+    def of_towers(cls, parts: Sequence[Plan]) -> Plan:
+        """
+        One plan of several, each for another tower of the same model.
+
+        Args:
+            parts (`Sequence[Plan]`): at least one; the first is that of the tower that figures of one tower are about.
+
+        Raises:
+            InvalidPlanError: if two are for the same tower, or one does not say for which it is.
+        """
+        if not parts:
+            raise InvalidPlanError("a plan is of at least one tower, and none was given")
+        return replace(parts[0], beside=tuple(parts[1:])) if len(parts) > 1 else parts[0]
 
     @classmethod
     def keep_all(cls, dense: Shape, tower: str = "") -> Plan:
@@ -180,7 +215,20 @@ class Plan:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON. Channels are a hexadecimal bit mask, channel 0 lowest; what is not given is left out."""
+        """
+        For JSON. Channels are a hexadecimal bit mask, channel 0 lowest; what is not given is left out. Of several
+        towers it holds the plan of each by its path.
+        """
+        if self.beside:
+            inner = {part.tower: part.to_dict() for part in self.parts}
+            left_out = ("format", "tower")
+            return {
+                "format": FORMAT,
+                "towers": {
+                    tower: {name: value for name, value in part.items() if name not in left_out}
+                    for tower, part in inner.items()
+                },
+            }
         data: dict[str, Any] = {
             "format": FORMAT,
             "dense": self.dense.to_dict(),
@@ -212,6 +260,8 @@ class Plan:
             raise InvalidPlanError(
                 f"cannot read a plan of format {short(data.get('format'))}; this version reads {FORMAT}"
             )
+        if "towers" in data:
+            return _of_towers(data)
         known = {
             "format",
             "dense",
@@ -272,11 +322,43 @@ class Plan:
         return str(self)  # all indices would be megabytes: `to_dict` has them
 
     def __str__(self) -> str:
-        slim, dense = self.shape.to_dict(), self.dense.to_dict()
-        changes = ", ".join(f"{name} {slim[name]}/{dense[name]}" for name in dense)
-        dropped = sorted(set(range(dense["num_hidden_layers"])) - set(self.layers))
-        where = f"{self.tower}: " if self.tower else ""
-        return f"Plan({where}{changes}; dropped layers {dropped})"
+        cut = [part for part in self.parts if not part.keeps_all] or self.parts
+        return f"Plan({' | '.join(map(_told, cut))})"
+
+
+def _told(plan: Plan) -> str:
+    slim, dense = plan.shape.to_dict(), plan.dense.to_dict()
+    changes = ", ".join(f"{name} {slim[name]}/{dense[name]}" for name in dense)
+    dropped = sorted(set(range(dense["num_hidden_layers"])) - set(plan.layers))
+    where = f"{plan.tower}: " if plan.tower else ""
+    return f"{where}{changes}; dropped layers {dropped}"
+
+
+def _tower_problems(plan: Plan) -> Any:
+    """What is wrong with the plans of several towers beside each other."""
+    if not isinstance(plan.beside, tuple) or not all(isinstance(each, Plan) for each in plan.beside):
+        yield f"beside must be plans, got {short(plan.beside)}"
+        return
+    names = [plan.tower, *(each.tower for each in plan.beside)]
+    if not all(names) or len(set(names)) < len(names):
+        yield f"plans of several towers each name their own, got {names}"
+    if any(each.beside for each in plan.beside):
+        yield "a plan of several towers holds plans of one tower each"
+
+
+def _of_towers(data: Mapping[str, Any]) -> Plan:
+    towers = data["towers"]
+    if unknown := sorted(map(short, set(data) - {"format", "towers"})):
+        raise InvalidPlanError(f"a plan of several towers has no fields {unknown[:5]} beside them")
+    named = isinstance(towers, Mapping) and all(isinstance(each, Mapping) for each in towers.values())
+    if not named or len(towers) < 2:
+        raise InvalidPlanError(f"towers must be an object with the plan of each of several, got {short(towers)}")
+    once = {"format", "tower", "towers"}
+    if twice := sorted(f"{tower}.{name}" for tower, each in towers.items() for name in once & each.keys()):
+        raise InvalidPlanError(f"the plan is damaged: {twice[:5]} are said once, of the whole plan")
+    return Plan.of_towers(
+        [Plan.from_dict({**each, "format": data["format"], "tower": tower}) for tower, each in towers.items()]
+    )
 
 
 def _groups(heads: tuple[int, ...], per_group: int) -> tuple[int, ...]:

@@ -94,7 +94,7 @@ def reconstruct(
         dense: the teacher; left as it is.
         slim: what `slim(dense, plan)` gave, trained since or not, re-homed or not, on the same device. The weights of
             its output projections change in place.
-        plan: the one it was made with.
+        plan: the one it was made with; of several towers they are refitted one after the other, as they are run.
         calibration: batches, keyword arguments of the forward pass: a list, a DataLoader. Labels are not used, and
             positions where `attention_mask` is 0 do not count.
         dampings: how close to stay to the weights of `slim`; chosen per projection by held-out error.
@@ -173,7 +173,26 @@ def refit_model(
             "reconstruct() takes vanilla models, and one of these has adapters in it: use "
             "`merge_and_unload(calibration=...)` on the PEFT model, or `unload()` or merge it first"
         )
-    teacher_layout, layout = locate(dense), locate(slim)
+    if plan.beside:
+        batches, order = list(calibration), [name for name, _ in slim.named_modules()]
+        places = {part.tower: order.index(locate(slim, part.tower).stack) for part in plan.parts}
+        return _together(
+            [
+                refit_model(
+                    dense,
+                    slim,
+                    part,
+                    batches,
+                    dampings=dampings,
+                    held_out=held_out,
+                    correction=correction,
+                    progress=progress,
+                    reduce=reduce,
+                )
+                for part in sorted(plan.parts, key=lambda part: places[part.tower])  # as they are run
+            ]
+        )
+    teacher_layout, layout = locate(dense, plan.tower or None), locate(slim, plan.tower or None)
     plan.check_base(teacher_layout.full)
     if teacher_layout.complete(plan.shape) != teacher_layout.complete(layout.full):
         raise IncompatibleBaseError(
@@ -219,3 +238,14 @@ def refit_model(
                     for parameter, tensor in zip(parameters_of(module), plain[name], strict=True):
                         parameter.data = tensor
     return Reconstruction(refits, metric, before, after, applied)
+
+
+def _together(towers: Sequence[Reconstruction]) -> Reconstruction:
+    """What was done to several towers, one after the other."""
+    return Reconstruction(
+        refits=tuple(refit for tower in towers for refit in tower.refits),
+        metric=towers[0].metric,
+        before=towers[0].before,
+        after=next((tower.after for tower in reversed(towers) if tower.applied), towers[-1].after),
+        applied=any(tower.applied for tower in towers),
+    )

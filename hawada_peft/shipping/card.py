@@ -49,15 +49,23 @@ def slim_card(report: Mapping[str, Any], processors: Sequence[str] = ()) -> Mode
         pipeline_tag=task,
         tags=[TAG, "pruning"],
     )
-    layers = range(report.get("dense", {}).get("num_hidden_layers", 0))
     text = _template().render(
         **(dict.fromkeys(SECTIONS) | dict(report) | {"base": base if "name" in base else None}),
         loads=[("model", model["auto_class"]), *(PROCESSORS[name] for name in processors)],
         place=report.get("repo_id", HERE),
         cuts=[cut for cut in cuts(report.get("dense", {}), model) if cut.dense is not None],
-        dropped=[] if plan is None else sorted(set(layers) - set(plan["layers"])),
+        stays=[] if plan is None else _stays(plan),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
+
+
+def _stays(plan: Mapping[str, Any]) -> list[tuple[str, list[int], list[int]]]:
+    """Of each tower of a plan its name, the kept and the dropped layers."""
+    parts = plan.get("towers") or {plan.get("tower", ""): plan}
+    return [
+        (tower, each["layers"], sorted({*range(each["dense"]["num_hidden_layers"])} - {*each["layers"]}))
+        for tower, each in parts.items()
+    ]
 
 
 def measured_results(report: Mapping[str, Any], task: str) -> list[EvalResult]:

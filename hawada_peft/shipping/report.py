@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..errors import HawAdaError, InvalidPlanError, UnsupportedModelError
 from ..files.names import REPORT_NAME
+from ..planning.cut import BESIDE
 from ..planning.plan import Plan
 from ..vanilla.family import Layout, locate
 from ..vanilla.resize import parameters_at
@@ -43,14 +44,17 @@ def report_of(model: PreTrainedModel, facts: ExportFacts, verification: Verifica
         IncompatibleTableError: if the latency is that of other sizes, or the timings lack `"dense"` or `"slim"`.
         HawAdaError: if what reconstruction reported is neither a dataclass nor a mapping.
     """
-    layout = locate(model, _tower_of(facts.plan))
-    if facts.plan is not None and layout.complete(facts.plan.shape) != layout.dense:
-        raise InvalidPlanError(
-            f"the plan leaves {facts.plan.shape.to_dict()}, the slim model has {layout.dense.to_dict()}: pass the "
-            "plan that it was made with"
-        )
+    towers = _towers_of(model, facts.plan)
+    layout = towers[0][0]
+    for each, part in towers:
+        if part is not None and each.complete(part.shape) != each.dense:
+            raise InvalidPlanError(
+                f"the plan leaves {part.shape.to_dict()}, the slim model has {each.dense.to_dict()}: pass the plan "
+                "that it was made with"
+            )
     base = base_facts(facts)
     dense = facts.plan.dense if facts.plan is not None else _sizes_of(facts.base)
+    beside = [(each, part.dense) for each, part in towers[1:] if part is not None]
     timing = None if facts.latency is None else latency_facts(facts.latency, layout.full)
     compiled = timing is not None and timing["measured"] and timing["regime"]["backend"] == "compile"
     lines = passport_of(
@@ -69,8 +73,12 @@ def report_of(model: PreTrainedModel, facts: ExportFacts, verification: Verifica
         },
         "repo_id": facts.repo_id,
         "base": base or None,
-        "model": _model_facts(model, layout),
-        "dense": None if dense is None else dense.to_dict() | {"parameters": parameters_at(layout, dense)},
+        "model": _model_facts(model, layout) | _beside({each.tower: each.dense for each, _ in beside}),
+        "dense": None
+        if dense is None
+        else dense.to_dict()
+        | {"parameters": parameters_at(layout, dense, *beside)}
+        | _beside({each.tower: shape for each, shape in beside}),
         "plan": None if facts.plan is None else facts.plan.to_dict(),
         "verification": None if verification is None else verification.figures(),
         "latency": timing,
@@ -85,9 +93,16 @@ def report_of(model: PreTrainedModel, facts: ExportFacts, verification: Verifica
     return {name: section for name, section in sections.items() if section is not None}
 
 
-def _tower_of(plan: Plan | None) -> str | None:
-    """Which part of a model a plan is about; None: what `locate` takes."""
-    return plan.tower or None if plan is not None else None
+def _towers_of(model: PreTrainedModel, plan: Plan | None) -> list[tuple[Layout, Plan | None]]:
+    """The towers that a plan is about, with what it says of each; without one that which `locate` takes."""
+    if plan is None:
+        return [(locate(model), None)]
+    return [(locate(model, part.tower or None), part) for part in plan.parts]
+
+
+def _beside(sizes: Mapping[str, Shape]) -> dict[str, Any]:
+    """The sizes of further towers, by their names."""
+    return {BESIDE: {tower: shape.to_dict() for tower, shape in sizes.items()}} if sizes else {}
 
 
 def _model_facts(model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
@@ -148,12 +163,22 @@ def size_problems(model: PreTrainedModel, report: Mapping[str, Any]) -> list[str
         problems.append(f"{REPORT_NAME} says {said:,} parameters, the model has {model.num_parameters():,}")
     if plan is not None:
         try:
-            wanted, found = plan.shape.to_dict(), locate(model, _tower_of(plan)).full.to_dict()
+            towers = _towers_of(model, plan)
         except UnsupportedModelError:  # of what is left of it nothing more can be removed, so nothing is found
             return problems
-        off = [f"{name} {found[name]} instead of {size}" for name, size in wanted.items() if found[name] != size]
+        found = {(each.tower, name): size for each, _ in towers for name, size in each.full.to_dict().items()}
+        parts = [(each.tower, part) for each, part in towers if part is not None]
+        wanted = {(tower, name): size for tower, part in parts for name, size in part.shape.to_dict().items()}
+        dense = {(tower, name): size for tower, part in parts for name, size in part.dense.to_dict().items()}
+        before = {tower: f"{tower}." if len(parts) > 1 else "" for tower, _ in parts}
+        off = [
+            f"{before[tower]}{name} {found[tower, name]} instead of {size}"
+            for (tower, name), size in wanted.items()
+            if found[tower, name] != size
+        ]
         if off:
-            untouched = all(found[name] == size for name, size in plan.dense.to_dict().items())
-            dense = " (these are the dense sizes)" if untouched else ""
-            problems.append(f"the model does not have the sizes of the plan in {REPORT_NAME}: {', '.join(off)}{dense}")
+            untouched = all(found[key] == size for key, size in dense.items())
+            as_dense = " (these are the dense sizes)" if untouched else ""
+            told = ", ".join(off) + as_dense
+            problems.append(f"the model does not have the sizes of the plan in {REPORT_NAME}: {told}")
     return problems

@@ -202,7 +202,7 @@ class Slimmed:
         """For JSON."""
         return {
             "folder": None if self.folder is None else str(self.folder),
-            "shape": self.plan.shape.to_dict(),
+            "shape": self.plan.sizes if self.plan.beside else self.plan.shape.to_dict(),
             "parameters": self.parameters,
             "dense_parameters": self.dense_parameters,
             "weight_bytes": self.weight_bytes,

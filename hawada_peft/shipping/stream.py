@@ -25,12 +25,11 @@ from ..files.shards import write_shard
 from ..gates.reading import gate_scores
 from ..planning.plan import Plan
 from ..progress import Progress, progress_bar
-from ..surgery.axes import SliceRule, cut_by, find_axes
+from ..surgery.cutting import Cutting
 from ..surgery.fold import DEFAULT, Factors, factors_of, fold_tensor, load_gates, lora_of, merge_tensor
 from ..surgery.slicing import slice_tensor
 from ..surgery.slimming import slim
-from ..surgery.source import rows_of, source_of
-from ..vanilla.family import locate
+from ..vanilla.family import locate, locate_all
 from ..vanilla.resize import make_plain, untie
 
 NO_PLAN = (
@@ -67,7 +66,8 @@ class _Export:
         self.dense = checkpoint.skeleton
         if adapter is not None:
             gated = load_gates(self.dense, adapter)
-            gate_scores(gated.get_base_model(), locate(gated.get_base_model()), [DEFAULT])  # refuses broken gates
+            for layout in locate_all(gated.get_base_model()):
+                gate_scores(gated.get_base_model(), layout, [DEFAULT])  # refuses broken gates
             if plan is None:
                 plan = gated.applied_plan()
             else:
@@ -83,17 +83,17 @@ class _Export:
         if plan is None:
             raise InvalidPlanError(NO_PLAN)
         self.plan = plan
-        self._layout = locate(self.dense, plan.tower or None)
-        plan.check_base(self._layout.full)
-        self._rules: dict[str, tuple[SliceRule, ...]] = {}
+        towers = [(locate(self.dense, part.tower or None), part) for part in plan.parts]
+        for layout, part in towers:
+            part.check_base(layout.full)
+        self._cutting: Cutting | None = None
         self.slim = self.dense
         if stream is not None:
             kept = None if plan.hidden is None else torch.tensor(plan.hidden)
-            self._turn = turn_of(self.dense, self._layout, stream, kept, factor, self._whole)
+            self._turn = turn_of(self.dense, towers[0][0], stream, kept, factor, self._whole)
         if not plan.keeps_all or self._turn is not None:
             self.slim = slim(self.dense, plan, turn=self._turn)
-            hidden = plan.hidden is not None and self._turn is None
-            self._rules = find_axes(self._layout, hidden=hidden, cut=cut_by(plan))
+            self._cutting = Cutting(towers)
 
     def write(self, folder: Path, max_shard_size: int | str, progress: Progress | None) -> int:
         """
@@ -141,8 +141,9 @@ class _Export:
 
     def _parts(self, name: str) -> Iterator[torch.Tensor]:
         """A slim tensor by its name in the slim model, in parts along its first dimension."""
-        source, layer, short = source_of(name, self._layout, self.plan)
-        keep = {rule.dim: rows_of(rule, self._layout, self.plan, layer) for rule in self._rules.get(short, ())}
+        source, keep = name, {}
+        if self._cutting is not None:
+            source, keep = self._cutting.source(name), self._cutting.rows(name)
         if self._turn is None:
             yield from self._dense_parts(source, keep)
             return

@@ -12,8 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..gates.adapter import GateAdapter
-from ..planning.plan import Plan
-from ..vanilla.family import locate, mark
+from ..vanilla.family import locate, locate_all, mark
 from .conformity import below, check_conforms, vanilla_tensors
 from .source import build_tied, materialise
 
@@ -117,7 +116,8 @@ def dense_view(base: PreTrainedModel) -> PreTrainedModel:
     view = build_tied(layout.model_class, copy.deepcopy(base.config), tensors)
     values = {name: tensor.data for name, tensor in tensors.items()}
     view.load_state_dict({name: values[name] for name in view.state_dict()}, strict=True, assign=True)
-    materialise(base, view, layout, Plan.keep_all(layout.dense, layout.tower))
+    materialise(base, view, str, layout.dense.sizes())
     view.tie_weights()
-    mark(view, layout)
+    for number, each in enumerate(locate_all(base)):
+        mark(view, each, beside=number > 0)
     return view.eval()

@@ -16,6 +16,7 @@ from ..gates.kinds import SigmoidGate
 from ..gates.lora import merge_lora
 from ..gates.placement import set_masks
 from ..planning.plan import Plan
+from ..planning.towers import each_of
 from ..progress import Progress
 from ..refit.reconstruction import Reconstruction, reconstruct
 from ..vanilla.batches import Batch
@@ -34,7 +35,7 @@ class Gated:
     Args:
         base: with adapters in it.
         names: the adapters that count.
-        layout: the base model's; None if gates were placed by the names of modules.
+        layouts: of the towers that are gated; None if gates were placed by the names of modules.
         instead: the plan to go by in place of the applied one.
         fold: whether the soft values are folded into the weights; if not, the gates are only taken off.
         merge: PEFT's merging of these adapters: gives the base model without them.
@@ -44,7 +45,7 @@ class Gated:
 
     base: PreTrainedModel
     names: Sequence[str]
-    layout: Layout | None
+    layouts: Sequence[Layout] | None
     instead: Plan | None
     fold: bool
     merge: Callable[[], nn.Module]
@@ -162,6 +163,6 @@ class Gated:
         return reference_of(self.base, self.names, inputs, fresh=dense)
 
     def _mask(self, plan: Plan | None) -> None:
-        if self.layout is not None:
+        if self.layouts is not None:
             for name in self.names:
-                set_masks(self.base, self.layout, plan, name)
+                set_masks(self.base, each_of(self.layouts, plan), name)

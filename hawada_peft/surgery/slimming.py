@@ -16,14 +16,14 @@ from transformers import PreTrainedModel
 from ..errors import InvalidPlanError, UnsupportedModelError
 from ..planning.legal import check_plan
 from ..planning.plan import Plan
-from ..vanilla.family import Layout, locate, mark
+from ..vanilla.family import locate
 from ..vanilla.modules import check_loaded, check_unquantized
-from ..vanilla.resize import add_v4_rope_keys, edit_config, origin_of, rename
+from ..vanilla.resize import add_v4_rope_keys, origin_of, rename
 from ..vanilla.skeleton import build_empty
-from .axes import SliceRule, cut_by, find_axes
 from .conformity import check_conforms, vanilla_tensors
+from .cutting import Cutting
 from .slicing import slice_tensor
-from .source import StreamChange, build_tied, materialise, rows_of, source_of
+from .source import StreamChange, build_tied, materialise
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -61,7 +61,7 @@ def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None) -> Model
             "slim() takes a vanilla model, and this one has adapters in it: use `model.slim(plan=...)` or "
             "`merge_and_unload(plan=...)` of the PEFT model, or `unload()` first"
         )
-    layout = locate(model, plan.tower or None)
+    cutting = Cutting([(locate(model, part.tower or None), part) for part in plan.parts])
     check_loaded(model)
     check_unquantized(model)
     if plan.hidden is not None and plan.rotated != (turn is not None):
@@ -71,20 +71,21 @@ def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None) -> Model
             if plan.rotated
             else "the plan keeps channels of the residual stream, and directions of a basis are to be cut"
         )
-    check_plan(layout, plan)
+    for layout, part in cutting.towers:
+        check_plan(layout, part)
     dense = vanilla_tensors(model)
-    check_conforms(layout, dense)
-    rules = check_exists(layout, plan, dense)
-    config = edit_config(layout, plan.shape, layers=plan.layers)
+    check_conforms(cutting.towers[0][0], dense)
+    check_exists(cutting, dense)
+    config = cutting.config()
     add_v4_rope_keys(config)
     if turn is not None and not turn.tied:
         config.tie_word_embeddings = False
     result = build_tied(type(model), config, dense)
-    result.load_state_dict(dict(_sliced(dense, result, layout, plan, rules, turn)), strict=True, assign=True)
-    materialise(model, result, layout, plan)
+    result.load_state_dict(dict(_sliced(dense, result, cutting, turn)), strict=True, assign=True)
+    materialise(model, result, cutting.source, plan.sizes)
     result.tie_weights()
     rename(result, "", origin_of(model))
-    mark(result, layout, plan.layers)
+    cutting.mark(result)
     if model.can_generate():
         result.generation_config = copy.deepcopy(model.generation_config)
     for parameter in result.parameters():
@@ -93,53 +94,44 @@ def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None) -> Model
     return result.train(model.training)
 
 
-def check_exists(layout: Layout, plan: Plan, dense: Mapping[str, torch.Tensor]) -> dict[str, tuple[SliceRule, ...]]:
+def check_exists(cutting: Cutting, dense: Mapping[str, torch.Tensor]) -> None:
     """
-    Check that what a plan leaves of a model is, tensor by tensor, what its class builds: on the meta device.
+    Check that what plans leave of a model is, tensor by tensor, what its class builds: on the meta device.
 
     Args:
-        layout, plan: of the dense model; the plan is checked.
+        cutting: of the dense model; its plans are checked.
         dense: its tensors, of `vanilla_tensors`.
-
-    Returns:
-        The rules by which the tensors are sliced, of `find_axes`.
 
     Raises:
         UnsupportedModelError: naming the first tensor that has another shape; as `find_axes`.
     """
-    hidden = plan.hidden is not None and not plan.rotated
-    rules = find_axes(layout, hidden=hidden, cut=cut_by(plan))
-    if plan.rotated:
-        return rules  # every tensor of the stream changes; the new coordinates are checked by themselves
-    built = build_empty(layout.model_class, edit_config(layout, plan.shape, layers=plan.layers))
+    _ = cutting.rules  # refuses what is not known of the axes that are cut
+    if any(plan.rotated for _, plan in cutting.towers):
+        return  # every tensor of the stream changes; the new coordinates are checked by themselves
+    built = build_empty(cutting.model_class, cutting.config())
     for name, tensor in built.state_dict().items():
-        source, layer, short = source_of(name, layout, plan)
+        source = cutting.source(name)
         left = list(dense[source].shape) if source in dense else []
-        for rule in rules.get(short, ()) if left else ():
-            left[rule.dim] = len(rows_of(rule, layout, plan, layer))
+        for dim, rows in cutting.rows(name).items() if left else ():
+            left[dim] = len(rows)
         if left != list(tensor.shape):
+            plans = ", ".join(str(plan) for _, plan in cutting.towers)
             raise UnsupportedModelError(
-                f"{plan} leaves {source} of shape {tuple(left) or 'missing'}, and {layout.model_class.__name__} "
+                f"{plans} leaves {source} of shape {tuple(left) or 'missing'}, and {cutting.model_class.__name__} "
                 f"builds {name} of shape {tuple(tensor.shape)} for it: this class cannot be cut to these sizes"
             )
-    return rules
 
 
 def _sliced(
-    dense: Mapping[str, torch.Tensor],
-    result: nn.Module,
-    layout: Layout,
-    plan: Plan,
-    rules: Mapping[str, tuple[SliceRule, ...]],
-    turn: StreamChange | None,
+    dense: Mapping[str, torch.Tensor], result: nn.Module, cutting: Cutting, turn: StreamChange | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     done: dict[int, torch.Tensor] = {}  # what the class ties stays one tensor, and nothing else does
     for name, place in result.state_dict(keep_vars=True).items():
         if id(place) not in done:
-            source, layer, short = source_of(name, layout, plan)
+            source = cutting.source(name)
             tensor = dense[source].data
             sliced = tensor if turn is None else turn.tensor(source, dense.__getitem__)
-            for rule in rules.get(short, ()):
-                sliced = slice_tensor(sliced, rule.dim, rows_of(rule, layout, plan, layer))
+            for dim, rows in cutting.rows(name).items():
+                sliced = slice_tensor(sliced, dim, rows)
             done[id(place)] = tensor.clone() if sliced is tensor else sliced
         yield name, done[id(place)]

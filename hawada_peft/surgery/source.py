@@ -36,15 +36,6 @@ class StreamChange(Protocol):
         """The last hidden states of a new model without a head as the dense model has them."""
 
 
-def source_of(name: str, layout: Layout, plan: Plan) -> tuple[str, int, str]:
-    """The dense name of a slim parameter, its layer's position in the plan (-1: outside), its name in `find_axes`."""
-    prefix = f"{layout.stack}."
-    if not name.startswith(prefix):
-        return name, -1, f".{name}"
-    index, _, short = name.removeprefix(prefix).partition(".")
-    return f"{prefix}{plan.layers[int(index)]}.{short}", int(index), short
-
-
 def rows_of(rule: SliceRule, layout: Layout, plan: Plan, layer: int) -> torch.Tensor:
     """The indices that stay along a rule's dimension, in the layer at a position of the plan."""
     offset, rows, sizes = 0, [], layout.full.to_dict()
@@ -106,7 +97,9 @@ def _untied(built: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> list
     return []
 
 
-def materialise(model: nn.Module, result: PreTrainedModel, layout: Layout, plan: Plan) -> None:
+def materialise(
+    model: nn.Module, result: PreTrainedModel, source_of: Callable[[str], str], sizes: Mapping[str, int]
+) -> None:
     """
     Give a slim model the tensors that a state dict does not hold (rotary frequencies): its class computes them.
 
@@ -116,7 +109,8 @@ def materialise(model: nn.Module, result: PreTrainedModel, layout: Layout, plan:
     Args:
         model: the dense model, adapters in it or not.
         result: on the meta device but for what its state dict holds.
-        layout, plan: of the dense model.
+        source_of: gives the dense name of a slim one.
+        sizes: of the slim model, for messages.
 
     Raises:
         UnsupportedModelError: if something is in neither.
@@ -129,7 +123,7 @@ def materialise(model: nn.Module, result: PreTrainedModel, layout: Layout, plan:
         ]
         if not missing:
             continue
-        source = source_of(f"{name}.", layout, plan)[0].removesuffix(".") if name else ""
+        source = source_of(f"{name}.").removesuffix(".") if name else ""
         dense = below_at(model, source)
         for key in missing:
             theirs, mine = getattr(dense, key), getattr(module, key)
@@ -146,7 +140,7 @@ def materialise(model: nn.Module, result: PreTrainedModel, layout: Layout, plan:
                 raise UnsupportedModelError(
                     f"{source + '.' if source else ''}{key} is not saved with the model, and its shape "
                     f"{tuple(theirs.shape)} would have to become {tuple(mine.shape)}: this class cannot be slimmed to "
-                    f"{plan.shape.to_dict()}"
+                    f"{dict(sizes)}"
                 )
             setattr(module, key, theirs.detach().clone())
 

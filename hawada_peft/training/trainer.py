@@ -265,6 +265,12 @@ def _model_problems(model: Any) -> list[str]:
     if len(model.active_adapters) != 1:
         return [f"one adapter must be active, got {model.active_adapters}; see `model.set_adapter`"]
     (name,) = model.active_adapters
+    towers = model.peft_config[name].towers or ()
+    if len(towers) > 1:
+        return [
+            f"gates on several towers ({list(towers)}) are not trained towards sizes together: train those of one, "
+            "slim it, and gate the next in the slim model; or train all in a loop of your own, then `model.plan(...)`"
+        ]
     if any(gate.theta.requires_grad for gate in collect_gates(model, name).values()):
         return []
     return [

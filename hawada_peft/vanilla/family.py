@@ -22,11 +22,8 @@ from .shape import EXPERTS, FFN, HEADS, HIDDEN, Shape, SliceRule
 from .skeleton import build_empty
 from .towers import Tower, config_at, towers_of, value_at
 
-TOWER = "_hawada_tower"
-"""Attribute of a model: which of its towers is slimmed."""
-
-PART = "_hawada_part"
-"""Attribute of a model without a row: what was found of that tower."""
+TOWERS = "_hawada_towers"
+"""Attribute of a model: which of its towers are slimmed, each with what was found of it if it has no row."""
 
 Found = TypeVar("Found")
 
@@ -354,9 +351,10 @@ def locate(model: nn.Module, tower: str | None = None) -> Layout:
             f"{type(model).__name__} is not a transformers model, so the places of its gates are not known. "
             "Please specify `target_modules` in `peft_config` to gate the inputs of modules by name."
         )
-    wanted = vars(model).get(TOWER) if tower is None else tower
-    held = vars(model).get(PART)
-    if held is not None and wanted in (None, held.tower):
+    marked = _marked(model)
+    wanted = next(iter(marked), None) if tower is None else tower
+    held = marked.get(wanted)
+    if held is not None:
         return _measured(model, held, "")
     towers = towers_of(model)
     known = [each for each in towers if each.config.model_type in FAMILIES and wanted in (None, each.path)]
@@ -384,7 +382,33 @@ def _discovered(model: PreTrainedModel, towers: list[Tower], wanted: str | None)
     return _measured(model, max(chosen, key=weight), "")
 
 
-def mark(model: PreTrainedModel, layout: Layout, layers: Sequence[int] | None = None) -> None:
+def locate_all(model: nn.Module) -> tuple[Layout, ...]:
+    """
+    The layouts of every tower that a model was gated or cut in before; else the one of `locate`.
+
+    Raises:
+        UnsupportedModelError: as `locate`.
+    """
+    towers = list(_marked(model))
+    return tuple(locate(model, tower) for tower in towers) if len(towers) > 1 else (locate(model),)
+
+
+def _marked(model: nn.Module) -> dict[str | None, Part | None]:
+    return cast(dict[str | None, Part | None], vars(model).get(TOWERS, {}))
+
+
+def base_sizes(layouts: Sequence[Layout]) -> dict[str, int | str]:
+    """What an adapter on some towers depends on, for JSON: of several each size by its tower's path."""
+    if len(layouts) == 1:
+        return layouts[0].base_sizes()
+    each = {layout.tower: layout.base_sizes() for layout in layouts}
+    common = {"model_type": layouts[0].model_type}
+    return common | {
+        f"{tower}.{name}": size for tower, sizes in each.items() for name, size in sizes.items() if name not in common
+    }
+
+
+def mark(model: PreTrainedModel, layout: Layout, layers: Sequence[int] | None = None, *, beside: bool = False) -> None:
     """
     Have `locate` find the tower of a layout in a model, whatever else is in it.
 
@@ -392,12 +416,14 @@ def mark(model: PreTrainedModel, layout: Layout, layers: Sequence[int] | None = 
         model: of the same class.
         layout: of a model of these sizes, or of the one that it was cut from.
         layers: those that are left of that one.
+        beside: the towers that were marked before stay marked, before this one.
     """
-    if layout.tower:
-        vars(model)[TOWER] = layout.tower
+    part = None
     if layout.known is not None:
         known = layout.known if layers is None else layout.known.left(layers)
-        vars(model)[PART] = Part(layout.tower, layout.scope, layout.stack, layout.family, known)
+        part = Part(layout.tower, layout.scope, layout.stack, layout.family, known)
+    if layout.tower or part is not None:
+        vars(model)[TOWERS] = {**(_marked(model) if beside else {}), layout.tower: part}
 
 
 def relocate(layout: Layout, model: PreTrainedModel) -> Layout:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -141,11 +142,14 @@ def _cut_lists(fields: dict[str, Any], family: Family, layers: Sequence[int]) ->
         fields.pop(name, None)
 
 
-def parameters_at(layout: Layout, shape: Shape) -> int:
-    """Parameters of a model of a complete shape, by building it on the meta device."""
-    layers = (0,) * shape.sizes()["num_hidden_layers"]  # per-layer lists say nothing of sizes
+def parameters_at(layout: Layout, shape: Shape, *beside: tuple[Layout, Shape]) -> int:
+    """Parameters of a model of a complete shape, and of those of further towers, by building it on the meta device."""
+    config = layout.config
+    for tower, sizes in ((layout, shape), *beside):
+        layers = (0,) * sizes.sizes()["num_hidden_layers"]  # per-layer lists say nothing of sizes
+        config = edit_config(replace(tower, config=config), sizes, layers=layers)
     with torch.device("meta"):
-        return int(layout.model_class(edit_config(layout, shape, layers=layers)).num_parameters())
+        return int(layout.model_class(config).num_parameters())
 
 
 def plain_fields(fields: Mapping[str, Any]) -> dict[str, Any]:

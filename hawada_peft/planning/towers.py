@@ -1,0 +1,170 @@
+"""Plans of models with several towers: which part of a wish, and of a plan, is about which tower."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from ..errors import IncompatibleBaseError, InvalidPlanError
+from ..gates.reading import UnitScores
+from ..vanilla.family import Layout
+from ..vanilla.shape import BY_FIELD, BY_NAME, KV_GROUPS, SIZES, Axis, Shape
+from .legal import check_plan, legal_plan
+from .plan import Plan
+
+Value = TypeVar("Value")
+
+Sizes = Shape | Mapping[str, Any]
+"""A `Shape`; or sizes by their paths (`"text_config.intermediate_size"`), or a `Shape` for each tower."""
+
+Ratio = float | Mapping[str, Any]
+"""A number, or one for each axis: of every tower (`"ffn"`), or of one (`"text_config.ffn"`, `"text_config"`)."""
+
+
+def plan_towers(
+    layouts: Sequence[Layout],
+    scores: Callable[[Layout], UnitScores],
+    shape: Sizes | None,
+    keep_ratio: Ratio | None,
+) -> Plan:
+    """
+    Rank the units of every tower into one plan; a tower that is not named stays as it is.
+
+    Args:
+        layouts: of the towers that are gated.
+        scores: gives those of a tower's units.
+        shape: as `Sizes` says.
+        keep_ratio: as `Ratio` says. With neither, what the gates close goes, in every tower.
+
+    Raises:
+        IllegalShapeError: if no vanilla model of the sizes exists.
+        InvalidPlanError: if a name is none, or of several things; as `legal_plan`.
+    """
+    if isinstance(shape, Shape) and len(layouts) > 1:
+        raise InvalidPlanError(
+            f"a Shape is about one tower, and gated are {[each.tower for each in layouts]}: give one for each by its "
+            f"name, as {{{layouts[0].tower!r}: Shape(...)}}, or sizes by their paths, as "
+            f"{{'{layouts[0].tower}.{SIZES[2].field}': ...}}"
+        )
+    shapes: Mapping[str, Shape | None] = {layouts[0].tower: shape} if isinstance(shape, Shape) else {}
+    ratios: Mapping[str, Any] = {}
+    if isinstance(shape, Mapping):
+        shapes = _shapes(layouts, shape)
+    elif keep_ratio is not None:
+        ratios = _ratios(layouts, keep_ratio)
+    everything = shape is None and keep_ratio is None
+    parts = []
+    for layout in layouts:
+        wanted, ratio = shapes.get(layout.tower), ratios.get(layout.tower)
+        if everything or wanted is not None or ratio is not None:
+            parts.append(legal_plan(layout, scores(layout), wanted, ratio))
+        else:
+            parts.append(Plan.keep_all(layout.dense, layout.tower))
+    return Plan.of_towers(parts)
+
+
+def each_of(layouts: Sequence[Layout], plan: Plan | None) -> list[tuple[Layout, Plan | None]]:
+    """
+    Every tower with what a plan says of it; None: nothing, so that all of it stays.
+
+    Raises:
+        IncompatibleBaseError: if the plan speaks of a tower that is not there.
+    """
+    parts = {} if plan is None else {part.tower: part for part in plan.parts}
+    if len(layouts) == 1 and len(parts) == 1 and "" in parts:
+        return [(layouts[0], plan)]
+    found = [(layout, parts.pop(layout.tower, None)) for layout in layouts]
+    if parts:
+        gated = [layout.tower for layout in layouts]
+        names = ", ".join(repr(name) for name in gated) if any(gated) else "the model itself"
+        raise IncompatibleBaseError(f"the plan is for the tower {next(iter(parts))!r}, and what is gated is {names}")
+    return found
+
+
+def check_towers(layouts: Sequence[Layout], plan: Plan) -> list[tuple[Layout, Plan]]:
+    """
+    Check that a plan is one for these towers, and that a vanilla model of it exists.
+
+    Returns:
+        The towers that it speaks of, each with its part.
+
+    Raises:
+        IncompatibleBaseError, IllegalShapeError: as `check_plan`; as `each_of`.
+    """
+    found = [(layout, part) for layout, part in each_of(layouts, plan) if part is not None]
+    for layout, part in found:
+        check_plan(layout, part)
+    return found
+
+
+def paths_of(layout: Layout) -> dict[str, Axis]:
+    """The sizes of a tower by the paths of their fields in the model's config; those that count units."""
+    family = layout.family
+    fields = {
+        "heads": family.heads_field,
+        KV_GROUPS: family.kv_heads_field,
+        "ffn": "" if family.ffn_unit or family.ffn_channels else family.ffn_field,
+        "layers": family.layers_field,
+        "hidden": family.hidden_field,
+        "experts": family.experts_field if family.router else "",
+    }
+    before = f"{layout.scope}." if layout.scope else ""
+    return {f"{before}{field}": BY_NAME[axis] for axis, field in fields.items() if field}
+
+
+def _shapes(layouts: Sequence[Layout], sizes: Mapping[str, Any]) -> dict[str, Shape | None]:
+    whole = {tower: shape for tower, shape in sizes.items() if isinstance(shape, Shape)}
+    towers = [layout.tower for layout in layouts]
+    if unknown := sorted(set(whole) - set(towers)):
+        raise InvalidPlanError(f"there are no gated towers {unknown}; there are {towers}")
+    found: dict[str, dict[str, Any]] = {}
+    for name, size in sizes.items():
+        if name in whole:
+            continue
+        layout, axis = _resolved(layouts, name)
+        if axis.field in found.setdefault(layout.tower, {}) or layout.tower in whole:
+            raise InvalidPlanError(f"{name!r} says again what the size of {axis.plural} in {layout.tower!r} is to be")
+        found[layout.tower][axis.field] = size
+    return {**whole, **{tower: Shape(**each) for tower, each in found.items()}}
+
+
+def _ratios(layouts: Sequence[Layout], keep_ratio: Ratio) -> dict[str, Any]:
+    if not isinstance(keep_ratio, Mapping):
+        return {layout.tower: keep_ratio for layout in layouts}
+    towers = {layout.tower for layout in layouts}
+    common = {name: ratio for name, ratio in keep_ratio.items() if name in BY_NAME}
+    found: dict[str, Any] = {tower: dict(common) for tower in towers} if common else {}
+    for name, ratio in keep_ratio.items():
+        if name in common:
+            continue
+        if name in towers and name:
+            found[name] = found[name] | _by_axis(ratio) if name in found else ratio
+            continue
+        if len(layouts) == 1 and "." not in str(name):  # `legal_plan` says which axes there are
+            found.setdefault(layouts[0].tower, {})[name] = ratio
+            continue
+        layout, axis = _resolved(layouts, name)
+        found.setdefault(layout.tower, {})[axis.name] = ratio
+    return found or {layouts[0].tower: keep_ratio}
+
+
+def _by_axis(ratio: Any) -> dict[str, Any]:
+    return dict(ratio) if isinstance(ratio, Mapping) else {"heads": ratio, "ffn": ratio}
+
+
+def _resolved(layouts: Sequence[Layout], name: Any) -> tuple[Layout, Axis]:
+    """The tower and the axis of a name: a path of a config's field; a tower's name before that of an axis."""
+    found: list[tuple[Layout, Axis]] = []
+    for layout in layouts:
+        before = f"{layout.tower}." if layout.tower else ""
+        short = str(name).removeprefix(before) if str(name).startswith(before) else ""
+        axis = BY_NAME.get(short) or BY_FIELD.get(short) or paths_of(layout).get(str(name))
+        if axis is None and len(layouts) == 1:
+            axis = BY_NAME.get(str(name)) or BY_FIELD.get(str(name))
+        found += [] if axis is None else [(layout, axis)]
+    if len(found) != 1:
+        known = sorted({f"{layout.tower}.{axis.name}".lstrip(".") for layout in layouts for axis in SIZES})
+        paths = sorted({path for layout in layouts for path in paths_of(layout)})
+        wrong = "names sizes of several towers" if found else "names no size"
+        raise InvalidPlanError(f"{name!r} {wrong}; names are paths of config fields ({paths}), or of axes ({known})")
+    return found[0]
