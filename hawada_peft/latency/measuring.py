@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
 from ..errors import HawAdaError
+from ..files.kept import Kept, digest_of_key
 from ..progress import Progress, progress_bar
 from .effort import Effort
 from .regime import Regime
@@ -58,6 +60,7 @@ def measure_built(
     effort: Effort,
     label: str = "timing",
     progress: Progress | None = None,
+    kept: Kept | None = None,
 ) -> dict[Key, Timing]:
     """
     Build and time many candidates, a group at a time, so that only one group is in memory.
@@ -73,6 +76,7 @@ def measure_built(
         effort: how long to measure, by which clock, and how many models are in memory at a time, with the reference.
         label: of the progress bar.
         progress: makes it, as `tqdm.tqdm`; none is shown if left out.
+        kept: where the timings of each group are kept as they come.
 
     Returns:
         Timings, which say whether they have settled; `unsettled` sums that up.
@@ -83,15 +87,15 @@ def measure_built(
     """
     wanted = [key for key in dict.fromkeys(keys) if key != reference]
     step = effort.group - 1
+    kept = kept or Kept()
     chunks = [wanted[start : start + step] for start in range(0, len(wanted), step)] or [[]]
     measured: list[dict[Key, Timing]] = []
     with progress_bar(progress, total=len(wanted), desc=label, leave=False) as bar:
         for chunk in chunks:
-            models = {key: build(key) for key in (reference, *chunk)}
-            measured.append(_time(models, regime, effort))
-            del models
-            if torch.device(regime.device).type == "cuda":
-                torch.cuda.empty_cache()
+            group = (reference, *chunk)
+            name = f"{label} {digest_of_key([regime.to_dict(), *map(repr, group)])}"
+            found = kept.value(name, partial(_timed, build, group, regime, effort))
+            measured.append({key: Timing.from_dict(each) for key, each in zip(group, found, strict=True)})
             bar.update(len(chunk))
     seen = np.log([timings[reference].median_ms for timings in measured])
     off = seen - np.median(seen)
@@ -138,6 +142,14 @@ def interleave(runners: Sequence[Runner], regime: Regime, effort: Effort) -> np.
                 if median_errors(samples)[1].max() <= effort.tolerance or clock.now() - begun > effort.max_seconds:
                     break
     return np.asarray(rows).T
+
+
+def _timed(build: Callable[[Key], nn.Module], keys: Sequence[Key], regime: Regime, effort: Effort) -> list[Any]:
+    """Build a group and time it: the timings, for JSON."""
+    found = _time({key: build(key) for key in keys}, regime, effort)
+    if torch.device(regime.device).type == "cuda":
+        torch.cuda.empty_cache()
+    return [timing.to_dict() for timing in found.values()]
 
 
 def _time(models: Mapping[Key, nn.Module], regime: Regime, effort: Effort) -> dict[Key, Timing]:

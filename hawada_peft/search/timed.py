@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..discovery.inputs import example_inputs
 from ..errors import InvalidRegimeError
+from ..files.kept import Kept
 from ..latency.budget import LatencyBudget
 from ..latency.build import build_table
 from ..latency.cache import cached_table, table_key
@@ -74,8 +75,9 @@ def table_of(
     *,
     hidden_size: int | None = None,
     progress: Progress | None = None,
+    kept: Kept | None = None,
 ) -> LatencyTable:
-    """As `measure_table`, without a warning: the table says what did not settle."""
+    """As `measure_table`, without a warning: the table says what did not settle. Timings are kept as they come."""
     base = dense_model(model)
     check_regime(base, regime)
     layout = locate(base)
@@ -95,6 +97,7 @@ def table_of(
         effort=effort,
         widest=widest,
         progress=progress,
+        kept=kept,
     )
     return cached_table(make, table_key(regime, base_sizes, heads, effort), effort)
 
@@ -108,6 +111,7 @@ class Timer:
         regime: the conditions.
         effort: how long, and by which clock.
         progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
+        kept: where timings are kept as they come.
     """
 
     def __init__(
@@ -117,8 +121,9 @@ class Timer:
         effort: Effort,
         *,
         progress: Progress | None = None,
+        kept: Kept | None = None,
     ) -> None:
-        self.regime, self.effort, self.progress = regime, effort, progress
+        self.regime, self.effort, self.progress, self._kept = regime, effort, progress, kept
         layout = locate(base)
         self.dense, self.build = layout.dense, realiser(layout, regime)
         self.timings: list[Timing] = []
@@ -133,6 +138,7 @@ class Timer:
             effort=self.effort,
             label=TIMING,
             progress=self.progress,
+            kept=self._kept,
         )
         self.timings += found.values()
         return found
