@@ -94,6 +94,7 @@ class MaskedQuality:
         self.measured: dict[Plan, float] = {}
         self._order: list[int] = []
         self._depth_loss: list[float] = []
+        self._alone: dict[int, float] = {}
 
     @property
     def meaning(self) -> str:
@@ -159,6 +160,17 @@ class MaskedQuality:
         total = self.layout.dense.sizes()["num_hidden_layers"]
         return {total: 0.0} | {total - 1 - index: loss for index, loss in enumerate(self._depth_loss)}
 
+    @property
+    def depth(self) -> dict[str, Any]:
+        """
+        What dropping layers was found to cost, with closed gates: `alone`, pairs of a layer and the loss without it;
+        the `order` in which they go; and `together`, the loss after each. Empty if none was tried.
+        """
+        if not self._alone:
+            return {}
+        alone = [list(pair) for pair in sorted(self._alone.items())]
+        return {"alone": alone, "order": list(self._order), "together": list(self._depth_loss)}
+
     def drop_order(self, layers: int) -> list[int]:
         """The layers to drop so that `layers` remain, the cheapest first."""
         total = self.layout.dense.sizes()["num_hidden_layers"]
@@ -187,6 +199,7 @@ class MaskedQuality:
                     scores[layer] = self.loss(self._without([*self._order, layer]))
                     bar.update(1)
                 last |= scores
+                self._alone = self._alone or scores
                 cheapest = min(scores, key=scores.__getitem__)
                 self._order.append(cheapest)
                 self._depth_loss.append(max([scores[cheapest], *self._depth_loss[-1:]]))
