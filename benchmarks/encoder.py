@@ -40,7 +40,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hawada_peft import Effort, HawAdaConfig, LatencyBudget, Plan, find_plan, recover
+from hawada_peft import Effort, HawAdaConfig, LatencyBudget, Plan, Race, find_plan, recover
 from hawada_peft.latency.clock import Clock
 from hawada_peft.latency.measuring import measure_many
 
@@ -153,7 +153,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         return [dict(collate(examples[start : start + size])) for start in range(0, len(examples), size)]
 
     wanted = options.steps * options.batch
-    train = read(options.train, options.tokens, wanted + options.calibration, 3)
+    train = read(options.train, options.tokens, wanted + options.calibration, options.most)
     held = batches(read(options.eval, options.tokens, options.held_out, 1))
     calibration, train = batches(train[: options.calibration]), train[options.calibration :]
     if len(train) < wanted:
@@ -186,6 +186,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         report_to=[],
         seed=options.seed,
         use_cpu=True,
+        bf16=options.bf16,
+        train_sampling_strategy="group_by_length",
         disable_tqdm=True,
     )
     begun = time.process_time()
@@ -196,6 +198,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         data_collator=collate,
         calibration=calibration,
         optimizer=options.optimizer,
+        race=Race(budget=budget, effort=effort) if options.race else False,
         callbacks=[start],
     )
     row |= {"recovery_s": time.process_time() - begun, "refitted": start.found}
@@ -203,7 +206,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     slim = AutoModel.from_pretrained(options.out, dtype=torch.float32).eval()
     row["recovered"] = agreement(dense, embeddings(slim, held))
 
-    careful = Effort(clock=Clock(time.thread_time), max_seconds=40.0)
+    careful = Effort(clock=Clock(time.thread_time), max_seconds=options.timing_seconds)
     timings = measure_many(
         {"dense": base, "slim": slim},
         budget.regime(generates=False, dtype=torch.float32, device="cpu"),
@@ -245,12 +248,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64, help="tokens of an example at most")
+    parser.add_argument("--most", type=int, default=3, help="sentences of a training example at most")
+    parser.add_argument("--bf16", action="store_true", help="recover under autocast to bfloat16")
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--optimizer", choices=("auto", "args", "muon"), default="auto", help="as of `recover`")
     parser.add_argument("--calibration", type=int, default=256, help="examples")
     parser.add_argument("--held-out", type=int, default=500, help="sentences")
     parser.add_argument("--tokens", type=int, default=2_000_000, help="of each file that are read")
+    parser.add_argument("--timing-seconds", type=float, default=40.0, help="of the models in turns, at the end")
     parser.add_argument("--plan", type=Path, help="a hawada_report.json, whose plan is taken instead of a search")
+    parser.add_argument("--race", action="store_true", help="let other plans race against it")
     parser.add_argument("--dropout", action="store_true", help="recover with the teacher's dropout on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--page", type=Path, help="whose section `encoder` is written")

@@ -41,7 +41,7 @@ def race_picture(facts: SlimFacts) -> Picture | None:
             axes.plot(*zip(*won, strict=True), "D-", color=COLOURS["second"], markersize=7, linewidth=2, label="won")
         axes.set_xticks(range(1, len(race["lengths"]) + 1), [f"{steps} steps" for steps in race["lengths"]])
         axes.set_xlabel("rung of the race")
-        axes.set_ylabel("held-out loss, nats")
+        axes.set_ylabel("held-out loss")
         legend(figure, axes)
 
     last = {names[key]: points[-1] for key, points in losses.items() if points}
@@ -62,7 +62,8 @@ def race_section(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterator[
         "steps of the recovery."
     )
     if "race" in pictures:
-        yield figure(pictures["race"], "KL(dense, slim) on held-out calibration batches, in nats per prediction.")
+        measure = "KL in nats per prediction, or the mean squared difference of outputs that are no distribution."
+        yield figure(pictures["race"], f"How far from the dense model on held-out calibration batches: {measure}")
     timed = race["dense_ms"] is not None
     last = len(race["lengths"])
 

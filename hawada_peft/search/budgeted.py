@@ -25,8 +25,10 @@ from .masked import DEPTH, WIDTHS_OF, MaskedQuality
 from .refitted import REFITS, RefittedQuality, obstacle
 from .result import SearchResult
 from .rounds import search
-from .space import narrower_sizes, search_space
+from .space import SearchSpace, narrower_sizes, search_space
+from .state import SearchState
 from .timed import TIMING, Timer, check_regime, dense_model, regime_of, table_of
+from .worthwhile import worthwhile_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +54,8 @@ def find_plan(
     Hidden sizes are searched as well, cut along directions of the residual stream that the calibration batches name.
     If the plan cuts it and the adapter had no gates there, it gets them, with the basis, so that the plan can be
     applied, saved and exported as any other; otherwise the adapter stays as it is. This costs a pass with gradients
-    over the calibration batches and a smaller latency table for each hidden size: about twice the time of a search
-    without (`rotate=False`), the first time on a machine.
+    over the calibration batches and a smaller latency table for each hidden size that the budget makes worthwhile
+    (`worthwhile_sizes`), the first time on a machine; `rotate=False` spares it.
 
     Args:
         model (`PeftModel`): with gates placed by a family row. Units are ranked by the gates' values; by their
@@ -61,8 +63,8 @@ def find_plan(
         budget (`LatencyBudget`): what the slim model may cost.
         calibration: batches, keyword arguments of the forward pass. Labels count for that importance only.
         table: measured here before; measured or taken from the disk cache if left out.
-        hidden_sizes: to search besides the dense one, each by a table of its own; a few even steps down to 3/8 of it
-            if left out.
+        hidden_sizes: to search besides the dense one, each by a table of its own; if left out, of a few even steps
+            down to 3/8 of it those that may win.
         rotate: `False` searches no hidden sizes unless the adapter has gates on `"hidden"`; `True` says by an error
             what forbids a basis. If left out, they are searched where the rotation is exact for the family
             and the calibration batches hold positions enough for a basis.
@@ -159,32 +161,38 @@ def _search(
     quality = (RefittedQuality if refit else MaskedQuality)(model, calibration, importance, progress)
     sizes: Sequence[int] = ()
     if HIDDEN in quality.free:
-        found = narrower_sizes(layout, multiple=table.multiple, group_size=quality.scores.hidden_group)
-        sizes = found if hidden_sizes is None else hidden_sizes
+        sizes = narrower_sizes(layout, multiple=table.multiple, group_size=quality.scores.hidden_group)
+        sizes = sizes if hidden_sizes is None else hidden_sizes
     untied = rows_untied(base, layout) if quality.scores.rotated and sizes else 0
-    for size in sizes:
-        tables.append(table_of(model, regime, effort.narrower(), hidden_size=size, progress=progress))
-    spaces = [
-        search_space(
+
+    def space_of(size: int | None, multiple: int) -> SearchSpace:
+        return search_space(
             layout,
             regime,
-            multiple=each.multiple,
+            multiple=multiple,
             group_size=quality.scores.group_size,
             free=quality.free,
             hidden_size=size,
             untied=0 if size is None else untied,
         )
-        for size, each in zip((None, *sizes), tables, strict=True)
-    ]
+
+    spaces, given = [space_of(None, table.multiple)], len(sizes)
+    if hidden_sizes is None and sizes:  # before a table is measured for each
+        sizes = worthwhile_sizes(SearchState(spaces[0], table, budget, effort), quality, sizes)
+    for size in sizes:
+        tables.append(table_of(model, regime, effort.narrower(), hidden_size=size, progress=progress))
+        spaces.append(space_of(size, tables[-1].multiple))
     if table.poor:
         logger.warning("%s; twice as many shapes are timed directly", table.poor)
         effort = replace(effort, candidates=2 * effort.candidates, search_rounds=2 * effort.search_rounds)
     timer = Timer(base, regime, effort.confirming(), progress=progress)
     narrower = list(zip(spaces[1:], tables[1:], strict=True))
     result = search(spaces[0], table, quality, budget, timer, effort=effort, narrower=narrower)
-    if sizes:
+    if given:
         kind = "directions of a basis" if quality.scores.rotated else "channels"
         words = f"{len(sizes) + 1} sizes, by {kind}, each with a latency table of its own"
+        if len(sizes) < given:
+            words += f"; {given - len(sizes)} smaller ones lose more by themselves than the budget asks for"
         result = replace(result, steps={**result.steps, "hidden_size": words})
     warn_unsettled(*(each.unsettled for each in tables), timer.unsettled)
     return result, importance
