@@ -106,6 +106,7 @@ def test_a_language_model_from_recipe_to_verified_folder(whole: Path) -> None:
     assert {"README.md", "hawada_report.json"} <= {path.name for path in (out / "slim").iterdir()}
     assert result.losses.keys() == {"gates", "recovery_start", "recovery_end"}
     report = json.loads((out / "slim" / "hawada_report.json").read_text())
+    assert report["losses"] == result.losses
     for found in (result.reconstruction, report["reconstruction"]):  # the same by every route
         assert found.keys() == {field.name for field in fields(Reconstruction)}
         assert found["applied"]

@@ -188,6 +188,7 @@ def _search(
     timer = Timer(base, regime, effort.confirming(), progress=progress)
     narrower = list(zip(spaces[1:], tables[1:], strict=True))
     result = search(spaces[0], table, quality, budget, timer, effort=effort, narrower=narrower)
+    result = replace(result, depth=quality.depth)
     if given:
         kind = "directions of a basis" if quality.scores.rotated else "channels"
         words = f"{len(sizes) + 1} sizes, by {kind}, each with a latency table of its own"
