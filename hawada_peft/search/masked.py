@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, cast
 
 import numpy as np
@@ -106,6 +107,7 @@ class MaskedQuality:
         self._ranking = ranking if int(self._reduce(left)) else self.references
         self._order: list[int] = []
         self._order_loss: list[float] = []
+        self._alone: dict[int, float] = {}
 
     @property
     def meaning(self) -> str:
@@ -180,6 +182,17 @@ class MaskedQuality:
         highest = np.maximum.accumulate([0.0, *losses]).tolist()
         return {total - dropped: loss for dropped, loss in enumerate(highest)}
 
+    @property
+    def depth(self) -> dict[str, Any]:
+        """
+        What dropping layers was found to cost, with closed gates: `alone`, pairs of a layer and the loss without it;
+        the `order` in which they go; and `together`, the loss after each. Empty if none was tried.
+        """
+        if not self._alone:
+            return {}
+        alone = [list(pair) for pair in sorted(self._alone.items())]
+        return {"alone": alone, "order": list(self._order), "together": list(accumulate(self._order_loss, max))}
+
     def drop_order(self, layers: int) -> list[int]:
         """The layers to drop so that `layers` remain, the cheapest first."""
         total = self.layout.dense.sizes()["num_hidden_layers"]
@@ -209,6 +222,7 @@ class MaskedQuality:
                     scores[layer] = self._ranking_loss(self._without([*self._order, layer]))
                     bar.update(1)
                 last |= scores
+                self._alone = self._alone or scores
                 cheapest = min(scores, key=scores.__getitem__)
                 self._order.append(cheapest)
                 self._order_loss.append(scores[cheapest])
