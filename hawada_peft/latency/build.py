@@ -27,9 +27,8 @@ from .effort import Effort
 from .fit import Observation, fit_costs
 from .measuring import measure_built
 from .regime import Regime
-from .settling import unsettled
 from .table import LatencyTable, Realised
-from .timing import Timing
+from .timing import Timing, unsettled
 
 logger = logging.getLogger(__name__)
 Build = Callable[[Shape], nn.Module]

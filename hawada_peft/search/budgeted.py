@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
@@ -19,8 +20,8 @@ from ..gates.reading import are_fresh
 from ..latency.budget import LatencyBudget
 from ..latency.build import TABLE
 from ..latency.effort import Effort
-from ..latency.settling import warn_unsettled
 from ..latency.table import LatencyTable
+from ..latency.timing import warn_unsettled
 from ..planning.importance import gate_importance
 from ..progress import Progress, in_steps, progress_bar
 from ..vanilla.batches import Batch, check_batch
@@ -34,6 +35,8 @@ from .space import SearchSpace, narrower_sizes, search_space
 from .state import SearchState
 from .timed import TIMING, Timer, check_regime, dense_model, regime_of, table_of
 from .worthwhile import worthwhile_sizes
+
+logger = logging.getLogger(__name__)
 
 IMPORTANCE = "importance"
 """What it is shown as."""
@@ -199,6 +202,9 @@ def _search(
     for size in sizes:
         tables.append(table_of(model, regime, effort.narrower(), hidden_size=size, progress=progress, kept=kept))
         spaces.append(space_of(size, tables[-1].multiple))
+    if table.poor:
+        logger.warning("%s; twice as many shapes are timed directly", table.poor)
+        effort = replace(effort, candidates=2 * effort.candidates, search_rounds=2 * effort.search_rounds)
     timer = Timer(base, regime, effort.confirming(), progress=progress, kept=kept)
     narrower = list(zip(spaces[1:], tables[1:], strict=True))
     result = search(spaces[0], table, quality, budget, timer, effort=effort, narrower=narrower)

@@ -12,7 +12,7 @@ import typer
 from ...progress import Progress
 from ..data import DATA, check_data
 from ..errors import say
-from ..options import Effort, Fresh, Level, Model, Said
+from ..options import ClockCommand, Effort, Fresh, Level, Model, Said
 from ..tables import table
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def run(
     model: Model,
     progress: Progress | None,
     calibration: Annotated[str, typer.Argument(metavar="DATA", help=DATA, show_default=False)],
-    output: Annotated[Path, typer.Option(help="Where to write the plan.")] = Path("plan.json"),
+    to: Annotated[Path, typer.Option("--output", help="Where to write the plan.")] = Path("plan.json"),
     adapter: Annotated[str | None, typer.Option(help="Trained gates; Fisher importance if left out.")] = None,
     examples: Annotated[int, typer.Option(min=1, help="Calibration examples at most.")] = 64,
     rotate: Annotated[
@@ -50,6 +50,7 @@ def run(
     ] = None,
     effort: Level = Effort.normal,
     fresh: Fresh = False,
+    clock_command: ClockCommand = None,
     **budget: Any,
 ) -> Said:
     """
@@ -76,17 +77,18 @@ def run(
     from ..expected import expected_of
     from ..shared import effort_of, gates_of, read_batches
 
+    hard = effort_of(effort, fresh=fresh, clock_command=clock_command)
     device = checked_device(budget["device"])
     limits = LatencyBudget(**budget)
     skeleton = load_skeleton(model)
     check_regime(skeleton, regime_of(skeleton, limits))  # before the work
-    output.parent.mkdir(parents=True, exist_ok=True)
-    batches = read_batches(calibration, model, seq_len=limits.seq_len, examples=examples)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    batches = read_batches(calibration, model, seq_len=limits.length, examples=examples)
     gated = gates_of(load_model(model, device), adapter, hidden=hidden)
     if progress is not None:
         say(expected_of(gated, batches, limits))
     hard = effort_of(effort, fresh=fresh)
-    work = output.with_suffix(WORK)
+    work = to.with_suffix(WORK)
     if fresh:
         clear_kept(work)
     elif work.exists():
@@ -99,14 +101,14 @@ def run(
         clear_kept(work)
         raise
     refitted = not obstacle(gated, batches) if refit is None else refit
-    made = {"model": model, "data": calibration, "seq_len": limits.seq_len, "examples": examples, "refitted": refitted}
-    beside = search_file(output)
+    made = {"model": model, "data": calibration, "seq_len": limits.length, "examples": examples, "refitted": refitted}
+    beside = search_file(to)
     basis: Path | None = None
     if found.plan.rotated:
-        base, basis = gated.get_base_model(), output.with_suffix(SUFFIX)
+        base, basis = gated.get_base_model(), to.with_suffix(SUFFIX)
         gate = basis_gate(base, locate(base), gated.active_adapters[0])
         save_basis(gate_basis(cast("BasisGate", gate)), basis)  # before the plan that needs it
-    write_text(output, found.plan.to_json())
+    write_text(to, found.plan.to_json())
     write_text(beside, json.dumps({"format": FORMAT, MADE: made} | found.figures()) + "\n")
     clear_kept(work)
     best = found.best
@@ -117,15 +119,13 @@ def run(
         "speedup": found.speedup,
         "measured_loss": best.measured_loss,
         "parameters": best.parameters,
-        "plan": str(output),
+        "plan": str(to),
         "search": str(beside),
         "basis": None if basis is None else str(basis),
     }
     also = "" if basis is None else f", the basis that it keeps directions of to {basis}"
-    words = " ".join(["hawada slim", model, *([adapter] if adapter else []), f"slim --plan {output}"])
-    return Said(
-        f"{_table(found, skeleton)}\nplan written to {output}, the search to {beside}{also}", data, next=[words]
-    )
+    words = " ".join(["hawada slim", model, *([adapter] if adapter else []), f"slim --plan {to}"])
+    return Said(f"{_table(found, skeleton)}\nplan written to {to}, the search to {beside}{also}", data, next=[words])
 
 
 def _table(found: SearchResult, skeleton: PreTrainedModel) -> str:
