@@ -17,7 +17,6 @@ from hawada_peft.files.folder import check_free, new_folder
 
 DIE = """
 import os, runpy, signal, sys  # the file itself: importing the package takes seconds
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts jobs behind it has them ignore it
 new_folder = runpy.run_path(sys.argv[2])["new_folder"]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where a shell started the tests in the background
 with new_folder(sys.argv[1]) as folder:
