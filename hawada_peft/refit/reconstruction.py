@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -176,22 +177,9 @@ def refit_model(
     if plan.beside:
         batches, order = list(calibration), [name for name, _ in slim.named_modules()]
         places = {part.tower: order.index(locate(slim, part.tower).stack) for part in plan.parts}
-        return _together(
-            [
-                refit_model(
-                    dense,
-                    slim,
-                    part,
-                    batches,
-                    dampings=dampings,
-                    held_out=held_out,
-                    correction=correction,
-                    progress=progress,
-                    reduce=reduce,
-                )
-                for part in sorted(plan.parts, key=lambda part: places[part.tower])  # as they are run
-            ]
-        )
+        ordered = sorted(plan.parts, key=lambda part: places[part.tower])  # as they are run
+        refit = partial(refit_model, dampings=dampings, held_out=held_out, correction=correction)
+        return _together([refit(dense, slim, each, batches, progress=progress, reduce=reduce) for each in ordered])
     teacher_layout, layout = locate(dense, plan.tower or None), locate(slim, plan.tower or None)
     plan.check_base(teacher_layout.full)
     if teacher_layout.complete(plan.shape) != teacher_layout.complete(layout.full):
