@@ -112,6 +112,8 @@ def _where(facts: SlimFacts) -> Iterator[str]:
         return
     regime = latency["regime"]
     tokens = f" x {regime['seq_len']} tokens" if regime["seq_len"] is not None else ""
+    if regime.get("prompt") is not None:
+        tokens = f" x {regime['prompt']} tokens and {regime['output']} of an answer"
     word = "Measured" if latency["measured"] else "Estimated, not measured,"
     yield (
         f"{word} on {latency['device']}: {regime['mode']}, batch {regime['batch_size']}{tokens}, {regime['dtype']}, "
