@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ._register import PREFIX
+from .basis.channels import check_channels
 from .basis.marks import is_centred
 from .basis.proof import check_exact
 from .config import HawAdaConfig
@@ -44,7 +45,9 @@ from .planning.plan import Plan
 from .planning.towers import each_of
 from .surgery.conformity import check_conforms, vanilla_tensors
 from .surgery.dense import put_back, unmerge
+from .surgery.possible import exportable, why_not
 from .surgery.readers import check_readers
+from .surgery.stream_masks import mask_readers, unmask
 from .vanilla.family import (
     FAMILIES,
     FFN,
@@ -55,6 +58,7 @@ from .vanilla.family import (
     base_sizes,
     locate,
     locate_all,
+    locate_stream,
     mark,
     tower_names,
 )
@@ -74,6 +78,7 @@ class GateTuner(BaseTuner):
 
     peft_config: dict[str, HawAdaConfig]  # type: ignore[assignment]
     _places: dict[str, Layout]  # of the towers into which gates are injected
+    _kinds: dict[str, list[str]]  # what is gated in each
     _unit_norms: dict[str, Mapping[str, str]]  # of each tower's layers, over units of them, and the axes of these
 
     @classmethod
@@ -115,16 +120,19 @@ class GateTuner(BaseTuner):
 
     def _wanted(self, layout: Layout, peft_config: HawAdaConfig) -> set[str]:
         """The modules of a tower to wrap."""
+        kinds = self._kinds[layout.tower]
         ends = {HEADS: layout.family.attention_out, FFN: layout.family.ffn_out}
-        names = {end for axis, end in ends.items() if axis in peft_config.gates}
-        names |= whole_ends(layout, peft_config.gates) | self._unit_norms[layout.tower].keys()
-        if EXPERTS in peft_config.gates:
+        names = {end for axis, end in ends.items() if axis in kinds}
+        names |= whole_ends(layout, kinds) | self._unit_norms[layout.tower].keys()
+        if EXPERTS in kinds:
             names.add(router_of(layout))
-        if HIDDEN in peft_config.gates:
+        if HIDDEN in kinds:
             check_norms(self.model, layout)
             if peft_config.rotate:
                 check_exact(layout)
-            names |= {*layout.family.hidden_norms, layout.norms[-1]}
+            elif layout.known is not None:
+                check_channels(layout)
+            names |= {*layout.family.hidden_norms, *layout.norms_outside}
         return self._targets(layout, names, peft_config)
 
     def _targets(self, layout: Layout, names: set[str], peft_config: HawAdaConfig) -> set[str]:
@@ -145,8 +153,13 @@ class GateTuner(BaseTuner):
         asked: Sequence[str | None] = towers or (None,)
         if sizes is not None and len(asked) == 1:
             asked = (sizes.get("tower", ""),)
-        layouts = [locate(self.model, each) for each in asked]
+        find = locate_stream if HIDDEN in peft_config.gates else locate
+        layouts = [find(self.model, each) for each in asked]
         layout = layouts[0]
+        if sizes is None or len(layouts) > 1:
+            self._choose_gates(peft_config, layouts)
+        if len(layouts) == 1:
+            self._kinds = {layout.tower: list(peft_config.gates)}
         for number, each in enumerate(layouts):
             mark(cast(PreTrainedModel, self.model), each, beside=number > 0)
         self._places = {each.tower: each for each in layouts}
@@ -159,13 +172,32 @@ class GateTuner(BaseTuner):
         if quantized_weight(self.model) is None:
             check_conforms(layout, vanilla_tensors(self.model))
         grouped = {KV_GROUPS} if HEADS in peft_config.gates else set()
-        self._unit_norms = {each.tower: check_readers(each, {*peft_config.gates} | grouped) for each in layouts}
+        self._unit_norms = {each.tower: check_readers(each, {*self._kinds[each.tower]} | grouped) for each in layouts}
         return layouts
 
     def _place_of(self, name: str) -> Layout:
         """The tower that a module is in, or whose norm it is."""
         inside = [each for each in self._places.values() if each.within(name) or each.position(name)]
         return inside[0] if inside else next(iter(self._places.values()))
+
+    def _choose_gates(self, peft_config: HawAdaConfig, layouts: Sequence[Layout]) -> None:
+        """Leave out of the gates that nobody asked for what the model cannot lose, of each tower what it cannot."""
+        asked = list(peft_config.gates)
+        left = {
+            each.tower: {kind: reason for kind in asked if (reason := why_not(each, kind, asked))} for each in layouts
+        }
+        nowhere = [kind for kind in asked if all(kind in reasons for reasons in left.values())]
+        if nowhere or len(layouts) == 1:
+            exportable(layouts[0], asked)  # refuses what was asked for
+        for tower, reasons in left.items():
+            if reasons:
+                placed = ", ".join(kind for kind in asked if kind not in reasons)
+                where = f" in {tower!r}" if len(layouts) > 1 else ""
+                logger.info("gates%s are placed on %s: %s", where, placed, "; ".join(reasons.values()))
+        peft_config.gates = [kind for kind in asked if kind not in nowhere]
+        self._kinds = {
+            tower: [kind for kind in peft_config.gates if kind not in reasons] for tower, reasons in left.items()
+        }
 
     def _prepare_model(self, peft_config: HawAdaConfig, model: nn.Module) -> None:  # type: ignore[override]
         if peft_config.lora is not None:
@@ -188,7 +220,7 @@ class GateTuner(BaseTuner):
             layout,
             current_key,
             target,
-            kinds=peft_config.gates,
+            kinds=peft_config.gates if layout is None else self._kinds[layout.tower],
             group_size=peft_config.group_size,
             start=peft_config.start(),
             centred=is_centred(self.model, layout) if layout is not None and peft_config.rotate else None,
@@ -227,8 +259,9 @@ class GateTuner(BaseTuner):
         if config.base_sizes is not None:
             for layout in self._places.values():
                 follow_units(self.model, layout, self._unit_norms[layout.tower])
-                if HIDDEN in config.gates:
+                if HIDDEN in self._kinds[layout.tower]:
                     share_hidden(self.model, layout)
+                    mask_readers(self.model, layout)
         if config.plan is not None:
             towers = each_of(self.layouts_of([adapter_name]), Plan.from_dict(config.plan))
             set_masks(self.model, towers, adapter_name, in_training=config.plan_in_training)
@@ -282,6 +315,11 @@ class GateTuner(BaseTuner):
         with put_back(self.model, always=False):
             unmerge(self.model)
             return super().unload()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model: nn.Module = cast(Any, super())._unload_and_optionally_merge(*args, **kwargs)
+        unmask(model)
+        return model
 
     # ------------------------------------------------------- several adapters
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..planning.plan import Plan
-from ..vanilla.family import Layout, mark
+from ..vanilla.family import Layout, locate, locate_stream, mark
 from ..vanilla.resize import edit_config
 from ..vanilla.shape import SliceRule
 from .axes import cut_by, find_axes
@@ -88,3 +88,14 @@ class Cutting:
             return tower, -1, f".{name}"
         index, _, short = name.removeprefix(f"{self.towers[tower][0].stack}.").partition(".")
         return tower, int(index), short
+
+
+def layout_for(model: PreTrainedModel, plan: Plan) -> Layout:
+    """
+    The layout of the tower that a plan of one is about, as what it cuts needs it.
+
+    Raises:
+        UnsupportedModelError: as `locate`.
+    """
+    find = locate if plan.hidden is None or plan.rotated else locate_stream
+    return find(model, plan.tower or None)

@@ -15,6 +15,7 @@ from ..gates.adapter import GateAdapter
 from ..vanilla.family import locate, locate_all, mark
 from .conformity import below, check_conforms, vanilla_tensors
 from .source import build_tied, materialise
+from .stream_masks import unmask
 
 CONTAINERS = (dict, OrderedDict, list, set)
 
@@ -96,6 +97,7 @@ def take_off(base: PreTrainedModel) -> None:
     for module in found.values():
         if isinstance(module, GateAdapter):
             module.release()
+    unmask(base)
     vars(base).pop("peft_config", None)
 
 
