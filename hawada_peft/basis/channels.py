@@ -58,7 +58,7 @@ def channels_error(layout: Layout, seed: int = 0) -> float:
     plan = _plan(small, random.Random(seed))
     gated = copy.deepcopy(dense)
     _attach(gated, small)
-    set_masks(gated, small, plan, ADAPTER)
+    set_masks(gated, [(small, plan)], ADAPTER)
     inputs = example_inputs(dense)
     expected, found = outputs_of(gated, inputs), outputs_of(slim(dense, plan), inputs)
     return max(_difference(found[name], expected[name], plan.hidden or ()) for name in found)
