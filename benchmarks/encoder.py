@@ -8,10 +8,9 @@ A sentence encoder slimmed end to end: how far its embeddings stay the dense mod
 Search, closing, least squares and recovery are the product's, as a user calls them. The model has no head: what is
 distilled are the last hidden states, token by token (squared error), and not the pooled embeddings. What is reported
 is what a user compares: the cosine of mean-pooled, normalised embeddings of held-out sentences, of the folder reloaded
-by `AutoModel`. The student is trained without the dropout of the teacher's config unless `--dropout` is given; the
-saved config is without it, too. Times are of the processor; give one thread.
+by `AutoModel`. Times are of the processor; give one thread.
 
-Training examples are one to three sentences in a row, the held-out ones single sentences.
+Training examples are one to `--most` sentences in a row, the held-out ones single sentences.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ from peft import get_peft_model
 from reconstruction import read_tokens
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -136,10 +134,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """All of it."""
     rng = random.Random(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(options.teacher)
-    config = AutoConfig.from_pretrained(options.teacher)
-    if not options.dropout:
-        config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-    base = AutoModel.from_pretrained(options.teacher, config=config, dtype=torch.float32).eval()
+    base = AutoModel.from_pretrained(options.teacher, dtype=torch.float32).eval()
 
     def read(path: str, tokens: int, count: int, most: int) -> Examples:
         texts = passages(list(sentences_of(path, options.text_tokenizer, tokens)), count, most, rng)
@@ -198,6 +193,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         data_collator=collate,
         calibration=calibration,
         optimizer=options.optimizer,
+        dropout=options.dropout,
         race=Race(budget=budget, effort=effort) if options.race else False,
         callbacks=[start],
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import TypeVar, cast
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import HawAdaError
+from ..files.kept import Kept, digest_of_key
 from ..progress import Progress, progress_bar
 from .effort import Effort
 from .external import ExternalClock
@@ -61,6 +63,7 @@ def measure_built(
     effort: Effort,
     label: str = "timing",
     progress: Progress | None = None,
+    kept: Kept | None = None,
 ) -> dict[Key, Timing]:
     """
     Build and time many candidates, a group at a time, so that only one group is in memory.
@@ -77,6 +80,7 @@ def measure_built(
         effort: how long to measure, by which clock, and how many models are in memory at a time, with the reference.
         label: of the progress bar.
         progress: makes it, as `tqdm.tqdm`; none is shown if left out.
+        kept: where the timings of each group are kept as they come.
 
     Returns:
         Timings, which say whether they have settled; `unsettled` sums that up.
@@ -87,17 +91,21 @@ def measure_built(
         ExternalClockError: if an external clock fails.
     """
     wanted = [key for key in dict.fromkeys(keys) if key != reference]
+    kept = kept or Kept()
+
+    def timed(group: Sequence[Key]) -> dict[Key, Timing]:
+        name = f"{label} {digest_of_key([regime.to_dict(), *map(repr, group)])}"
+        found = kept.value(name, partial(_built_and_timed, build, group, regime, effort))
+        return {key: Timing.from_dict(each) for key, each in zip(group, found, strict=True)}
+
     if isinstance(effort.clock, ExternalClock):
-        return _measured_elsewhere(build, [reference, *wanted], regime, effort, label, progress)
+        return _measured_elsewhere(timed, [reference, *wanted], label, progress)
     step = effort.group - 1
     chunks = [wanted[start : start + step] for start in range(0, len(wanted), step)] or [[]]
     measured: list[dict[Key, Timing]] = []
     with progress_bar(progress, total=len(wanted), desc=label, leave=False) as bar:
         for chunk in chunks:
-            models = {key: build(key) for key in (reference, *chunk)}
-            measured.append(_time(models, regime, effort))
-            del models
-            _forget(regime)
+            measured.append(timed([reference, *chunk]))
             bar.update(len(chunk))
     seen = np.log([timings[reference].median_ms for timings in measured])
     off = seen - np.median(seen)
@@ -110,25 +118,14 @@ def measure_built(
 
 
 def _measured_elsewhere(
-    build: Callable[[Key], nn.Module],
-    keys: Sequence[Key],
-    regime: Regime,
-    effort: Effort,
-    label: str,
-    progress: Progress | None,
+    timed: Callable[[Sequence[Key]], dict[Key, Timing]], keys: Sequence[Key], label: str, progress: Progress | None
 ) -> dict[Key, Timing]:
     result: dict[Key, Timing] = {}
     with progress_bar(progress, total=len(keys), desc=label, leave=False) as bar:
         for key in keys:
-            result |= _time({key: build(key)}, regime, effort)
-            _forget(regime)
+            result |= timed([key])
             bar.update(1)
     return result
-
-
-def _forget(regime: Regime) -> None:
-    if torch.device(regime.device).type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def interleave(
@@ -174,6 +171,16 @@ def interleave(
                 if median_errors(samples)[1].max() <= effort.tolerance or clock.now() - begun > effort.max_seconds:
                     break
     return np.asarray(rows).T
+
+
+def _built_and_timed(
+    build: Callable[[Key], nn.Module], keys: Sequence[Key], regime: Regime, effort: Effort
+) -> list[dict[str, Any]]:
+    """Build a group, time it and forget it: the timings, for JSON."""
+    found = _time({key: build(key) for key in keys}, regime, effort)
+    if torch.device(regime.device).type == "cuda":
+        torch.cuda.empty_cache()
+    return [timing.to_dict() for timing in found.values()]
 
 
 def _time(models: Mapping[Key, nn.Module], regime: Regime, effort: Effort) -> dict[Key, Timing]:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
+from typing import Any
 
+import torch
+import transformers
 from peft import PeftModel
 
+from .. import __version__
 from ..basis.basis import rows_untied
 from ..errors import HawAdaError
+from ..files.kept import Kept, digest_of_tensors
 from ..gates.reading import are_fresh
 from ..latency.budget import LatencyBudget
 from ..latency.build import TABLE
@@ -35,6 +41,9 @@ logger = logging.getLogger(__name__)
 IMPORTANCE = "importance"
 """What it is shown as."""
 
+NO_EFFECT = ("clock", "cache", "fresh")
+"""Of the effort, what the results of a search do not depend on."""
+
 
 def find_plan(
     model: PeftModel,
@@ -47,6 +56,7 @@ def find_plan(
     refit: bool | None = None,
     effort: Effort | None = None,
     progress: Progress | None = None,
+    work: str | os.PathLike[str] | None = None,
 ) -> SearchResult:
     """
     The best plan for a budget, on this machine. What the model computes is not changed; see `apply_plan`.
@@ -74,6 +84,9 @@ def find_plan(
             out: by refitted models, unless trained LoRA or quantized weights forbid it.
         effort: how hard to measure and to look, and by which clock.
         progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
+        work: a folder in which what is found is kept as it comes: losses, timings, importance, basis. The same search
+            on the same model and data, interrupted at whatever moment, goes on from there. Nothing is removed
+            (`clear_kept` does).
 
     Returns:
         `SearchResult`: the shape, the plan, the measured latency and the whole frontier.
@@ -101,6 +114,7 @@ def find_plan(
         refit=refit,
         effort=effort,
         progress=progress,
+        work=work,
     )[0]
 
 
@@ -115,6 +129,7 @@ def search_plan(
     refit: bool | None = None,
     effort: Effort | None = None,
     progress: Progress | None = None,
+    work: str | os.PathLike[str] | None = None,
 ) -> Found:
     """`find_plan`, and the importance that it took of fresh gates, by the names of `collect_gates`."""
     for name, given, kind in (("budget", budget, LatencyBudget), ("table", table, LatencyTable | None)):
@@ -131,15 +146,19 @@ def search_plan(
     for batch in calibration:
         check_batch(model, batch)  # before anything is measured
     refit = not obstacle(model, calibration) if refit is None else refit
+    kept = Kept()
+    if work is not None:
+        asked = {"table": table, "hidden_sizes": hidden_sizes, "rotate": rotate, "refit": refit}
+        kept = Kept(work, _all_that_counts(model, budget, calibration, effort) | asked)
     steps = [TABLE] * (table is None) + [IMPORTANCE] * are_fresh(model)
     progress = in_steps(progress, [*steps, DEPTH, *[REFITS] * refit, WIDTHS_OF, TIMING])
-    table = table_of(model, regime, effort, progress=progress) if table is None else table
+    table = table_of(model, regime, effort, progress=progress, kept=kept) if table is None else table
     table.check(regime=regime, base_sizes=locate(base).base_sizes(), device_name=effort.clock.device_name(regime))
 
     def search_all() -> Found:
-        return _search(model, budget, calibration, table, hidden_sizes, refit, effort, progress)
+        return _search(model, budget, calibration, table, hidden_sizes, refit, effort, progress, kept)
 
-    return with_directions(model, calibration, rotate, search_all, progress=progress)
+    return with_directions(model, calibration, rotate, search_all, progress=progress, kept=kept)
 
 
 def _search(
@@ -151,14 +170,15 @@ def _search(
     refit: bool,
     effort: Effort,
     progress: Progress | None,
+    kept: Kept,
 ) -> Found:
     base, regime = dense_model(model), regime_of(model, budget)
     layout, tables = locate(base), [table]
     importance = None
     if are_fresh(model):
         watched = progress_bar(progress, iterable=calibration, desc=IMPORTANCE, unit="batch", leave=False)
-        importance = gate_importance(model, watched)
-    quality = (RefittedQuality if refit else MaskedQuality)(model, calibration, importance, progress)
+        importance = kept.tensors(IMPORTANCE, lambda: gate_importance(model, watched))
+    quality = (RefittedQuality if refit else MaskedQuality)(model, calibration, importance, progress, kept=kept)
     sizes: Sequence[int] = ()
     if HIDDEN in quality.free:
         sizes = narrower_sizes(layout, multiple=table.multiple, group_size=quality.scores.hidden_group)
@@ -180,12 +200,12 @@ def _search(
     if hidden_sizes is None and sizes:  # before a table is measured for each
         sizes = worthwhile_sizes(SearchState(spaces[0], table, budget, effort), quality, sizes)
     for size in sizes:
-        tables.append(table_of(model, regime, effort.narrower(), hidden_size=size, progress=progress))
+        tables.append(table_of(model, regime, effort.narrower(), hidden_size=size, progress=progress, kept=kept))
         spaces.append(space_of(size, tables[-1].multiple))
     if table.poor:
         logger.warning("%s; twice as many shapes are timed directly", table.poor)
         effort = replace(effort, candidates=2 * effort.candidates, search_rounds=2 * effort.search_rounds)
-    timer = Timer(base, regime, effort.confirming(), progress=progress)
+    timer = Timer(base, regime, effort.confirming(), progress=progress, kept=kept)
     narrower = list(zip(spaces[1:], tables[1:], strict=True))
     result = search(spaces[0], table, quality, budget, timer, effort=effort, narrower=narrower)
     result = replace(result, depth=quality.depth)
@@ -197,3 +217,22 @@ def _search(
         result = replace(result, steps={**result.steps, "hidden_size": words})
     warn_unsettled(*(each.unsettled for each in tables), timer.unsettled)
     return result, importance
+
+
+def _all_that_counts(
+    model: PeftModel, budget: LatencyBudget, calibration: Sequence[Batch], effort: Effort
+) -> dict[str, Any]:
+    """What a search's results depend on, for `Kept`."""
+    regime = regime_of(model, budget)
+    effects = {each.name: getattr(effort, each.name) for each in fields(effort) if each.name not in NO_EFFECT}
+    return {
+        "versions": [__version__, torch.__version__, transformers.__version__],
+        "device": effort.clock.device_name(regime),
+        "threads": torch.get_num_threads(),
+        "regime": regime.to_dict(),
+        "budget": asdict(budget),
+        "effort": effects,
+        "config": dense_model(model).config.to_dict(),
+        "weights": digest_of_tensors(model.state_dict()),
+        "calibration": [digest_of_tensors(batch) for batch in calibration],
+    }

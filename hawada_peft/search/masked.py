@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel
 
 from ..errors import HawAdaError, InvalidPlanError
+from ..files.kept import Kept, digest_of_key
 from ..gates.attach import collect_gates
 from ..planning.plan import Plan
 from ..planning.ranking import rank
@@ -69,6 +70,7 @@ class MaskedQuality:
             `collect_gates(model)`; the gates' own values if left out.
         progress (*optional*): makes progress bars, as `tqdm.tqdm`; none are shown if left out.
         reduce (*optional*): sums over ranks; each has batches of its own then.
+        kept (`Kept`, *optional*): where losses are kept as they come.
 
     Raises:
         HawAdaError: if there are no batches.
@@ -89,10 +91,12 @@ class MaskedQuality:
         importance: Mapping[str, torch.Tensor] | None = None,
         progress: Progress | None = None,
         reduce: Reduce = of_this_rank,
+        kept: Kept | None = None,
     ) -> None:
         if not batches:
             raise HawAdaError("no calibration batches were given; pass at least one")
         self.model, self._progress, self._reduce = model, progress, reduce
+        self._kept = kept or Kept()
         self.tuner = cast(Any, model.base_model)
         self.names = list(self.tuner.active_adapters)
         if len(self.names) != 1:
@@ -139,10 +143,13 @@ class MaskedQuality:
     def loss(self, plan: Plan) -> float:
         """The divergence of the masked model from the dense one on the calibration batches, for a plan."""
         if plan not in self.measured:
-            self.measured[plan] = self._mean(plan, self.references)
+            self.measured[plan] = self._mean(plan, self.references, "loss")
         return self.measured[plan]
 
-    def _mean(self, plan: Plan, references: Sequence[Reference]) -> float:
+    def _mean(self, plan: Plan, references: Sequence[Reference], kind: str) -> float:
+        return self._kept.value(name_of(kind, plan), lambda: self._mean_of(plan, references))
+
+    def _mean_of(self, plan: Plan, references: Sequence[Reference]) -> float:
         with self._masked(plan), torch.no_grad():
             parts = [reference.divergence(self.model) for reference in references]
         device = references[0].mask.device
@@ -229,7 +236,7 @@ class MaskedQuality:
         logger.info("layers in the order of dropping: %s", self._order)
 
     def _ranking_loss(self, plan: Plan) -> float:
-        return self.loss(plan) if self._ranking is self.references else self._mean(plan, self._ranking)
+        return self.loss(plan) if self._ranking is self.references else self._mean(plan, self._ranking, "ranking")
 
     def _droppable(self, remaining: Sequence[int]) -> list[int]:
         """Those that may go next: what must stay does, and the last layer before a backbone's stage."""
@@ -279,3 +286,8 @@ class MaskedQuality:
             finally:
                 for gate, (kept, hard) in zip(gates, before, strict=True):
                     gate.set_plan(kept, in_training=hard)
+
+
+def name_of(kind: str, plan: Plan) -> str:
+    """What a loss of a plan is kept under."""
+    return f"{kind} {digest_of_key(plan.to_dict())}"

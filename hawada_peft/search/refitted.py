@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..basis.basis import basis_gate, gate_basis, plan_turn
 from ..errors import HawAdaError, IllegalShapeError
+from ..files.kept import Kept
 from ..planning.plan import Plan
 from ..processes import of_this_rank
 from ..progress import Progress, progress_bar
@@ -22,7 +23,7 @@ from ..surgery.slimming import slim
 from ..vanilla.batches import Batch, main_input
 from ..vanilla.legality import check_legal
 from ..vanilla.shape import Shape
-from .masked import MaskedQuality
+from .masked import MaskedQuality, name_of
 from .reference import first_of
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class RefittedQuality(MaskedQuality):
         batches (`Sequence`): calibration batches, keyword arguments of the forward pass: two rows at least.
         importance (`Mapping[str, Tensor]`, *optional*): as for `MaskedQuality`.
         progress (*optional*): makes progress bars, as `tqdm.tqdm`; none are shown if left out.
+        kept (`Kept`, *optional*): where losses are kept as they come.
 
     Raises:
         HawAdaError: if there are no batches, or nothing can be refitted in the model (`obstacle`).
@@ -72,11 +74,12 @@ class RefittedQuality(MaskedQuality):
         batches: Sequence[Batch],
         importance: Mapping[str, torch.Tensor] | None = None,
         progress: Progress | None = None,
+        kept: Kept | None = None,
     ) -> None:
         reason = obstacle(model, batches)
         if reason:
             raise HawAdaError(f"shapes cannot be judged by refitted models: {reason}. Pass refit=False")
-        super().__init__(model, batches, importance, progress)
+        super().__init__(model, batches, importance, progress, kept=kept)
         self.dense = dense_view(cast(PreTrainedModel, model.get_base_model()))
         self._judging = [reference.batch for reference in first_of(self.references, JUDGED, least=2)]
         self._refitted: dict[Plan, float] = {}
@@ -119,13 +122,16 @@ class RefittedQuality(MaskedQuality):
                 check_legal(self.layout, plan.shape)
             except IllegalShapeError:  # head counts that exist at another hidden size alone
                 return self.loss(plan)
-            turn = plan_turn(self.dense, plan, self._stream)
-            small = slim(self.dense, plan, turn=turn)
-            coordinates = None if turn is None else turn.write
-            report = refit_model(self.dense, small, plan, self._judging, coordinates=coordinates, reduce=of_this_rank)
-            logger.debug("%s: %s", plan, report)
-            self._refitted[plan] = min(report.before, report.after)
+            self._refitted[plan] = self._kept.value(name_of("refitted", plan), lambda: self._refit(plan))
         return self._refitted[plan]
+
+    def _refit(self, plan: Plan) -> float:
+        turn = plan_turn(self.dense, plan, self._stream)
+        small = slim(self.dense, plan, turn=turn)
+        coordinates = None if turn is None else turn.write
+        report = refit_model(self.dense, small, plan, self._judging, coordinates=coordinates, reduce=of_this_rank)
+        logger.debug("%s: %s", plan, report)
+        return min(report.before, report.after)
 
 
 def obstacle(model: PeftModel, batches: Sequence[Batch]) -> str:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..discovery.inputs import example_inputs
 from ..errors import InvalidRegimeError
+from ..files.kept import Kept
 from ..latency.budget import LatencyBudget
 from ..latency.build import build_table, random_shapes
 from ..latency.cache import cached_table, table_key
@@ -75,8 +76,9 @@ def table_of(
     *,
     hidden_size: int | None = None,
     progress: Progress | None = None,
+    kept: Kept | None = None,
 ) -> LatencyTable:
-    """As `measure_table`, without a warning: the table says what did not settle."""
+    """As `measure_table`, without a warning: the table says what did not settle. Timings are kept as they come."""
     base = dense_model(model)
     check_regime(base, regime)
     layout = locate(base)
@@ -89,7 +91,8 @@ def table_of(
 
     def mixed() -> LatencyTable:
         each = [
-            (times, table_of(model, part, effort, hidden_size=hidden_size, progress=progress)) for times, part in parts
+            (times, table_of(model, part, effort, hidden_size=hidden_size, progress=progress, kept=kept))
+            for times, part in parts
         ]
         found = mixed_table(regime, each)
         shapes = random_shapes(widest, heads, found.multiple, effort.whole_shapes, seed=effort.seed)
@@ -97,7 +100,7 @@ def table_of(
         if not missing:
             return found
         # The parts have timed other shapes, because other sizes are fast for them.
-        timings = Timer(base, regime, effort, progress=progress)(missing)
+        timings = Timer(base, regime, effort, progress=progress, kept=kept)(missing)
         scale = found.dense_ms / timings[layout.dense].median_ms
         return found.with_realised([Realised(shape, timings[shape].median_ms * scale) for shape in missing])
 
@@ -112,6 +115,7 @@ def table_of(
         effort=effort,
         widest=widest,
         progress=progress,
+        kept=kept,
     )
     # An external clock sees whole answers as such.
     make = measured if len(parts) == 1 or isinstance(effort.clock, ExternalClock) else mixed
@@ -127,6 +131,7 @@ class Timer:
         regime: the conditions.
         effort: how long, and by which clock.
         progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
+        kept: where timings are kept as they come.
     """
 
     def __init__(
@@ -136,8 +141,9 @@ class Timer:
         effort: Effort,
         *,
         progress: Progress | None = None,
+        kept: Kept | None = None,
     ) -> None:
-        self.regime, self.effort, self.progress = regime, effort, progress
+        self.regime, self.effort, self.progress, self._kept = regime, effort, progress, kept
         layout = locate(base)
         self.dense, self.build = layout.dense, realiser(layout, regime)
         self.timings: list[Timing] = []
@@ -152,6 +158,7 @@ class Timer:
             effort=self.effort,
             label=TIMING,
             progress=self.progress,
+            kept=self._kept,
         )
         self.timings += found.values()
         return found

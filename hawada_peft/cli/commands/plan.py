@@ -58,12 +58,15 @@ def run(
 
     All legal shapes are searched; the answer is the one of least loss that was built and timed on this machine. If it
     cuts the hidden size in a basis, the basis is written beside the plan, and `hawada slim --plan` finds it there.
+    What was found so far is in plan.work meanwhile: the same command goes on from there after an interruption.
 
     Give one of --speedup, --latency-ms and --fraction, or --max-parameters or --max-memory, or both.
     """
     from ...basis.basis import basis_gate, gate_basis
     from ...basis.stored import SUFFIX, save_basis
+    from ...errors import HawAdaError
     from ...files.atomic import write_text
+    from ...files.kept import clear_kept
     from ...latency.budget import LatencyBudget
     from ...search.budgeted import find_plan
     from ...search.refitted import obstacle
@@ -84,7 +87,19 @@ def run(
     gated = gates_of(load_model(model, device), adapter, hidden=hidden)
     if progress is not None:
         say(expected_of(gated, batches, limits))
-    found = find_plan(gated, limits, batches, rotate=rotate, refit=refit, effort=hard, progress=progress)
+    hard = effort_of(effort, fresh=fresh)
+    work = to.with_suffix(WORK)
+    if fresh:
+        clear_kept(work)
+    elif work.exists():
+        say(f"{work} holds what an interrupted search has found: what belongs to this one is used (not with --fresh)")
+    try:
+        found = find_plan(
+            gated, limits, batches, rotate=rotate, refit=refit, effort=hard, progress=progress, work=work
+        )
+    except HawAdaError:  # it would end like this again
+        clear_kept(work)
+        raise
     refitted = not obstacle(gated, batches) if refit is None else refit
     made = {"model": model, "data": calibration, "seq_len": limits.length, "examples": examples, "refitted": refitted}
     beside = search_file(to)
@@ -95,6 +110,7 @@ def run(
         save_basis(gate_basis(cast("BasisGate", gate)), basis)  # before the plan that needs it
     write_text(to, found.plan.to_json())
     write_text(beside, json.dumps({"format": FORMAT, MADE: made} | found.figures()) + "\n")
+    clear_kept(work)
     best = found.best
     data = {
         "shape": best.shape.to_dict(),
@@ -141,6 +157,9 @@ def check(model: str, calibration: str, **options: Any) -> None:
     LatencyBudget(**{name: each for name, each in options.items() if name in LatencyBudget.__dataclass_fields__})
     check_source(model)
 
+
+WORK = ".work"
+"""Of the folder beside the plan in which a search keeps what it has found, until the plan is written."""
 
 MADE = "made"
 """Where a search's file says what it was made of."""
