@@ -93,7 +93,7 @@ def race(folder: Path, _: int) -> None:
     most = parameters_at(layout, replace(layout.dense, num_hidden_layers=4))
     args = recovery_arguments(folder, max_steps=8, per_device_train_batch_size=8 // WORLD, **OPTIMIZER)
     limit = LatencyBudget(max_parameters=most, seq_len=12)
-    racing = Race(limit, plans=2, steps=1, preparations=("none",), rotate=False, share=0.5)
+    racing = Race(limit, plans=2, steps=1, preparations=("none",), rotate=False, share=0.5, onward="anew")
     whole_batches = LABELLED * 5
     rows = torch.stack([row["input_ids"] for row in whole_batches])
     batches = [{"input_ids": each} for each in rows.split(10)]
