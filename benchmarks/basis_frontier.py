@@ -13,26 +13,34 @@ so each can be given again until it prints nothing more:
         --bench BENCH --folder OUT --device cuda --shard $i/6 & done; wait
 
 The first wants the GPUs for itself: it times on them. The second times by processor time, so that the third may run at
-the same time for the cells that are there. Then, anywhere:
+the same time for the cells that are there. On CPU cores alone `--device cpu` does all of it, slowly. Then, anywhere:
 
-    python benchmarks/basis_frontier.py table --folder OUT
+    python benchmarks/basis_frontier.py keep --folder OUT --into benchmarks/results/basis
+    python benchmarks/basis_frontier.py table --folder benchmarks/results/basis --page docs/benchmarks.md
+
+`keep` adds the rows to files that are committed; of the same run the last one counts. `table` prints them, or writes
+the section `basis-frontier` of a page.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import frontier
+from document import replace_section
 from frontier_bench.quality import shape_of
 from peers.minitron import MINITRON_DEPTH
 from peers.peer import Peer
 from peers.shortgpt import SHORTGPT
 from peers.slicegpt import SLICEGPT
 from rows import Row, read_rows
+
+from hawada_peft.errors import HawAdaError
 
 PEERS: dict[str, Peer] = {"slicegpt": SLICEGPT, "minitron_depth": MINITRON_DEPTH, "shortgpt": SHORTGPT}
 CONTESTANTS = ("hawada_rotated", "hawada_one_shot", *PEERS)
@@ -88,27 +96,59 @@ def quality(options: argparse.Namespace) -> None:
             frontier.main(["quality", *work(cell, options), *evaluation, *out], PEERS)
 
 
+def keep(options: argparse.Namespace) -> None:
+    """Add the rows to those that are committed, without command lines, which name folders."""
+    options.into.mkdir(parents=True, exist_ok=True)
+    for name in (f"{cell}-{stage}.jsonl" for cell in options.cells for stage in ("shapes", "quality")):
+        rows = [*read_rows(options.into / name), *read_rows(f"{options.folder}/{name}")]
+        found = {tuple(row[key] for key in ("contestant", "budget", "seed")): row for row in rows}
+        lines = [json.dumps({**row, "command": ""}) + "\n" for row in found.values()]
+        if lines:
+            (options.into / name).write_text("".join(lines), encoding="utf-8")
+
+
 def table(options: argparse.Namespace) -> None:
-    for cell in options.cells:
-        found = read_rows(f"{options.folder}/{cell}-shapes.jsonl")
-        groups: dict[tuple[float, str], dict[int, Row]] = defaultdict(dict)
-        for row in read_rows(f"{options.folder}/{cell}-quality.jsonl"):
-            if row["budget"] is not None:
-                groups[row["budget"], row["contestant"]][row["seed"]] = row
-        columns = "budget | contestant | speedup | parameters | layers, FFN, hidden | seeds | before | after"
-        print(f"\n{cell}: {REGIMES[cell]}\n\n| {columns} |\n{'|---' * 8}|")
-        for (budget, name), rows in sorted(groups.items(), key=lambda item: item[0]):
-            shape = shape_of(found, name, budget, min(rows)) or {}
-            sizes = shape.get("shape", {})
-            cut = ", ".join(
-                str(sizes.get(each, "")) for each in ("num_hidden_layers", "intermediate_size", "hidden_size")
-            )
-            every = list(rows.values())
-            before, after = ([row[part] for row in every if part in row] for part in ("before", "after"))
-            print(
-                f"| {budget}x | {name} | {shape['speedup']:.2f}x{'' if shape['met'] else ' (unmet)'} | "
-                f"{every[0]['parameters']:,} | {cut} | {len(every)} | {shown(before)} | {shown(after)} |"
-            )
+    """All cells as Markdown."""
+    text = "\n\n".join(each for cell in options.cells if (each := section(options.folder, cell)))
+    if options.page:
+        replace_section(options.page, "basis-frontier", text)
+    else:
+        print(text)
+
+
+def section(folder: str, cell: str) -> str:
+    """A cell's table; empty if nothing was measured."""
+    found = read_rows(f"{folder}/{cell}-shapes.jsonl")
+    measured = [row for row in read_rows(f"{folder}/{cell}-quality.jsonl") if row["budget"] is not None]
+    if not measured:
+        return ""
+    groups: dict[tuple[float, str], dict[int, Row]] = defaultdict(dict)
+    for row in measured:
+        groups[row["budget"], row["contestant"]][row["seed"]] = row
+    metric = {"text": "perplexity", "image": "accuracy / agreement"}[measured[0]["kind"]]
+    timed, trained = (", ".join(dict.fromkeys(row["device"] for row in rows)) for rows in (found, measured))
+    dates = ", ".join(sorted({row["date"] for row in measured}))
+    columns = (
+        f"budget | contestant | speedup | parameters | layers, heads, FFN, hidden | seeds | {metric} before | after"
+    )
+    lines = [
+        f"**{cell}**: {REGIMES[cell]}, timed on {timed}, trained on {trained} ({dates}; {measured[0]['versions']}).",
+        f"| {columns} |\n{'|---' * 8}|",
+    ]
+    for (budget, name), rows in sorted(groups.items(), key=lambda item: item[0]):
+        shape = shape_of(found, name, budget, min(rows))
+        if shape is None:
+            raise HawAdaError(f"{name} at {budget}x has a quality but no shape in {folder}")
+        sizes = shape.get("shape", {})
+        axes = ("num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_size")
+        every = list(rows.values())
+        before, after = ([row[part] for row in every if part in row] for part in ("before", "after"))
+        cut = ", ".join(str(sizes.get(each) or "all") for each in axes)
+        lines[-1] += (
+            f"\n| {budget:g}x | {name} | {shape['speedup']:.2f}x{'' if shape['met'] else ' (unmet)'} | "
+            f"{every[0]['parameters']:,} | {cut} | {len(every)} | {shown(before)} | {shown(after)} |"
+        )
+    return "\n\n".join(lines)
 
 
 def shown(found: Sequence[dict[str, float]]) -> str:
@@ -121,15 +161,19 @@ def shown(found: Sequence[dict[str, float]]) -> str:
     return " / ".join(parts)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for name, run in {"shapes": shapes, "quality": quality, "table": table}.items():
+    for name, run in {"shapes": shapes, "quality": quality, "keep": keep, "table": table}.items():
         part = commands.add_parser(name)
         part.set_defaults(run=run)
         part.add_argument("--folder", required=True, help="for the rows")
         part.add_argument("--cells", nargs="+", choices=REGIMES, default=list(REGIMES))
+        if name == "keep":
+            part.add_argument("--into", type=Path, required=True, help="a folder of rows")
         if name == "table":
+            part.add_argument("--page", type=Path)
+        if name in ("keep", "table"):
             continue
         part.add_argument("--bench", required=True, help="a folder: see above")
         part.add_argument("--device", default="cuda", help="of training and importance")
@@ -137,7 +181,7 @@ def main() -> None:
         part.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=CONTESTANTS)
         part.add_argument("--budgets", nargs="+", default=BUDGETS)
         part.add_argument("--part", choices=("before", "both"), default="both")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     Path(options.folder).mkdir(parents=True, exist_ok=True)
     options.run(options)
 

@@ -8,10 +8,9 @@ A sentence encoder slimmed end to end: how far its embeddings stay the dense mod
 Search, closing, least squares and recovery are the product's, as a user calls them. The model has no head: what is
 distilled are the last hidden states, token by token (squared error), and not the pooled embeddings. What is reported
 is what a user compares: the cosine of mean-pooled, normalised embeddings of held-out sentences, of the folder reloaded
-by `AutoModel`. The student is trained without the dropout of the teacher's config unless `--dropout` is given; the
-saved config is without it, too. Times are of the processor; give one thread.
+by `AutoModel`. Times are of the processor; give one thread.
 
-Training examples are one to three sentences in a row, the held-out ones single sentences.
+Training examples are one to `--most` sentences in a row, the held-out ones single sentences.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ from peft import get_peft_model
 from reconstruction import read_tokens
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -40,7 +38,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hawada_peft import Effort, HawAdaConfig, LatencyBudget, Plan, find_plan, recover
+from hawada_peft import Effort, HawAdaConfig, LatencyBudget, Plan, Race, find_plan, recover
 from hawada_peft.latency.clock import Clock
 from hawada_peft.latency.measuring import measure_many
 
@@ -136,10 +134,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """All of it."""
     rng = random.Random(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(options.teacher)
-    config = AutoConfig.from_pretrained(options.teacher)
-    if not options.dropout:
-        config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-    base = AutoModel.from_pretrained(options.teacher, config=config, dtype=torch.float32).eval()
+    base = AutoModel.from_pretrained(options.teacher, dtype=torch.float32).eval()
 
     def read(path: str, tokens: int, count: int, most: int) -> Examples:
         texts = passages(list(sentences_of(path, options.text_tokenizer, tokens)), count, most, rng)
@@ -153,7 +148,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         return [dict(collate(examples[start : start + size])) for start in range(0, len(examples), size)]
 
     wanted = options.steps * options.batch
-    train = read(options.train, options.tokens, wanted + options.calibration, 3)
+    train = read(options.train, options.tokens, wanted + options.calibration, options.most)
     held = batches(read(options.eval, options.tokens, options.held_out, 1))
     calibration, train = batches(train[: options.calibration]), train[options.calibration :]
     if len(train) < wanted:
@@ -186,6 +181,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         report_to=[],
         seed=options.seed,
         use_cpu=True,
+        bf16=options.bf16,
+        train_sampling_strategy="group_by_length",
         disable_tqdm=True,
     )
     begun = time.process_time()
@@ -196,6 +193,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         data_collator=collate,
         calibration=calibration,
         optimizer=options.optimizer,
+        dropout=options.dropout,
+        race=Race(budget=budget, effort=effort) if options.race else False,
         callbacks=[start],
     )
     row |= {"recovery_s": time.process_time() - begun, "refitted": start.found}
@@ -203,7 +202,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     slim = AutoModel.from_pretrained(options.out, dtype=torch.float32).eval()
     row["recovered"] = agreement(dense, embeddings(slim, held))
 
-    careful = Effort(clock=Clock(time.thread_time), max_seconds=40.0)
+    careful = Effort(clock=Clock(time.thread_time), max_seconds=options.timing_seconds)
     timings = measure_many(
         {"dense": base, "slim": slim},
         budget.regime(generates=False, dtype=torch.float32, device="cpu"),
@@ -245,12 +244,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64, help="tokens of an example at most")
+    parser.add_argument("--most", type=int, default=3, help="sentences of a training example at most")
+    parser.add_argument("--bf16", action="store_true", help="recover under autocast to bfloat16")
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--optimizer", choices=("auto", "args", "muon"), default="auto", help="as of `recover`")
     parser.add_argument("--calibration", type=int, default=256, help="examples")
     parser.add_argument("--held-out", type=int, default=500, help="sentences")
     parser.add_argument("--tokens", type=int, default=2_000_000, help="of each file that are read")
+    parser.add_argument("--timing-seconds", type=float, default=40.0, help="of the models in turns, at the end")
     parser.add_argument("--plan", type=Path, help="a hawada_report.json, whose plan is taken instead of a search")
+    parser.add_argument("--race", action="store_true", help="let other plans race against it")
     parser.add_argument("--dropout", action="store_true", help="recover with the teacher's dropout on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--page", type=Path, help="whose section `encoder` is written")

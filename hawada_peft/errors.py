@@ -53,6 +53,10 @@ class InvalidRegimeError(HawAdaError):
     """What is to be timed contradicts itself, or the model cannot run that way."""
 
 
+class ExternalClockError(HawAdaError):
+    """The callable or program that times models does not give a number of seconds above 0."""
+
+
 class IncompatibleTableError(HawAdaError):
     """A latency table was measured for another device, dtype, regime or model."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,15 @@ def test_measure_gives_the_table(made: Path) -> None:
     assert (table.regime.batch_size, table.regime.device) == (2, "cpu")
     text = CliRunner().invoke(app, words("measure", made / "base", batch_size=2, seq_len=8)).stdout
     assert "2 of 4 layers" in text
+
+
+def test_measure_takes_whole_answers_and_a_program_that_times(made: Path) -> None:
+    command = f"{sys.executable} -c 'print(0.25)' {{folder}} {{prompt}} {{output}}"
+    asked = {"prompt_tokens": 8, "output_tokens": 4, "effort": "quick"}
+    here = LatencyTable.from_dict(said("measure", made / "base", **asked))
+    there = LatencyTable.from_dict(said("measure", made / "base", clock_command=command, **asked))
+    assert str(here.regime) == str(there.regime) == "generate 1x(8+4), float32, eager, cpu"
+    assert (there.device_name, round(there.dense_ms)) == (command, 250)
 
 
 @pytest.mark.parametrize("refit", [None, False])

@@ -115,6 +115,7 @@ def test_what_no_folder_can_replace_is_refused_before_the_work(tmp_path: Path, k
 INTERRUPTED = """
 import json, os, runpy, shutil, signal, sys  # the file itself: importing the package takes seconds
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts jobs behind it has them ignore it
 new_folder = runpy.run_path(sys.argv[2])["new_folder"]
 target = Path(sys.argv[1])
 

@@ -169,7 +169,15 @@ def depth_of(model: PeftModel, slot: str) -> dict[int, float]:
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_layers_that_go_start_lowest_in_the_order_of_dropping(kind: str, slot: str, layers: int) -> None:
     model = gate(build(LM_ROW), gates=("heads", "ffn", kind))
-    order = MaskedQuality(model, [inputs_of(model)]).drop_order(layers)
+    quality = MaskedQuality(model, [inputs_of(model)])
+    assert quality.depth == {}
+    order = quality.drop_order(layers)
+    found, alone = quality.depth, dict(quality.depth["alone"])
+    assert found["order"] == order
+    assert len(alone) == 4  # each by itself; the first to go is the cheapest of them
+    assert order[0] == min(alone, key=alone.__getitem__)
+    assert found["together"] == sorted(found["together"])
+    assert found["together"][0] == alone[order[0]]
     init_gates(model, [inputs_of(model)], shape=Shape(num_hidden_layers=layers))
     depth = depth_of(model, slot)
     assert sorted(depth, key=depth.__getitem__)[: len(order)] == order

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageCl
 
 from hawada_peft.errors import HawAdaError, InvalidRegimeError, UnsettledTimingWarning
 from hawada_peft.latency import runner as runner_module
+from hawada_peft.latency.budget import LatencyBudget
 from hawada_peft.latency.clock import Clock
 from hawada_peft.latency.effort import Effort
 from hawada_peft.latency.measuring import interleave, measure_built, measure_many
-from hawada_peft.latency.regime import Regime
+from hawada_peft.latency.regime import Conditions, Regime
 from hawada_peft.latency.runner import Runner, prepare
 from hawada_peft.latency.timing import Timing, median_errors
 from hawada_peft.latency.toy import ToyClock, toy_law
@@ -149,6 +151,66 @@ def test_decode_is_one_token_on_a_filled_cache(
         whole = llama(torch.cat([tokens, tokens[:, -1:]], dim=1)).logits[:, -1:]
     for output in outputs:
         torch.testing.assert_close(output, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_static_caches_of_more_tokens_than_are_in_them_give_the_same(llama: LlamaForCausalLM) -> None:
+    outputs = {}
+    for mode in ("prefill", "decode"):
+        for cache in (None, 9, 20):
+            runner = prepare(llama, Regime(mode=mode, batch_size=2, seq_len=8, static_cache=cache))
+            with torch.inference_mode():
+                for _ in range(2):
+                    outputs[mode, cache] = runner.call().logits
+                    runner.reset()
+    for (mode, _), output in outputs.items():
+        torch.testing.assert_close(output, outputs[mode, None], rtol=1e-4, atol=1e-5)
+
+
+def test_whole_answers_are_a_prefill_and_steps_of_decode() -> None:
+    regime = LatencyBudget(speedup=2, prompt=512, output=128, batch_size=4).regime(
+        generates=True, dtype=torch.float32, device="cpu"
+    )
+    assert (regime.mode, regime.length, regime.cached_tokens) == ("generate", 640, 640)
+    assert str(regime) == "generate 4x(512+128), float32, eager, cpu"
+    assert Regime.from_dict(regime.to_dict()) == regime
+    (once, prefill), (often, decode) = regime.parts()
+    assert (once, prefill) == (1, Regime(mode="prefill", batch_size=4, seq_len=512))
+    # Its steps find 512 to 638 tokens in the cache.
+    assert (often, decode) == (127, Regime(mode="decode", batch_size=4, seq_len=575))
+    fixed = replace(regime, backend="compile").parts()
+    assert [part.static_cache for _, part in fixed] == [None, 640]
+    assert [part.static_cache for _, part in replace(regime, static_cache=1024).parts()] == [1024, 1024]
+    assert prefill.parts() == ((1, prefill),)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"prompt": 8}, "whole answers need prompt and output"),
+        ({"mode": "generate"}, "whole answers need prompt and output.*got neither"),
+        ({"mode": "generate", "seq_len": 8}, "whole answers need prompt and output"),
+        ({"prompt": 8, "output": 1}, "output must be a whole number of at least 2"),
+        ({"prompt": 8, "output": 4, "mode": "decode"}, "are for mode 'generate'"),
+        ({"prompt": 8, "output": 4, "seq_len": 8}, "either seq_len or prompt and output"),
+        ({"prompt": 8, "output": 4, "static_cache": 11}, "must hold the 12 tokens"),
+        ({"mode": "decode", "seq_len": 8, "static_cache": 8}, "must hold the 9 tokens"),
+        ({"mode": "forward", "static_cache": 8}, "is for modes with a KV cache"),
+    ],
+)
+def test_conditions_that_contradict_themselves(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRegimeError, match=message):
+        Conditions(**given)
+
+
+def test_parts_of_a_whole_answer_are_timed_in_the_same_rounds_and_added(llama: LlamaForCausalLM) -> None:
+    regime = Regime(mode="generate", prompt=8, output=5, batch_size=2)
+    clock = ToyClock(lambda model, part: {"prefill": 7.0, "decode": 0.5}[part.mode] * part.batch_size)
+    timing = measure_many({"a": llama}, regime, effort=Effort(min_rounds=3, clock=clock))["a"]
+    assert timing.median_ms == pytest.approx(14 + 4 * 1.0)
+    assert (timing.regime, timing.rounds) == (regime, 3)
+    ticks = iter(range(1000))
+    real = Effort(min_rounds=3, clock=Clock(lambda: float(next(ticks))))
+    assert measure_many({"a": llama}, regime, effort=real)["a"].median_ms == pytest.approx(5e3)
 
 
 def test_prefill_gives_the_last_logits_and_fills_a_cache(llama: LlamaForCausalLM) -> None:

@@ -9,7 +9,8 @@ from typing import Any, cast
 
 import pytest
 import torch
-from conftest import LM_ROW, Row, build, difference, logits_of, scattered_plan
+from conftest import LM_ROW, Row, build, difference, inputs_of, logits_of, scattered_plan
+from heads import HEADS
 from transformers import PreTrainedModel
 
 from hawada_peft import LatencyBudget, Plan, Shape, slim
@@ -260,10 +261,17 @@ def test_largest(fits: Callable[[int], bool], found: int | None) -> None:
     assert largest(range(1, 8), fits) == found
 
 
-def test_a_model_without_a_head_is_refused() -> None:
-    judge = Judge(model_of().model, BATCHES)
-    with pytest.raises(HawAdaError, match="with its head"):
-        judge.loss(judge.without([1]))
+@pytest.mark.parametrize("head", ["llama-bare", "vit-multi"])
+def test_outputs_that_are_not_one_class_of_several_are_compared_as_they_are(head: str) -> None:
+    model = build(HEADS[head].row)
+    batches = [inputs_of(model)]
+    judge = Judge(model, batches)
+    plan = judge.without([1])
+    assert judge.loss(plan) == pytest.approx(divergence(model, slim(model, plan).eval(), batches)[1], rel=1e-5)
+    assert judge.loss(plan) > 0
+
+
+def test_without_batches_nothing_is_judged() -> None:
     with pytest.raises(HawAdaError, match="no calibration batches"):
         Judge(model_of(), [])
 

@@ -33,6 +33,8 @@ from hawada_peft.errors import HawAdaError, UnsupportedModelError
 from hawada_peft.latency.toy import ToyClock
 from hawada_peft.race import GENERATORS, GIVEN, PREPARATIONS, RaceRecord
 from hawada_peft.race.candidates import DIRECTIONS
+from hawada_peft.refit.fidelity import divergence
+from hawada_peft.surgery.slimming import slim as slim_of
 from hawada_peft.vanilla.family import locate
 from hawada_peft.vanilla.resize import parameters_at
 from hawada_peft.vanilla.shape import Shape
@@ -206,6 +208,15 @@ def test_images(tmp_path: Path) -> None:
     slim, record = raced(tmp_path, dense, race=race, train_dataset=IMAGES, calibration=batches)
     assert slim.num_parameters() <= limit.max_parameters
     assert {each.preparation for each in record.entrants} == set(race.preparations)
+
+
+def test_an_encoder_without_a_head(tmp_path: Path) -> None:
+    dense = dense_model().model
+    trained, record = raced(tmp_path, dense)
+    assert record.best is not None
+    data = [{name: torch.stack([row[name] for row in DATA]) for name in DATA[0]}]
+    cut = slim_of(dense, record.best.plan)
+    assert divergence(dense, trained.eval(), data)[1] < 0.5 * divergence(dense, cut.eval(), data)[1]
 
 
 @pytest.mark.parametrize("row", [LM_ROW, VISION_ROW])

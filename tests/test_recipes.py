@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from hawada_peft import train_recipe
 from hawada_peft.cli.program import app
 from hawada_peft.errors import HawAdaError
+from hawada_peft.latency.regime import Regime
 from hawada_peft.recipes import Recipe, RecipeResult
 from hawada_peft.recipes.digests import recipe_digests
 from hawada_peft.recipes.examples import batches_from, load_data
@@ -105,6 +106,7 @@ def test_a_language_model_from_recipe_to_verified_folder(whole: Path) -> None:
     assert {"README.md", "hawada_report.json"} <= {path.name for path in (out / "slim").iterdir()}
     assert result.losses.keys() == {"gates", "recovery_start", "recovery_end"}
     report = json.loads((out / "slim" / "hawada_report.json").read_text())
+    assert report["losses"] == result.losses
     for found in (result.reconstruction, report["reconstruction"]):  # the same by every route
         assert found.keys() == {field.name for field in fields(Reconstruction)}
         assert found["applied"]
@@ -409,3 +411,16 @@ def test_numbers_that_mean_nothing_are_refused_in_a_dry_run(
     result = run(app, ["train", str(tmp_path / "recipe.yaml"), "--dry-run"])
     assert result.exit_code == 1
     assert message in result.output
+
+
+def test_a_program_that_times_is_checked_with_the_recipe(tmp_path: Path) -> None:
+    given = language(tmp_path) | {"budget": {"speedup": 1.2, "prompt": 8, "output": 4}, "training": SHORT}
+    del given["shape"]
+    clock = Recipe.from_dict(given | {"search": {"clock_command": "time {folder}"}}).effort().clock
+    assert clock.device_name(Regime()) == "time {folder}"
+    for search, message in (
+        ({"clock_command": "time it"}, "has no {folder}"),
+        ({"clock_command": "time {folder}", "clock": "toy"}, "either clock or clock_command"),
+    ):
+        with pytest.raises(HawAdaError, match=message):
+            Recipe.from_dict(given | {"search": search})

@@ -11,9 +11,10 @@ import torch
 from conftest import LM_ROW, VISION_ROW, build, difference, inputs_of, logits_of
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from hawada_peft import HawAdaConfig, Shape
+from hawada_peft import HawAdaConfig, Plan, Shape
 from hawada_peft.errors import HawAdaError, IllegalShapeError
 from hawada_peft.latency.regime import Regime
+from hawada_peft.search import refitted
 from hawada_peft.search.masked import MaskedQuality
 from hawada_peft.search.refitted import RefittedQuality, obstacle
 from hawada_peft.search.space import search_space
@@ -75,6 +76,30 @@ def test_fewer_layers_never_look_better() -> None:
     assert (np.diff([losses[count] for count in sorted(losses)]) <= 0).all()
 
 
+def test_of_many_batches_the_first_ones_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refitted, "JUDGED", 1)
+    model, shape = gated(), Shape(intermediate_size=40)
+    batches = batches_of(model)
+    quality, few = RefittedQuality(model, batches), RefittedQuality(model, batches[:2])
+    assert quality.plan(shape) == few.plan(shape)
+    assert quality.evaluate(shape) == few.evaluate(shape)
+    assert quality.meaning == f"{few.meaning}, on the first 2 of 4 batches"
+
+
+def test_few_depths_are_refitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    quality = RefittedQuality(model := gated(), batches_of(model))
+    asked: list[int] = []
+
+    def loss(plan: Plan) -> float:
+        asked.append(len(plan.layers))
+        return 0.5 * quality.loss(plan)
+
+    monkeypatch.setattr(quality, "_refitted_loss", loss)
+    losses = quality.depth_losses(1)
+    assert asked == [1, 3]  # the ends
+    assert losses[2] == pytest.approx(max(0.5 * quality.loss(quality.without_layers(2)), losses[3]))
+
+
 def test_head_counts_of_the_twin_alone_are_judged_there() -> None:
     model = gated()
     quality = RefittedQuality(model, batches_of(model))
@@ -99,6 +124,6 @@ def test_what_forbids_it_is_named() -> None:
 def test_refitted_losses_are_not_the_masked_ones() -> None:
     model = gated()
     shapes = [Shape(intermediate_size=size).complete(locate(model.get_base_model()).dense) for size in (40, 72)]
-    masked, refitted = (quality(model, batches_of(model)) for quality in (MaskedQuality, RefittedQuality))
-    assert masked.meaning != refitted.meaning
-    assert [masked.evaluate(shape) for shape in shapes] != [refitted.evaluate(shape) for shape in shapes]
+    closed, fitted = (quality(model, batches_of(model)) for quality in (MaskedQuality, RefittedQuality))
+    assert closed.meaning != fitted.meaning
+    assert [closed.evaluate(shape) for shape in shapes] != [fitted.evaluate(shape) for shape in shapes]

@@ -6,7 +6,7 @@ import base64
 import json
 import shutil
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -26,13 +26,16 @@ from hawada_peft.race import run_race
 from hawada_peft.search.rounds import search
 from hawada_peft.training.history import HISTORY_FILE
 
+DEPTH = {"alone": [[0, 2.0], [1, 0.01], [2, 0.3], [3, 0.2]], "order": [1, 3], "together": [0.01, 0.4]}
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 NAME = 'a <b> & "c" $d$'
 REQUESTS = ("src", "href", "xlink:href", "srcset", "action", "data", "poster")
 EVERY = {
     "milliseconds",
     "frontier",
+    "dropped",
     "race",
+    "stages",
     "peers",
     "kept",
     "gates",
@@ -104,6 +107,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = search(
         toy_space(), table, ToyQuality(), LatencyBudget(speedup=1.5, mode="prefill", seq_len=8), Machine(table)
     )
+    found = replace(found, depth=DEPTH)
     quality = QualityChange("perplexity", 15.0, 18.5, "tests")
     race = record_of(RACE)
     run_race(race, Trials())
@@ -113,7 +117,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         search=found,
         race=race,
         quality=[quality],
-        reconstruction={"metric": "kl", "before": 1.0},
+        reconstruction={"metric": "kl", "before": 1.0, "after": 0.02, "applied": True},
+        losses={"recovery_start": 0.03, "recovery_end": 0.001},
     )
     save_slim(trainer.gated.merge_and_unload(), folder / "slim", card=facts)
     report = json.loads((folder / "slim" / "hawada_report.json").read_text())
@@ -145,6 +150,9 @@ def test_all_that_is_known_is_there(page: Path) -> None:
         "without layers 1-2; least squares, close",
         "won",
         "beside the budget",
+        "left after rung 1, ",
+        "recovered",
+        "4 layers in numbers",
         "18.5",
         "1.50x",
         "keep ratio",
@@ -179,7 +187,7 @@ def test_names_are_text(page: Path) -> None:
 
 def test_pictures_are_in_the_page(page: Path) -> None:
     found = read(page)
-    assert len(found.pictures) == 7
+    assert len(found.pictures) == 9
     for picture in found.pictures:
         root = ElementTree.fromstring(base64.b64decode(picture.removeprefix("data:image/svg+xml;base64,")))
         assert root.tag.endswith("svg")
@@ -187,7 +195,9 @@ def test_pictures_are_in_the_page(page: Path) -> None:
 
 def test_png_files_are_pictures(page: Path) -> None:
     files = sorted(page.parent.glob("*.png"))
-    assert {path.stem for path in files} == {"milliseconds", "frontier", "race", "peers", "kept", "gates", "training"}
+    assert {path.stem for path in files} == {
+        "milliseconds", "frontier", "dropped", "race", "stages", "peers", "kept", "gates", "training"
+    }  # fmt: skip
     for path in files:
         with Image.open(path) as picture:
             picture.load()

@@ -36,6 +36,7 @@ from hawada_peft.latency.timing import Timing
 from hawada_peft.latency.toy import ToyClock
 from hawada_peft.planning.importance import gate_importance
 from hawada_peft.planning.plan import Plan
+from hawada_peft.search import masked
 from hawada_peft.search.answer import frontier
 from hawada_peft.search.budgeted import find_plan
 from hawada_peft.search.masked import MaskedQuality
@@ -45,6 +46,7 @@ from hawada_peft.search.space import SearchSpace, narrower_sizes, search_space
 from hawada_peft.search.state import SearchState
 from hawada_peft.search.timed import dense_model, measure_table, regime_of
 from hawada_peft.search.timed_models import realiser
+from hawada_peft.search.worthwhile import DOUBT, worthwhile_sizes
 from hawada_peft.vanilla import rehome
 from hawada_peft.vanilla.family import locate
 
@@ -263,6 +265,43 @@ def test_layers_are_dropped_greedily_and_scored_anew() -> None:
     assert quality._order[1] == min(second, key=second.__getitem__)
     plan = quality.plan(Shape(num_hidden_layers=2))
     assert set(plan.layers) == set(range(4)) - set(quality._order[:2])
+
+
+def test_layers_are_ranked_by_the_first_batches_and_depths_measured_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_peft_model(build(LM_ROW), HawAdaConfig())
+    batch = inputs_of(model)
+    batches = [{name: value.roll(step, -1) for name, value in batch.items()} for step in range(5)]
+    monkeypatch.setattr(masked, "RANKED", batch["input_ids"].numel() + 1)  # held by two
+    quality, first = MaskedQuality(model, batches), MaskedQuality(model, batches[:2])
+    passes: list[None] = []
+    model.get_base_model().register_forward_hook(lambda *_: passes.append(None))
+    order = quality.drop_order(2)
+    assert len(passes) == 2 * (4 + 3)  # each of four layers, then of three
+    losses = quality.depth_losses(2)
+    assert len(passes) == 2 * (4 + 3) + 5 * 2
+    assert order == first.drop_order(2)
+    assert losses[4] == 0
+    assert losses[3] == pytest.approx(quality.loss(quality.without_layers(3)))
+    assert losses[2] == pytest.approx(max(losses[3], quality.loss(quality.without_layers(2))))
+
+
+@pytest.mark.parametrize("speedup", [1.1, 1.3, 2.0])
+def test_hidden_sizes_that_cannot_win_get_no_table(speedup: float) -> None:
+    class Narrow(ToyQuality):
+        def evaluate(self, shape: Shape) -> float | None:
+            self.evaluated.append(shape)
+            return float((1 - shape.hidden_size / 64) ** 2)
+
+    table, space, quality = toy_table(DENSE, launch=0.5, arithmetic=1.0), toy_space(), Narrow()
+    state = SearchState(space, table, LatencyBudget(speedup=speedup), Effort())
+    best = quality.predict(space).ravel()[state.fits()].min()
+    found = worthwhile_sizes(state, quality, sizes := [56, 48, 40, 32, 24, 16, 8])
+    losses = [(1 - size / 64) ** 2 for size in sizes]
+    assert found == [size for size, loss in zip(sizes, losses, strict=True) if loss <= DOUBT * best]
+    assert len(found) < len(sizes)
+    assert len(quality.evaluated) == len(found) + 1  # the first that is left out ends it
+    hopeless = SearchState(space, table, LatencyBudget(speedup=1e6), Effort())
+    assert worthwhile_sizes(hopeless, quality, sizes) == sizes
 
 
 def test_the_gated_model_is_left_as_it_was() -> None:

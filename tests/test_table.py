@@ -20,6 +20,7 @@ from hawada_peft.latency.build import build_table, choose_pairs, random_shapes
 from hawada_peft.latency.cache import cached_table, table_key
 from hawada_peft.latency.clock import Clock
 from hawada_peft.latency.effort import Effort
+from hawada_peft.latency.fit import mixed_table
 from hawada_peft.latency.interpolate import bilinear, linear, smooth
 from hawada_peft.latency.regime import Regime
 from hawada_peft.latency.table import LatencyTable, Realised
@@ -105,6 +106,35 @@ def test_a_table_of_a_narrower_stream_is_on_the_scale_of_the_dense_model() -> No
     assert LatencyTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
     with pytest.raises(IncompatibleTableError, match=r"hidden size of 32, asked 48.*hidden_size=48"):
         table.estimate(Shape(hidden_size=48))
+
+
+def test_tables_of_several_calls_are_added(table: LatencyTable) -> None:
+    """Their laws, their multiples and the sizes that were timed differ; what is estimated is the weighted sum."""
+
+    def other(shape: Shape) -> float:
+        heads, groups, ffn, layers = shape.sizes().values()
+        return 0.2 + layers * (0.3 + 0.01 * heads * groups + 0.0004 * max(ffn, 512))
+
+    clock = ToyClock(lambda model, regime: other(model.shape))
+    steps = make(effort=replace(EFFORT, clock=clock, whole_shapes=8))
+    assert (steps.multiple, table.multiple) != (16, 16)
+    mixed = mixed_table(REGIME, [(1, table), (20, steps)])
+    assert mixed.dense_ms == pytest.approx(law(DENSE) + 20 * other(DENSE), rel=0.01)
+    assert mixed.multiple == 16
+    assert DENSE in {point.shape for point in mixed.realised}
+    shapes = random_shapes(DENSE, head_shapes(DENSE), 16, 40, seed=7)
+    assert max(abs(mixed.estimate(s) / (law(s) + 20 * other(s)) - 1) for s in shapes) < 0.02
+    twice = mixed_table(REGIME, [(1, table), (1, table)])
+    assert twice.realised == tuple(Realised(point.shape, 2 * point.ms) for point in table.realised)
+    assert twice.estimate(shapes[0]) == pytest.approx(2 * table.estimate(shapes[0]), rel=1e-3)
+    assert LatencyTable.from_dict(json.loads(json.dumps(mixed.to_dict()))) == mixed
+
+
+def test_a_table_says_when_it_is_no_model(table: LatencyTable) -> None:
+    assert not table.poor
+    rng = np.random.default_rng(0)
+    shaken = [Realised(point.shape, float(rng.uniform(0.5, 2)) * point.ms) for point in table.realised]
+    assert "no model of prefill 1x8" in table.with_realised(shaken).poor
 
 
 def test_the_multiple_is_found(table: LatencyTable) -> None:

@@ -7,6 +7,7 @@ from .flap import FLAP
 from .llm_pruner import LLM_PRUNER
 from .minitron import MINITRON_DEPTH, MINITRON_WIDTH
 from .peer import Peer
+from .replaceme import REPLACEME
 from .shortgpt import SHORTGPT
 from .slicegpt import SLICEGPT
 from .wanda_sp import WANDA_SP
@@ -19,6 +20,7 @@ PEERS: dict[str, Peer] = {
     "minitron_width": MINITRON_WIDTH,
     "minitron_depth": MINITRON_DEPTH,
     "shortgpt": SHORTGPT,
+    "replaceme": REPLACEME,
     "slicegpt": SLICEGPT,
     "ancestor": ANCESTOR,
     **TORCH_PRUNING_PEERS,

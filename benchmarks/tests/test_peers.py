@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import LM_ROW, MIXED_ROW, ROWS, VISION_ROW, Row, build, difference, inputs_of, logits_of
-from peers import criteria, llm_pruner, registry, surgery
+from peers import criteria, llm_pruner, registry, replaceme, surgery
 from peers import peer as contract
+from torch.nn import functional
 from transformers import PreTrainedModel
 
+from hawada_peft import slim
 from hawada_peft.errors import InvalidPlanError, UnsupportedModelError
 from hawada_peft.vanilla.family import locate
 
 WIDTH = ("flap", "wanda_sp", "llm_pruner", "minitron_width", "ancestor")
-DEPTH = ("minitron_depth", "shortgpt")
+DEPTH = ("minitron_depth", "shortgpt", "replaceme")
 KINDS = {"text": LM_ROW, "image": VISION_ROW}
 each_peer = pytest.mark.parametrize("name", [*WIDTH, *DEPTH])
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -206,7 +208,8 @@ def test_llm_pruner_leaves_the_first_and_the_last_layers() -> None:
     assert [layer.mlp.down_proj.in_features for layer in model.model.layers] == [96, 48, 48, 96]
 
 
-def test_shortgpt_drops_a_layer_that_adds_nothing() -> None:
+@pytest.mark.parametrize("name", ["shortgpt", "replaceme"])
+def test_a_layer_that_adds_nothing_is_dropped(name: str) -> None:
 
     def idle() -> PreTrainedModel:
         model = build(LM_ROW)
@@ -214,9 +217,27 @@ def test_shortgpt_drops_a_layer_that_adds_nothing() -> None:
             torch.nn.init.zeros_(linear.weight)
         return model
 
-    model = registry.PEERS["shortgpt"].prepare(work_on(idle)).cut(idle(), 0.25)
+    model = registry.PEERS[name].prepare(work_on(idle)).cut(idle(), 0.25)
     assert len(model.model.layers) == model.config.num_hidden_layers == 3
-    assert difference(logits_of(model), logits_of(idle())) < 1e-5
+    assert difference(logits_of(model), logits_of(idle())) < 1e-3  # a map is trained, though nothing is missing
+
+
+@torch.no_grad()
+def test_replaceme_turns_the_stream_back() -> None:
+    work, dense = work_on(lambda: build(LM_ROW)), build(LM_ROW)
+    model = registry.PEERS["replaceme"].prepare(work).cut(build(LM_ROW), 0.5)
+    turned = replaceme.turned(dense, work.batches)
+    first = 1 if turned[1, 2] < turned[2, 3] else 2
+    plain = slim(dense, replaceme.without(locate(dense), range(first, first + 2)))
+
+    def closeness(small: PreTrainedModel) -> float:
+        found = 0.0
+        for batch in map(criteria.unlabelled, work.batches):
+            streams = [each.model(**batch).last_hidden_state for each in (small, dense)]
+            found += float(functional.cosine_similarity(*streams, dim=-1).mean())
+        return found
+
+    assert closeness(model) > closeness(plain)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..search.masked import RESCORED
+from ..search.masked import RANKED, RESCORED
 from ..vanilla.batches import on_device
 from ..vanilla.family import locate
 from .tables import spoken
@@ -41,12 +41,20 @@ def expected_of(model: PeftModel, batches: Batches, budget: LatencyBudget) -> st
     with torch.inference_mode():
         model(**batch)
         begun = time.perf_counter()
-        model(**batch)
-    once = (time.perf_counter() - begun) * len(batches)
+        output = model(**batch)
+    once = time.perf_counter() - begun
+    ranking = min(len(batches), math.ceil(RANKED / max(1, _predictions(output))))  # as `first_of` takes them
     weights = sum(each.numel() * each.element_size() for each in base.parameters())
     examples = sum(len(next(iter(each.values()))) for each in batches)
     return (
-        f"{examples} examples, {once:.1f} s for all of them; about {passes} times to rank the layers: "
-        f"{spoken(once * passes)} at most, beside the measuring of the latency table (once per model and machine). "
+        f"{examples} examples, {once * len(batches):.1f} s for all of them; about {passes} times {ranking} of "
+        f"{len(batches)} batches to rank the layers: {spoken(once * ranking * passes)} at most, beside judging a few "
+        "dozen shapes and measuring the latency tables (once per model and machine). "
         f"Weights: {weights / 2**30:.2f} GiB, at times twice."
     )
+
+
+def _predictions(output: Any) -> int:
+    """Of a batch: positions of a language model, examples of a classifier."""
+    first = output[0] if output.get("logits") is None else output["logits"]
+    return math.prod(first.shape[:-1])

@@ -81,7 +81,8 @@ def options_of(cls: type) -> Iterator[inspect.Parameter]:
             default = None if default is None else named(default)
         elif each.metadata.get("unit") == "bytes":
             kind, form = int | None, {"parser": size, "metavar": "SIZE"}
-        option = Annotated[kind, typer.Option(help=each.metadata["help"], **form)]  # type: ignore[valid-type]
+        flags = [each.metadata["option"]] if "option" in each.metadata else []
+        option = Annotated[kind, typer.Option(*flags, help=each.metadata["help"], **form)]  # type: ignore[valid-type]
         yield inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=option)
 
 
@@ -90,6 +91,15 @@ OPTIONS = {"regime": Conditions, "budget": LatencyBudget}
 
 Level = Annotated[Effort, typer.Option(help="How hard is measured and searched: quick takes seconds for tiny models.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Measure the latency table anew, even if there is one here.")]
+
+ClockCommand = Annotated[
+    str | None,
+    typer.Option(
+        help="Program that times the model in {folder} where it is deployed, and prints seconds; {batch_size}, "
+        "{seq_len}, {prompt} and {output} stand for what is asked.",
+        show_default=False,
+    ),
+]
 
 
 def printing(

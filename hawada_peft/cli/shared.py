@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 
 from ..config import HawAdaConfig
 from ..errors import HawAdaError
+from ..latency.clock import Clock
 from ..latency.effort import Effort
+from ..latency.external import ExternalClock
 from ..recipes.examples import batches_from, load_examples_of
 from ..recipes.settings import DataSource
 from .data import fields_of_data
@@ -88,10 +90,11 @@ def gates_of(base: PreTrainedModel, adapter: str | None, *, hidden: bool) -> Pef
     return get_peft_model(base, HawAdaConfig(gates=kinds))
 
 
-def effort_of(level: str, *, fresh: bool = False) -> Effort:
-    """How hard is measured and searched, at `"quick"`, `"normal"` or `"thorough"`."""
+def effort_of(level: str, *, fresh: bool = False, clock_command: str | None = None) -> Effort:
+    """How hard is measured and searched, at `"quick"`, `"normal"` or `"thorough"`, and by which program if any."""
     makes: dict[str, Callable[..., Effort]] = {"quick": Effort.quick, "normal": Effort, "thorough": Effort.thorough}
-    return makes[level](fresh=fresh)
+    clock = Clock() if clock_command is None else ExternalClock(clock_command)
+    return makes[level](fresh=fresh, clock=clock)
 
 
 def _rows(data: str, model: str, seq_len: int | None) -> tuple[Any, int]:

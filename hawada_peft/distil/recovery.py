@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from ..surgery.dense import put_back
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch
 from ..vanilla.family import locate
+from ..vanilla.mode import dropout_off
 from .arguments import rate_problems
 from .muon import optimizer_problems
 from .objective import Distillation
@@ -47,6 +49,7 @@ def recover(
     kl_weight: float = 1.0,
     mse_weight: float = 0.0,
     optimizer: str = "auto",
+    dropout: bool = False,
     resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
     **kwargs: Any,
 ) -> Slimmed:
@@ -79,6 +82,8 @@ def recover(
         optimizer (`str`): `"muon"` for Muon on the matrices of the layers and AdamW on the rest (`MuonAdamW`);
             `"args"` for the one that `args.optim` names, AdamW unless set otherwise; or `"auto"`: Muon where all
             weights are trained, torch has it (from 2.9), nothing is sharded and `args.optim` is left at AdamW.
+        dropout (`bool`): train with the dropout that the model's config asks for. It is off otherwise, as it is in
+            the dense model that is imitated; the config keeps its rates. LoRA's dropout is that of `lora`.
         resume_from_checkpoint (*optional*): as in `Trainer.train`, of a run that started from the same model.
         kwargs: as in `Trainer`: `eval_dataset`, `data_collator`, `callbacks`, ...
 
@@ -132,22 +137,23 @@ def recover(
         quiet: bool = False,
         **more: Any,
     ) -> PreTrainedModel:
-        target = student if lora is None else get_peft_model(student, lora)
-        sharded = shards(args)
-        trainer = DistillTrainer(
-            twin_of(target) if sharded else target,
-            args,
-            teacher=base,
-            train_dataset=train_dataset,
-            kd_temperature=kd_temperature,
-            kl_weight=kl_weight,
-            mse_weight=mse_weight,
-            optimizer=optimizer,
-            **more,
-        )
-        if quiet:
-            trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=resume)
+        with nullcontext() if dropout else dropout_off(student):
+            target = student if lora is None else get_peft_model(student, lora)
+            sharded = shards(args)
+            trainer = DistillTrainer(
+                twin_of(target) if sharded else target,
+                args,
+                teacher=base,
+                train_dataset=train_dataset,
+                kd_temperature=kd_temperature,
+                kl_weight=kl_weight,
+                mse_weight=mse_weight,
+                optimizer=optimizer,
+                **more,
+            )
+            if quiet:
+                trainer.remove_callback(PrinterCallback)
+            trainer.train(resume_from_checkpoint=resume)
         if sharded:
             gather_into(target, trainer.student)
         trainer.accelerator.unwrap_model(student, keep_fp32_wrapper=False)  # its output is not autocast any more

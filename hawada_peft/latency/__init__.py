@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .build import build_table as build_table
     from .clock import Clock as Clock
     from .effort import Effort as Effort
+    from .external import ExternalClock as ExternalClock
     from .measuring import measure_built as measure_built
     from .measuring import measure_many as measure_many
     from .regime import Regime as Regime
@@ -22,6 +23,7 @@ else:
 __all__ = [
     "Clock",
     "Effort",
+    "ExternalClock",
     "LatencyBudget",
     "LatencyTable",
     "Realised",

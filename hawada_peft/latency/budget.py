@@ -30,6 +30,9 @@ class LatencyBudget(Conditions):
         mode: as in `Conditions`.
         batch_size: as in `Conditions`.
         seq_len: as in `Conditions`.
+        prompt: as in `Conditions`.
+        output: as in `Conditions`.
+        static_cache: as in `Conditions`.
         image_size: as in `Conditions`.
         dtype: as in `Conditions`.
         backend: as in `Conditions`.
@@ -42,6 +45,8 @@ class LatencyBudget(Conditions):
 
         >>> LatencyBudget(speedup=1.5, batch_size=8, seq_len=1024).limit_ms(dense_ms=30.0)
         20.0
+        >>> str(LatencyBudget(speedup=1.5, prompt=512, output=128))  # whole answers
+        'speedup 1.5x'
     """
 
     speedup: float | None = field(default=None, metadata={"help": "Times faster than the dense model."})

@@ -20,15 +20,15 @@ import torch
 import transformers
 from torch import nn
 
+from ..files.kept import Kept
 from ..progress import Progress
 from ..vanilla.shape import Shape
 from .effort import Effort
 from .fit import Observation, fit_costs
 from .measuring import measure_built
 from .regime import Regime
-from .settling import unsettled
 from .table import LatencyTable, Realised
-from .timing import Timing
+from .timing import Timing, unsettled
 
 logger = logging.getLogger(__name__)
 Build = Callable[[Shape], nn.Module]
@@ -60,6 +60,7 @@ def build_table(
     effort: Effort,
     widest: Shape | None = None,
     progress: Progress | None = None,
+    kept: Kept | None = None,
 ) -> LatencyTable:
     """
     Measure a table.
@@ -78,6 +79,7 @@ def build_table(
         widest: the sizes that the table's shapes are cut from, complete, if these are not the dense ones: those of a
             narrower residual stream. The dense model is timed beside them, as `dense_ms`.
         progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
+        kept: where timings are kept as they come.
 
     Raises:
         InvalidRegimeError: if the model cannot run that way.
@@ -93,6 +95,7 @@ def build_table(
         regime=regime,
         effort=effort,
         progress=progress,
+        kept=kept,
     )
     reference = replace(whole, num_hidden_layers=many)
     slopes = _Slopes(timer, reference, few)

@@ -17,8 +17,8 @@ from ..folders import default_cache
 from ..vanilla.shape import Shape
 from .effort import Effort
 from .regime import Regime
-from .settling import warn_caller
 from .table import LatencyTable
+from .timing import warn_caller
 
 logger = logging.getLogger(__name__)
 

@@ -1,13 +1,20 @@
-"""From timed shapes to costs per size: one least-squares fit of all of them, weighed by how well each is known."""
+"""
+From timed shapes to costs per size: one least-squares fit of all of them, weighed by how well each is known. From the
+tables of several calls to the one of their sum.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from ..vanilla.shape import Shape
+from .interpolate import bilinear, linear
+from .regime import Regime
+from .table import LatencyTable, Realised
 
 BEND = 0.03
 """How far a cost is off a straight line or a plane, typically, in parts of a dense layer."""
@@ -117,3 +124,63 @@ def _unit(columns: int, weights: dict[int, float]) -> np.ndarray:
     for column, weight in weights.items():
         row[column] = weight
     return row
+
+
+def mixed_table(regime: Regime, parts: Sequence[tuple[int, LatencyTable]]) -> LatencyTable:
+    """
+    One table for `sum(times * part)`.
+
+    Every cost of a table is linear between its sizes, so that the sum is a table on the union of them, and nothing is
+    lost. Shapes that were timed as a whole for all parts correct it anew; its `errors` are on these.
+
+    Args:
+        regime: what the sum is for.
+        parts: tables of one model on one device, each with how often its call counts.
+    """
+    tables = [table for _, table in parts]
+    first = tables[0]
+    groups, per_group, sizes = (
+        tuple(sorted({size for table in tables for size in getattr(table, name)}))
+        for name in ("kv_groups", "heads_per_group", "ffn_sizes")
+    )
+    rows, columns = torch.meshgrid(_row(groups), _row(per_group), indexing="ij")
+    attention, ffn = torch.zeros(len(groups), len(per_group), dtype=torch.float64), torch.zeros(len(sizes)).double()
+    fixed = layer = interaction = 0.0
+    for times, table in parts:
+        factor = times * table.scale
+        grid, column = (torch.tensor(each, dtype=torch.float64) for each in (table.attention_ms, table.ffn_ms))
+        attention += factor * bilinear(rows, columns, table.kv_groups, table.heads_per_group, grid)
+        ffn += factor * linear(_row(sizes), table.ffn_sizes, column)
+        fixed += factor * table.fixed_ms + times * table.offset_ms
+        layer += factor * table.layer_ms
+        interaction += factor * table.interaction_ms
+    least = attention.min()
+    mixed = replace(
+        first,
+        regime=regime,
+        kv_groups=groups,
+        heads_per_group=per_group,
+        ffn_sizes=sizes,
+        fixed_ms=fixed,
+        layer_ms=layer + float(least + ffn[0]),
+        attention_ms=tuple(tuple(row) for row in (attention - least).tolist()),
+        ffn_ms=tuple((ffn - ffn[0]).tolist()),
+        interaction_ms=interaction,
+        multiple=max(table.multiple for table in tables),
+        dense_ms=sum(times * table.dense_ms for times, table in parts),
+        scale=1.0,
+        offset_ms=0.0,
+        realised=(),
+        errors={},
+        seconds=sum(table.seconds for table in tables),
+        measured_at=max(table.measured_at for table in tables),
+        unsettled="; ".join(dict.fromkeys(table.unsettled for table in tables if table.unsettled)),
+        path=None,
+    )
+    seen = [{point.shape: times * point.ms for point in table.realised} for times, table in parts]
+    common = [shape for shape in seen[0] if all(shape in each for each in seen)]
+    return mixed.with_realised([Realised(shape, sum(each[shape] for each in seen)) for shape in common])
+
+
+def _row(sizes: Sequence[int]) -> torch.Tensor:
+    return torch.tensor(sizes, dtype=torch.float64)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import HawAdaError
+from ..files.kept import Kept, digest_of_key
 from ..progress import Progress, progress_bar
 from .effort import Effort
+from .external import ExternalClock
 from .regime import Regime
 from .runner import Runner
-from .settling import unsettled, warn_unsettled
-from .timing import Timing, median_errors, summarise
+from .timing import Timing, median_errors, summarise, unsettled, warn_unsettled
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -29,7 +32,8 @@ def measure_many(
 ) -> dict[Key, Timing]:
     """
     Time several models side by side: round after round, each model once, so that a machine that slows down does so for
-    all of them.
+    all of them. Of whole answers (`mode="generate"`) the prefill and a step of decode are timed in each round, and
+    count as `Regime.parts` says.
 
     Args:
         models: transformers models in the regime's dtype on its device, all in memory at the same time.
@@ -39,6 +43,7 @@ def measure_many(
     Raises:
         InvalidRegimeError: if a model cannot run that way.
         HawAdaError: if the clock tells no time that passes.
+        ExternalClockError: if an external clock fails.
 
     Warns:
         UnsettledTimingWarning: if a median is known less well than the effort asks for.
@@ -58,12 +63,14 @@ def measure_built(
     effort: Effort,
     label: str = "timing",
     progress: Progress | None = None,
+    kept: Kept | None = None,
 ) -> dict[Key, Timing]:
     """
     Build and time many candidates, a group at a time, so that only one group is in memory.
 
     Every group holds the reference as well, which ties the groups together: where it takes different times in
-    different groups, by more than models of one shape differ anyway, the group's times are scaled by that.
+    different groups, by more than models of one shape differ anyway, the group's times are scaled by that. For an
+    external clock there is one model in memory at a time.
 
     Args:
         build: makes the model of a key.
@@ -73,6 +80,7 @@ def measure_built(
         effort: how long to measure, by which clock, and how many models are in memory at a time, with the reference.
         label: of the progress bar.
         progress: makes it, as `tqdm.tqdm`; none is shown if left out.
+        kept: where the timings of each group are kept as they come.
 
     Returns:
         Timings, which say whether they have settled; `unsettled` sums that up.
@@ -80,18 +88,24 @@ def measure_built(
     Raises:
         InvalidRegimeError: if a model cannot run that way.
         HawAdaError: if the clock tells no time that passes.
+        ExternalClockError: if an external clock fails.
     """
     wanted = [key for key in dict.fromkeys(keys) if key != reference]
+    kept = kept or Kept()
+
+    def timed(group: Sequence[Key]) -> dict[Key, Timing]:
+        name = f"{label} {digest_of_key([regime.to_dict(), *map(repr, group)])}"
+        found = kept.value(name, partial(_built_and_timed, build, group, regime, effort))
+        return {key: Timing.from_dict(each) for key, each in zip(group, found, strict=True)}
+
+    if isinstance(effort.clock, ExternalClock):
+        return _measured_elsewhere(timed, [reference, *wanted], label, progress)
     step = effort.group - 1
     chunks = [wanted[start : start + step] for start in range(0, len(wanted), step)] or [[]]
     measured: list[dict[Key, Timing]] = []
     with progress_bar(progress, total=len(wanted), desc=label, leave=False) as bar:
         for chunk in chunks:
-            models = {key: build(key) for key in (reference, *chunk)}
-            measured.append(_time(models, regime, effort))
-            del models
-            if torch.device(regime.device).type == "cuda":
-                torch.cuda.empty_cache()
+            measured.append(timed([reference, *chunk]))
             bar.update(len(chunk))
     seen = np.log([timings[reference].median_ms for timings in measured])
     off = seen - np.median(seen)
@@ -103,14 +117,33 @@ def measure_built(
     return result
 
 
-def interleave(runners: Sequence[Runner], regime: Regime, effort: Effort) -> np.ndarray:
+def _measured_elsewhere(
+    timed: Callable[[Sequence[Key]], dict[Key, Timing]], keys: Sequence[Key], label: str, progress: Progress | None
+) -> dict[Key, Timing]:
+    result: dict[Key, Timing] = {}
+    with progress_bar(progress, total=len(keys), desc=label, leave=False) as bar:
+        for key in keys:
+            result |= timed([key])
+            bar.update(1)
+    return result
+
+
+def interleave(
+    runners: Sequence[Runner], regime: Regime, effort: Effort, *, counts: Sequence[int] = (1,)
+) -> np.ndarray:
     """
     Time each runner once per round, until all medians have settled or the rounds are used up.
 
+    Args:
+        runners: of each candidate its calls, one candidate after the other.
+        regime: of the device that is waited for.
+        effort: how long, and by which clock.
+        counts: how often each call of a candidate counts; the sum is what the candidate takes.
+
     Returns:
-        Milliseconds: (runners, rounds).
+        Milliseconds: (candidates, rounds).
     """
-    rows: list[list[float]] = []
+    rows: list[np.ndarray] = []
     clock = effort.clock
     begun = clock.now()
     with torch.inference_mode():
@@ -132,7 +165,7 @@ def interleave(runners: Sequence[Runner], regime: Regime, effort: Effort) -> np.
                 clock.wait(regime)
                 row[index] = (clock.now() - start) * 1e3
                 runner.reset()
-            rows.append(row)
+            rows.append(np.reshape(row, (-1, len(counts))) @ np.array(counts))
             if len(rows) >= effort.min_rounds:
                 samples = np.asarray(rows).T
                 if median_errors(samples)[1].max() <= effort.tolerance or clock.now() - begun > effort.max_seconds:
@@ -140,17 +173,38 @@ def interleave(runners: Sequence[Runner], regime: Regime, effort: Effort) -> np.
     return np.asarray(rows).T
 
 
+def _built_and_timed(
+    build: Callable[[Key], nn.Module], keys: Sequence[Key], regime: Regime, effort: Effort
+) -> list[dict[str, Any]]:
+    """Build a group, time it and forget it: the timings, for JSON."""
+    found = _time({key: build(key) for key in keys}, regime, effort)
+    if torch.device(regime.device).type == "cuda":
+        torch.cuda.empty_cache()
+    return [timing.to_dict() for timing in found.values()]
+
+
 def _time(models: Mapping[Key, nn.Module], regime: Regime, effort: Effort) -> dict[Key, Timing]:
-    with _many_compilations(len(models)) if regime.backend == "compile" else contextlib.nullcontext():
-        runners = [effort.clock.runner(model, regime) for model in models.values()]
-        samples = interleave(runners, regime, effort)
+    clock = effort.clock
+    if isinstance(clock, ExternalClock):
+        samples = np.stack([clock.measured(cast(PreTrainedModel, model), regime) for model in models.values()])
+    else:
+        samples = _timed_here(models, regime, effort)
+    return dict(zip(models, summarise(samples, regime, effort.tolerance, clock.device_name(regime)), strict=True))
+
+
+def _timed_here(models: Mapping[Key, nn.Module], regime: Regime, effort: Effort) -> np.ndarray:
+    """Milliseconds: (models, rounds)."""
+    parts = regime.parts()
+    compiled = len(models) * len(parts) if regime.backend == "compile" else 0
+    with _many_compilations(compiled) if compiled else contextlib.nullcontext():
+        runners = [effort.clock.runner(model, part) for model in models.values() for _, part in parts]
+        samples = interleave(runners, regime, effort, counts=[times for times, _ in parts])
     if not (np.isfinite(samples).all() and (samples > 0).all()):
         raise HawAdaError(
             f"the clock tells no time that passes: a call took {float(samples.ravel()[_first_bad(samples)])!r} ms; "
             "give one that does, as `Effort(clock=...)`"
         )
-    name = effort.clock.device_name(regime)
-    return dict(zip(models, summarise(samples, regime, effort.tolerance, name), strict=True))
+    return samples
 
 
 def _first_bad(samples: np.ndarray) -> int:

@@ -65,13 +65,13 @@ def check_call(model: nn.Module, regime: Regime) -> PreTrainedModel:
             problems.append(f"{name} takes images: leave seq_len out (got {regime.seq_len}), or give image_size")
     elif regime.image_size is not None:
         problems.append(f"{name} takes tokens: leave image_size out (got {regime.image_size}), and give seq_len")
-    elif regime.seq_len is None:
-        problems.append(f"{name} takes tokens: the regime needs seq_len")
+    elif regime.length is None:
+        problems.append(f"{name} takes tokens: the regime needs seq_len, or prompt and output")
     else:
-        needed = regime.seq_len + (regime.mode == "decode")
+        needed = regime.length + (regime.mode == "decode")
         limit = getattr(model.config, "max_position_embeddings", None)
         if limit is not None and needed > limit:
-            problems.append(f"{name} has {limit} positions, the regime needs {needed}: ask for a shorter seq_len")
+            problems.append(f"{name} has {limit} positions, the regime needs {needed}: ask for fewer tokens")
     if problems:
         raise InvalidRegimeError("\n".join(problems))
     return model
@@ -99,14 +99,13 @@ def check_memory(model: PreTrainedModel, regime: Regime) -> None:
 
 def least_bytes(model: PreTrainedModel, regime: Regime) -> int:
     """Bytes of the weights, and of one activation, the KV cache and all logits, where the mode has them."""
-    layout, tokens = locate(model), regime.seq_len or 1
-    each = 0 if regime.mode == "decode" else layout.hidden_size
+    layout, sizes = locate(model), locate(model).dense.sizes()
+    each = layout.hidden_size
     if regime.mode == "forward" and model.can_generate():
         each += model.config.get_text_config().vocab_size
-    if regime.mode != "forward":
-        sizes = layout.dense.sizes()
-        each += 2 * sizes["num_key_value_heads"] * layout.head_dim * sizes["num_hidden_layers"]
-    return (model.num_parameters() + regime.batch_size * tokens * each) * regime.torch_dtype.itemsize
+    activations = 0 if regime.mode == "decode" else (regime.prompt or regime.seq_len or 1) * each
+    cached = 2 * sizes["num_key_value_heads"] * layout.head_dim * sizes["num_hidden_layers"] * regime.cached_tokens
+    return (model.num_parameters() + regime.batch_size * (activations + cached)) * regime.torch_dtype.itemsize
 
 
 def device_bytes(regime: Regime) -> float:
@@ -125,7 +124,7 @@ def prepare(model: nn.Module, regime: Regime) -> Runner:
 
     Args:
         model: a transformers model in the regime's dtype on its device; set to evaluation mode.
-        regime: the conditions.
+        regime: the conditions of one call: one of `Regime.parts`.
 
     Raises:
         InvalidRegimeError: if the model is elsewhere, of another dtype, or cannot run that way.
@@ -169,13 +168,23 @@ def _forward(model: PreTrainedModel, regime: Regime, inputs: torch.Tensor) -> Ru
 
 def _prefill(model: PreTrainedModel, regime: Regime, inputs: torch.Tensor) -> Runner:
     run, options = _compiled(model, regime), _last_logits(model)
-    return Runner(call=lambda: run(input_ids=inputs, use_cache=True, **options), reset=_nothing)
+    if regime.static_cache is None:
+        return Runner(call=lambda: run(input_ids=inputs, use_cache=True, **options), reset=_nothing)
+    cache = StaticCache(config=model.config, max_cache_len=regime.static_cache)
+    if regime.backend != "eager":
+        options["attention_mask"] = _mask(inputs.shape[0], 0, inputs.shape[1], regime.static_cache, inputs.device)
+    call = Runner(
+        lambda: run(input_ids=inputs, past_key_values=cache, use_cache=True, **options), lambda: _rewind(cache, 0)
+    )
+    model(input_ids=inputs, past_key_values=cache, use_cache=True)  # makes the cache's tensors
+    call.reset()
+    return call
 
 
 def _decode(model: PreTrainedModel, regime: Regime, inputs: torch.Tensor) -> Runner:
     filled, options = inputs.shape[1], _last_logits(model)
     run, token = _compiled(model, regime), inputs[:, -1:].clone()
-    if regime.backend == "eager":
+    if regime.backend == "eager" and regime.static_cache is None:
         cache: Any = DynamicCache(config=model.config)
         model(input_ids=inputs, past_key_values=cache, use_cache=True, **options)
 
@@ -184,22 +193,31 @@ def _decode(model: PreTrainedModel, regime: Regime, inputs: torch.Tensor) -> Run
                 cache.crop(filled - cache.get_seq_length())
 
         return Runner(lambda: run(input_ids=token, past_key_values=cache, use_cache=True, **options), crop)
-    cache = StaticCache(config=model.config, max_cache_len=filled + 1)
+    room = regime.static_cache or filled + 1
+    cache = StaticCache(config=model.config, max_cache_len=room)
     model(input_ids=inputs, past_key_values=cache, use_cache=True, **options)
-    # As `generate` prepares it outside of what is compiled: every position of the full cache may be seen.
-    mask = torch.ones(inputs.shape[0], 1, 1, filled + 1, dtype=torch.bool, device=inputs.device)
-
-    def rewind() -> None:
-        for layer in cache.layers:
-            layer.cumulative_length.fill_(filled)
-
-    rewind()
+    # As `generate` prepares it outside of what is compiled.
+    mask = _mask(inputs.shape[0], filled, 1, room, inputs.device)
+    _rewind(cache, filled)
     return Runner(
-        lambda: run(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True, **options), rewind
+        lambda: run(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True, **options),
+        lambda: _rewind(cache, filled),
     )
 
 
-def _last_logits(model: Any) -> dict[str, int]:
+def _mask(rows: int, filled: int, new: int, room: int, device: torch.device) -> torch.Tensor:
+    """Which positions of a static cache each new token sees: (rows, 1, new, room), bool."""
+    places = torch.arange(room, device=device)
+    return (places <= filled + places[:new, None]).expand(rows, 1, new, room).contiguous()
+
+
+def _rewind(cache: Any, filled: int) -> None:
+    """Leave the first tokens in a static cache; what follows them is overwritten."""
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(filled)
+
+
+def _last_logits(model: Any) -> dict[str, Any]:
     return {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
 
 

@@ -30,6 +30,9 @@ KERNEL_WIDTH, KERNEL_PRIOR = 0.15, 0.5
 LEAST = 0.05
 """The part of the dense model's latency per layer that no layer is estimated below."""
 
+POOR = 0.15
+"""Beyond this 95th percentile of its errors a table is no model of a regime."""
+
 RIDGE = 1e-3
 """Pulls the affine correction towards "none", in units of squared relative errors."""
 
@@ -127,6 +130,14 @@ class LatencyTable:
         sizes = shape.complete(self.dense)
         _, groups, ffn, layers = sizes.sizes().values()
         return float(self.estimate_sizes(groups, sizes.heads_per_group, ffn, layers))
+
+    @property
+    def poor(self) -> str:
+        """Why estimates are no more than a first order to try shapes in, in words; empty where they are a model."""
+        if self.errors.get("p95", 0.0) <= POOR:
+            return ""
+        median, p95 = self.errors["median"], self.errors["p95"]
+        return f"a sum of costs is no model of {self.regime} here: estimates are off by {median:.1%}, p95 {p95:.1%}"
 
     def parts(self, shape: Shape) -> dict[str, float]:
         """

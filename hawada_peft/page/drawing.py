@@ -93,10 +93,24 @@ def picture_of(name: str, text: str, draw: Callable[[Any], None], height: float)
     return Picture(name, text, files["svg"], files["png"])
 
 
-def legend(figure: Any, axes: Any) -> None:
+FAR = 30
+"""Values that are so many times apart are drawn on a logarithmic axis."""
+
+
+def wide_scale(axes: Any, values: Sequence[float]) -> bool:
+    """A logarithmic axis for losses that are far apart, linear near 0. Returns whether it is one."""
+    above = [value for value in values if value > 0]
+    if not above or max(above) / min(above) <= FAR:
+        return False
+    axes.set_yscale("symlog", linthresh=min(above))
+    axes.yaxis.set_major_formatter("{x:g}")  # the scale's own writes formulas, which are left as text here
+    return True
+
+
+def legend(figure: Any, axes: Any, columns: int = 3) -> None:
     """Above the axes, where it hides nothing."""
     axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9, labelcolor=COLOURS["ink"],
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, fontsize=9, labelcolor=COLOURS["ink"],
         borderaxespad=0.2, columnspacing=1.2, handletextpad=0.4,
     )  # fmt: skip
 

@@ -6,14 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..vanilla.shape import BY_NAME, FFN, HEADS, LAYERS
-from .drawing import COLOURS, Picture, legend, picture_of
+from .drawing import COLOURS, Picture, legend, picture_of, wide_scale
 from .known import SlimFacts
 
 MOST_STEPS = 100
 """Moments of a training that are drawn at most."""
-
-FAR = 30
-"""Losses that are so many times apart are drawn on a logarithmic axis."""
 
 AXES = {HEADS: HEADS} | {name: BY_NAME[name].plural for name in (FFN, LAYERS)}
 
@@ -40,9 +37,7 @@ def frontier(facts: SlimFacts) -> Picture | None:
         axes.plot(*chosen[:2], "D", color=COLOURS["second"], markersize=9, label="chosen")
         if limit is not None:
             axes.axvline(limit, color=COLOURS["third"], linestyle="--", linewidth=1.5, label="budget")
-        least = min((loss for _, loss, _ in [*timed, chosen] if loss > 0), default=top)
-        if top / least > FAR:
-            axes.set_yscale("symlog", linthresh=least)
+        if wide_scale(axes, [top, *(loss for _, loss, _ in [*timed, chosen])]):
             axes.set_ylim(0, top)
         else:
             axes.set_ylim(-0.05 * top, top)
@@ -127,13 +122,16 @@ def gates(facts: SlimFacts) -> Picture | None:
                 layers = list(zip(*(entry[axis][what] for entry in entries), strict=True))
                 for layer, values in enumerate(layers):
                     colour = _mixed(layer / max(1, len(layers) - 1))
-                    panel.plot(steps, values, color=colour, linewidth=1.2)
+                    named = f"layer {layer}" if layer in (0, len(layers) - 1) else None
+                    panel.plot(steps, values, color=colour, linewidth=1.2, label=named)
                 if hard is not None:
                     panel.axvline(hard, color=COLOURS["muted"], linestyle=":", linewidth=1)
                 panel.set_ylim(-0.04, 1.04)
                 panel.set_title(f"{AXES[axis]}: {'kept' if what == 'keep' else 'gate'}", fontsize=10)
         for panel in panels[-1]:
             panel.set_xlabel("step")
+        handles, names = panels[0][0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper left", ncols=2, frameon=False, fontsize=9)
 
     last = entries[-1]
     ends = "; ".join(
@@ -142,7 +140,7 @@ def gates(facts: SlimFacts) -> Picture | None:
         for axis in axes_there
     )
     text = f"One line per layer over {steps[-1]} steps: what is kept, and the mean gate. In the end: {ends}."
-    return picture_of("gates", text, draw, 0.7 + 1.6 * len(axes_there))
+    return picture_of("gates", text, draw, 1.0 + 1.6 * len(axes_there))
 
 
 def training(facts: SlimFacts) -> Picture | None:

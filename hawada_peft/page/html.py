@@ -11,8 +11,10 @@ from ..errors import HawAdaError
 from ..planning.cut import sentence
 from . import searched, sections
 from .drawing import Picture
+from .dropped import dropped_section
 from .known import AGREEMENT, SlimFacts
 from .rungs import race_section
+from .stages import stages_section
 
 TEMPLATE = "page.html.j2"
 HOW = {
@@ -20,6 +22,8 @@ HOW = {
     "`hawada plan`: `hawada report --search plan.search.json`.",
     "race": "What recovered best: `hawada train` lets plans race before a recovery, or `recover(race=Race(...))` in "
     "Python.",
+    "dropped": "What each layer is worth: a search notes it where it may drop layers.",
+    "stages": "Quality by stage: a refit, `hawada train` or a race measures it.",
     "latency": "The latency: `hawada evaluate` measures it, `hawada train`, or `ExportFacts(latency=...)`.",
     "quality": "The quality: `hawada evaluate` measures it, `hawada train`, or `ExportFacts(quality=[...])`.",
     "peers": "Other models to compare with: `hawada report --peers`, a file of JSON lines with name, quality, and "
@@ -45,7 +49,9 @@ def page(facts: SlimFacts, pictures: Mapping[str, Picture]) -> str:
     for name, title, make in (
         ("milliseconds", "Where the milliseconds go", searched.milliseconds),
         ("frontier", "What the shape was chosen from", searched.frontier),
+        ("dropped", "What each layer is worth", dropped_section),
         ("race", "What recovered best", race_section),
+        ("stages", "Quality by stage", stages_section),
         ("peers", "Beside other models", sections.peers),
         ("kept", "What was kept", sections.kept),
         ("gates", "How the gates moved", sections.gates),
@@ -106,6 +112,8 @@ def _where(facts: SlimFacts) -> Iterator[str]:
         return
     regime = latency["regime"]
     tokens = f" x {regime['seq_len']} tokens" if regime["seq_len"] is not None else ""
+    if regime.get("prompt") is not None:
+        tokens = f" x {regime['prompt']} tokens and {regime['output']} of an answer"
     word = "Measured" if latency["measured"] else "Estimated, not measured,"
     yield (
         f"{word} on {latency['device']}: {regime['mode']}, batch {regime['batch_size']}{tokens}, {regime['dtype']}, "

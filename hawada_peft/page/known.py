@@ -91,6 +91,17 @@ class SlimFacts:
         return race if race and race["winner"] is not None else None
 
     @property
+    def depth(self) -> Mapping[str, Any] | None:
+        """What the search found that dropping each layer costs."""
+        return (self.search or {}).get("depth") or None
+
+    @property
+    def dropped(self) -> set[int]:
+        """Dense layers that are gone."""
+        plan = self.plan
+        return set() if plan is None else set(range(plan.dense.sizes()["num_hidden_layers"])) - set(plan.layers)
+
+    @property
     def plan(self) -> Plan | None:
         """What was kept."""
         return Plan.from_dict(self.report["plan"]) if "plan" in self.report else None

@@ -75,7 +75,7 @@ def gates(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterator[Part]:
     starts = ", ".join(f"{phase} at step {step}" for phase, step in sorted(phases.items(), key=lambda item: item[1]))
     yield text(f"First seen in each phase: {starts}. Under the plan (hard) what is kept no longer changes.")
     if "gates" in pictures:
-        note = "From the first layer (blue) to the last (orange); dotted: the plan is applied."
+        note = "The colours of the other layers lie between those two; dotted: the plan is applied."
         yield figure(pictures["gates"], f"{pictures['gates'].text} {note}")
     if "training" in pictures:
         yield figure(pictures["training"], pictures["training"].text)

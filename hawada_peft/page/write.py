@@ -10,10 +10,12 @@ from typing import Any
 from ..files.atomic import write_text
 from . import figures
 from .drawing import write_pngs
+from .dropped import dropped_picture
 from .html import page
 from .known import read_facts
 from .layer_map import kept
 from .rungs import race_picture
+from .stages import stages_picture
 
 PAGE_NAME = "report.html"
 
@@ -80,7 +82,9 @@ def write_report(
     makers = (
         figures.milliseconds,
         figures.frontier,
+        dropped_picture,
         race_picture,
+        stages_picture,
         figures.peers,
         kept,
         figures.gates,

@@ -45,7 +45,7 @@ class Candidate:
         plan (`Plan`): what stays.
         source (`str`): where it comes from: a name in `GENERATORS`, or `GIVEN`.
         ms (`float`, *optional*): measured latency; None if it is not limited.
-        loss (`float`): nats per prediction over the dense model's, cut and not trained.
+        loss (`float`): how far from the dense model (`Judge.loss`), cut and not trained.
     """
 
     plan: Plan

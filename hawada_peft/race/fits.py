@@ -124,7 +124,7 @@ def fits_of(
             return {shape: each.median_ms for shape, each in timer(shapes).items()}
 
     weight = regime.torch_dtype.itemsize
-    tokens = regime.batch_size * ((regime.seq_len or 0) + (regime.mode == "decode")) if regime.mode != "forward" else 0
+    tokens = regime.batch_size * regime.cached_tokens
     cache = 2.0 * tokens * layout.head_dim * weight
 
     def memory(shape: Shape) -> float:

@@ -19,11 +19,14 @@ from ..errors import HawAdaError
 from ..gates.reading import UnitScores
 from ..planning.plan import Plan
 from ..planning.ranking import rank
+from ..processes import of_this_rank
+from ..refit.fidelity import Expected
 from ..refit.layerwise import Stream
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch, position_mask, without_labels
 from ..vanilla.draws import draw_classes
 from ..vanilla.family import locate
+from ..vanilla.heads import Classes, Head, head_of
 from ..vanilla.outputs import output_of
 from ..vanilla.shape import Shape
 
@@ -48,7 +51,7 @@ class Judge:
         basis (`Basis`, *optional*): of the residual stream, if plans may keep directions of it.
 
     Raises:
-        HawAdaError: if there are no batches, or the model has no head whose predictions could be compared.
+        HawAdaError: if there are no batches.
         UnsupportedModelError: if the model has no family row.
     """
 
@@ -66,23 +69,26 @@ class Judge:
 
     def loss(self, plan: Plan) -> float:
         """
-        KL(dense, slim) of the plain slim model of a plan on the calibration batches, in nats per prediction.
+        How far the plain slim model of a plan is from the dense one on the calibration batches, as the head has it:
+        KL(dense, slim) in nats per prediction, or the mean squared difference of outputs that are no distribution.
 
-        Outcomes y are drawn once by the dense model; the divergence is the mean of `log p(y) - log q(y)`, with p the
-        dense and q the slim model's probability. Plans are judged by the same outcomes, so that their order is known
-        better than the values.
+        Of one class among several, of which there may be very many, outcomes y are drawn once by the dense model; the
+        divergence is the mean of `log p(y) - log q(y)`, with p the dense and q the slim model's probability. Plans are
+        judged by the same outcomes, so that their order is known better than the values.
 
         References:
             Schulman, "Approximating KL Divergence" (2020), the first estimator.
         """
         if plan not in self._losses:
             small = slim(self.dense, plan, turn=self.turn(plan)).eval()
-            sums = torch.zeros(2, dtype=torch.float64)
-            for each in self._references:
-                lost = (each.log_dense - _log_odds(output_of(small, each.batch), each.outcomes)) * each.counts
-                sums += torch.stack([lost.double().sum(), each.counts.double().sum()]).cpu()
-            self._losses[plan] = float(sums[0] / sums[1])
+            drawn = isinstance(self.head, Classes)
+            self._losses[plan] = self._drawn(small) if drawn else self._expected.divergence(small, of_this_rank)[1]
         return self._losses[plan]
+
+    @cached_property
+    def head(self) -> Head:
+        """What the outputs of the model stand for."""
+        return head_of(self.dense, output_of(self.dense, self.batches[0]))
 
     def turn(self, plan: Plan) -> Turn | None:
         """The change of coordinates that a plan asks for, if it keeps directions of the stream."""
@@ -161,17 +167,24 @@ class Judge:
         width = self.layout.head_dim
         return tuple(energy.reshape(-1, width).sum(1) for energy in energies[::2]), tuple(energies[1::2])
 
+    def _drawn(self, small: PreTrainedModel) -> float:
+        """The divergence of a slim model that predicts classes, by the outcomes drawn."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        for each in self._references:
+            lost = (each.log_dense - _log_odds(output_of(small, each.batch), each.outcomes)) * each.counts
+            sums += torch.stack([lost.double().sum(), each.counts.double().sum()]).cpu()
+        return float(sums[0] / sums[1])
+
+    @cached_property
+    def _expected(self) -> Expected:
+        return Expected(self.dense, self.batches)
+
     @cached_property
     def _references(self) -> list[_Reference]:
         found = []
         with torch.inference_mode():
             for seed, batch in enumerate(self.batches):
                 logits = output_of(self.dense, batch)
-                if self.dense.base_model is self.dense or logits.shape[-1] < 2:
-                    raise HawAdaError(
-                        f"{type(self.dense).__name__} predicts no classes or tokens, so plans cannot be compared by "
-                        "their divergence from it; pass the model with its head"
-                    )
                 flat = logits.flatten(0, -2)
                 drawn = draw_classes(flat, torch.Generator().manual_seed(seed)).reshape(*logits.shape[:-1], 1)
                 mask = position_mask(batch, logits.shape[:-1])

@@ -33,7 +33,7 @@ class Entrant:
         source (`str`): where the plan comes from.
         preparation (`str`): a name in `PREPARATIONS`.
         ms (`float`, *optional*): measured latency; None if it is not limited.
-        start (`float`): nats per prediction over the dense model's, cut, neither prepared nor trained.
+        start (`float`): how far from the dense model (`Judge.loss`), cut, neither prepared nor trained.
         neighbour (`bool`): whether it only runs for comparison, and cannot win.
     """
 
@@ -83,7 +83,8 @@ class Run:
         entrant (`str`): its key.
         rung (`int`): of the race, from 0.
         steps (`int`): of training, with a schedule of their own.
-        loss (`float`): KL(dense, slim) on held-out batches after it, in nats per prediction; NaN if it failed.
+        loss (`float`): how far from the dense model on held-out batches after it: KL in nats per prediction, or the
+            mean squared difference of outputs that are no distribution (`head_of`); NaN if it failed.
         seconds (`float`): it took.
     """
 

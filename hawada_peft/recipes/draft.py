@@ -75,8 +75,8 @@ def draft_recipe(
     """
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     regime, parameters = regime_of(skeleton, budget), skeleton.num_parameters()
-    text = regime.seq_len is not None
-    length = int(regime.seq_len or _patches(skeleton))
+    text = regime.length is not None
+    length = int(regime.length or _patches(skeleton))
     rows = max(1, TOKENS[kind] // length)
     device = {"use_cpu": True, "dataloader_pin_memory": False} if kind == "cpu" else {"bf16": True}
     gates, recovery = STEPS[effort]

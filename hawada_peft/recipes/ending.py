@@ -67,6 +67,7 @@ def finish(
                 race=facts.race,
                 quality=quality,
                 reconstruction=refit,
+                losses=facts.losses,
                 calibration=facts.calibration,
             ),
         )

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import HawAdaError
 from ..latency.clock import Clock
 from ..latency.effort import Effort
+from ..latency.external import CommandLine, ExternalClock
 from ..latency.toy import ToyClock
 
 CLOCKS: dict[str, Callable[[], Clock]] = {"real": Clock, "toy": ToyClock}
@@ -79,17 +80,19 @@ class SearchStep:
         effort (`dict`, *optional*): fields of `Effort`.
         quick (`bool`): what `effort` leaves out is as in `Effort.quick`.
         clock (`str`): one of `CLOCKS`.
+        clock_command (`str`, *optional*): a command line that times instead, as in `ExternalClock`.
         hidden_sizes (`list[int]`, *optional*): as in `find_plan`.
         rotate (`bool`, *optional*): as in `find_plan`: whether hidden sizes are searched, cut in a basis.
         refit (`bool`, *optional*): as in `find_plan`.
 
     Raises:
-        HawAdaError: if there is no such clock.
+        HawAdaError: if there is no such clock, or the command line is none.
     """
 
     effort: dict[str, Any] | None = None
     quick: bool = False
     clock: str = "real"
+    clock_command: str | None = None
     hidden_sizes: list[int] | None = None
     rotate: bool | None = None
     refit: bool | None = None
@@ -97,6 +100,10 @@ class SearchStep:
     def __post_init__(self) -> None:
         if self.clock not in CLOCKS:
             raise HawAdaError(f"clock must be one of {list(CLOCKS)}, got {self.clock!r}")
+        if self.clock_command is not None:
+            if self.clock != "real":
+                raise HawAdaError(f"give either clock or clock_command, got clock={self.clock!r} and a command")
+            CommandLine(self.clock_command)
 
     def made(self) -> Effort:
         """
@@ -106,7 +113,9 @@ class SearchStep:
             HawAdaError: with every impossible number.
         """
         make = Effort.quick if self.quick else Effort
-        return make(clock=CLOCKS[self.clock](), **(self.effort or {}))
+        command = self.clock_command
+        clock = CLOCKS[self.clock]() if command is None else ExternalClock(command)
+        return make(clock=clock, **(self.effort or {}))
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
+from typing import Any
 
+import torch
+import transformers
 from peft import PeftModel
 
+from .. import __version__
 from ..basis.basis import rows_untied
 from ..errors import HawAdaError
+from ..files.kept import Kept, digest_of_tensors
 from ..gates.reading import are_fresh
 from ..latency.budget import LatencyBudget
 from ..latency.build import TABLE
 from ..latency.effort import Effort
-from ..latency.settling import warn_unsettled
 from ..latency.table import LatencyTable
+from ..latency.timing import warn_unsettled
 from ..planning.importance import gate_importance
 from ..progress import Progress, in_steps, progress_bar
 from ..vanilla.batches import Batch, check_batch
@@ -24,11 +31,18 @@ from .masked import DEPTH, WIDTHS_OF, MaskedQuality
 from .refitted import REFITS, RefittedQuality, obstacle
 from .result import SearchResult
 from .rounds import search
-from .space import narrower_sizes, search_space
+from .space import SearchSpace, narrower_sizes, search_space
+from .state import SearchState
 from .timed import TIMING, Timer, check_regime, dense_model, regime_of, table_of
+from .worthwhile import worthwhile_sizes
+
+logger = logging.getLogger(__name__)
 
 IMPORTANCE = "importance"
 """What it is shown as."""
+
+NO_EFFECT = ("clock", "cache", "fresh")
+"""Of the effort, what the results of a search do not depend on."""
 
 
 def find_plan(
@@ -42,6 +56,7 @@ def find_plan(
     refit: bool | None = None,
     effort: Effort | None = None,
     progress: Progress | None = None,
+    work: str | os.PathLike[str] | None = None,
 ) -> SearchResult:
     """
     The best plan for a budget, on this machine. What the model computes is not changed; see `apply_plan`.
@@ -49,8 +64,8 @@ def find_plan(
     Hidden sizes are searched as well, cut along directions of the residual stream that the calibration batches name.
     If the plan cuts it and the adapter had no gates there, it gets them, with the basis, so that the plan can be
     applied, saved and exported as any other; otherwise the adapter stays as it is. This costs a pass with gradients
-    over the calibration batches and a smaller latency table for each hidden size: about twice the time of a search
-    without (`rotate=False`), the first time on a machine.
+    over the calibration batches and a smaller latency table for each hidden size that the budget makes worthwhile
+    (`worthwhile_sizes`), the first time on a machine; `rotate=False` spares it.
 
     Args:
         model (`PeftModel`): with gates placed by a family row. Units are ranked by the gates' values; by their
@@ -58,8 +73,8 @@ def find_plan(
         budget (`LatencyBudget`): what the slim model may cost.
         calibration: batches, keyword arguments of the forward pass. Labels count for that importance only.
         table: measured here before; measured or taken from the disk cache if left out.
-        hidden_sizes: to search besides the dense one, each by a table of its own; a few even steps down to 3/8 of it
-            if left out.
+        hidden_sizes: to search besides the dense one, each by a table of its own; if left out, of a few even steps
+            down to 3/8 of it those that may win.
         rotate: `False` searches no hidden sizes unless the adapter has gates on `"hidden"`; `True` says by an error
             what forbids a basis. If left out, they are searched where the rotation is exact for the family
             and the calibration batches hold positions enough for a basis.
@@ -69,6 +84,9 @@ def find_plan(
             out: by refitted models, unless trained LoRA or quantized weights forbid it.
         effort: how hard to measure and to look, and by which clock.
         progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
+        work: a folder in which what is found is kept as it comes: losses, timings, importance, basis. The same search
+            on the same model and data, interrupted at whatever moment, goes on from there. Nothing is removed
+            (`clear_kept` does).
 
     Returns:
         `SearchResult`: the shape, the plan, the measured latency and the whole frontier.
@@ -96,6 +114,7 @@ def find_plan(
         refit=refit,
         effort=effort,
         progress=progress,
+        work=work,
     )[0]
 
 
@@ -110,6 +129,7 @@ def search_plan(
     refit: bool | None = None,
     effort: Effort | None = None,
     progress: Progress | None = None,
+    work: str | os.PathLike[str] | None = None,
 ) -> Found:
     """`find_plan`, and the importance that it took of fresh gates, by the names of `collect_gates`."""
     for name, given, kind in (("budget", budget, LatencyBudget), ("table", table, LatencyTable | None)):
@@ -126,15 +146,19 @@ def search_plan(
     for batch in calibration:
         check_batch(model, batch)  # before anything is measured
     refit = not obstacle(model, calibration) if refit is None else refit
+    kept = Kept()
+    if work is not None:
+        asked = {"table": table, "hidden_sizes": hidden_sizes, "rotate": rotate, "refit": refit}
+        kept = Kept(work, _all_that_counts(model, budget, calibration, effort) | asked)
     steps = [TABLE] * (table is None) + [IMPORTANCE] * are_fresh(model)
     progress = in_steps(progress, [*steps, DEPTH, *[REFITS] * refit, WIDTHS_OF, TIMING])
-    table = table_of(model, regime, effort, progress=progress) if table is None else table
+    table = table_of(model, regime, effort, progress=progress, kept=kept) if table is None else table
     table.check(regime=regime, base_sizes=locate(base).base_sizes(), device_name=effort.clock.device_name(regime))
 
     def search_all() -> Found:
-        return _search(model, budget, calibration, table, hidden_sizes, refit, effort, progress)
+        return _search(model, budget, calibration, table, hidden_sizes, refit, effort, progress, kept)
 
-    return with_directions(model, calibration, rotate, search_all, progress=progress)
+    return with_directions(model, calibration, rotate, search_all, progress=progress, kept=kept)
 
 
 def _search(
@@ -146,39 +170,69 @@ def _search(
     refit: bool,
     effort: Effort,
     progress: Progress | None,
+    kept: Kept,
 ) -> Found:
     base, regime = dense_model(model), regime_of(model, budget)
     layout, tables = locate(base), [table]
     importance = None
     if are_fresh(model):
         watched = progress_bar(progress, iterable=calibration, desc=IMPORTANCE, unit="batch", leave=False)
-        importance = gate_importance(model, watched)
-    quality = (RefittedQuality if refit else MaskedQuality)(model, calibration, importance, progress)
+        importance = kept.tensors(IMPORTANCE, lambda: gate_importance(model, watched))
+    quality = (RefittedQuality if refit else MaskedQuality)(model, calibration, importance, progress, kept=kept)
     sizes: Sequence[int] = ()
     if HIDDEN in quality.free:
-        found = narrower_sizes(layout, multiple=table.multiple, group_size=quality.scores.hidden_group)
-        sizes = found if hidden_sizes is None else hidden_sizes
+        sizes = narrower_sizes(layout, multiple=table.multiple, group_size=quality.scores.hidden_group)
+        sizes = sizes if hidden_sizes is None else hidden_sizes
     untied = rows_untied(base, layout) if quality.scores.rotated and sizes else 0
-    for size in sizes:
-        tables.append(table_of(model, regime, effort.narrower(), hidden_size=size, progress=progress))
-    spaces = [
-        search_space(
+
+    def space_of(size: int | None, multiple: int) -> SearchSpace:
+        return search_space(
             layout,
             regime,
-            multiple=each.multiple,
+            multiple=multiple,
             group_size=quality.scores.group_size,
             free=quality.free,
             hidden_size=size,
             untied=0 if size is None else untied,
         )
-        for size, each in zip((None, *sizes), tables, strict=True)
-    ]
-    timer = Timer(base, regime, effort.confirming(), progress=progress)
+
+    spaces, given = [space_of(None, table.multiple)], len(sizes)
+    if hidden_sizes is None and sizes:  # before a table is measured for each
+        sizes = worthwhile_sizes(SearchState(spaces[0], table, budget, effort), quality, sizes)
+    for size in sizes:
+        tables.append(table_of(model, regime, effort.narrower(), hidden_size=size, progress=progress, kept=kept))
+        spaces.append(space_of(size, tables[-1].multiple))
+    if table.poor:
+        logger.warning("%s; twice as many shapes are timed directly", table.poor)
+        effort = replace(effort, candidates=2 * effort.candidates, search_rounds=2 * effort.search_rounds)
+    timer = Timer(base, regime, effort.confirming(), progress=progress, kept=kept)
     narrower = list(zip(spaces[1:], tables[1:], strict=True))
     result = search(spaces[0], table, quality, budget, timer, effort=effort, narrower=narrower)
-    if sizes:
+    result = replace(result, depth=quality.depth)
+    if given:
         kind = "directions of a basis" if quality.scores.rotated else "channels"
         words = f"{len(sizes) + 1} sizes, by {kind}, each with a latency table of its own"
+        if len(sizes) < given:
+            words += f"; {given - len(sizes)} smaller ones lose more by themselves than the budget asks for"
         result = replace(result, steps={**result.steps, "hidden_size": words})
     warn_unsettled(*(each.unsettled for each in tables), timer.unsettled)
     return result, importance
+
+
+def _all_that_counts(
+    model: PeftModel, budget: LatencyBudget, calibration: Sequence[Batch], effort: Effort
+) -> dict[str, Any]:
+    """What a search's results depend on, for `Kept`."""
+    regime = regime_of(model, budget)
+    effects = {each.name: getattr(effort, each.name) for each in fields(effort) if each.name not in NO_EFFECT}
+    return {
+        "versions": [__version__, torch.__version__, transformers.__version__],
+        "device": effort.clock.device_name(regime),
+        "threads": torch.get_num_threads(),
+        "regime": regime.to_dict(),
+        "budget": asdict(budget),
+        "effort": effects,
+        "config": dense_model(model).config.to_dict(),
+        "weights": digest_of_tensors(model.state_dict()),
+        "calibration": [digest_of_tensors(batch) for batch in calibration],
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -13,8 +14,10 @@ from ..basis.attach import attach_directions, detach_directions
 from ..basis.basis import basis_gate
 from ..basis.find import ensure_basis, init_basis
 from ..errors import HawAdaError, UnsupportedModelError
+from ..files.kept import Kept
 from ..gates.attach import collect_gates
 from ..gates.reading import hidden_gate
+from ..gates.stream_basis import BasisGate
 from ..progress import Progress
 from ..vanilla.batches import Batch
 from ..vanilla.family import locate
@@ -34,16 +37,17 @@ def with_directions(
     search: Callable[[], Found],
     *,
     progress: Progress | None = None,
+    kept: Kept | None = None,
 ) -> Found:
     """
     Search with gates on directions of the residual stream, where the adapter has none on it (`add_directions`). They
     stay if the plan is about directions; otherwise the adapter is afterwards what it was before.
 
     Args:
-        model, calibration, rotate, progress: as in `add_directions`.
+        model, calibration, rotate, progress, kept: as in `add_directions`.
         search: the search.
     """
-    directions = add_directions(model, calibration, rotate, progress=progress)
+    directions = add_directions(model, calibration, rotate, progress=progress, kept=kept)
     rotated = False
     try:
         result, importance = search()
@@ -79,6 +83,7 @@ def add_directions(
     rotate: bool | None = None,
     *,
     progress: Progress | None = None,
+    kept: Kept | None = None,
 ) -> Directions:
     """
     Put gates on directions of the residual stream into the active adapter, their basis found on calibration batches.
@@ -92,6 +97,7 @@ def add_directions(
         rotate: `False` for none; `True` to be told by an error what forbids them; left out they are added where the
             rotation is exact and the batches say enough for a basis.
         progress: makes progress bars.
+        kept: where the basis is kept.
 
     Raises:
         UnsupportedModelError: with `rotate=True`, if the rotation is not exact for the model, or the adapter gates
@@ -119,13 +125,25 @@ def add_directions(
     except UnsupportedModelError as error:
         return _refused(error, rotate)
     try:
-        init_basis(model, calibration, progress=progress)
+        _find(model, calibration, progress, kept or Kept())
     except BaseException as error:
         detach_directions(model, name)
         if isinstance(error, HawAdaError):
             return _refused(error, rotate)
         raise
     return Directions(added=name)
+
+
+def _find(model: PeftModel, calibration: Sequence[Batch], progress: Progress | None, kept: Kept) -> None:
+    """`init_basis`, or the basis that is kept."""
+
+    def make() -> dict[str, torch.Tensor]:
+        basis = init_basis(model, calibration, progress=progress)
+        return {"vectors": basis.vectors, "scales": basis.scales, "marks": basis.marks}
+
+    base = model.get_base_model()
+    gate = cast(BasisGate, basis_gate(base, locate(base), model.active_adapter))
+    gate.set_basis(**kept.tensors("basis", make))
 
 
 def _refused(error: HawAdaError, rotate: bool | None) -> Directions:

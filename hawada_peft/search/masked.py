@@ -1,4 +1,8 @@
-"""The quality of a shape, judged by masking the dense model."""
+"""
+The quality of a shape, judged by masking the dense model.
+
+Long because depth and width are predicted from the same measured losses.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, cast
 
 import numpy as np
@@ -13,6 +18,7 @@ import torch
 from peft import PeftModel
 
 from ..errors import HawAdaError, InvalidPlanError
+from ..files.kept import Kept, digest_of_key
 from ..gates.attach import collect_gates
 from ..planning.plan import Plan
 from ..planning.ranking import rank
@@ -23,7 +29,7 @@ from ..vanilla.family import HIDDEN, Layout
 from ..vanilla.legality import depth_of
 from ..vanilla.mode import evaluating
 from ..vanilla.shape import BY_NAME, FFN, HEADS, LAYERS, Shape
-from .reference import Reference
+from .reference import Reference, first_of
 from .scores import channels_cut, heads_cut, unit_scores
 from .space import SearchSpace
 
@@ -31,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 RESCORED = 8
 """Layers whose loss is measured anew after each drop: those that were cheapest to drop before it."""
+
+RANKED = 2048
+"""Predictions by which layers are ranked: further batches change the order hardly, and each costs as much again."""
 
 
 DEPTH, WIDTHS_OF = "dropping layers", "judging widths"
@@ -50,8 +59,9 @@ class MaskedQuality:
     masked model's probability. Of independent labels it is the exact KL; of one output, regression and hidden states
     the mean squared difference.
 
-    Depth: after each drop the layers that remain are scored anew, and the cheapest goes. Width: what is cut in each
-    layer is the sum of its units' scores, and how much loss that means is measured at a few widths of each axis.
+    Depth: after each drop the layers that remain are scored anew, on the first batches of `RANKED` predictions, and
+    the cheapest goes; the loss of each depth is measured on all. Width: what is cut in each layer is the sum of its
+    units' scores, and how much loss that means is measured at a few widths of each axis.
 
     Args:
         model (`PeftModel`): with gates placed by a family row.
@@ -60,6 +70,7 @@ class MaskedQuality:
             `collect_gates(model)`; the gates' own values if left out.
         progress (*optional*): makes progress bars, as `tqdm.tqdm`; none are shown if left out.
         reduce (*optional*): sums over ranks; each has batches of its own then.
+        kept (`Kept`, *optional*): where losses are kept as they come.
 
     Raises:
         HawAdaError: if there are no batches.
@@ -80,10 +91,12 @@ class MaskedQuality:
         importance: Mapping[str, torch.Tensor] | None = None,
         progress: Progress | None = None,
         reduce: Reduce = of_this_rank,
+        kept: Kept | None = None,
     ) -> None:
         if not batches:
             raise HawAdaError("no calibration batches were given; pass at least one")
         self.model, self._progress, self._reduce = model, progress, reduce
+        self._kept = kept or Kept()
         self.tuner = cast(Any, model.base_model)
         self.names = list(self.tuner.active_adapters)
         if len(self.names) != 1:
@@ -92,8 +105,13 @@ class MaskedQuality:
         self.scores = unit_scores(model, self.layout, self.names, importance)
         self.references = [Reference.of(model, batch, index) for index, batch in enumerate(batches)]
         self.measured: dict[Plan, float] = {}
+        ranking = first_of(self.references, RANKED)
+        left = torch.tensor([len(self.references) - len(ranking)], device=self.references[0].mask.device)
+        # Together over ranks: a loss that is known on one of them alone would let the others wait for its sum.
+        self._ranking = ranking if int(self._reduce(left)) else self.references
         self._order: list[int] = []
-        self._depth_loss: list[float] = []
+        self._order_loss: list[float] = []
+        self._alone: dict[int, float] = {}
 
     @property
     def meaning(self) -> str:
@@ -125,12 +143,18 @@ class MaskedQuality:
     def loss(self, plan: Plan) -> float:
         """The divergence of the masked model from the dense one on the calibration batches, for a plan."""
         if plan not in self.measured:
-            with self._masked(plan), torch.no_grad():
-                parts = [reference.divergence(self.model) for reference in self.references]
-            device = self.references[0].mask.device
-            total, count = self._reduce(torch.tensor(parts, dtype=torch.float64, device=device).sum(0)).tolist()
-            self.measured[plan] = total / count
+            self.measured[plan] = self._mean(plan, self.references, "loss")
         return self.measured[plan]
+
+    def _mean(self, plan: Plan, references: Sequence[Reference], kind: str) -> float:
+        return self._kept.value(name_of(kind, plan), lambda: self._mean_of(plan, references))
+
+    def _mean_of(self, plan: Plan, references: Sequence[Reference]) -> float:
+        with self._masked(plan), torch.no_grad():
+            parts = [reference.divergence(self.model) for reference in references]
+        device = references[0].mask.device
+        total, count = self._reduce(torch.tensor(parts, dtype=torch.float64, device=device).sum(0)).tolist()
+        return total / count
 
     def predict(self, space: SearchSpace) -> np.ndarray:
         """
@@ -156,8 +180,25 @@ class MaskedQuality:
     def depth_losses(self, least: int) -> dict[int, float]:
         """The measured loss of dropping layers and nothing else, by how many remain."""
         self._drop_layers(least)
+        prefixes = [self._order[: count + 1] for count in range(len(self._order))]
+        return self._by_depth([self.loss(self._without(dropped)) for dropped in prefixes])
+
+    def _by_depth(self, losses: Sequence[float]) -> dict[int, float]:
+        """Losses in the order of dropping, by how many layers remain; fewer layers lose no less."""
         total = self.layout.dense.sizes()["num_hidden_layers"]
-        return {total: 0.0} | {total - 1 - index: loss for index, loss in enumerate(self._depth_loss)}
+        highest = np.maximum.accumulate([0.0, *losses]).tolist()
+        return {total - dropped: loss for dropped, loss in enumerate(highest)}
+
+    @property
+    def depth(self) -> dict[str, Any]:
+        """
+        What dropping layers was found to cost, with closed gates: `alone`, pairs of a layer and the loss without it;
+        the `order` in which they go; and `together`, the loss after each. Empty if none was tried.
+        """
+        if not self._alone:
+            return {}
+        alone = [list(pair) for pair in sorted(self._alone.items())]
+        return {"alone": alone, "order": list(self._order), "together": list(accumulate(self._order_loss, max))}
 
     def drop_order(self, layers: int) -> list[int]:
         """The layers to drop so that `layers` remain, the cheapest first."""
@@ -177,20 +218,25 @@ class MaskedQuality:
         if not kept:
             return
         count = sum(min(RESCORED, each) if index else each for index, each in enumerate(kept))
-        logger.info("dropping %d of %d layers takes %d evaluations of the calibration data", len(kept), total, count)
+        held = f"{len(self._ranking)} of {len(self.references)} calibration batches"
+        logger.info("dropping %d of %d layers takes %d evaluations of %s", len(kept), total, count, held)
         with progress_bar(self._progress, total=count, desc=DEPTH, unit="evaluation", leave=False) as bar:
             for _ in kept:
                 remaining = self._droppable([layer for layer in range(total) if layer not in self._order])
                 asked = sorted(remaining, key=lambda layer: last.get(layer, 0.0))
                 scores: dict[int, float] = {}
                 for layer in asked[:RESCORED] if last else asked:
-                    scores[layer] = self.loss(self._without([*self._order, layer]))
+                    scores[layer] = self._ranking_loss(self._without([*self._order, layer]))
                     bar.update(1)
                 last |= scores
+                self._alone = self._alone or scores
                 cheapest = min(scores, key=scores.__getitem__)
                 self._order.append(cheapest)
-                self._depth_loss.append(max([scores[cheapest], *self._depth_loss[-1:]]))
+                self._order_loss.append(scores[cheapest])
         logger.info("layers in the order of dropping: %s", self._order)
+
+    def _ranking_loss(self, plan: Plan) -> float:
+        return self.loss(plan) if self._ranking is self.references else self._mean(plan, self._ranking, "ranking")
 
     def _droppable(self, remaining: Sequence[int]) -> list[int]:
         """Those that may go next: what must stay does, and the last layer before a backbone's stage."""
@@ -240,3 +286,8 @@ class MaskedQuality:
             finally:
                 for gate, (kept, hard) in zip(gates, before, strict=True):
                     gate.set_plan(kept, in_training=hard)
+
+
+def name_of(kind: str, plan: Plan) -> str:
+    """What a loss of a plan is kept under."""
+    return f"{kind} {digest_of_key(plan.to_dict())}"

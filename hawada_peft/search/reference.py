@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +66,12 @@ class Reference:
             ratio = self.surprise - _surprise(head, logits, self.dense)
             divergence = (ratio.exp() - 1 - ratio) * self.mask
         return float(divergence.double().sum()), float(self.mask.double().sum())
+
+
+def first_of(references: Sequence[Reference], predictions: int, *, least: int = 1) -> list[Reference]:
+    """The first ones that hold so many predictions together, `least` of them or more; all, if they hold fewer."""
+    sums = torch.tensor([float(each.mask.double().sum()) for each in references]).cumsum(0)
+    return list(references[: max(least, int((sums < predictions).sum()) + 1)])
 
 
 def _surprise(head: Head, logits: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:

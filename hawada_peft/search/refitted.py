@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..basis.basis import basis_gate, gate_basis, plan_turn
 from ..errors import HawAdaError, IllegalShapeError
+from ..files.kept import Kept
 from ..planning.plan import Plan
 from ..processes import of_this_rank
 from ..progress import Progress, progress_bar
@@ -22,7 +23,8 @@ from ..surgery.slimming import slim
 from ..vanilla.batches import Batch, main_input
 from ..vanilla.legality import check_legal
 from ..vanilla.shape import Shape
-from .masked import MaskedQuality
+from .masked import MaskedQuality, name_of
+from .reference import first_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,13 @@ REFITS = "refitting depths"
 """What it is shown as."""
 
 DEPTHS = 6
-"""Numbers of layers at which a refitted model is measured; between them the ratio to the masked loss is followed."""
+"""
+Numbers of layers at most at which a refitted model is measured: the two ends and one in four. Between them the ratio
+to the masked loss is followed.
+"""
+
+JUDGED = 8192
+"""Predictions on which models are refitted to be judged: a search builds and refits a few dozen."""
 
 
 class RefittedQuality(MaskedQuality):
@@ -41,7 +49,8 @@ class RefittedQuality(MaskedQuality):
     The quality of a gated model's shapes, by building each one and refitting it to the dense model (`reconstruct`).
 
     Which layers and units stay is decided as in `MaskedQuality`. A shape's loss is the divergence of the refitted slim
-    model from the dense one on calibration batches that it was not fitted to. Closing gates alone makes narrow shapes
+    model from the dense one on calibration batches that it was not fitted to; of many batches the first ones that hold
+    `JUDGED` predictions are used. Closing gates alone makes narrow shapes
     look worse than shallow ones; least squares, and training after it, win back much more of width than of depth.
     Head counts that exist at another hidden size alone are judged by closed gates when they are judged by themselves.
 
@@ -50,6 +59,7 @@ class RefittedQuality(MaskedQuality):
         batches (`Sequence`): calibration batches, keyword arguments of the forward pass: two rows at least.
         importance (`Mapping[str, Tensor]`, *optional*): as for `MaskedQuality`.
         progress (*optional*): makes progress bars, as `tqdm.tqdm`; none are shown if left out.
+        kept (`Kept`, *optional*): where losses are kept as they come.
 
     Raises:
         HawAdaError: if there are no batches, or nothing can be refitted in the model (`obstacle`).
@@ -64,15 +74,24 @@ class RefittedQuality(MaskedQuality):
         batches: Sequence[Batch],
         importance: Mapping[str, torch.Tensor] | None = None,
         progress: Progress | None = None,
+        kept: Kept | None = None,
     ) -> None:
         reason = obstacle(model, batches)
         if reason:
             raise HawAdaError(f"shapes cannot be judged by refitted models: {reason}. Pass refit=False")
-        super().__init__(model, batches, importance, progress)
+        super().__init__(model, batches, importance, progress, kept=kept)
         self.dense = dense_view(cast(PreTrainedModel, model.get_base_model()))
+        self._judging = [reference.batch for reference in first_of(self.references, JUDGED, least=2)]
         self._refitted: dict[Plan, float] = {}
         gate = basis_gate(model.get_base_model(), self.layout, self.names[0])
         self._stream = None if gate is None else gate_basis(gate)
+
+    @property
+    def meaning(self) -> str:
+        """What the losses are, for people."""
+        used, given = len(self._judging), len(self.references)
+        part = "" if used == given else f", on the first {used} of {given} batches"
+        return f"{super().meaning}{part}"
 
     def evaluate(self, shape: Shape) -> float:
         """The measured loss of a shape after reconstruction and before any training, in what `meaning` says."""
@@ -80,11 +99,12 @@ class RefittedQuality(MaskedQuality):
 
     def depth_losses(self, least: int) -> dict[int, float]:
         """The measured loss of dropping layers and nothing else, by how many remain: a few, and others in between."""
-        masked = super().depth_losses(least)
+        self._drop_layers(least)
+        masked = self._by_depth(self._order_loss)
         counts = sorted(count for count, loss in masked.items() if loss > 0)
         if not counts:
             return masked
-        places = np.unique(np.linspace(0, len(counts) - 1, min(DEPTHS, len(counts))).round().astype(int))
+        places = np.unique(np.linspace(0, len(counts) - 1, min(DEPTHS, 2 + len(counts) // 4)).round().astype(int))
         known = [counts[place] for place in places]
         steps = progress_bar(self._progress, iterable=known, desc=REFITS, leave=False)
         ratios = [
@@ -102,14 +122,16 @@ class RefittedQuality(MaskedQuality):
                 check_legal(self.layout, plan.shape)
             except IllegalShapeError:  # head counts that exist at another hidden size alone
                 return self.loss(plan)
-            turn = plan_turn(self.dense, plan, self._stream)
-            small = slim(self.dense, plan, turn=turn)
-            batches = [reference.batch for reference in self.references]
-            coordinates = None if turn is None else turn.write
-            report = refit_model(self.dense, small, plan, batches, coordinates=coordinates, reduce=of_this_rank)
-            logger.debug("%s: %s", plan, report)
-            self._refitted[plan] = min(report.before, report.after)
+            self._refitted[plan] = self._kept.value(name_of("refitted", plan), lambda: self._refit(plan))
         return self._refitted[plan]
+
+    def _refit(self, plan: Plan) -> float:
+        turn = plan_turn(self.dense, plan, self._stream)
+        small = slim(self.dense, plan, turn=turn)
+        coordinates = None if turn is None else turn.write
+        report = refit_model(self.dense, small, plan, self._judging, coordinates=coordinates, reduce=of_this_rank)
+        logger.debug("%s: %s", plan, report)
+        return min(report.before, report.after)
 
 
 def obstacle(model: PeftModel, batches: Sequence[Batch]) -> str:

@@ -82,6 +82,7 @@ class SearchResult:
         shapes (`int`): how many there were to choose from.
         steps (`dict[str, str]`): by size, which values were there to choose from, and why.
         loss (`str`): what the losses are: `Quality.meaning`.
+        depth (`dict`): what dropping each layer costs: `MaskedQuality.depth`.
     """
 
     budget: LatencyBudget
@@ -97,6 +98,7 @@ class SearchResult:
     shapes: int = 0
     steps: Mapping[str, str] = field(default_factory=dict)
     loss: str = ""
+    depth: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def ms(self) -> float:
@@ -120,6 +122,7 @@ class SearchResult:
             "measured": [candidate.to_dict() for candidate in self.measured],
             "table": self.table.to_dict(),
             "steps": dict(self.steps),
+            "depth": dict(self.depth),
         }
 
     @classmethod
@@ -186,6 +189,7 @@ class SearchResult:
             "steps": dict(self.steps),
             "loss": self.loss,
             "parts": self.parts(),
+            "depth": _short(self.depth),
             "points": [point.figures() | {"frontier": point.shape in on_frontier} for point in points],
         }
 
@@ -199,4 +203,8 @@ class SearchResult:
 
 
 def _short(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _short(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_short(each) for each in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -131,7 +131,7 @@ def search_space(
     total = dense.sizes()["num_hidden_layers"]
     layers = tuple(range(least_layers(layout), total + 1)) if LAYERS in free else (total,)
     pairs = tuple(heads)
-    tokens = regime.batch_size * ((regime.seq_len or 0) + (regime.mode == "decode")) if regime.mode != "forward" else 0
+    tokens = regime.batch_size * regime.cached_tokens
     bytes_each = regime.torch_dtype.itemsize
     cache = 2.0 * tokens * layout.head_dim * bytes_each * np.array([p.num_key_value_heads for p in pairs])
     plain = replace(dense, num_hidden_layers=1)

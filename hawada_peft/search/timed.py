@@ -11,16 +11,18 @@ from transformers import PreTrainedModel
 
 from ..discovery.inputs import example_inputs
 from ..errors import InvalidRegimeError
+from ..files.kept import Kept
 from ..latency.budget import LatencyBudget
-from ..latency.build import build_table
+from ..latency.build import build_table, random_shapes
 from ..latency.cache import cached_table, table_key
 from ..latency.effort import Effort
+from ..latency.external import ExternalClock
+from ..latency.fit import mixed_table
 from ..latency.measuring import measure_built
 from ..latency.regime import Regime
 from ..latency.runner import check_call, check_memory
-from ..latency.settling import unsettled, warn_unsettled
-from ..latency.table import LatencyTable
-from ..latency.timing import Timing
+from ..latency.table import LatencyTable, Realised
+from ..latency.timing import Timing, unsettled, warn_unsettled
 from ..progress import Progress
 from ..vanilla.family import locate
 from ..vanilla.legality import check_legal, legal_head_shapes
@@ -74,8 +76,9 @@ def table_of(
     *,
     hidden_size: int | None = None,
     progress: Progress | None = None,
+    kept: Kept | None = None,
 ) -> LatencyTable:
-    """As `measure_table`, without a warning: the table says what did not settle."""
+    """As `measure_table`, without a warning: the table says what did not settle. Timings are kept as they come."""
     base = dense_model(model)
     check_regime(base, regime)
     layout = locate(base)
@@ -84,7 +87,24 @@ def table_of(
         check_legal(layout, widest)
         base_sizes |= widest.to_dict() | {"dense_hidden_size": layout.hidden_size}
     heads = legal_head_shapes(layout, widest.hidden_size)
-    make = partial(
+    parts = regime.parts()
+
+    def mixed() -> LatencyTable:
+        each = [
+            (times, table_of(model, part, effort, hidden_size=hidden_size, progress=progress, kept=kept))
+            for times, part in parts
+        ]
+        found = mixed_table(regime, each)
+        shapes = random_shapes(widest, heads, found.multiple, effort.whole_shapes, seed=effort.seed)
+        missing = [shape for shape in shapes if shape not in {point.shape for point in found.realised}]
+        if not missing:
+            return found
+        # The parts have timed other shapes, because other sizes are fast for them.
+        timings = Timer(base, regime, effort, progress=progress, kept=kept)(missing)
+        scale = found.dense_ms / timings[layout.dense].median_ms
+        return found.with_realised([Realised(shape, timings[shape].median_ms * scale) for shape in missing])
+
+    measured = partial(
         build_table,
         realiser(layout, regime),
         dense=layout.dense,
@@ -95,7 +115,10 @@ def table_of(
         effort=effort,
         widest=widest,
         progress=progress,
+        kept=kept,
     )
+    # An external clock sees whole answers as such.
+    make = measured if len(parts) == 1 or isinstance(effort.clock, ExternalClock) else mixed
     return cached_table(make, table_key(regime, base_sizes, heads, effort), effort)
 
 
@@ -108,6 +131,7 @@ class Timer:
         regime: the conditions.
         effort: how long, and by which clock.
         progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
+        kept: where timings are kept as they come.
     """
 
     def __init__(
@@ -117,8 +141,9 @@ class Timer:
         effort: Effort,
         *,
         progress: Progress | None = None,
+        kept: Kept | None = None,
     ) -> None:
-        self.regime, self.effort, self.progress = regime, effort, progress
+        self.regime, self.effort, self.progress, self._kept = regime, effort, progress, kept
         layout = locate(base)
         self.dense, self.build = layout.dense, realiser(layout, regime)
         self.timings: list[Timing] = []
@@ -133,6 +158,7 @@ class Timer:
             effort=self.effort,
             label=TIMING,
             progress=self.progress,
+            kept=self._kept,
         )
         self.timings += found.values()
         return found

@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ class ExportFacts:
         race (*optional*): the race that chose the plan: a `RaceRecord`, or what its `to_dict` gave.
         quality (`tuple[QualityChange, ...]`): before and after.
         reconstruction (*optional*): a dataclass or a mapping with what reconstruction reported.
+        losses (`dict`): held-out distillation losses by step: `gates`, `recovery_start`, `recovery_end`.
         calibration (`dict`, *optional*): what the data for importance or reconstruction was: `calibration_facts`.
         checked (`tuple[PassportLine, ...]`): runtimes that the slim model was run in: `check_compile`, `check_onnx`.
         license (`str`, *optional*): instead of the base model's.
@@ -89,6 +90,7 @@ class ExportFacts:
     race: RaceRecord | Mapping[str, Any] | None = None
     quality: Sequence[QualityChange] = ()
     reconstruction: Any = None
+    losses: Mapping[str, float] = field(default_factory=dict)
     calibration: Mapping[str, Any] | None = None
     checked: Sequence[PassportLine] = ()
     license: str | None = None

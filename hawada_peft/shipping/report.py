@@ -78,6 +78,7 @@ def report_of(model: PreTrainedModel, facts: ExportFacts, verification: Verifica
         "race": race_facts(facts),
         "quality": [dataclasses.asdict(change) for change in facts.quality] or None,
         "reconstruction": None if facts.reconstruction is None else plain_facts(facts.reconstruction),
+        "losses": dict(facts.losses) or None,
         "calibration": None if facts.calibration is None else dict(facts.calibration),
         "alignment": alignment(model, layout),
         "passport": [line.to_dict() for line in lines],

@@ -21,6 +21,7 @@ from transformers import TrainingArguments
 from ..basis.find import ensure_basis
 from ..distil.sharded import same_everywhere
 from ..errors import HawAdaError
+from ..files.kept import clear_kept
 from ..gates.adapter import GateAdapter
 from ..gates.attach import collect_gates
 from ..gates.reading import are_fresh
@@ -41,6 +42,9 @@ from .phased import PhasedTrainer
 from .start import init_gates
 
 logger = logging.getLogger(__name__)
+
+SEARCH = "search"
+"""In the output folder: what a search for a budget has found, until the training has ended."""
 
 
 class HawAdaTrainer(PhasedTrainer):
@@ -163,6 +167,7 @@ class HawAdaTrainer(PhasedTrainer):
                 refit=self.refit,
                 effort=self.effort,
                 progress=progress,
+                work=Path(str(self.args.output_dir)) / SEARCH,
             )
 
         search = partial(in_main_process, find_shape)  # gates come and go in every process
@@ -210,6 +215,8 @@ class HawAdaTrainer(PhasedTrainer):
 
     def _end(self) -> None:
         """Compare what was trained with what it was before, and go on with the better."""
+        if self.is_world_process_zero():
+            clear_kept(Path(str(self.args.output_dir)) / SEARCH)
         if self._start is None or self.set_aside is None:
             return
         start, keep, held_out = self._start, self.args.keep_better, self._held_out()

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from accelerate.utils import extract_model_from_parallel  # type: ignore[import-untyped]
 from peft import PeftModel
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 
 @contextmanager
@@ -21,6 +22,28 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before.items():
             module.training = training
+
+
+@contextmanager
+def dropout_off(model: nn.Module) -> Iterator[None]:
+    """
+    No dropout, and no layers or paths dropped at random, inside the block, in training mode too: every rate with
+    "drop" in its name that a module or its config holds is 0.
+    """
+    configs = {id(module.config): module.config for module in model.modules() if "config" in vars(module)}
+    before = [
+        (each, name, value)
+        for each in (*model.modules(), *configs.values())
+        for name, value in vars(each).items()
+        if isinstance(value, float) and ("drop" in name or (isinstance(each, _DropoutNd) and name == "p"))
+    ]
+    try:
+        for each, name, _ in before:
+            setattr(each, name, 0.0)
+        yield
+    finally:
+        for each, name, value in before:
+            setattr(each, name, value)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import typer
 
 from ...progress import Progress
 from ..data import DATA, check_data
-from ..options import DEVICE, Effort, Level, Said, Slim
+from ..options import DEVICE, ClockCommand, Effort, Level, Said, Slim
 from ..tables import table
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def run(
     examples: Annotated[int, typer.Option(min=1, help="Examples at most: the last ones of the data.")] = 64,
     latency: Annotated[bool, typer.Option(help="Time both models, in turns.")] = True,
     effort: Level = Effort.normal,
+    clock_command: ClockCommand = None,
     **regime: Any,
 ) -> Said:
     """
@@ -49,7 +50,7 @@ def run(
     device = checked_device(regime["device"])
     report = read_report(slim) or {}
     timed = _regime(slim, report, regime) if latency else None
-    length = regime["seq_len"] or (timed.seq_len if timed is not None else None)
+    length = regime["seq_len"] or (timed.length if timed is not None else None)
     batches = read_last_batches(data, base, seq_len=length, examples=examples, used=report.get("calibration"))
     count = sum(len(next(iter(batch.values()))) for batch in batches)
     tokens = f" of {len(batches[0]['input_ids'][0])} tokens" if "input_ids" in batches[0] else ""
@@ -60,7 +61,7 @@ def run(
         data=f"{count} held-out examples{tokens}",
         regime=timed,
         device=device,
-        effort=effort_of(effort),
+        effort=effort_of(effort, clock_command=clock_command),
         progress=progress,
     )
     further = (f"hawada report {slim}", f"hawada push {slim} NAME/MODEL")

@@ -24,7 +24,7 @@ EXAMPLES = (
 def run(
     model: Model,
     data: Annotated[str, typer.Argument(metavar="DATA", help=DATA, show_default=False)],
-    output: Annotated[Path, typer.Option(help="Where to write the recipe.")] = Path("recipe.yaml"),
+    to: Annotated[Path, typer.Option("--output", help="Where to write the recipe.")] = Path("recipe.yaml"),
     folder: Annotated[str, typer.Option(help="Where the recipe writes everything.")] = "out",
     plan: Annotated[
         Path | None, typer.Option(help="Plan of `hawada plan`: no gates are trained, only recovery.", **FILE)
@@ -58,15 +58,15 @@ def run(
     )
     recipe = Recipe.from_dict(made.recipe)
     head = "\n".join(f"# {line}" for line in ["Written by `hawada init`. To run it: hawada train", *_estimates(made)])
-    write_text(output, f"{head}\n{yaml.safe_dump(dict(made.recipe), sort_keys=False)}")
+    write_text(to, f"{head}\n{yaml.safe_dump(dict(made.recipe), sort_keys=False)}")
     steps = steps_of(recipe)
     lines = [*(f"{number}. {step}" for number, step in enumerate(steps, 1)), *_estimates(made)]
-    facts = {"recipe": str(output), "steps": steps, "seconds": dict(made.seconds), "bytes": made.bytes}
-    further = (f"hawada train {output} --dry-run", f"hawada train {output}")
-    return Said("\n".join([*lines, f"recipe written to {output}"]), facts, next=further)
+    facts = {"recipe": str(to), "steps": steps, "seconds": dict(made.seconds), "bytes": made.bytes}
+    further = (f"hawada train {to} --dry-run", f"hawada train {to}")
+    return Said("\n".join([*lines, f"recipe written to {to}"]), facts, next=further)
 
 
-def check(model: str, data: str, output: Path, **options: Any) -> None:
+def check(model: str, data: str, to: Path, **options: Any) -> None:
     """Refuse a budget that contradicts itself, what is not there, and to overwrite."""
     from ...latency.budget import LatencyBudget
     from ...sources import check_source
@@ -74,8 +74,8 @@ def check(model: str, data: str, output: Path, **options: Any) -> None:
     LatencyBudget(**{name: each for name, each in options.items() if name in LatencyBudget.__dataclass_fields__})
     check_data(data)
     check_source(model)
-    if output.exists():
-        raise FileExistsError(f"{output} exists; name another --output, or move it away")
+    if to.exists():
+        raise FileExistsError(f"{to} exists; name another --output, or move it away")
 
 
 def _estimates(made: Draft) -> list[str]:

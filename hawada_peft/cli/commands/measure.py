@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ...progress import Progress
-from ..options import Effort, Fresh, Level, Model, Said
+from ..options import ClockCommand, Effort, Fresh, Level, Model, Said
 
 if TYPE_CHECKING:
     from ...latency.table import LatencyTable
@@ -14,12 +14,19 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "hawada measure ./teacher --batch-size 8 --seq-len 256",
     "hawada measure meta-llama/Llama-3.2-1B --seq-len 1024 --dtype bfloat16 --device cuda",
+    "hawada measure ./teacher --prompt-tokens 512 --output-tokens 128 --batch-size 4",
+    "hawada measure ./teacher --seq-len 256 --clock-command 'python time_it.py {folder} {batch_size} {seq_len}'",
     "hawada measure ./vit --batch-size 64 --json > table.json",
 )
 
 
 def run(
-    model: Model, progress: Progress | None, effort: Level = Effort.normal, fresh: Fresh = False, **regime: Any
+    model: Model,
+    progress: Progress | None,
+    effort: Level = Effort.normal,
+    fresh: Fresh = False,
+    clock_command: ClockCommand = None,
+    **regime: Any,
 ) -> Said:
     """Measure a latency table of a model's shapes on this machine. No weights are loaded."""
     from ...latency.budget import LatencyBudget
@@ -27,10 +34,11 @@ def run(
     from ...vanilla.loading import checked_device, load_skeleton
     from ..shared import effort_of
 
+    hard = effort_of(effort, fresh=fresh, clock_command=clock_command)
     checked_device(regime["device"])
     skeleton = load_skeleton(model)
     conditions = regime_of(skeleton, LatencyBudget(speedup=1.0, **regime))
-    table = measure_table(skeleton, conditions, effort=effort_of(effort, fresh=fresh), progress=progress)
+    table = measure_table(skeleton, conditions, effort=hard, progress=progress)
     return Said("\n".join(_lines(table)), table.to_dict())
 
 

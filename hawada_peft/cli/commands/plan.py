@@ -12,7 +12,7 @@ import typer
 from ...progress import Progress
 from ..data import DATA, check_data
 from ..errors import say
-from ..options import Effort, Fresh, Level, Model, Said
+from ..options import ClockCommand, Effort, Fresh, Level, Model, Said
 from ..tables import table
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def run(
     model: Model,
     progress: Progress | None,
     calibration: Annotated[str, typer.Argument(metavar="DATA", help=DATA, show_default=False)],
-    output: Annotated[Path, typer.Option(help="Where to write the plan.")] = Path("plan.json"),
+    to: Annotated[Path, typer.Option("--output", help="Where to write the plan.")] = Path("plan.json"),
     adapter: Annotated[str | None, typer.Option(help="Trained gates; Fisher importance if left out.")] = None,
     examples: Annotated[int, typer.Option(min=1, help="Calibration examples at most.")] = 64,
     rotate: Annotated[
@@ -50,6 +50,7 @@ def run(
     ] = None,
     effort: Level = Effort.normal,
     fresh: Fresh = False,
+    clock_command: ClockCommand = None,
     **budget: Any,
 ) -> Said:
     """
@@ -57,12 +58,15 @@ def run(
 
     All legal shapes are searched; the answer is the one of least loss that was built and timed on this machine. If it
     cuts the hidden size in a basis, the basis is written beside the plan, and `hawada slim --plan` finds it there.
+    What was found so far is in plan.work meanwhile: the same command goes on from there after an interruption.
 
     Give one of --speedup, --latency-ms and --fraction, or --max-parameters or --max-memory, or both.
     """
     from ...basis.basis import basis_gate, gate_basis
     from ...basis.stored import SUFFIX, save_basis
+    from ...errors import HawAdaError
     from ...files.atomic import write_text
+    from ...files.kept import clear_kept
     from ...latency.budget import LatencyBudget
     from ...search.budgeted import find_plan
     from ...search.refitted import obstacle
@@ -73,27 +77,40 @@ def run(
     from ..expected import expected_of
     from ..shared import effort_of, gates_of, read_batches
 
+    hard = effort_of(effort, fresh=fresh, clock_command=clock_command)
     device = checked_device(budget["device"])
     limits = LatencyBudget(**budget)
     skeleton = load_skeleton(model)
     check_regime(skeleton, regime_of(skeleton, limits))  # before the work
-    output.parent.mkdir(parents=True, exist_ok=True)
-    batches = read_batches(calibration, model, seq_len=limits.seq_len, examples=examples)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    batches = read_batches(calibration, model, seq_len=limits.length, examples=examples)
     gated = gates_of(load_model(model, device), adapter, hidden=hidden)
     if progress is not None:
         say(expected_of(gated, batches, limits))
     hard = effort_of(effort, fresh=fresh)
-    found = find_plan(gated, limits, batches, rotate=rotate, refit=refit, effort=hard, progress=progress)
+    work = to.with_suffix(WORK)
+    if fresh:
+        clear_kept(work)
+    elif work.exists():
+        say(f"{work} holds what an interrupted search has found: what belongs to this one is used (not with --fresh)")
+    try:
+        found = find_plan(
+            gated, limits, batches, rotate=rotate, refit=refit, effort=hard, progress=progress, work=work
+        )
+    except HawAdaError:  # it would end like this again
+        clear_kept(work)
+        raise
     refitted = not obstacle(gated, batches) if refit is None else refit
-    made = {"model": model, "data": calibration, "seq_len": limits.seq_len, "examples": examples, "refitted": refitted}
-    beside = search_file(output)
+    made = {"model": model, "data": calibration, "seq_len": limits.length, "examples": examples, "refitted": refitted}
+    beside = search_file(to)
     basis: Path | None = None
     if found.plan.rotated:
-        base, basis = gated.get_base_model(), output.with_suffix(SUFFIX)
+        base, basis = gated.get_base_model(), to.with_suffix(SUFFIX)
         gate = basis_gate(base, locate(base), gated.active_adapters[0])
         save_basis(gate_basis(cast("BasisGate", gate)), basis)  # before the plan that needs it
-    write_text(output, found.plan.to_json())
+    write_text(to, found.plan.to_json())
     write_text(beside, json.dumps({"format": FORMAT, MADE: made} | found.figures()) + "\n")
+    clear_kept(work)
     best = found.best
     data = {
         "shape": best.shape.to_dict(),
@@ -102,15 +119,13 @@ def run(
         "speedup": found.speedup,
         "measured_loss": best.measured_loss,
         "parameters": best.parameters,
-        "plan": str(output),
+        "plan": str(to),
         "search": str(beside),
         "basis": None if basis is None else str(basis),
     }
     also = "" if basis is None else f", the basis that it keeps directions of to {basis}"
-    words = " ".join(["hawada slim", model, *([adapter] if adapter else []), f"slim --plan {output}"])
-    return Said(
-        f"{_table(found, skeleton)}\nplan written to {output}, the search to {beside}{also}", data, next=[words]
-    )
+    words = " ".join(["hawada slim", model, *([adapter] if adapter else []), f"slim --plan {to}"])
+    return Said(f"{_table(found, skeleton)}\nplan written to {to}, the search to {beside}{also}", data, next=[words])
 
 
 def _table(found: SearchResult, skeleton: PreTrainedModel) -> str:
@@ -142,6 +157,9 @@ def check(model: str, calibration: str, **options: Any) -> None:
     LatencyBudget(**{name: each for name, each in options.items() if name in LatencyBudget.__dataclass_fields__})
     check_source(model)
 
+
+WORK = ".work"
+"""Of the folder beside the plan in which a search keeps what it has found, until the plan is written."""
 
 MADE = "made"
 """Where a search's file says what it was made of."""

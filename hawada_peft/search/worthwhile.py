@@ -1,0 +1,45 @@
+"""Which narrower hidden sizes are worth a latency table of their own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from ..vanilla.shape import Shape
+from .quality import Quality
+from .state import SearchState
+
+logger = logging.getLogger(__name__)
+
+DOUBT = 1.5
+"""By how much a predicted loss may be too small, as a factor."""
+
+
+def worthwhile_sizes(state: SearchState, quality: Quality, sizes: Sequence[int]) -> list[int]:
+    """
+    The hidden sizes at which a shape may lose less than the best one of the dense hidden size that meets the budget.
+
+    Whatever else is cut, a shape loses no less than its hidden size does alone. So none counts that alone loses more
+    than that best shape is predicted to lose, times `DOUBT`; nor does any smaller one.
+
+    Args:
+        state: of the dense hidden size, nothing timed.
+        quality: the losses. What it measures here the search asks for again.
+        sizes: in descending order.
+
+    Returns:
+        The first of them; all, if no shape of the dense hidden size meets the budget.
+    """
+    if not state.fits().any():
+        return list(sizes)
+    state = state.of_worthwhile_depth()
+    state.predict(quality)
+    limit = DOUBT * float(state.predicted[state.fits()].min())
+    found: list[int] = []
+    for size in sizes:
+        loss = quality.evaluate(Shape(hidden_size=size))
+        if loss is not None and loss > limit:
+            logger.info("a hidden size of %d alone loses %.4g, more than %.4g: it is left out", size, loss, limit)
+            break
+        found.append(size)
+    return found
