@@ -110,9 +110,7 @@ class Specimen:
             loss = sum(((out.masked_fill(~out.isfinite(), 0) * weight).sum() for out, weight in pairs), start=0)
             if isinstance(loss, torch.Tensor) and loss.requires_grad:
                 loss.backward()
-        found = {
-            name: parameter.grad.nan_to_num_() for name, parameter in named.items() if parameter.grad is not None
-        }
+        found = {name: parameter.grad.nan_to_num_() for name, parameter in named.items() if parameter.grad is not None}
         self.model.zero_grad(set_to_none=True)
         return found
 
