@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..errors import InvalidPlanError, UnsupportedModelError
 from ..planning.legal import check_plan
 from ..planning.plan import Plan
-from ..vanilla.family import Layout, locate, mark
+from ..vanilla.family import Layout, locate, locate_stream, mark
 from ..vanilla.modules import check_loaded, check_unquantized
 from ..vanilla.resize import add_v4_rope_keys, edit_config, origin_of, rename
 from ..vanilla.skeleton import build_empty
@@ -63,7 +63,7 @@ def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None, layout: 
             "slim() takes a vanilla model, and this one has adapters in it: use `model.slim(plan=...)` or "
             "`merge_and_unload(plan=...)` of the PEFT model, or `unload()` first"
         )
-    layout = locate(model, plan.tower or None) if layout is None else layout
+    layout = _layout_of(model, plan, layout)
     check_loaded(model)
     check_unquantized(model)
     if plan.hidden is not None and plan.rotated != (turn is not None):
@@ -93,6 +93,13 @@ def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None, layout: 
         parameter.requires_grad_(True)
     logger.debug("%s: %d of %d parameters stay", plan, result.num_parameters(), model.num_parameters())
     return result.train(model.training)
+
+
+def _layout_of(model: PreTrainedModel, plan: Plan, known: Layout | None) -> Layout:
+    """What a plan cuts of a model: the layout that is known, where it is that."""
+    if plan.hidden is not None and not plan.rotated:
+        return locate_stream(model, plan.tower or None)
+    return known if known is not None and plan.tower in ("", known.tower) else locate(model, plan.tower or None)
 
 
 def check_exists(layout: Layout, plan: Plan, dense: Mapping[str, torch.Tensor]) -> dict[str, tuple[SliceRule, ...]]:
