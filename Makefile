@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-loaded test-zoo test-benchmarks quality docs peft-suite clean
+.PHONY: demo test test-loaded test-zoo test-benchmarks bench-quick quality docs peft-suite clean
 
 # Markers: made when the installation succeeded, older than the files that it depends on when it must be repeated.
 $(VENV)/.made:
@@ -52,6 +52,10 @@ test-zoo: $(VENV)/.dev
 test-benchmarks: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks/tests
 
+# One column of the benchmarks from nothing but the installed packages, resumable. About ten minutes of one core.
+bench-quick: $(VENV)/.bench
+	$(BIN)/python benchmarks/quick.py
+
 quality: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -66,4 +70,4 @@ peft-suite: $(VENV)/.peft-suite
 	$(BIN)/python tests/peft_suite/run.py
 
 clean:
-	rm -rf $(VENV) demo-output build site *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo-output quick-output build site *.egg-info .pytest_cache .mypy_cache .ruff_cache

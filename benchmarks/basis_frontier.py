@@ -126,13 +126,13 @@ def section(folder: str, cell: str) -> str:
     for row in measured:
         groups[row["budget"], row["contestant"]][row["seed"]] = row
     metric = {"text": "perplexity", "image": "accuracy / agreement"}[measured[0]["kind"]]
-    timed, trained = (", ".join(dict.fromkeys(row["device"] for row in rows)) for rows in (found, measured))
-    dates = ", ".join(sorted({row["date"] for row in measured}))
+    timed, trained = ("; ".join(dict.fromkeys(row["device"] for row in rows)) for rows in (found, measured))
+    dates, versions = ("; ".join(dict.fromkeys(row[name] for row in measured)) for name in ("date", "versions"))
     columns = (
         f"budget | contestant | speedup | parameters | layers, heads, FFN, hidden | seeds | {metric} before | after"
     )
     lines = [
-        f"**{cell}**: {REGIMES[cell]}, timed on {timed}, trained on {trained} ({dates}; {measured[0]['versions']}).",
+        f"**{cell}**: {REGIMES[cell]}, timed on {timed}, trained on {trained} ({dates}; {versions}).",
         f"| {columns} |\n{'|---' * 8}|",
     ]
     for (budget, name), rows in sorted(groups.items(), key=lambda item: item[0]):

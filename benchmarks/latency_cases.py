@@ -13,7 +13,11 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
     LlamaConfig,
+    LlavaConfig,
+    MixtralConfig,
     PreTrainedConfig,
     PreTrainedModel,
     ViTConfig,
@@ -53,6 +57,39 @@ PRESETS = {
         head_dim=64,
         tie_word_embeddings=True,
     ),
+    "mixtral-small": MixtralConfig(
+        vocab_size=8192,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=2048,
+    ),
+    "llava-small": LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            projection_dim=64,
+            image_size=28,
+            patch_size=14,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=8192,
+            hidden_size=512,
+            intermediate_size=2048,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            head_dim=64,
+        ),
+        image_token_index=8191,
+    ),
     "llama-tiny": LlamaConfig(
         vocab_size=128,
         hidden_size=64,
@@ -78,7 +115,9 @@ PRESETS = {
 
 
 def auto_class(config: PreTrainedConfig) -> type:
-    """What builds the model of a config: an image classifier or a causal language model."""
+    """What builds the model of a config: one of images and text, an image classifier, or a causal language model."""
+    if hasattr(config, "vision_config"):
+        return AutoModelForImageTextToText
     return AutoModelForImageClassification if hasattr(config, "patch_size") else AutoModelForCausalLM
 
 
@@ -126,13 +165,19 @@ class Case:
 
 
 def parse_case(text: str, device: str) -> Case:
-    """`MODEL:MODE:BATCH[xSEQ]:DTYPE:BACKEND`, e.g. `llama-3.2-1b:prefill:8x1024:bfloat16:eager`."""
+    """
+    `MODEL:MODE:BATCH[xSEQ]:DTYPE:BACKEND`, e.g. `llama-3.2-1b:prefill:8x1024:bfloat16:eager`; whole answers as
+    `llama-3.2-1b:generate:8x512+128:bfloat16:eager`, the tokens of prompt and answer.
+    """
     model, mode, size, dtype, backend = text.rsplit(":", 4)
-    batch, _, seq = size.partition("x")
+    batch, _, tokens = size.partition("x")
+    seq, _, output = tokens.partition("+")
     regime = Regime(
         mode=mode,
         batch_size=int(batch),
-        seq_len=int(seq) if seq else None,
+        seq_len=int(seq) if seq and not output else None,
+        prompt=int(seq) if output else None,
+        output=int(output) if output else None,
         dtype=dtype,
         backend=backend,
         device=device,

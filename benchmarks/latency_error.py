@@ -5,6 +5,12 @@ Estimated against measured latency over random legal shapes that the table has n
         --device cuda
     python benchmarks/latency_error.py TEACHER_FOLDER:prefill:1x128:float32:eager --device cpu --threads 1
 
+Decode, whole answers, experts and the text tower of a model of images and text, on a CPU core shared with other work:
+
+    python benchmarks/latency_error.py llama-small:decode:4x256:float32:eager \
+        llama-small:generate:1x64+16:float32:eager mixtral-small:prefill:1x64:float32:eager \
+        llava-small:prefill:1x64:float32:eager --threads 1 --cpu-time --tie
+
 Of narrower residual streams too, each by the table of its own that a search measures:
 
     python benchmarks/latency_error.py llama-3.2-1b:prefill:8x1024:bfloat16:eager vit-b16:forward:64:float32:eager \

@@ -4,6 +4,11 @@
     python benchmarks/step_cost.py vit-b16 --size 8x1 --rounds 10
     python benchmarks/step_cost.py FOLDER --size 2x128 --rounds 10
 
+The true widths on a CPU core, with an eighth of the layers and of the vocabulary, so that each has its share:
+
+    python benchmarks/step_cost.py llama-3.2-1b --part 8 --size 1x128 --threads 1 --cpu-time --only gates \
+        "LoRA r=8 on q, v" --checkpointing off
+
 A step is: the teacher's logits (the same model with the adapter disabled, no gradients), the student's, the KL
 divergence on all of them (`kl_divergence`, the same for every adapter), the backward pass, AdamW on the adapter. The
 adapters share one copy of the base weights and take turns, one step each per round, in an order that is rotated; the
@@ -114,9 +119,14 @@ def profiled_peak(contestant: Contestant, batch: dict[str, torch.Tensor]) -> flo
     return peak / MIB
 
 
-def load(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+def load(name: str, dtype: torch.dtype, device: str, part: int = 1) -> PreTrainedModel:
+    """A folder's model; or a preset's, with so small a part of its layers and its vocabulary."""
     if name in PRESETS:
-        return without_cache(random_model(PRESETS[name], dtype, device))
+        config = copy.deepcopy(PRESETS[name])
+        config.num_hidden_layers //= part
+        if hasattr(config, "vocab_size"):
+            config.vocab_size //= part
+        return without_cache(random_model(config, dtype, device))
     return without_cache(AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device))
 
 
@@ -172,11 +182,16 @@ def table(rows: list[dict[str, object]]) -> str:
     for row in rows:
         low, high = row["ms_quartiles"]
         cells = [str(row["adapter"]), f"{row['trainable']:,}", f"{row['ms']:.1f} ({low:.1f} to {high:.1f})"]
-        cells += [f"{row['ms'] / reference[other]['ms']:.3f}" for other in (QV, ALL)]
+        cells += [ratio(row, reference, other, "ms") for other in (QV, ALL)]
         cells += [f"{row['peak_mib']:.0f}"]
-        cells += [f"{row['peak_mib'] / reference[other]['peak_mib']:.3f}" for other in (QV, ALL)]
+        cells += [ratio(row, reference, other, "peak_mib") for other in (QV, ALL)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def ratio(row: dict[str, object], reference: dict[object, dict[str, object]], other: str, figure: str) -> str:
+    """A figure in parts of another adapter's, if that was measured."""
+    return f"{row[figure] / reference[other][figure]:.3f}" if other in reference else ""
 
 
 def main() -> None:
@@ -185,6 +200,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--size", default="2x128", help="BATCHxSEQ; SEQ does not matter for images")
+    parser.add_argument("--part", type=int, default=1, help="of a preset's layers and vocabulary: one part of so many")
+    parser.add_argument("--only", nargs="+", default=[], help="adapters, by their names; all if left out")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--warm-up", type=int, default=3, help="rounds before those that count")
     parser.add_argument("--checkpointing", default="both", choices=["off", "on", "both"])
@@ -202,7 +219,7 @@ def main() -> None:
         parser.error("--cpu-time is for --device cpu with --threads 1")
     transformers.logging.set_verbosity_error()
 
-    base = load(arguments.model, getattr(torch, arguments.dtype), arguments.device)
+    base = load(arguments.model, getattr(torch, arguments.dtype), arguments.device, arguments.part)
     device = torch.cuda.get_device_name() if base.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"{Path(arguments.model).name}, {arguments.size}, {arguments.dtype}, {device}; torch {torch.__version__}, "
@@ -215,6 +232,7 @@ def main() -> None:
         found = compare(
             base,
             batch,
+            only=arguments.only,
             rounds=arguments.rounds,
             warm_up=arguments.warm_up,
             checkpointing=checkpointing,

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from mkdocs.structure.files import Files
     from mkdocs.structure.pages import Page
 
+SEARCHED = ("bert", "gemma", "fsdp", "deepspeed", "sfttrainer", "wandb", "pipeline", "bench-quick")
+"""What people look for: the search must find each."""
+
 FAMILIES_MARK = "<!-- families -->"
 
 TOP = "The package"
@@ -183,3 +186,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     for file, its_page in ROOT_PAGES.items():
         markdown = markdown.replace(f"](../{file})", f"]({its_page})")
     return markdown.replace(FAMILIES_MARK, families_table()) if FAMILIES_MARK in markdown else markdown
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Refuse a site whose search, which has written its index by now, does not find what people look for."""
+    from mkdocs.exceptions import PluginError
+
+    index = Path(config.site_dir, "search", "search_index.json").read_text(encoding="utf-8").lower()
+    missing = [word for word in SEARCHED if word not in index]
+    if missing:
+        raise PluginError(f"the search finds nothing for {', '.join(missing)}")

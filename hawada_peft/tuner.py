@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ._register import PREFIX
+from .basis.channels import check_channels
 from .basis.marks import is_centred
 from .basis.proof import check_exact
 from .config import HawAdaConfig
@@ -43,8 +44,21 @@ from .gates.weighted import add_gates
 from .planning.plan import Plan
 from .surgery.conformity import check_conforms, vanilla_tensors
 from .surgery.dense import put_back, unmerge
+from .surgery.possible import exportable, why_not
 from .surgery.readers import check_readers
-from .vanilla.family import FAMILIES, FFN, HEADS, HIDDEN, TARGET_MODULES, Layout, locate, mark, tower_names
+from .surgery.stream_masks import mask_readers, unmask
+from .vanilla.family import (
+    FAMILIES,
+    FFN,
+    HEADS,
+    HIDDEN,
+    TARGET_MODULES,
+    Layout,
+    locate,
+    locate_stream,
+    mark,
+    tower_names,
+)
 from .vanilla.modules import check_loaded, check_own_weights, check_unquantized, quantized_weight
 from .vanilla.shape import EXPERTS, KV_GROUPS
 from .vanilla.skeleton import check_constructor
@@ -104,7 +118,9 @@ class GateTuner(BaseTuner):
             check_norms(self.model, layout)
             if peft_config.rotate:
                 check_exact(layout)
-            names |= {*layout.family.hidden_norms, layout.norms[-1]}
+            elif layout.known is not None:
+                check_channels(layout)
+            names |= {*layout.family.hidden_norms, *layout.norms_outside}
         peft_config.target_modules = self._targets(layout, names, peft_config)  # type: ignore[assignment]
         peft_config.base_sizes = layout.base_sizes()
         return peft_config
@@ -125,7 +141,9 @@ class GateTuner(BaseTuner):
         """The base model's layout. What no slim model of its class could hold is refused before any training."""
         sizes = peft_config.base_sizes
         asked = sizes.get("tower", "") if sizes is not None else peft_config.towers[0] if peft_config.towers else None
-        layout = locate(self.model, asked)
+        layout = (locate_stream if HIDDEN in peft_config.gates else locate)(self.model, asked)
+        if sizes is None:
+            self._choose_gates(peft_config, layout)
         mark(cast(PreTrainedModel, self.model), layout)
         if layout.tower and asked is None:
             others = [name for name in tower_names(cast(PreTrainedModel, self.model)) if name != layout.tower]
@@ -138,6 +156,14 @@ class GateTuner(BaseTuner):
         grouped = {KV_GROUPS} if HEADS in peft_config.gates else set()
         self._unit_norms = check_readers(layout, {*peft_config.gates} | grouped)
         return layout
+
+    def _choose_gates(self, peft_config: HawAdaConfig, layout: Layout) -> None:
+        """Leave out of the gates that nobody asked for what the model cannot lose; say so."""
+        kinds = exportable(layout, peft_config.gates)
+        left = [why_not(layout, kind, kinds) for kind in peft_config.gates if kind not in kinds]
+        if left:
+            logger.info("gates are placed on %s: %s", ", ".join(kinds), "; ".join(left))
+        peft_config.gates = kinds
 
     def _prepare_model(self, peft_config: HawAdaConfig, model: nn.Module) -> None:  # type: ignore[override]
         if peft_config.lora is not None:
@@ -200,6 +226,7 @@ class GateTuner(BaseTuner):
             follow_units(self.model, self._place, self._unit_norms)
             if HIDDEN in config.gates:
                 share_hidden(self.model, self._place)
+                mask_readers(self.model, self._place)
         if config.plan is not None:
             plan, layout = Plan.from_dict(config.plan), self.layout_of([adapter_name])
             set_masks(self.model, layout, plan, adapter_name, in_training=config.plan_in_training)
@@ -244,6 +271,11 @@ class GateTuner(BaseTuner):
         with put_back(self.model, always=False):
             unmerge(self.model)
             return super().unload()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model: nn.Module = cast(Any, super())._unload_and_optionally_merge(*args, **kwargs)
+        unmask(model)
+        return model
 
     # ------------------------------------------------------- several adapters
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
-from hawada_peft import HawAdaTrainer, recover
+from hawada_peft import HawAdaTrainer, LatencyBudget, Race, recover
 from hawada_peft.distil.sharded import whole
 from hawada_peft.processes import run_program
+from hawada_peft.vanilla.family import locate
+from hawada_peft.vanilla.resize import parameters_at
 
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 SHARDED: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}} if WORLD > 1 else {}
@@ -81,6 +84,23 @@ def recovery(folder: Path, stop: int) -> None:
     )
     assert all(torch.equal(before[name], tensor) for name, tensor in dense.state_dict().items())
     report(folder, dict(slimmed.model.state_dict()), slimmed.plan.to_json(), [])
+
+
+def race(folder: Path, _: int) -> None:
+    """Plans that race for a recovery, and the recovery."""
+    dense = build(LM_ROW, num_hidden_layers=6)
+    layout = locate(dense)
+    most = parameters_at(layout, replace(layout.dense, num_hidden_layers=4))
+    args = recovery_arguments(folder, max_steps=8, per_device_train_batch_size=8 // WORLD, **OPTIMIZER)
+    limit = LatencyBudget(max_parameters=most, seq_len=12)
+    racing = Race(limit, plans=2, steps=1, preparations=("none",), rotate=False, share=0.5, onward="anew")
+    whole_batches = LABELLED * 5
+    rows = torch.stack([row["input_ids"] for row in whole_batches])
+    batches = [{"input_ids": each} for each in rows.split(10)]
+    slimmed = recover(dense, args, train_dataset=whole_batches, race=racing, calibration=batches, optimizer="args")
+    runs = [{"kl": run.loss, "run": [run.entrant, run.rung, run.steps]} for run in slimmed.race.runs]
+    told = json.dumps([slimmed.plan.to_json(), slimmed.race.winner, [run["run"] for run in runs]])
+    report(folder, dict(slimmed.model.state_dict()), told, runs)
 
 
 def is_sharded(model: torch.nn.Module) -> bool:

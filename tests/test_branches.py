@@ -62,7 +62,9 @@ def test_a_row_may_name_them(rows_of_families: None) -> None:
 @pytest.mark.parametrize("name", ["gemma2", "olmo2", "glm4", "exaone4", "bert"])
 def test_gates_of_layers_are_alive(name: str) -> None:
     """A factor before a norm is undone by it: gradients of 1e-6 of what head gates have."""
-    model = gate(build(ALL[name], torch.float64), shuffle=False, gates=("heads", "layers"))
+    model = gate(
+        build(ALL[name], torch.float64), shuffle=False, gates=("ffn" if name == "bert" else "heads", "layers")
+    )
     logits_of_training = model(**inputs_of(model))[0]
     logits_of_training.square().mean().backward()
     means = {}
@@ -148,7 +150,7 @@ def test_towards_a_plan_what_stays_counts_in_full_and_has_gradients() -> None:
 
 def test_blocks_are_refused_where_none_is_a_summand() -> None:
     with pytest.raises(UnsupportedModelError, match="leave 'blocks' out"):
-        bert(gates=("heads", "blocks"))
+        bert(gates=("ffn", "blocks"))
 
 
 def test_two_adapters_and_one_per_row() -> None:

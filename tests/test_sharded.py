@@ -66,6 +66,22 @@ def test_a_recovery_is_that_of_one_process_and_resumed_by_more(tmp_path: Path) -
     assert_as_in_one_process(tmp_path / "several", tmp_path / "alone", 4)
 
 
+def test_a_race_is_that_of_one_process_and_goes_on_in_one(tmp_path: Path) -> None:
+    """Every process trains each entrant on its part of the batches; the weights are not sharded."""
+    (tmp_path / "alone").mkdir()
+    sharded_runs.race(tmp_path / "alone", 0)
+    started("race", tmp_path / "several", 2)
+    assert_as_in_one_process(tmp_path / "several", tmp_path / "alone", 2)
+    record = json.loads((tmp_path / "several" / "race" / "race.json").read_text())
+    runs = record["runs"]
+    assert len(runs) > 1
+    (tmp_path / "several" / "race" / "race.json").write_text(json.dumps(record | {"runs": runs[:1], "winner": None}))
+    sharded_runs.race(tmp_path / "several", 0)  # of what has run nothing runs again
+    again = json.loads((tmp_path / "several" / "race" / "race.json").read_text())["runs"]
+    assert again[0] == runs[0]
+    assert [run["loss"] for run in again] == pytest.approx([run["loss"] for run in runs], rel=1e-4)
+
+
 def test_a_twin_shares_weights_and_no_module() -> None:
     model = build(LM_ROW, tie_word_embeddings=True)
     twin = twin_of(model)

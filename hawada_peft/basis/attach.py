@@ -97,7 +97,7 @@ def _config(model: PeftModel, adapter_name: str) -> Any:
 
 def _targets(layout: Layout) -> set[str]:
     """The norms, as PEFT finds them by the ends of their names."""
-    return {*layout.family.hidden_norms, layout.norms[-1]}
+    return {*layout.family.hidden_norms, *layout.norms_outside}
 
 
 def _put(base: nn.Module, name: str, module: nn.Module) -> None:

@@ -29,6 +29,11 @@ def check_exact(layout: Layout) -> None:
     Raises:
         UnsupportedModelError: if it does not, or a parameter's part in the stream is not known; with the reason.
     """
+    if layout.family.heads_follow:
+        raise UnsupportedModelError(
+            f"the size of a head is derived in {layout.model_class.__name__}: channels of its residual stream go with "
+            "heads, as they are. Leave out `rotate`."
+        )
     difference = rotation_error(layout)
     if difference > ROUNDING:
         raise UnsupportedModelError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -12,7 +14,11 @@ from ..vanilla.resize import edit_config
 from ..vanilla.shape import Shape
 
 WIDTHS = (1, 2, 3, 4, 6, 8)
-"""Hidden sizes that are tried, in units of the attention heads."""
+"""Hidden sizes that are tried, in units of the attention heads; of the features of one, where heads follow them."""
+
+
+SMALL = 96
+"""Up to this hidden size a model without a row is its own tiny copy."""
 
 
 def tiny_copy(layout: Layout, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -31,12 +37,18 @@ def tiny_copy(layout: Layout, dtype: torch.dtype = torch.float32) -> PreTrainedM
     depth = min(2, layout.dense.sizes()["num_hidden_layers"])
     heads = layout.dense.sizes()["num_attention_heads"]
     wide = layout.full
+    units = layout.head_dim if layout.family.heads_follow else heads
     for width in WIDTHS:
-        size = width * heads
-        if 16 <= size < layout.hidden_size and build_sizes(layout, layout.narrowed(size)) is None:
+        size = width * units
+        if (
+            max(16, 4 * layout.head_dim * layout.family.heads_follow) <= size < layout.hidden_size
+            and build_sizes(layout, layout.narrowed(size)) is None
+        ):
             wide = layout.narrowed(size)
             break
     config = edit_config(layout, Shape(num_hidden_layers=depth).complete(wide), layers=tuple(range(depth)))
+    if layout.known is not None and layout.hidden_size <= SMALL:  # nothing has to be found of another config
+        config = copy.deepcopy(layout.config)
     with torch.random.fork_rng(devices=()), torch.device("cpu"):
         torch.manual_seed(0)
         tiny = layout.model_class(config)

@@ -1,10 +1,16 @@
-"""From what was found of a class to rows: the parts of a model that can be slimmed, each with its family."""
+"""
+From what was found of a class to rows: the parts of a model that can be slimmed, each with its family.
+
+Long because each kind of axis is looked for, and said, in its own way.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import cast
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..vanilla import shape as sizes
@@ -34,11 +40,21 @@ def _gated(model: PreTrainedModel, part: Part) -> Part:
         module = model.get_submodule(f"{part.stack}.{layer}.{name}")
         return gateable(module) or norm_offset(module) is not None
 
-    if part.known is None:
+    family, known = part.family, part.known
+    if known is None:
         return part
-    every = enumerate(part.known.branches)
+    if not (family.attention_out or family.ffn_out):
+        family = replace(family, blend_home=_home(model, part))
+    every = enumerate(known.branches)
     branches = tuple(names if all(carries(layer, name) for name in names) else () for layer, names in every)
-    return replace(part, known=replace(part.known, branches=branches))
+    return replace(part, family=family, known=replace(known, branches=branches))
+
+
+def _home(model: PreTrainedModel, part: Part) -> str:
+    """The last module that every layer has, and that a gate can be put on; empty if there is none."""
+    layers = cast(Iterable[nn.Module], model.get_submodule(part.stack))
+    names = [[name for name, module in layer.named_modules() if name and gateable(module)] for layer in layers]
+    return next((name for name in reversed(names[0]) if all(name in each for each in names)), "")
 
 
 def parts_of(anatomy: Anatomy) -> list[Part]:
@@ -83,12 +99,15 @@ def _common(names: Sequence[Sequence[str]]) -> int:
 
 
 def _inside(axis: Axis, stack: Stack) -> bool:
-    """Whether units are closed at one input in each of some layers of a stack, each with its own, and nowhere else."""
-    if axis.tied or axis.follows or not axis.numbers:
+    """Whether an axis has sizes of its own, and a row can say where its units are closed."""
+    if axis.follows or not axis.numbers:
         return False
+    return axis.kind == HIDDEN or (not axis.tied and _placed(axis, stack))
+
+
+def _placed(axis: Axis, stack: Stack) -> bool:
+    """Whether units are closed at one input in each of some layers of a stack, each with its own, and nowhere else."""
     before = f"{stack.path}.*."
-    if axis.kind == HIDDEN:
-        return True
     layers = [layer for place in axis.places for layer in place.layers]
     return (
         all(place.how == INPUT and place.parameter.startswith(before) for place in axis.places)
@@ -106,8 +125,8 @@ def _row(stack: Stack, axes: Sequence[Axis], scope: str, anatomy: Anatomy) -> tu
         return place.module.removeprefix(f"{stack.path}.*.")
 
     ffn = _largest([axis for axis in axes if axis.kind == FFN and len(axis.numbers) == 1])
-    heads, groups = _heads(axes)
-    stream = _stream(stack, axes, anatomy)
+    stream, follower = _stream(stack, axes, anatomy)
+    heads, groups = _heads(axes) if follower is None else (follower, None)
     rules: Rules = {}
     legal: dict[str, range | tuple[int, ...]] = {}
     family = Family(
@@ -138,7 +157,7 @@ def _row(stack: Stack, axes: Sequence[Axis], scope: str, anatomy: Anatomy) -> tu
         legal[sizes.FFN] = ffn.sizes
         _add(rules, stack, {sizes.FFN: ffn.rows})
     if heads is not None:
-        query, kv = _counted(heads, groups)
+        query, kv = (heads.name, "") if heads is follower else _counted(heads, groups)
         written = dict(heads.written)
         family = replace(
             family,
@@ -151,12 +170,16 @@ def _row(stack: Stack, axes: Sequence[Axis], scope: str, anatomy: Anatomy) -> tu
         legal |= {sizes.HEADS: heads.sizes, sizes.KV_GROUPS: (groups or heads).sizes}
         _add(rules, stack, both)
     if stream is not None:
-        inner, last = _norms(stream, stack)
+        inner, outer = _norms(stream, stack)
+        alone = follower is None
         family = replace(
             family,
             hidden_field=field(stream.numbers[0].field),
             hidden_norms=tuple(map(end, inner)),
-            final_norm=last[0].module,
+            final_norm=outer[0].module if alone else "",
+            outer_norms=() if alone else tuple(place.module for place in outer),
+            stream_readers=tuple(place.module for place in _readers(stream, stack)),
+            heads_follow=not alone,
         )
         legal[sizes.HIDDEN] = stream.sizes
         _add(rules, stack, {sizes.HIDDEN: stream.rows})
@@ -209,14 +232,32 @@ def _counted(heads: Axis, groups: Axis | None) -> tuple[str, str]:
     return plain[0], next((field for field in fields if field != plain[0]), "")
 
 
-def _stream(stack: Stack, axes: Sequence[Axis], anatomy: Anatomy) -> Axis | None:
-    """The residual stream, where its norms are those of the layers of the one stack and one after them."""
-    found = [axis for axis in axes if axis.kind == HIDDEN and len(axis.numbers) == 1]
-    if len(anatomy.stacks) != 1 or len(found) != 1 or any(each.follows == found[0].name for each in anatomy.axes):
-        return None
+def _stream(stack: Stack, axes: Sequence[Axis], anatomy: Anatomy) -> tuple[Axis | None, Axis | None]:
+    """
+    The residual stream, where what reads it in the layers of the one stack does so through norms, and nothing reads it
+    by raw weights; and the heads that follow it, if any do.
+    """
+    found = [axis for axis in axes if axis.kind == HIDDEN]
+    if len(anatomy.stacks) != 1 or len(found) != 1:
+        return None, None
+    stream = found[0]
+    followers = [each for each in anatomy.axes if each.follows == stream.name]
     every = tuple(range(stack.count))
-    inner, outer = _norms(found[0], stack)
-    return found[0] if len(outer) == 1 and inner and all(place.layers == every for place in inner) else None
+    inner, outer = _norms(stream, stack)
+    if not outer or not inner or any(place.layers != every for place in inner):
+        return None, None
+    if not followers:
+        return (stream, None) if len(outer) == 1 and len(stream.numbers) == 1 else (None, None)
+    heads = followers[0]
+    bound = len(followers) == 1 and len(stream.numbers) == 2 and heads.kind == HEADS and _placed(heads, stack)
+    plain = all(place.how in (INPUT, NORM) and place.units == stream.units for place in stream.places)
+    return (stream, heads) if bound and plain else (None, None)
+
+
+def _readers(stream: Axis, stack: Stack) -> list[Place]:
+    """The modules outside of the layers whose inputs are the channels of the stream."""
+    inputs = [place for place in stream.places if place.how == INPUT and place.units == stream.units]
+    return [place for place in inputs if not place.parameter.startswith(f"{stack.path}.*.") and not place.layers]
 
 
 def _norms(stream: Axis, stack: Stack) -> tuple[list[Place], list[Place]]:

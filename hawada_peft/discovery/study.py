@@ -1,10 +1,14 @@
-"""Everything that can be removed of one small model: found, proved alone and together."""
+"""
+Everything that can be removed of one small model: found, proved alone and together.
+
+Long because every step from the first change of a number to the last proof is called here.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .anatomy import EXPERTS, FFN, HIDDEN
+from .anatomy import EXPERTS, FFN, HIDDEN, OTHER
 from .parts.branches import find_branches
 from .parts.cuts import Cut, cuts_of
 from .parts.depth import FoundStack, find_stacks, prove_layers
@@ -60,6 +64,7 @@ def study_of(specimen: Specimen) -> Study:
     found.reasons |= {name: why for name, why in reasons.items() if name not in {axis.name for axis in found.axes}}
     for cut in cuts:
         _study_stack(found, cut, effects)
+    _name_by_branches(found)
     _prove_together(found)
     return found
 
@@ -161,6 +166,16 @@ def _name_kinds(found: Study, effects: dict[Path, Effect], stacks: list[str]) ->
             name.startswith(inside) and any((name, other) in stream for other in range(3) if other != dim)
             for name, dim in axis.places
         ):
+            axis.kind = FFN
+
+
+def _name_by_branches(found: Study) -> None:
+    """So is one whose units are read by what a layer's gate multiplies, where the stream itself was not found."""
+    branches = {f"{layer}.{name}.weight" for layer, names in found.branches.items() for name in names}
+    taken = {place for axis in found.axes if axis.kind != OTHER for place in axis.places}
+    for axis in found.axes:
+        at = [place for place in axis.places if place[0] in branches and place not in taken]
+        if axis.kind == OTHER and at and all(found.specimen.input_dim(name) == dim for name, dim in at):
             axis.kind = FFN
 
 

@@ -127,15 +127,16 @@ class RacedRecovery:
         self.basis  # noqa: B018  # every process takes part
         settings = self.race.settings() | {
             "seed": self.args.seed,
-            "batch_size": self.rows,
+            "batch_size": self.rows * self.args.world_size,  # of all processes: another number of them may go on
             "recovery_steps": self.args.max_steps,
             "optimizer": self.optimizer,
-            "recovery_batch_size": self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps,
+            "recovery_batch_size": self.args.train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.args.world_size,
             "race_learning_rate": self.race.learning_rate or self.args.learning_rate,
             "given": None if self.given is None else hashlib.sha256(self.given.to_json().encode()).hexdigest(),
         }
-        found = [self._record(settings) if state.is_main_process else None]
-        record: RaceRecord = broadcast_object_list(found)[0]
+        record = in_main_process(lambda: self._record(settings))
         if not state.is_main_process:
             record.path = None
         winner = run_race(record, self._trial, retire=self._retire)

@@ -242,6 +242,29 @@ class HiddenAdapter(NormAdapter):
                 kept = index if kept is None else kept[torch.isin(kept, index)]
         return kept
 
+    def stays(self) -> torch.Tensor | None:
+        """
+        1 for the channels that the plans of the adapters leave in this pass, 0 for others: (features,), or (rows,
+        features) where each row has its own adapter; None if all stay.
+        """
+        if self.disable_adapters:
+            return None
+        if self._row_names is not None:
+            masks = [self._mask([name], None) for name in self._row_names]
+            if all(mask is None for mask in masks):
+                return None
+            ones = torch.ones(self.in_features)
+            return torch.stack([ones if mask is None else mask.to(ones.device) for mask in masks])
+        if self.merged:
+            return self._mask(self.merged_adapters, True)
+        return self._mask(self.active_adapters, None)
+
+    def _mask(self, adapter_names: Iterable[str], hard: bool | None) -> torch.Tensor | None:
+        index = self._kept(adapter_names, hard)
+        if index is None:
+            return None
+        return torch.zeros(self.in_features, device=index.device).index_fill(0, index, 1.0)
+
     def _basis(self, adapter_names: Iterable[str]) -> BasisGate | None:
         """The gate in a basis of its own, if one of the adapters has it; then it is the only one here."""
         found = [self.gates(name)[HIDDEN_UNITS] for name in adapter_names if HIDDEN_UNITS in self.gates(name)]

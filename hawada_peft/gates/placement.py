@@ -152,7 +152,7 @@ def whole_ends(layout: Layout, kinds: Collection[str]) -> set[str]:
 
 def _blending(layout: Layout) -> str:
     """The module of a layer that holds a gate which blends the layer."""
-    return layout.family.attention_out or layout.family.ffn_out
+    return layout.family.attention_out or layout.family.ffn_out or layout.family.blend_home
 
 
 def router_of(layout: Layout) -> str:

@@ -14,6 +14,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import PreTrainedModel
 
 from .._register import PREFIX
 from ..errors import BrokenGatesError, HawAdaError, IncompatibleBaseError
@@ -47,6 +48,13 @@ def check_adapter_file(folder: str | os.PathLike[str]) -> frozenset[str] | None:
         except SafetensorError as error:
             raise HawAdaError(f"{file} is damaged: {error}; save the adapter again") from None
     return None
+
+
+def _keeps_wider(module: nn.Module) -> bool:
+    """Whether a model's class keeps some weights in float32, whatever the others are: gates follow these."""
+    return isinstance(module, PreTrainedModel) and bool(
+        module._keep_in_fp32_modules or module._keep_in_fp32_modules_strict
+    )
 
 
 def check_modules_to_save(model: nn.Module, modules_to_save: Iterable[str], names: Iterable[str]) -> None:
@@ -106,7 +114,7 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[
         if expected is not None and expected.shape != tensor.shape:
             _refuse_shape(name, tensor, expected, embeddings=name not in own)
     gates = {str(tensors[name].dtype): name for name in sorted(own) if f".{PREFIX}" in name}
-    if len(gates) > 1:
+    if len(gates) > 1 and not any(map(_keeps_wider, model.modules())):
         raise HawAdaError(f"the adapter's file holds gates of several dtypes ({gates}): it is damaged")
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:

@@ -122,6 +122,8 @@ def open_shape(layout: Layout, scores: UnitScores, legal_heads: Sequence[Shape])
     heads = min(roomy, key=lambda s: s["num_attention_heads"])
     multiple = ffn_multiple(dense["intermediate_size"], layout, scores.group_size)
     hidden, experts = opened["hidden_size"], max(opened["num_experts"], least_experts(layout))
+    if layout.family.heads_follow:
+        hidden = max(hidden, opened["num_attention_heads"] * layout.head_dim)
     return Shape(
         num_attention_heads=heads["num_attention_heads"],
         num_key_value_heads=heads["num_key_value_heads"],

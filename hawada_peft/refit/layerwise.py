@@ -1,4 +1,8 @@
-"""A model taken apart: its layers called one after the other, on hidden states kept for all calibration batches."""
+"""
+A model taken apart: its layers called one after the other, on hidden states kept for all calibration batches.
+
+Long because a layer is called in several ways: whole, up to a projection, on other hidden states.
+"""
 
 from __future__ import annotations
 
@@ -240,8 +244,9 @@ def residual_gains(stream: Stream, layer: int) -> Gains:
             return stream.call_row(layer, zeros).flatten(0, -2)[0]
 
     gains = probe(1.0, 0.0), probe(0.0, 1.0)
-    output, attention, ffn = (tensor.float() for tensor in stream.outputs_of_row(layer))
-    expected = row.float() + gains[0].float() * attention + gains[1].float() * ffn
+    wide = torch.promote_types(row.dtype, torch.float32)
+    output, attention, ffn = (tensor.to(wide) for tensor in stream.outputs_of_row(layer))
+    expected = row + gains[0].to(wide) * attention + gains[1].to(wide) * ffn
     rounding = 8 * torch.finfo(row.dtype).eps
     return gains if (output - expected).norm() <= rounding * output.norm() else None
 

@@ -30,7 +30,7 @@ from ..surgery.fold import DEFAULT, Factors, factors_of, fold_tensor, load_gates
 from ..surgery.slicing import slice_tensor
 from ..surgery.slimming import slim
 from ..surgery.source import rows_of, source_of
-from ..vanilla.family import locate
+from ..vanilla.family import locate, locate_stream
 from ..vanilla.resize import make_plain, untie
 
 NO_PLAN = (
@@ -83,7 +83,9 @@ class _Export:
         if plan is None:
             raise InvalidPlanError(NO_PLAN)
         self.plan = plan
-        self._layout = locate(self.dense, plan.tower or None)
+        self._layout = (locate if plan.hidden is None or plan.rotated else locate_stream)(
+            self.dense, plan.tower or None
+        )
         plan.check_base(self._layout.full)
         self._rules: dict[str, tuple[SliceRule, ...]] = {}
         self.slim = self.dense

@@ -16,6 +16,7 @@ from ..planning.plan import Plan
 from ..vanilla.family import locate, mark
 from .conformity import below, check_conforms, vanilla_tensors
 from .source import build_tied, materialise
+from .stream_masks import unmask
 
 CONTAINERS = (dict, OrderedDict, list, set)
 
@@ -97,6 +98,7 @@ def take_off(base: PreTrainedModel) -> None:
     for module in found.values():
         if isinstance(module, GateAdapter):
             module.release()
+    unmask(base)
     vars(base).pop("peft_config", None)
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..errors import InvalidPlanError, UnsupportedModelError
 from ..planning.legal import check_plan
 from ..planning.plan import Plan
-from ..vanilla.family import Layout, locate, mark
+from ..vanilla.family import Layout, locate, locate_stream, mark
 from ..vanilla.modules import check_loaded, check_unquantized
 from ..vanilla.resize import add_v4_rope_keys, edit_config, origin_of, rename
 from ..vanilla.skeleton import build_empty
@@ -61,7 +61,7 @@ def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None) -> Model
             "slim() takes a vanilla model, and this one has adapters in it: use `model.slim(plan=...)` or "
             "`merge_and_unload(plan=...)` of the PEFT model, or `unload()` first"
         )
-    layout = locate(model, plan.tower or None)
+    layout = (locate if plan.hidden is None or plan.rotated else locate_stream)(model, plan.tower or None)
     check_loaded(model)
     check_unquantized(model)
     if plan.hidden is not None and plan.rotated != (turn is not None):

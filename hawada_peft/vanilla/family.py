@@ -62,6 +62,8 @@ class Family:
         branches (`tuple[str, ...]`, *optional*): the modules of a layer whose outputs its gate multiplies, relative to
             it: what they give must be added to the residual stream as it is. Empty: there are none, as each layer
             norms its sum. Left out, they are found by running one layer (`gates.branches`).
+        blend_home (`str`): the module of a layer that holds a gate which blends the layer, where the row names neither
+            an attention's nor an FFN's output projection.
         router (`str`): what chooses the experts of a token, relative to a layer; empty if there are none. `ffn_out`
             are the experts then, stacked in raw weights, and FFN channels are those of every expert.
         experts_field (`str`): the config field with the number of experts.
@@ -76,6 +78,12 @@ class Family:
             the residual stream. The gate on the stream sits on them; empty if it has no place, because something else
             reads the stream or depends on its size.
         final_norm (`str`): the norm after the layers, relative to `model.base_model`, for the same gate.
+        outer_norms (`tuple[str, ...]`): further norms outside of the layers that make or read the stream, for the same
+            gate, by their full dotted names.
+        stream_readers (`tuple[str, ...]`): modules outside of the layers that read channels past these norms, as what
+            reads a pooled vector, by their full dotted names.
+        heads_follow (`bool`): the size of a head is derived from both, so that heads go with channels of the residual
+            stream in proportion, and neither goes alone.
         stream_scales (`tuple[tuple[str, str], ...]`): vectors that multiply what a block adds to the residual stream,
             with the projection whose output they multiply (LayerScale); both relative to a layer.
     """
@@ -99,6 +107,7 @@ class Family:
     removed: tuple[str, ...] = ()
     pinned: tuple[tuple[int, str], ...] = ()
     branches: tuple[str, ...] | None = None
+    blend_home: str = ""
     router: str = ""
     experts_field: str = "num_experts"
     chosen_field: str = "num_experts_per_tok"
@@ -107,6 +116,9 @@ class Family:
     twin_fields: tuple[tuple[str, Any], ...] = ()
     hidden_norms: tuple[str, ...] = ()
     final_norm: str = ""
+    outer_norms: tuple[str, ...] = ()
+    stream_readers: tuple[str, ...] = ()
+    heads_follow: bool = False
     stream_scales: tuple[tuple[str, str], ...] = ()
 
 
@@ -262,11 +274,18 @@ class Layout:
     @cached_property
     def norms(self) -> tuple[str, ...]:
         """The dotted names of all norms that read the residual stream; the first of them holds the stream's gate."""
-        if not self.family.hidden_norms or not self.family.final_norm:
+        if not self.family.hidden_norms or not self.norms_outside:
             return ()
         layers = range(self.dense.sizes()["num_hidden_layers"])
         inside = [f"{self.stack}.{layer}.{norm}" for layer in layers for norm in self.family.hidden_norms]
-        return (*inside, f"{self.root}.{self.family.final_norm}" if self.root else self.family.final_norm)
+        outer = self.family.outer_norms
+        return (*outer, *inside, *self.norms_outside[len(outer) :])
+
+    @property
+    def norms_outside(self) -> tuple[str, ...]:
+        """Those of them that are in no layer, the one after the layers last."""
+        last = self.family.final_norm
+        return (*self.family.outer_norms, *([f"{self.root}.{last}" if self.root else last] if last else []))
 
     @cached_property
     def stages(self) -> tuple[tuple[int, int], ...]:
@@ -294,22 +313,29 @@ class Layout:
     def narrowed(self, hidden_size: int | None) -> Shape:
         """
         The dense sizes with another hidden size (None: the dense one); an FFN size that is a multiple of it is rounded
-        down.
+        down, and heads that follow it are as many as it has room for.
         """
-        if hidden_size in (None, self.hidden_size):
+        if hidden_size is None or hidden_size == self.hidden_size:
             return self.dense
-        narrow = replace(self.dense, hidden_size=hidden_size)
+        narrow = self.with_heads(replace(self.dense, hidden_size=hidden_size))
         if self.family.ffn_unit == "hidden_size":
             ffn = self.dense.sizes()["intermediate_size"]
             narrow = replace(narrow, intermediate_size=max(1, ffn // hidden_size) * hidden_size)
         return narrow
+
+    def with_heads(self, shape: Shape) -> Shape:
+        """A shape with the heads that its hidden size has room for, where heads follow that; otherwise as it is."""
+        if not self.family.heads_follow:
+            return shape
+        heads = max(1, (shape.hidden_size or self.hidden_size) // self.head_dim)
+        return replace(shape, num_attention_heads=heads, num_key_value_heads=heads)
 
     def position(self, name: str) -> tuple[int, str] | None:
         """
         The layer (-1: after the layers) and the axis (`"heads"`, `"ffn"`, `"experts"`, `"hidden"`) that are gated at a
         module; None if the row gates nothing there.
         """
-        if self.norms and name == self.norms[-1]:
+        if self.norms and name in self.norms_outside:
             return -1, HIDDEN
         match = re.fullmatch(rf"{re.escape(self.stack)}\.(\d+)\.(.+)", name)
         axes = {self.family.attention_out: HEADS, self.family.ffn_out: FFN, self.family.router: EXPERTS}
@@ -369,6 +395,19 @@ def locate(model: nn.Module, tower: str | None = None) -> Layout:
         family = replace(family, hidden_norms=(), final_norm="", stream_scales=(), twin="", twin_fields=())
     stack = f"{chosen.root}.{family.layers}" if chosen.root else family.layers
     return _measured(model, Part(chosen.path, chosen.path, stack, family), chosen.root)
+
+
+def locate_stream(model: nn.Module, tower: str | None = None) -> Layout:
+    """
+    As `locate`, for a cut of the residual stream: where the row names no norms that read it, by what is found of the
+    class, if that does.
+    """
+    layout = locate(model, tower)
+    if layout.norms or layout.known is not None or not isinstance(model, PreTrainedModel):
+        return layout
+    parts = [part for find in FINDERS for part in find(model) if part.stack == layout.stack and not layout.tower]
+    found = [_measured(model, part, "") for part in parts]
+    return next((each for each in found if each.norms), layout)
 
 
 def _discovered(model: PreTrainedModel, towers: list[Tower], wanted: str | None) -> Layout:

@@ -79,6 +79,14 @@ def _unknown_size(layout: Layout, shape: Shape) -> str | None:
     # Within kept KV groups, heads are counted as if all groups stayed.
     asked = {axis.name: sizes.get(axis.field) for axis in SIZES if axis.name != LAYERS}
     asked[HEADS] = per_group * full["num_key_value_heads"]
+    if layout.family.heads_follow:
+        hidden = shape.hidden_size or layout.hidden_size
+        if shape.complete(layout.full).sizes()["num_attention_heads"] * layout.head_dim != hidden:
+            return (
+                f"{layout.model_class.__name__} derives the size of a head from both numbers: heads of "
+                f"{layout.head_dim} features are as many as {hidden} channels of the residual stream have room for, "
+                f"{hidden / layout.head_dim:g}"
+            )
     for axis in SIZES:
         name, size = axis.name, asked.get(axis.name)
         if size is None or size == full[axis.field] or size in known.get(name, ()):
@@ -195,7 +203,7 @@ def fit_hidden(layout: Layout, shape: Shape, *, step: int, at_least: bool = Fals
     for size in sorted(sizes, key=lambda size: (abs(size - wish), -size)):
         if at_least and size < wish:
             continue
-        candidate = replace(shape, hidden_size=size)
+        candidate = layout.with_heads(replace(shape, hidden_size=size))
         if layout.family.ffn_unit == "hidden_size":
             most = layout.dense.sizes()["intermediate_size"] // size
             candidate = replace(candidate, intermediate_size=size * max(1, min(most, round(ffn / size))))

@@ -29,15 +29,21 @@ TWO_ADAPTERS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("overlapping", {"target_modules": ["lin0"]}, {"target_modules": ["lin0", "lin1"]}),
 ]
 
-# per test file: task type and (hub id, target modules). None: the tuner's own table for that model type is used.
+# per test file: task type and (hub id, target modules). None: the tuner finds its own targets.
 LLAMA = ["o_proj", "down_proj"]
-DECODERS = [
+DECODERS: list[tuple[str, list[str] | None]] = [
     ("peft-internal-testing/tiny-random-OPTForCausalLM", ["out_proj"]),  # fc2 sees batch * seq rows: no per-row gate
+    ("peft-internal-testing/tiny-random-OPTForCausalLM", None),
     ("peft-internal-testing/tiny-random-GPT2LMHeadModel", ["c_attn"]),
+    ("peft-internal-testing/tiny-random-GPT2LMHeadModel", None),
     ("peft-internal-testing/tiny-random-GPTJForCausalLM", ["q_proj", "v_proj"]),
+    ("peft-internal-testing/tiny-random-GPTJForCausalLM", None),
     ("peft-internal-testing/tiny-random-GPTNeoXForCausalLM", ["query_key_value"]),
+    ("peft-internal-testing/tiny-random-GPTNeoXForCausalLM", None),
     ("peft-internal-testing/tiny-random-BloomForCausalLM", ["query_key_value"]),
+    ("peft-internal-testing/tiny-random-BloomForCausalLM", None),
     ("hf-internal-testing/tiny-random-Gemma3ForCausalLM", LLAMA),
+    ("hf-internal-testing/tiny-random-Gemma3ForCausalLM", None),
     ("trl-internal-testing/tiny-random-LlamaForCausalLM", LLAMA),
     ("trl-internal-testing/tiny-random-LlamaForCausalLM", None),
     ("hf-internal-testing/tiny-random-MistralForCausalLM", LLAMA),
@@ -45,19 +51,27 @@ DECODERS = [
     ("peft-internal-testing/tiny-dummy-qwen2", LLAMA),
     ("peft-internal-testing/tiny-dummy-qwen2", None),
 ]
-ENCODER_DECODERS = [
+ENCODER_DECODERS: list[tuple[str, list[str] | None]] = [
     ("peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated", ["q", "v"]),
+    ("peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated", None),
     ("peft-internal-testing/tiny-random-BartForConditionalGeneration", ["q_proj", "v_proj"]),
+    ("peft-internal-testing/tiny-random-BartForConditionalGeneration", None),
 ]
-ENCODERS = [
+ENCODERS: list[tuple[str, list[str] | None]] = [
     ("peft-internal-testing/tiny-random-BertModel", ["query", "value"]),
+    ("peft-internal-testing/tiny-random-BertModel", None),
     ("peft-internal-testing/tiny-random-RobertaModel", ["query", "value"]),
+    ("peft-internal-testing/tiny-random-RobertaModel", None),
     ("peft-internal-testing/tiny-random-DebertaModel", ["in_proj"]),
+    ("peft-internal-testing/tiny-random-DebertaModel", None),
     ("peft-internal-testing/tiny-random-DebertaV2Model", ["query_proj", "value_proj"]),
+    ("peft-internal-testing/tiny-random-DebertaV2Model", None),
 ]
-CLASSIFIERS = [
+CLASSIFIERS: list[tuple[str, list[str] | None]] = [
     ("peft-internal-testing/tiny-random-BertForSequenceClassification", ["query", "value"]),
+    ("peft-internal-testing/tiny-random-BertForSequenceClassification", None),
     ("peft-internal-testing/tiny-random-RobertaForSequenceClassification", ["query", "value"]),
+    ("peft-internal-testing/tiny-random-RobertaForSequenceClassification", None),
 ]
 LLAMA_CLASSIFIER = "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2"
 VIT = "hf-internal-testing/tiny-random-ViTForImageClassification"

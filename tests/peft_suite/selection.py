@@ -44,6 +44,9 @@ LEFT_OUT: dict[str, str] = {
     "about PeftMixedModel, which takes PEFT's own methods only": "mixed_model PeftMixedModel without_mutation.True",
     "needs the hub or diffusers": "cache_dir diffusion extended_vocab greater_vocab to_tokenizer [Ww]hisper",
     "PEFT gives only LoRA models this tag": "custom_models_dont_have",
+    "merges gates at values that no weight takes up: a layer that norms its sum is open or closed": r"""
+        merge_layers(_fp16|_multi|_nan)?\[.*(Bart|Bert|Deberta|DebertaV2|Roberta|GPTJ|Bloom)\w*-HawAdaConfig-[A-Z_2]+\]""",
+    "sees the tokens of all rows in one axis": r"mixed_adapter_batches\[.*OPTForCausalLM-HawAdaConfig-CAUSAL_LM\]",
     "needs an accelerator": "_bnb_ gpu_large opt_timing",
     "needs token embeddings, or is for prompt learning": """Extraction.*input_embeds
         ViT.*(input_embeds|prepare_for_training|low_cpu_mem)""",
