@@ -18,13 +18,14 @@ from peft import PeftModel
 from torch import nn
 
 from ..errors import HawAdaError
-from ..gates.adapter import UNITS
+from ..gates.adapter import EXPERT_UNITS, UNITS
 from ..gates.attach import collect_gates
 from ..gates.kinds import SigmoidGate
 from ..gates.reading import layers_of
 from ..gates.stream_basis import BasisGate
 from ..planning.importance import gate_importance
 from ..planning.plan import Plan
+from ..planning.router_weighted import expert_outputs
 from ..processes import Reduce, of_this_rank
 from ..progress import Progress, progress_bar
 from ..search.budgeted import IMPORTANCE
@@ -55,7 +56,8 @@ def init_gates(
     Start the gates in the order of their importance, close to where they start anyway.
 
     Heads and channels are ordered within their module, channels of the residual stream among each other, gates on
-    blocks and layers over the whole model. The least important gate of n gets `theta = start - spread * T`, the most
+    blocks and layers over the whole model; experts by what they add (`expert_outputs`), not by gradients. The least
+    important gate of n gets `theta = start - spread * T`, the most
     important `start + spread * T`, evenly in between.
 
     Args:
@@ -92,6 +94,8 @@ def init_gates(
     if importance is None or dropped:
         watched = progress_bar(progress, iterable=batches, desc=IMPORTANCE, unit="batch", leave=False)
         importance = gate_importance(model, watched, without, reduce=reduce)
+        if isinstance(model, PeftModel) and any(name.split(".")[-2] == EXPERT_UNITS for name in gates):
+            importance = {**importance, **expert_outputs(model, batches, reduce=reduce)}
     pooled: dict[str, list[tuple[SigmoidGate, torch.Tensor]]] = {}
     for name, value in importance.items():
         slot, adapter = name.split(".")[-2:]

@@ -107,7 +107,7 @@ def _twin_config(config: PreTrainedConfig, family: Family) -> PreTrainedConfig:
     empty = AutoConfig.for_model(family.twin)
     known = set(empty.to_dict()) - {"model_type", "architectures", "transformers_version"}
     kept = {name: value for name, value in fields.items() if name in known} | dict(family.twin_fields)
-    twin = type(empty).from_dict(kept)
+    twin = type(empty)(**kept)
     twin._attn_implementation = config._attn_implementation
     add_v4_rope_keys(twin)
     return twin

@@ -110,7 +110,7 @@ def edit_config(layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None 
         fields.pop("stage_names", None)
         fields.pop("out_features", None)
         fields["out_indices"] = sorted({sum(layer < i for layer in layers) for i in config.out_indices})
-    edited = type(layout.config).from_dict(whole)
+    edited = type(layout.config)(**whole)
     for new, old in zip(_configs(edited), _configs(layout.config), strict=True):
         new._attn_implementation = old._attn_implementation
         new._experts_implementation = old._experts_implementation

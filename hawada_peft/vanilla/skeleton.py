@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import transformers
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from ..errors import UnsupportedModelError
+
+DRAWS = ("uniform_", "normal_", "kaiming_uniform_")
+"""Names of what fills a tensor with random numbers: methods, torch's functions, and transformers' around them."""
+
+
+class Undrawn(TorchFunctionMode):
+    """Leaves out what fills tensors with random numbers, where a model's weights are loaded or not looked at."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def skeleton_of(config: PreTrainedConfig) -> PreTrainedModel:
@@ -29,7 +44,7 @@ def skeleton_of(config: PreTrainedConfig) -> PreTrainedModel:
             f"the config of model_type={config.model_type!r} names the architectures {names}; needed is one class of "
             "transformers"
         )
-    with torch.device("meta"):
+    with torch.device("meta"), Undrawn():
         model: PreTrainedModel = getattr(transformers, names[0])(config)
     return model
 
@@ -64,7 +79,20 @@ def build_empty(model_class: type[PreTrainedModel], config: PreTrainedConfig) ->
         StrictDataclassError, ValueError, TypeError: whatever the class raises on sizes that it refuses.
     """
     check_constructor(model_class)
-    with torch.device("meta"):
+    with torch.device("meta"), Undrawn():
+        return model_class(config)
+
+
+def build_undrawn(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """
+    A model of a class on the CPU, for weights that are loaded: no random numbers are drawn for those that it has.
+
+    Raises:
+        Exception: whatever the class raises on sizes that it refuses.
+    """
+    here = torch.get_default_device().type == "cpu"  # every call of torch costs more where a device is named
+    with torch.random.fork_rng(devices=()), nullcontext() if here else torch.device("cpu"), Undrawn():
+        torch.manual_seed(0)
         return model_class(config)
 
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..trial.builds import Shapes
-from ..trial.config_tree import DESCRIPTIONS, LISTED_LAYERS, REMOVED, Path, value_at
+from ..trial.config_tree import DESCRIPTIONS, LISTED_LAYERS, NOT_WIDTHS, REMOVED, Path, value_at
 from ..trial.proof import Renaming
 from ..trial.specimen import Specimen
 from .effects import Effect
+from .heads import HEADLIKE
 
 DERIVED_FIELDS = ("out_features", "stage_names")
 """Fields of backbones that follow from others."""
@@ -120,6 +121,8 @@ def _leading(specimen: Specimen, cut: Cut, own: dict[str, Any]) -> Iterator[Path
     for name, value in own.items():
         path = (*cut.path[:-1], name)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= cut.count or path == cut.path:
+            continue
+        if NOT_WIDTHS.search(name) or HEADLIKE.search(name):
             continue
         for other in (value - 1, value + 1):
             shapes = specimen.builds.shapes({path: other})

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..trial.builds import REFUSES, Dim, Shapes, cause
+from ..trial.builds import REFUSES, Dim, Shapes, cause, shapes_in
 from ..trial.config_tree import Path
-from ..trial.proof import ROUNDING, Cutting, Renaming, difference
+from ..trial.proof import ROUNDING, Cutting, Renaming, built_with, difference
 from ..trial.specimen import Specimen
 from .cuts import Cut
 from .effects import Effect, shortened_lists
@@ -119,9 +119,11 @@ def leave_out(specimen: Specimen, stack: FoundStack, layers: Sequence[int]) -> s
     cut = stack.cut
     keep = [layer for layer in range(cut.count) if layer not in set(layers)]
     changes, rename = cut.changes(specimen.builds.tree, keep), cut.renamed(keep)
-    shapes = specimen.builds.shapes(changes)
-    if isinstance(shapes, str):
-        return shapes
+    try:
+        small = built_with(specimen, changes)
+    except REFUSES as error:
+        return cause(error)
+    shapes = shapes_in(small)
     gone = tuple(f"{cut.stack}.{layer}." for layer in layers)
     if {rename(name) for name in shapes} != {name for name in specimen.base if not name.startswith(gone)}:
         return OTHER_KIND
@@ -134,7 +136,7 @@ def leave_out(specimen: Specimen, stack: FoundStack, layers: Sequence[int]) -> s
     }
     skipped = [f"{cut.stack}.{layer}" for layer in layers]
     try:
-        found = difference(specimen, Cutting(changes=changes, renamed=rename, rows=rows, skipped=skipped))
+        found = difference(specimen, Cutting(changes=changes, renamed=rename, rows=rows, skipped=skipped), small)
     except REFUSES as error:
         return cause(error)
     if found >= ROUNDING:

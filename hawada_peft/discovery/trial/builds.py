@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...vanilla.skeleton import build_empty
+from ...vanilla.skeleton import build_empty, build_undrawn
 from .config_tree import Path, edited
 
 Shapes = dict[str, tuple[int, ...]]
@@ -87,8 +86,12 @@ def shapes_of(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> S
     except (NotImplementedError, RuntimeError) as error:
         if "meta" not in str(error):
             raise
-        with torch.random.fork_rng(devices=()):
-            model = model_class(config)
+        model = build_undrawn(model_class, config)
+    return shapes_in(model)
+
+
+def shapes_in(model: PreTrainedModel) -> Shapes:
+    """The shapes of a model."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 

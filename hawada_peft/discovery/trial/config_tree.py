@@ -131,7 +131,7 @@ def edited(config: PreTrainedConfig, changes: Mapping[Path, Any]) -> PreTrainedC
             at.pop(path[-1], None)
         else:
             at[path[-1]] = value
-    made = type(config).from_dict(tree)
+    made = type(config)(**tree)  # `from_dict` would write it out for a log, and for that build the default one
     for (_, old), (_, new) in zip(scopes_of(config), scopes_of(made), strict=False):
         new._attn_implementation = old._attn_implementation
         new._experts_implementation = old._experts_implementation

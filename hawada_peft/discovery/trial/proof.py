@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from ...vanilla.skeleton import build_undrawn
 from .builds import Dim
 from .closing import Closed
 from .config_tree import Path, edited
@@ -60,27 +61,40 @@ class Cutting:
         return found
 
 
-def cut_out(specimen: Specimen, cutting: Cutting) -> PreTrainedModel:
+def built_with(specimen: Specimen, changes: Mapping[Path, Any]) -> PreTrainedModel:
     """
-    The smaller model, of the whole one's weights.
+    A model of the specimen's class with changes of its config, for weights that are put in.
+
+    Raises:
+        Exception: one of `REFUSES`.
+    """
+    small = build_undrawn(specimen.model_class, edited(specimen.config, changes))
+    return small.to(torch.float64).eval()  # type: ignore[arg-type]
+
+
+def cut_out(specimen: Specimen, cutting: Cutting, small: PreTrainedModel | None = None) -> PreTrainedModel:
+    """
+    The smaller model, of the whole one's weights, which it shares where nothing of them is cut.
+
+    Args:
+        specimen: the whole one.
+        cutting: what is cut.
+        small: of `built_with`, where it is already built.
 
     Raises:
         Exception: one of `REFUSES`; a ValueError if the class builds other shapes than are cut.
     """
-    config = edited(specimen.config, cutting.changes)
-    with torch.random.fork_rng(devices=()), torch.device("cpu"):
-        torch.manual_seed(0)
-        small = specimen.model_class(config).to(torch.float64).eval()  # type: ignore[arg-type]
-    whole, state = specimen.model.state_dict(), {}
+    small = built_with(specimen, cutting.changes) if small is None else small
+    whole, state = specimen.parameters, {}
     for name, tensor in small.state_dict().items():
         source = cutting.renamed(name)
-        value = whole[source]
+        value = whole[source].detach()
         for dim, rows in cutting.staying(source, value.ndim).items():
             value = value.index_select(dim, torch.tensor(rows, dtype=torch.long))
         if value.shape != tensor.shape:
             raise ValueError(f"{name} is cut to {tuple(value.shape)}, and the class builds {tuple(tensor.shape)}")
-        state[name] = value.clone()
-    small.load_state_dict(state, strict=True)
+        state[name] = value
+    small.load_state_dict(state, strict=True, assign=True)
     small.tie_weights()
     return small
 
@@ -93,8 +107,7 @@ def difference(specimen: Specimen, cutting: Cutting, small: PreTrainedModel | No
     Raises:
         Exception: one of `REFUSES`, of whatever does not fit.
     """
-    small = cut_out(specimen, cutting) if small is None else small
-    return apart(specimen.run(cutting.closed()), run(small, specimen.inputs))
+    return apart(specimen.run(cutting.closed()), run(cut_out(specimen, cutting, small), specimen.inputs))
 
 
 def apart(ones: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:

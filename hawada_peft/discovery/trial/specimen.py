@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -97,21 +97,20 @@ class Specimen:
             self._open[linear] = self.gradients(Closed(linear=linear))
         return self._open[linear]
 
-    def gradients(self, closed: Closed) -> dict[str, torch.Tensor]:
-        """Of the weighted sum of all outputs, for every parameter that it depends on."""
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(parameter.dtype.is_floating_point)
+    def gradients(self, closed: Closed, of: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+        """Of the weighted sum of all outputs, for every parameter that it depends on, or some of them."""
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        asked = set(map(id, (named[name] for name in (named if of is None else of) if name in named)))
+        for parameter in named.values():
+            parameter.requires_grad_(parameter.dtype.is_floating_point and id(parameter) in asked)
             parameter.grad = None
         with closed_units(self.model, closed):
             outputs = floats_in(self.model(**self.inputs))
             pairs = zip(outputs, self.weights_of_loss, strict=True)
             loss = sum(((out.masked_fill(~out.isfinite(), 0) * weight).sum() for out, weight in pairs), start=0)
-            torch.as_tensor(loss).backward()
-        found = {
-            name: torch.nan_to_num(parameter.grad)
-            for name, parameter in self.model.named_parameters(remove_duplicate=False)
-            if parameter.grad is not None
-        }
+            if isinstance(loss, torch.Tensor) and loss.requires_grad:
+                loss.backward()
+        found = {name: parameter.grad.nan_to_num_() for name, parameter in named.items() if parameter.grad is not None}
         self.model.zero_grad(set_to_none=True)
         return found
 

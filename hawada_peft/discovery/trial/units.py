@@ -79,6 +79,7 @@ def decode(
     plain = specimen.open_gradients(linear)
     top = _top(plain)
     targets = [dim for dim in moves if dim not in places and dim not in tied and dim[0] in plain]
+    names = {name for name, _ in targets}
     live = {dim: _largest(plain, dim, moves[dim][0]) > LIVE * top for dim in targets}
     counts = {place: max(rows) + 1 for place, rows in places.items()}
 
@@ -98,7 +99,7 @@ def decode(
     shut_at: dict[Dim, list[torch.Tensor]] = {dim: [] for dim in targets}
     for bit in range(bits):
         for want, there in ((1, open_at), (0, shut_at)):
-            gradients = specimen.gradients(closed_to(bit, want))
+            gradients = specimen.gradients(closed_to(bit, want), names)
             for dim in targets:
                 there[dim].append(_largest(gradients, dim, moves[dim][0]) > SURVIVES * top)
         if bit == 0 and sizes:
@@ -124,7 +125,7 @@ def closes_any(specimen: Specimen, moves: Moves, places: Mapping[Dim, Sequence[i
         shut: list[tuple[Dim, Sequence[int]]] = [
             (place, [row for row, unit in enumerate(rows) if unit & 1 != want]) for place, rows in places.items()
         ]
-        found.append(specimen.gradients(Closed(zero=shut)))
+        found.append(specimen.gradients(Closed(zero=shut), {name for name, _ in moves}))
     for dim, (size, _) in moves.items():
         if dim not in places and dim[0] in found[0]:
             odd, even = (_largest(each, dim, size) > SURVIVES * top for each in found)
