@@ -16,6 +16,7 @@ from conftest import (
     build,
     difference,
     everything,
+    families,
     gate,
     inputs_of,
     logits_of,
@@ -32,7 +33,7 @@ from hawada_peft.surgery.axes import find_axes
 from hawada_peft.vanilla.family import locate
 
 
-@pytest.fixture(params=ROWS | KINDS)
+@pytest.fixture(params=families(ROWS | KINDS))
 def row(request: pytest.FixtureRequest) -> Row:
     """Every row of both tables."""
     return (ROWS | KINDS)[request.param]
