@@ -90,12 +90,13 @@ class Cutting:
         return tower, int(index), short
 
 
-def layout_for(model: PreTrainedModel, plan: Plan) -> Layout:
+def layout_for(model: PreTrainedModel, plan: Plan, known: Layout | None = None) -> Layout:
     """
-    The layout of the tower that a plan of one is about, as what it cuts needs it.
+    The layout of the tower that a plan of one is about, as what it cuts needs it: the known one, where it is that.
 
     Raises:
         UnsupportedModelError: as `locate`.
     """
-    find = locate if plan.hidden is None or plan.rotated else locate_stream
-    return find(model, plan.tower or None)
+    if plan.hidden is not None and not plan.rotated:
+        return locate_stream(model, plan.tower or None)
+    return known if known is not None and plan.tower in ("", known.tower) else locate(model, plan.tower or None)

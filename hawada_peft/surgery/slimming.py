@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None) -> Model:
+def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None, layout: Layout | None = None) -> Model:
     """
     Build the slim vanilla model of a plan. The dense model is left as it is and shares no memory with the result.
 
@@ -39,6 +39,8 @@ def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None) -> Model
         plan: what to keep of it.
         turn: new coordinates of the residual stream, as many as the plan keeps of its units (`basis.turn.Turn`); the
             kept channels themselves if left out.
+        layout (`Layout`, *optional*): the model's, where it is cut several times: what one cut finds out of the
+            model's class the next ones need not.
 
     Returns:
         A model of the same class in the same mode, all parameters trainable, as `from_pretrained` would give it.
@@ -60,7 +62,7 @@ def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None) -> Model
             "slim() takes a vanilla model, and this one has adapters in it: use `model.slim(plan=...)` or "
             "`merge_and_unload(plan=...)` of the PEFT model, or `unload()` first"
         )
-    cutting = Cutting([(layout_for(model, part), part) for part in plan.parts])
+    cutting = Cutting([(layout_for(model, part, layout), part) for part in plan.parts])
     check_loaded(model)
     check_unquantized(model)
     if plan.hidden is not None and plan.rotated != (turn is not None):
@@ -70,8 +72,8 @@ def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None) -> Model
             if plan.rotated
             else "the plan keeps channels of the residual stream, and directions of a basis are to be cut"
         )
-    for layout, part in cutting.towers:
-        check_plan(layout, part)
+    for tower, part in cutting.towers:
+        check_plan(tower, part)
     dense = vanilla_tensors(model)
     check_conforms(cutting.towers[0][0], dense)
     check_exists(cutting, dense)
