@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-loaded test-zoo test-benchmarks bench-quick quality docs peft-suite clean
+.PHONY: demo test test-families test-loaded test-zoo test-benchmarks bench-quick quality docs peft-suite clean
 
 # Markers: made when the installation succeeded, older than the files that it depends on when it must be repeated.
 $(VENV)/.made:
@@ -38,7 +38,11 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-# The same three times in a row with four busy loops beside it: no test may depend on how fast the machine is just now.
+# What is tried on every family, on those as well that another one stands for (`STANDS_FOR` in tests/conftest.py).
+test-families: $(VENV)/.dev
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --all-families
+
+# The suite three times in a row with four busy loops beside it: no test may depend on how fast the machine is just now.
 LOOPS ?= 4
 TIMES ?= 3
 test-loaded: $(VENV)/.dev

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,18 @@ from hawada_peft.vanilla.outputs import output_of
 
 @dataclass(frozen=True)
 class Row:
-    """A tiny model: its class, its config's fields, and a slim shape that is legal for it."""
+    """
+    A tiny model: its class, its config's fields, and a slim shape that is legal for it.
+
+    `like` names a row that has every trait of this one: only with `--all-families` what is tried on every row is tried
+    on this one as well. Without it, this row takes the whole way to a slim folder once, in `test_rows`.
+    """
 
     model: str
     config: str
     fields: dict[str, Any]
     slim: Shape
+    like: str = ""
 
 
 TOKENS = {"vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 64}
@@ -48,7 +55,7 @@ GROUPED, PLAIN = Shape(4, 2, 40, 2), Shape(4, 4, 40, 2)
 
 ROWS: dict[str, Row] = {
     "llama": Row("LlamaForCausalLM", "LlamaConfig", LM, GROUPED),
-    "mistral": Row("MistralForCausalLM", "MistralConfig", LM | {"sliding_window": 6}, GROUPED),
+    "mistral": Row("MistralForCausalLM", "MistralConfig", LM | {"sliding_window": 6}, GROUPED, like="qwen2"),
     "qwen2": Row("Qwen2ForCausalLM", "Qwen2Config", LM | SLIDING, GROUPED),
     "qwen3": Row("Qwen3ForCausalLM", "Qwen3Config", LM | SLIDING, Shape(3, 3, 40, 2)),
     "granite": Row("GraniteForCausalLM", "GraniteConfig", LM | GRANITE, GROUPED),
@@ -59,11 +66,11 @@ ROWS: dict[str, Row] = {
         Shape(4, 4, 40, 2),
     ),
     "vit": Row("ViTForImageClassification", "ViTConfig", VISION, PLAIN),
-    "deit": Row("DeiTForImageClassification", "DeiTConfig", VISION, Shape(5, 5, 41, 2)),
+    "deit": Row("DeiTForImageClassification", "DeiTConfig", VISION, Shape(5, 5, 41, 2), like="vit"),
     "dinov2": Row("Dinov2ForImageClassification", "Dinov2Config", VISION | {"mlp_ratio": 2}, Shape(4, 4, 64, 2)),
     "llama-bare": Row("LlamaModel", "LlamaConfig", LM, GROUPED),
-    "vit-bare": Row("ViTModel", "ViTConfig", VISION, PLAIN),
-    "llama-mha": Row("LlamaForCausalLM", "LlamaConfig", LM | {"num_key_value_heads": 8}, PLAIN),
+    "vit-bare": Row("ViTModel", "ViTConfig", VISION, PLAIN, like="vit"),
+    "llama-mha": Row("LlamaForCausalLM", "LlamaConfig", LM | {"num_key_value_heads": 8}, PLAIN, like="llama"),
 }
 PLAIN_LM = {name: value for name, value in LM.items() if name != "head_dim"}
 KINDS: dict[str, Row] = {
@@ -77,18 +84,66 @@ KINDS: dict[str, Row] = {
     "olmo2": Row("Olmo2ForCausalLM", "Olmo2Config", PLAIN_LM, GROUPED),
 }
 """Layers of other kinds: norms of sums, norms behind the blocks, norms over all heads."""
+STANDS_FOR = {
+    "llama": "a decoder with rotary positions, groups of heads and a derived number of features per head",
+    "llama-bare": "no head: the output is hidden states",
+    "qwen2": "biases of queries, keys and values; layers of several types; a sliding window",
+    "qwen3": "norms of queries and keys; a number of kept groups that is no power of two",
+    "granite": "multipliers of embedding, residual stream and logits",
+    "smollm3": "tied embeddings; layers without rotary positions",
+    "vit": "vision; layer norms with biases; a class token; a classifier",
+    "dinov2": "scales of layers; an FFN size that is a ratio of another",
+    "bert": "an encoder; norms of sums; a classifier of texts",
+    "gemma2": "norms before and behind the blocks; capped logits",
+    "olmo2": "norms behind the blocks alone; norms over all heads",
+}
+"""
+What is tried on every row is tried on these, and on all with `--all-families`.
+
+Experts, sinks, fused projections, speech, several towers, and encoders with decoders have test modules of their own.
+"""
+
+
+def families(rows: Mapping[str, Row]) -> list[Any]:
+    """Parameters: the names of rows, of which those without a trait of their own are left out by default."""
+    return [pytest.param(name, marks=[pytest.mark.further] if row.like else []) for name, row in rows.items()]
+
+
 LM_ROW, VISION_ROW = ROWS["llama"], ROWS["vit"]
 BARE_ROW, MIXED_ROW = ROWS["llama-bare"], ROWS["qwen2"]  # without a head; layers of several types
 EVERYTHING = ("heads", "ffn", "blocks", "layers")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-families", action="store_true", help="also run what another family stands for")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what another family stands for, unless it is asked for."""
+    if config.getoption("--all-families", False):
+        return
+    left_out = [item for item in items if item.get_closest_marker("further")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not item.get_closest_marker("further")]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """PEFT 0.21 reads a property that transformers 5.23 deprecates, in every `get_peft_model`."""
     message = r"`is_gradient_checkpointing` is deprecated"
     config.addinivalue_line("filterwarnings", f"ignore:{message}:FutureWarning")
+    config.addinivalue_line("markers", "further: on a family that another one stands for; run with --all-families")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """
+    What is imported by now is not looked through again: the end of every training collects garbage, which takes longer
+    than a training of a few steps where all modules, and the tests themselves, are part of the heap.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -220,7 +275,7 @@ class Export:
     verification: Verification
 
 
-@pytest.fixture(scope="session", params=ROWS | KINDS)
+@pytest.fixture(scope="session", params=families(ROWS | KINDS))
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Export:
     """The export of every row: heads, FFN channels and layers removed, soft values folded."""
     row, folder = (ROWS | KINDS)[request.param], tmp_path_factory.mktemp("exported")
@@ -237,7 +292,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Export(row, plan, dense, masked, folder / "adapter", gates, slimmed, folder / "slim", verification)
 
 
-@pytest.fixture(params=ROWS)
+@pytest.fixture(params=families(ROWS))
 def row(request: pytest.FixtureRequest) -> Row:
     """Every row of the table."""
     return ROWS[request.param]

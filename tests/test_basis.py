@@ -18,6 +18,7 @@ from conftest import (
     assert_same_state,
     build,
     difference,
+    families,
     gate,
     inputs_of,
     logits_of,
@@ -397,7 +398,7 @@ def test_output_is_unchanged_at_the_start(row: Row) -> None:
     assert torch.equal(logits_of(in_basis(model, shuffle=False, gates=ALL)), dense)
 
 
-@pytest.fixture(params=ROWS)
+@pytest.fixture(params=families(ROWS))
 def named(request: pytest.FixtureRequest) -> tuple[Row, int]:
     return ROWS[request.param], HIDDEN.get(request.param, 44)
 

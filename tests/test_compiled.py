@@ -83,9 +83,9 @@ def test_a_plan_is_traced_once_and_so_is_its_end(row: Row) -> None:
 
 
 @pytest.mark.parametrize("name", RELAXATIONS)
-def test_the_soft_phase_is_traced_once_whatever_its_progress(row: Row, name: str) -> None:
-    model = gate(build(row, **FIELDS)).train()
-    model.set_masks(scattered_plan(model, row.slim))
+def test_the_soft_phase_is_traced_once_whatever_its_progress(name: str) -> None:
+    model = gate(build(LM_ROW, **FIELDS)).train()
+    model.set_masks(scattered_plan(model, LM_ROW.slim))
     compiled = Compiled(model)
     for step in range(STEPS):
         for each in collect_gates(model).values():
@@ -94,8 +94,8 @@ def test_the_soft_phase_is_traced_once_whatever_its_progress(row: Row, name: str
     assert compiled.traced() == 1
 
 
-def test_a_compiled_model_is_its_own_teacher_too(row: Row) -> None:
-    model = gate(build(row, **FIELDS)).train()
+def test_a_compiled_model_is_its_own_teacher_too() -> None:
+    model = gate(build(LM_ROW, **FIELDS)).train()
     compiled = Compiled(model)
     for _ in range(STEPS):
         found = get_teacher_logits(compiled.compiled, compiled.inputs)
@@ -104,8 +104,8 @@ def test_a_compiled_model_is_its_own_teacher_too(row: Row) -> None:
     assert compiled.traced() == 2
 
 
-def test_the_teachers_pass_in_between_costs_nothing(row: Row) -> None:
-    model = gate(build(row, **FIELDS)).train()
+def test_the_teachers_pass_in_between_costs_nothing() -> None:
+    model = gate(build(LM_ROW, **FIELDS)).train()
     compiled = Compiled(model)
     for _ in range(STEPS):
         get_teacher_logits(model, compiled.inputs)

@@ -13,12 +13,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hawada_peft import Plan, Shape, collect_gates, save_slim, slim_checkpoint
-from hawada_peft.errors import IllegalShapeError, InvalidPlanError, UnsupportedModelError
+from hawada_peft import Plan, Shape, collect_gates, init_gates, save_slim, slim_checkpoint
+from hawada_peft.errors import HawAdaError, IllegalShapeError, InvalidPlanError, UnsupportedModelError
 from hawada_peft.gates.adapter import EXPERT_UNITS
 from hawada_peft.gates.concrete import RouterAdapter
 from hawada_peft.gates.kinds import ExpertGate
-from hawada_peft.planning import gate_importance
+from hawada_peft.planning import expert_outputs, gate_importance
 from hawada_peft.vanilla.family import locate
 
 ALL = ("heads", "ffn", "experts", "layers")
@@ -179,3 +179,45 @@ def test_experts_where_there_are_none_are_refused() -> None:
         gate(build(Row("LlamaForCausalLM", "LlamaConfig", LM, SMALL)), gates=("experts",))
     with pytest.raises(IllegalShapeError, match="names no router"):
         gate(build(Row("LlamaForCausalLM", "LlamaConfig", LM, SMALL))).plan(Shape(num_experts=2))
+
+
+def test_outputs_of_experts_are_weighted_by_the_router(row: Row) -> None:
+    model = gate(mixture(row), shuffle=False, gates=("experts",))
+    base, layout = model.get_base_model(), locate(model.get_base_model())
+    inputs = inputs_of(model) | {"attention_mask": torch.ones_like(inputs_of(model)["input_ids"])}
+    inputs["attention_mask"][0, -4:] = 0
+    found, routed = expert_outputs(model, [inputs]), expert_outputs(model, [inputs], routed=True)
+    assert found.keys() == {*collect_gates(model)}
+    calls: dict[str, tuple[torch.Tensor, ...]] = {}
+    experts = base.get_submodule(layout.ffn_out(1))
+    handle = experts.register_forward_pre_hook(lambda _, args: calls.update(at=args))
+    with torch.no_grad(), model.disable_adapter():
+        model(**inputs)
+    handle.remove()
+    hidden, index, weights = calls["at"]
+    total, tokens = torch.zeros(2, layout.num_experts or 0, dtype=torch.float64)
+    for token in inputs["attention_mask"].flatten().nonzero().flatten().tolist():
+        for slot, expert in enumerate(index[token].tolist()):
+            alone = experts(hidden[token][None], index[token, slot][None, None], torch.ones(1, 1, dtype=hidden.dtype))
+            total[expert] += weights[token, slot].double() * alone.detach().double().norm()
+            tokens[expert] += 1
+    name = next(name for name in found if f"{layout.stack}.1." in name)
+    torch.testing.assert_close(found[name], total / inputs["attention_mask"].sum())
+    torch.testing.assert_close(routed[name], total / tokens.clamp_min(1))
+
+
+def test_outputs_of_experts_need_gates_on_them(row: Row) -> None:
+    with pytest.raises(HawAdaError, match="add 'experts'"):
+        expert_outputs(gate(mixture(row), gates=("layers",)), [inputs_of(build(row))])
+    with pytest.raises(HawAdaError, match="no calibration batches"):
+        expert_outputs(gate(mixture(row), gates=("experts",)), [])
+
+
+def test_gates_on_experts_start_by_what_experts_add(row: Row) -> None:
+    model = gate(mixture(row), shuffle=False, gates=("experts",))
+    batches = [inputs_of(model)]
+    expected = expert_outputs(model, batches)
+    init_gates(model, batches)
+    for name, found in collect_gates(model).items():
+        ranks = found.theta.detach().argsort(stable=True)
+        assert expected[name][ranks].diff().min() >= 0

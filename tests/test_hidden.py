@@ -22,6 +22,7 @@ from conftest import (
     assert_same_state,
     build,
     difference,
+    families,
     gate,
     inputs_of,
     logits_of,
@@ -56,7 +57,7 @@ def stream_gate(model: nn.Module, adapter_name: str = "default") -> Any:
     return found
 
 
-@pytest.fixture(params=ROWS)
+@pytest.fixture(params=families(ROWS))
 def named(request: pytest.FixtureRequest) -> tuple[Row, Shape]:
     """Every row, and its slim shape with a hidden size."""
     row = ROWS[request.param]
@@ -77,7 +78,7 @@ class Slimmed:
     auto: str
 
 
-@pytest.fixture(scope="module", params=ROWS)
+@pytest.fixture(scope="module", params=families(ROWS))
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Slimmed:
     row, folder = ROWS[request.param], tmp_path_factory.mktemp("hidden")
     base = build(row)

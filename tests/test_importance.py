@@ -8,11 +8,13 @@ import pytest
 import torch
 from conftest import LM_ROW, VISION_ROW, Row, build, gate, inputs_of, logits_of, scattered_plan
 from peft import PeftModel
+from tqdm import tqdm
 
 from hawada_peft import Plan, Shape, collect_gates, init_gates
 from hawada_peft.errors import HawAdaError
 from hawada_peft.planning.importance import gate_importance
-from hawada_peft.search.masked import MaskedQuality
+from hawada_peft.search.budgeted import IMPORTANCE
+from hawada_peft.search.masked import ASKED, DEPTH, MaskedQuality
 
 
 def labelled(model: PeftModel) -> list[dict[str, torch.Tensor]]:
@@ -106,6 +108,18 @@ def test_layers_are_ordered_over_the_whole_model() -> None:
     found = torch.cat(list(thetas(model).values()))
     assert torch.equal(found.argsort(), importance.argsort())
     assert found.unique().numel() == 4
+
+
+def test_what_takes_long_has_a_bar() -> None:
+    seen: list[str] = []
+
+    def bars(**options: Any) -> Any:
+        seen.append(options["desc"])
+        return tqdm(**options, disable=True)
+
+    model = gate(build(LM_ROW), gates=("layers",))
+    init_gates(model, labelled(model), shape=Shape(num_hidden_layers=3), progress=bars)
+    assert seen == [ASKED, DEPTH, IMPORTANCE]
 
 
 @pytest.mark.parametrize("with_labels", [True, False])

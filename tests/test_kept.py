@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 from test_basis import calibration
 from test_directions import LM_ROW, fresh, searched
+from tqdm import tqdm
 
 from hawada_peft import SearchResult
 from hawada_peft.files.kept import RESULTS, Kept, clear_kept, digest_of_tensors
@@ -69,9 +70,14 @@ def test_a_search_goes_on_wherever_it_was_interrupted(tmp_path: Path, monkeypatc
     def search(folder: str) -> SearchResult:
         model = fresh(LM_ROW, "ffn", "layers")
         batches = calibration(model, rows=4)
-        return searched(model, batches, refit=True, hidden_sizes=[48], work=tmp_path / folder)
+        options = {"refit": True, "hidden_sizes": [48], "progress": bars}
+        return searched(model, batches, work=tmp_path / folder, **options)
 
-    asked, made = Kept._next, list[str]()
+    def bars(**options: Any) -> Any:
+        seen.append(options["desc"])
+        return tqdm(**options, disable=True)
+
+    asked, made, seen = Kept._next, list[str](), list[str]()
     stopped_at = ""
 
     def next_name(kept: Kept, name: str) -> str:
@@ -86,6 +92,7 @@ def test_a_search_goes_on_wherever_it_was_interrupted(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(Kept, "_next", next_name)
     whole, names = search("whole"), made.copy()
+    assert [each.split(" of")[0] for each in seen] == [f"step {count}" for count in range(1, 11)]  # all, in order
     made.clear()
     for stopped_at in STAGES:  # noqa: B007
         with pytest.raises(KeyboardInterrupt):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from conftest import (
     build,
     gate,
     scattered_plan,
-    state_of,
 )
 from distil_runs import DATA, IMAGES, arguments, kl_of
 from pairs import in_two
@@ -46,7 +45,8 @@ PICTURES = [{"pixel_values": torch.randn(8, 3, 16, 16, generator=torch.Generator
 """Enough positions for all directions of the residual stream, also without those that are held out."""
 SMALL = {"plans": 2, "steps": 1, "preparations": ("none", "least squares"), "rotate": False}
 QUICK = {"max_steps": 40, "learning_rate": 0.01, "lr_scheduler_type": "cosine"}
-HALF = {"max_steps": 20}
+FEW = {"max_steps": 4}
+"""Where what the race finds counts, and not what becomes of it."""
 
 
 def dense_model() -> Any:
@@ -68,22 +68,64 @@ def raced(folder: Path, model: Any = None, *, args: Any = None, **options: Any) 
     return slimmed.model, slimmed.race
 
 
-@pytest.mark.parametrize("onward", ["continued", "anew"])
-def test_the_winner_is_recovered_with_the_steps_that_are_left(tmp_path: Path, onward: str) -> None:
-    dense = dense_model()
-    before = state_of(dense)
-    slim, record = raced(tmp_path, dense, race=Race(budget(), onward=onward, **SMALL))
-    winner = record.best
+@dataclass(frozen=True)
+class Whole:
+    """A race from its beginning to the end of the recovery: what it began with and what it came to."""
+
+    race: Race
+    folder: Path
+    dense: Any
+    slim: Any
+    record: RaceRecord
+    steps: list[int]
+    """Of the recovery, as it ended."""
+
+
+class Count(TrainerCallback):
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen.append(state.global_step)
+
+
+@pytest.fixture(scope="module", params=["continued", "anew"])
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """A race that nothing disturbs."""
+    race, folder, dense, count = (
+        Race(budget(), onward=request.param, **SMALL),
+        tmp_path_factory.mktemp("whole"),
+        dense_model(),
+        Count(),
+    )
+    slim, record = raced(folder, dense, race=race, callbacks=[count])
+    return Whole(race, folder, dense, slim, record, count.seen)
+
+
+def test_the_winner_is_recovered(whole: Whole) -> None:
+    slim, record, winner = whole.slim, whole.record, whole.record.best
+    assert winner is not None
     assert slim.config.num_hidden_layers == winner.plan.shape.num_hidden_layers
     assert slim.num_parameters() <= budget().max_parameters
-    assert_same_state(dense.state_dict(), before)
+    assert_same_state(whole.dense.state_dict(), dense_model().state_dict())
     assert all(parameter.requires_grad for parameter in slim.parameters())
-    state = json.loads((tmp_path / "race" / "race.json").read_text())
+    state = json.loads((whole.folder / "race" / "race.json").read_text())
     assert state["winner"] == winner.key
-    assert not list((tmp_path / "race").glob("*.safetensors"))
+    assert not list((whole.folder / "race").glob("*.safetensors"))
     losses = [run.loss for run in record.standing(len(record.lengths) - 1)]
     assert losses == sorted(losses)
-    assert kl_of(slim, dense) < 1.2 * losses[0]
+    assert kl_of(slim, whole.dense) < 1.2 * losses[0]
+
+
+def test_the_steps_of_the_race_are_taken_off(whole: Whole) -> None:
+    assert whole.record.share == 0.25  # of a step: 1 example instead of 4
+    assert whole.steps == [QUICK["max_steps"] - -(-sum(run.steps for run in whole.record.runs) // 4)]
+
+
+def test_a_race_that_leaves_nothing_of_the_recovery_is_refused(tmp_path: Path) -> None:
+    few = {"max_steps": 2}  # runs of the first rung alone cost as much
+    with pytest.raises(HawAdaError, match="leaves nothing"):
+        raced(tmp_path, race=Race(budget(), **(SMALL | {"steps": 4})), args=few)
 
 
 def test_where_the_first_preparation_cannot_be_done_plans_run_as_they_were_cut(
@@ -96,73 +138,44 @@ def test_where_the_first_preparation_cannot_be_done_plans_run_as_they_were_cut(
     losses = []
     for name in ("none", "cosine"):
         race = Race(budget(), **(SMALL | {"preparations": (name,)}))
-        _, record = raced(tmp_path / name, race=race)
+        _, record = raced(tmp_path / name, race=race, args=FEW)
         losses.append([run.loss for run in record.runs])
     assert losses[0] == losses[1]
-    _, record = raced(tmp_path / "further", race=Race(budget(), **(SMALL | {"preparations": ("none", "cosine")})))
+    both = Race(budget(), **(SMALL | {"preparations": ("none", "cosine")}))
+    _, record = raced(tmp_path / "further", race=both, args=FEW)
     assert [math.isnan(run.loss) for run in record.runs if record.entrant(run.entrant).preparation == "cosine"] == [
         True
     ]
-
-
-def test_a_race_gives_the_same_again(tmp_path: Path) -> None:
-    runs = [raced(tmp_path / name) for name in "ab"]
-    assert_same_state(runs[0][0].state_dict(), runs[1][0].state_dict())
-    losses = [[(run.entrant, run.rung, run.loss) for run in record.runs] for _, record in runs]
-    assert losses[0] == losses[1]
 
 
 class KilledError(Exception):
     pass
 
 
-@pytest.fixture(scope="module", params=["continued", "anew"])
-def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Race, Any, Any]:
-    """A race, and what comes of it."""
-    race = Race(budget(), onward=request.param, share=0.2, **SMALL)
-    return race, *raced(tmp_path_factory.mktemp("whole"), race=race, args=HALF)
-
-
-@pytest.mark.parametrize(("killed_at", "written"), [(0, True), (2, False), (4, True), (5, False)])
-def test_a_killed_race_loses_one_run(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    undisturbed: tuple[Race, Any, Any],
-    killed_at: int,
-    written: bool,
+def test_a_race_gives_the_same_again_and_loses_one_run_when_it_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Whole
 ) -> None:
-    race, whole, record = undisturbed
-    write = RaceRecord.write
+    write, runs = RaceRecord.write, [replace(run, seconds=0) for run in whole.record.runs]
+    for killed_at, written in ((0, True), (2, False), (4, True), (5, False)):
 
-    def killed(self: RaceRecord) -> None:
-        """Before or after the record of a run is there; the weights that it left are."""
-        if written:
+        def killed(self: RaceRecord, killed_at: int = killed_at, written: bool = written) -> None:
+            """Before or after the record of a run is there; the weights that it left are."""
+            if written:
+                write(self)
+            if len(self.runs) == killed_at:
+                raise KilledError
             write(self)
-        if len(self.runs) == killed_at:
-            raise KilledError
-        write(self)
 
-    monkeypatch.setattr(RaceRecord, "write", killed)
-    with pytest.raises(KilledError):
-        raced(tmp_path / "killed", race=race, args=HALF)
+        monkeypatch.setattr(RaceRecord, "write", killed)
+        with pytest.raises(KilledError):
+            raced(tmp_path, race=whole.race)
+        kept = json.loads((tmp_path / "race" / "race.json").read_text())["runs"]
+        assert len(kept) == killed_at - (not written)
+        assert [run["loss"] for run in kept] == [run.loss for run in runs[: len(kept)]]
     monkeypatch.setattr(RaceRecord, "write", write)
-    again, resumed = raced(tmp_path / "killed", race=race, args=HALF)
-    assert [replace(run, seconds=0) for run in resumed.runs] == [replace(run, seconds=0) for run in record.runs]
-    assert_same_state(again.state_dict(), whole.state_dict())
-
-
-def test_the_steps_of_the_race_are_taken_off(tmp_path: Path) -> None:
-    seen = []
-
-    class Count(TrainerCallback):
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            seen.append(state.global_step)
-
-    _, record = raced(tmp_path, callbacks=[Count()])
-    assert record.share == 0.25  # of a step: 1 example instead of 4
-    assert seen == [40 - -(-sum(run.steps for run in record.runs) // 4)]
-    with pytest.raises(HawAdaError, match="leaves nothing"):
-        raced(tmp_path / "long", race=Race(budget(), **(SMALL | {"steps": 40})))
+    again, resumed = raced(tmp_path, race=whole.race)
+    assert [replace(run, seconds=0) for run in resumed.runs] == runs
+    assert_same_state(again.state_dict(), whole.slim.state_dict())
 
 
 def test_the_plan_of_trained_gates_enters_with_its_folded_weights(tmp_path: Path) -> None:
@@ -191,7 +204,7 @@ def test_gates_without_a_plan_are_taken_off(tmp_path: Path) -> None:
 
 def test_lora_races_too(tmp_path: Path) -> None:
     lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
-    slim, record = raced(tmp_path, lora=lora)
+    slim, record = raced(tmp_path, lora=lora, args=FEW)
     assert slim.num_parameters() <= budget().max_parameters
     assert not any("lora" in name for name in slim.state_dict())
     assert record.best is not None

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build, gate, inputs_of, scattered_plan
+from conftest import KINDS, ROWS, STANDS_FOR, build, gate, inputs_of, scattered_plan
 from families import FURTHER, INPUTS
 
 from hawada_peft import Shape, save_slim
 from hawada_peft.vanilla.family import FAMILIES, locate
 from hawada_peft.vanilla.outputs import outputs_of
 
+ALONE = FURTHER | {name: row for name, row in ROWS.items() if row.like}
+"""Families on which not everything is tried."""
 WIDE = [name for name in FURTHER if FAMILIES[name].hidden_norms]
 
 
@@ -27,9 +29,15 @@ def largest(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -
     return max(float((found[name] - each).abs().max()) for name, each in expected.items()) / scale
 
 
-@pytest.mark.parametrize("name", FURTHER)
+def test_each_row_stands_for_something_or_is_like_one_that_does() -> None:
+    rows = ROWS | KINDS
+    assert STANDS_FOR.keys() == {name for name, row in rows.items() if not row.like}
+    assert {row.like for row in rows.values()} <= {"", *STANDS_FOR}
+
+
+@pytest.mark.parametrize("name", ALONE)
 def test_a_family_that_is_a_row_slims_exactly(name: str, tmp_path: Path) -> None:
-    row = FURTHER[name]
+    row = ALONE[name]
     model = gate(build(row, torch.float64))
     inputs = example_of(name, model)
     dense = outputs_of(model, inputs)

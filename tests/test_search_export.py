@@ -404,9 +404,10 @@ def test_trained_gates_are_ranked_by_their_values() -> None:
     by_value = model.plan(replace(shape, num_hidden_layers=4))
     assert all(by_value.channels[layer] == channels for layer, channels in kept.items())
     assert seen == [
-        "step 1 of 3: dropping layers",
-        "step 2 of 3: judging widths",
-        "step 3 of 3: building and timing shapes",
+        "step 1 of 4: asking the dense model",
+        "step 2 of 4: dropping layers",
+        "step 3 of 4: judging shapes",
+        "step 4 of 4: building and timing shapes",
     ]
 
 

@@ -20,6 +20,9 @@ from ..vanilla.mode import evaluating
 from ..vanilla.outputs import get_student_logits
 from .marks import stream_norms
 
+MOMENTS = "moments of the stream"
+"""What it is shown as."""
+
 ENTRIES = 2**23
 """Entries of all second moments of one kind together; sites are summed to groups of neighbours above that."""
 
@@ -62,7 +65,7 @@ def collect_moments(
     device, dtype = kind_of(model)
     sums = [torch.zeros(groups, size, size, device=device, dtype=dtype) for _ in range(2)]
     generator, positions = torch.Generator().manual_seed(seed), 0
-    for batch in progress_bar(progress, iterable=batches, desc="moments of the stream", leave=False):
+    for batch in progress_bar(progress, iterable=batches, desc=MOMENTS, leave=False):
         check_batch(model, batch)
         inputs = without_labels(batch, device)
         found: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -9,6 +9,9 @@ from ..progress import Progress, progress_bar
 STEPS = 60
 RATE = 2e-3
 
+REFINING = "refining the basis"
+"""What it is shown as."""
+
 
 def principal_directions(moments: torch.Tensor) -> torch.Tensor:
     """
@@ -68,7 +71,7 @@ def refined(
     first, last = max(1, units // 4), max(2, units - max(1, units // 16))
     free = torch.eye(units, dtype=start.dtype, device=start.device).requires_grad_()
     optimizer = torch.optim.Adam([free], lr=rate)
-    for _ in progress_bar(progress, iterable=range(steps), desc="refining the basis", leave=False):
+    for _ in progress_bar(progress, iterable=range(steps), desc=REFINING, leave=False):
         with torch.enable_grad():
             rotation = _orthogonal(free)
         optimizer.zero_grad()

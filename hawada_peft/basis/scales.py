@@ -14,6 +14,9 @@ from ..vanilla.batches import Batch, without_labels
 from ..vanilla.family import Layout
 from .moments import counted, kind_of, watching
 
+FACTORS = "factors of the norms"
+"""What it is shown as."""
+
 PART = 4
 """One in so many calibration batches is used: there is one number to fit for each norm."""
 
@@ -54,7 +57,7 @@ def fit_scales(
     directions = vectors - vectors.mean(0) if centred else vectors
     products, squares = torch.zeros(2, len(WIDTHS), len(layout.norms), device=device, dtype=dtype)
     positions = 0
-    for batch in progress_bar(progress, iterable=batches[::PART], desc="factors of the norms", leave=False):
+    for batch in progress_bar(progress, iterable=batches[::PART], desc=FACTORS, leave=False):
         if positions >= ENOUGH:
             break
         inputs = without_labels(batch, device)

@@ -42,7 +42,7 @@ from ..race.record import NAME, Entrant, RaceRecord
 from ..refit.fidelity import divergence
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch
-from ..vanilla.family import locate
+from ..vanilla.family import Layout, locate
 
 logger = logging.getLogger(__name__)
 
@@ -110,12 +110,17 @@ class RacedRecovery:
         return first_of(self.fitted, self.dense.main_input_name)
 
     @cached_property
+    def layout(self) -> Layout:
+        """The dense model's."""
+        return locate(self.dense)
+
+    @cached_property
     def basis(self) -> Basis | None:
         """Of the residual stream, the gates' or the first process's; None where it cannot be cut along directions."""
         if self.gated is not None or not self.race.rotate:
             return self.gated
         try:
-            check_exact(locate(self.dense))
+            check_exact(self.layout)
             return in_main_process(lambda: find_basis(self.dense, self.judged))
         except HawAdaError as error:
             logger.info("no plan cuts the residual stream along directions: %s", error)
@@ -266,7 +271,8 @@ class RacedRecovery:
         """The slim model of an entrant, as it was cut."""
         if self.start is not None and entrant.source == GIVEN:
             return copy.deepcopy(self.start).to(self.args.device)  # type: ignore[arg-type]
-        return slim(self.dense, entrant.plan, turn=plan_turn(self.dense, entrant.plan, self.basis))
+        turn = plan_turn(self.dense, entrant.plan, self.basis)
+        return slim(self.dense, entrant.plan, turn=turn, layout=self.layout)
 
     def _prepared(self, entrant: Entrant) -> PreTrainedModel:
         model, turn = self._built(entrant), plan_turn(self.dense, entrant.plan, self.basis)

@@ -139,7 +139,10 @@ def roundings(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterator[Par
         yield table(
             "What the search could choose from.",
             ("size", "chosen", "out of"),
-            ((SIZES[name], number(sizes["shape"][name], ","), why) for name, why in search["steps"].items()),
+            (
+                (SIZES[name], number(sizes["shape"].get(name, facts.report["model"].get(name)), ","), why)
+                for name, why in search["steps"].items()
+            ),
         )
     if search["limit_ms"] is not None:
         yield text(

@@ -2,8 +2,10 @@
 
 from .importance import gate_importance
 from .plan import Plan
+from .router_weighted import expert_outputs
 
 __all__ = [
     "Plan",
+    "expert_outputs",
     "gate_importance",
 ]

@@ -80,7 +80,7 @@ class Judge:
             Schulman, "Approximating KL Divergence" (2020), the first estimator.
         """
         if plan not in self._losses:
-            small = slim(self.dense, plan, turn=self.turn(plan)).eval()
+            small = slim(self.dense, plan, turn=self.turn(plan), layout=self.layout).eval()
             drawn = isinstance(self.head, Classes)
             self._losses[plan] = self._drawn(small) if drawn else self._expected.divergence(small, of_this_rank)[1]
         return self._losses[plan]

@@ -14,6 +14,9 @@ from peft import PeftModel
 
 from .. import __version__
 from ..basis.basis import rows_untied
+from ..basis.moments import MOMENTS
+from ..basis.refine import REFINING
+from ..basis.scales import FACTORS
 from ..errors import HawAdaError
 from ..files.kept import Kept, digest_of_tensors
 from ..gates.reading import are_fresh
@@ -26,8 +29,8 @@ from ..planning.importance import gate_importance
 from ..progress import Progress, in_steps, progress_bar
 from ..vanilla.batches import Batch, check_batch
 from ..vanilla.family import HIDDEN, locate
-from .directions import Found, with_directions
-from .masked import DEPTH, WIDTHS_OF, MaskedQuality
+from .directions import Found, may_add_directions, with_directions
+from .masked import ASKED, DEPTH, JUDGED_SHAPES, MaskedQuality
 from .refitted import REFITS, RefittedQuality, obstacle
 from .result import SearchResult
 from .rounds import search
@@ -150,8 +153,9 @@ def search_plan(
     if work is not None:
         asked = {"table": table, "hidden_sizes": hidden_sizes, "rotate": rotate, "refit": refit}
         kept = Kept(work, _all_that_counts(model, budget, calibration, effort) | asked)
-    steps = [TABLE] * (table is None) + [IMPORTANCE] * are_fresh(model)
-    progress = in_steps(progress, [*steps, DEPTH, *[REFITS] * refit, WIDTHS_OF, TIMING])
+    steps = [TABLE] * (table is None) + [MOMENTS, REFINING, FACTORS] * may_add_directions(model, rotate)
+    steps += [IMPORTANCE] * are_fresh(model)
+    progress = in_steps(progress, [*steps, ASKED, DEPTH, *[REFITS] * refit, JUDGED_SHAPES, TIMING])
     table = table_of(model, regime, effort, progress=progress, kept=kept) if table is None else table
     table.check(regime=regime, base_sizes=locate(base).base_sizes(), device_name=effort.clock.device_name(regime))
 

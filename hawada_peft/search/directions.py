@@ -134,6 +134,14 @@ def add_directions(
     return Directions(added=name)
 
 
+def may_add_directions(model: PeftModel, rotate: bool | None) -> bool:
+    """Whether `add_directions` will look for a basis; what then forbids one is found on the way."""
+    base, (name, *more) = model.get_base_model(), model.active_adapters
+    if rotate is False or more or model.peft_config[name].to_dict()["base_sizes"] is None:
+        return False
+    return hidden_gate(base, locate(base), name) is None
+
+
 def _find(model: PeftModel, calibration: Sequence[Batch], progress: Progress | None, kept: Kept) -> None:
     """`init_basis`, or the basis that is kept."""
 

@@ -42,7 +42,7 @@ RANKED = 2048
 """Predictions by which layers are ranked: further batches change the order hardly, and each costs as much again."""
 
 
-DEPTH, WIDTHS_OF = "dropping layers", "judging widths"
+ASKED, DEPTH, JUDGED_SHAPES = "asking the dense model", "dropping layers", "judging shapes"
 """What these are shown as."""
 
 WIDTHS = (0.75, 0.5, 0.25)
@@ -103,7 +103,8 @@ class MaskedQuality:
             raise InvalidPlanError(f"one adapter must be active, got {self.names}; see `model.set_adapter`")
         self.layout: Layout = self.tuner.layout_of(self.names)
         self.scores = unit_scores(model, self.layout, self.names, importance)
-        self.references = [Reference.of(model, batch, index) for index, batch in enumerate(batches)]
+        watched = progress_bar(progress, iterable=batches, desc=ASKED, unit="batch", leave=False)
+        self.references = [Reference.of(model, batch, index) for index, batch in enumerate(watched)]
         self.measured: dict[Plan, float] = {}
         ranking = first_of(self.references, RANKED)
         left = torch.tensor([len(self.references) - len(ranking)], device=self.references[0].mask.device)
@@ -138,7 +139,13 @@ class MaskedQuality:
 
     def evaluate(self, shape: Shape) -> float:
         """The measured loss of a shape before any recovery, in what `meaning` says."""
-        return self.loss(self.plan(shape))
+        with progress_bar(self._progress, total=1, desc=JUDGED_SHAPES, unit="shape", leave=False) as bar:
+            loss = self._judged(self.plan(shape))
+            bar.update(1)
+        return loss
+
+    def _judged(self, plan: Plan) -> float:
+        return self.loss(plan)
 
     def loss(self, plan: Plan) -> float:
         """The divergence of the masked model from the dense one on the calibration batches, for a plan."""
@@ -256,7 +263,7 @@ class MaskedQuality:
         dense = self.layout.dense.sizes()[field]
         values = np.array([getattr(shape, field) for shape in shapes])
         points: dict[float, float] = {}
-        for part in progress_bar(self._progress, iterable=WIDTHS, desc=WIDTHS_OF, leave=False):
+        for part in WIDTHS:
             at = int(np.argmin(np.abs(values - part * dense) + 1e-6 * cut / (cut.max() + 1e-30)))
             if values[at] < dense and cut[at] > 0:
                 points[float(cut[at])] = max(self.evaluate(shapes[at]), 1e-9)

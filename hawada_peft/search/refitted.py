@@ -22,7 +22,6 @@ from ..surgery.dense import dense_view
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch, main_input
 from ..vanilla.legality import check_legal
-from ..vanilla.shape import Shape
 from .masked import MaskedQuality, name_of
 from .reference import first_of
 
@@ -93,9 +92,8 @@ class RefittedQuality(MaskedQuality):
         part = "" if used == given else f", on the first {used} of {given} batches"
         return f"{super().meaning}{part}"
 
-    def evaluate(self, shape: Shape) -> float:
-        """The measured loss of a shape after reconstruction and before any training, in what `meaning` says."""
-        return self._refitted_loss(self.plan(shape))
+    def _judged(self, plan: Plan) -> float:
+        return self._refitted_loss(plan)
 
     def depth_losses(self, least: int) -> dict[int, float]:
         """The measured loss of dropping layers and nothing else, by how many remain: a few, and others in between."""

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None) -> Model:
+def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None, layout: Layout | None = None) -> Model:
     """
     Build the slim vanilla model of a plan. The dense model is left as it is and shares no memory with the result.
 
@@ -40,6 +40,8 @@ def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None) -> Model
         plan: what to keep of it.
         turn: new coordinates of the residual stream, as many as the plan keeps of its units (`basis.turn.Turn`); the
             kept channels themselves if left out.
+        layout (`Layout`, *optional*): the model's, where it is cut several times: what one cut finds out of the
+            model's class the next ones need not.
 
     Returns:
         A model of the same class in the same mode, all parameters trainable, as `from_pretrained` would give it.
@@ -61,7 +63,7 @@ def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None) -> Model
             "slim() takes a vanilla model, and this one has adapters in it: use `model.slim(plan=...)` or "
             "`merge_and_unload(plan=...)` of the PEFT model, or `unload()` first"
         )
-    layout = (locate if plan.hidden is None or plan.rotated else locate_stream)(model, plan.tower or None)
+    layout = _layout_of(model, plan, layout)
     check_loaded(model)
     check_unquantized(model)
     if plan.hidden is not None and plan.rotated != (turn is not None):
@@ -91,6 +93,13 @@ def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None) -> Model
         parameter.requires_grad_(True)
     logger.debug("%s: %d of %d parameters stay", plan, result.num_parameters(), model.num_parameters())
     return result.train(model.training)
+
+
+def _layout_of(model: PreTrainedModel, plan: Plan, known: Layout | None) -> Layout:
+    """What a plan cuts of a model: the layout that is known, where it is that."""
+    if plan.hidden is not None and not plan.rotated:
+        return locate_stream(model, plan.tower or None)
+    return known if known is not None and plan.tower in ("", known.tower) else locate(model, plan.tower or None)
 
 
 def check_exists(layout: Layout, plan: Plan, dense: Mapping[str, torch.Tensor]) -> dict[str, tuple[SliceRule, ...]]:

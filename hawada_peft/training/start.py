@@ -18,14 +18,17 @@ from peft import PeftModel
 from torch import nn
 
 from ..errors import HawAdaError
-from ..gates.adapter import UNITS
+from ..gates.adapter import EXPERT_UNITS, UNITS
 from ..gates.attach import collect_gates
 from ..gates.kinds import SigmoidGate
 from ..gates.reading import layers_of
 from ..gates.stream_basis import BasisGate
 from ..planning.importance import gate_importance
 from ..planning.plan import Plan
+from ..planning.router_weighted import expert_outputs
 from ..processes import Reduce, of_this_rank
+from ..progress import Progress, progress_bar
+from ..search.budgeted import IMPORTANCE
 from ..search.masked import MaskedQuality
 from ..search.timed import dense_model
 from ..vanilla.batches import Batch
@@ -47,12 +50,14 @@ def init_gates(
     importance: Mapping[str, torch.Tensor] | None = None,
     spread: float = SPREAD,
     reduce: Reduce = of_this_rank,
+    progress: Progress | None = None,
 ) -> None:
     """
     Start the gates in the order of their importance, close to where they start anyway.
 
     Heads and channels are ordered within their module, channels of the residual stream among each other, gates on
-    blocks and layers over the whole model. The least important gate of n gets `theta = start - spread * T`, the most
+    blocks and layers over the whole model; experts by what they add (`expert_outputs`), not by gradients. The least
+    important gate of n gets `theta = start - spread * T`, the most
     important `start + spread * T`, evenly in between.
 
     Args:
@@ -66,6 +71,7 @@ def init_gates(
         importance: of `gate_importance(model, batches)`, where it is known already; used if no layers go.
         spread: see above.
         reduce: sums over ranks; each has batches of its own then, and all get the same gates (`all_reduced`).
+        progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
 
     Raises:
         HawAdaError: on another criterion or spread, on both a shape and a plan, or as `gate_importance`.
@@ -81,12 +87,15 @@ def init_gates(
     batches = list(batches)
     gates = collect_gates(model)
     if plan is None:
-        dropped = _dropped(cast(PeftModel, model), batches, shape, reduce)
+        dropped = _dropped(cast(PeftModel, model), batches, shape, reduce, progress)
     else:
         dropped = [layer for layer in range(plan.dense.sizes()["num_hidden_layers"]) if layer not in plan.layers]
     without, places = _without(cast(PeftModel, model), dropped) if dropped else (None, {})
     if importance is None or dropped:
-        importance = gate_importance(model, batches, without, reduce=reduce)
+        watched = progress_bar(progress, iterable=batches, desc=IMPORTANCE, unit="batch", leave=False)
+        importance = gate_importance(model, watched, without, reduce=reduce)
+        if isinstance(model, PeftModel) and any(name.split(".")[-2] == EXPERT_UNITS for name in gates):
+            importance = {**importance, **expert_outputs(model, batches, reduce=reduce)}
     pooled: dict[str, list[tuple[SigmoidGate, torch.Tensor]]] = {}
     for name, value in importance.items():
         slot, adapter = name.split(".")[-2:]
@@ -125,13 +134,15 @@ def _check_aim(model: nn.Module, shape: Shape | None, plan: Plan | None) -> None
         check_layers(layout, plan.layers)
 
 
-def _dropped(model: PeftModel, batches: Sequence[Batch], shape: Shape | None, reduce: Reduce) -> list[int]:
+def _dropped(
+    model: PeftModel, batches: Sequence[Batch], shape: Shape | None, reduce: Reduce, progress: Progress | None
+) -> list[int]:
     """The layers to go at a shape, the cheapest first."""
     if shape is None or shape.num_hidden_layers is None:
         return []
     if shape.num_hidden_layers == locate(dense_model(model)).dense.sizes()["num_hidden_layers"]:
         return []
-    return MaskedQuality(model, batches, reduce=reduce).drop_order(shape.num_hidden_layers)
+    return MaskedQuality(model, batches, reduce=reduce, progress=progress).drop_order(shape.num_hidden_layers)
 
 
 def _without(model: PeftModel, dropped: Sequence[int]) -> tuple[Plan, dict[int, float]]:

@@ -30,6 +30,7 @@ from ..latency.effort import Effort
 from ..latency.table import LatencyTable
 from ..planning.plan import Plan
 from ..processes import all_reduced, in_main_process
+from ..progress import Progress
 from ..search.budgeted import search_plan
 from ..search.directions import Found, with_directions
 from ..search.result import SearchResult
@@ -148,13 +149,25 @@ class HawAdaTrainer(PhasedTrainer):
             self._goal, importance, plan = self._goal_of_budget(cast(LatencyBudget, self.budget), batches)
         if start:
             shape = self.goal.shape if plan is None else None
-            init_gates(self.gated, batches, shape=shape, plan=plan, importance=importance, reduce=all_reduced)
+            init_gates(
+                self.gated,
+                batches,
+                shape=shape,
+                plan=plan,
+                importance=importance,
+                reduce=all_reduced,
+                progress=self._bars(),
+            )
+
+    def _bars(self) -> Progress | None:
+        """What makes progress bars before the first step: in one process, on a terminal."""
+        return partial(tqdm, disable=None) if self.is_world_process_zero() and not self.args.disable_tqdm else None
 
     def _goal_of_budget(
         self, budget: LatencyBudget, batches: Sequence[Batch]
     ) -> tuple[Goal, Mapping[str, torch.Tensor] | None, Plan | None]:
         """The goal, and what a search for it has learnt: the importance of fresh gates, and its plan."""
-        progress = None if self.args.disable_tqdm else partial(tqdm, disable=None)
+        progress = self._bars()
 
         def find_shape() -> Found:
             return search_plan(
