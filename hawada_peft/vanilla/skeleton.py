@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import nullcontext
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers.models.auto import modeling_auto
 from ..errors import UnsupportedModelError
 
 DRAWS = ("uniform_", "normal_", "kaiming_uniform_")
-"""Names of what fills a tensor with random numbers: methods, torch's functions, and transformers' around them."""
+"""Names of functions that fill a tensor with random numbers, torch's and transformers' around them."""
 
 
 class Undrawn(TorchFunctionMode):
@@ -23,7 +24,8 @@ class Undrawn(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in DRAWS:
+        # Methods draw: what draws again until all is within bounds would never end.
+        if isinstance(func, FunctionType) and func.__name__ in DRAWS:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 
