@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ..errors import InvalidPlanError, UnsupportedModelError
 from ..planning.legal import check_plan
 from ..planning.plan import Plan
+from ..vanilla.family import Layout
 from ..vanilla.modules import check_loaded, check_unquantized
 from ..vanilla.resize import add_v4_rope_keys, origin_of, rename
 from ..vanilla.skeleton import build_empty
