@@ -147,7 +147,7 @@ def test_decode_is_one_token_on_a_filled_cache(
         for _ in range(3):
             outputs.append(runner.call().logits)
             runner.reset()
-        tokens = runner_module.make_inputs(llama, regime)
+        tokens = runner_module.make_inputs(llama, regime)["input_ids"]
         whole = llama(torch.cat([tokens, tokens[:, -1:]], dim=1)).logits[:, -1:]
     for output in outputs:
         torch.testing.assert_close(output, whole, rtol=1e-4, atol=1e-5)

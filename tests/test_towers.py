@@ -32,6 +32,7 @@ from hawada_peft import (
     verify_slim,
 )
 from hawada_peft.cli.program import app
+from hawada_peft.discovery.inputs import example_inputs
 from hawada_peft.errors import (
     HawAdaError,
     IncompatibleBaseError,
@@ -40,8 +41,8 @@ from hawada_peft.errors import (
     UnsupportedModelError,
 )
 from hawada_peft.latency import Effort, Regime, ToyClock
-from hawada_peft.latency.runner import check_call
-from hawada_peft.search.timed import measure_table
+from hawada_peft.latency.runner import check_call, prepare
+from hawada_peft.search.timed import measure_table, regime_of, table_sizes
 from hawada_peft.vanilla.batches import Batch
 from hawada_peft.vanilla.family import locate, locate_all
 from hawada_peft.vanilla.outputs import output_of, outputs_of
@@ -242,17 +243,12 @@ def test_a_wrong_tower_is_refused(towers: Any, facts: str) -> None:
         get_peft_model(build(CASES["llava text"][0]), HawAdaConfig(towers=towers))
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("llava vision", "is timed on its input_ids alone, and 'vision_config' sees pixel_values"),
-        ("clip text", r"is timed on its input_ids alone, and needs \['pixel_values'\] as well"),
-    ],
-)
-def test_a_budget_for_a_tower_that_the_timing_does_not_reach_is_refused_before_the_work(name: str, said: str) -> None:
-    row, tower = CASES[name]
+def test_a_budget_for_a_tower_that_the_timing_does_not_reach_is_refused_before_the_work() -> None:
+    row, tower = CASES["llava vision"]
     model = get_peft_model(build(row), HawAdaConfig(towers=(tower,)))
-    with pytest.raises(InvalidRegimeError, match=said):
+    with pytest.raises(
+        InvalidRegimeError, match="timed on its input_ids alone, and 'vision_config' sees pixel_values"
+    ):
         find_plan(
             model, LatencyBudget(speedup=1.5, seq_len=16), [example_of(row)], effort=Effort.quick(clock=ToyClock())
         )
@@ -268,12 +264,86 @@ def test_a_budget_for_a_language_model_inside_another_is_met() -> None:
     assert found.speedup >= 1.5
 
 
-@pytest.mark.parametrize("name", ["whisper", "t5"])
-def test_a_budget_for_two_lengths_is_refused(name: str) -> None:
+@pytest.mark.parametrize("name", ["whisper", "wav2vec2"])
+def test_a_budget_for_sound_is_refused(name: str) -> None:
     kind = ZOO[name]
     model = kind.model_class(kind.make_config())
-    with pytest.raises(InvalidRegimeError, match="give the sizes that are to stay, as a Shape"):
+    with pytest.raises(
+        InvalidRegimeError, match=r"takes input_\w+, and .* give the sizes that are to stay, as a Shape"
+    ):
         check_call(model, Regime(seq_len=8))
+
+
+# ------------------------------------------------------------------ timed on all that a model takes
+
+BART = TOKENS | {
+    "d_model": 64, "encoder_layers": 4, "decoder_layers": 4,
+    "encoder_attention_heads": 8, "decoder_attention_heads": 8, "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96, "forced_eos_token_id": None,
+}  # fmt: skip
+WHOLE = {
+    "clip": Row("CLIPModel", "CLIPConfig", CLIP, THIN),
+    "bart": Row("BartForConditionalGeneration", "BartConfig", BART, THIN),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "tower"), [("clip", "text_config"), ("clip", "vision_config"), ("bart", "encoder"), ("bart", "decoder")]
+)
+def test_a_budget_for_a_part_of_a_whole_call_is_met(name: str, tower: str) -> None:
+    row = WHOLE[name]
+    base = build(row)
+    inputs = example_inputs(base, rows=4, length=12)
+    model = get_peft_model(base, HawAdaConfig(towers=(tower,)))
+    budget, effort = LatencyBudget(speedup=1.2, batch_size=2, seq_len=12), Effort.quick(clock=ToyClock())
+    assert regime_of(model, budget).mode == "forward"
+    found = find_plan(model, budget, [inputs], effort=effort)
+    assert found.plan is not None
+    assert found.plan.tower == tower
+    assert found.speedup >= 1.2
+    model.apply_plan(found.plan)
+    masked = outputs_of(model, inputs)
+    small = model.merge_and_unload(inputs=inputs)
+    got = outputs_of(small, inputs)
+    assert max(difference(got[key], masked[key]) for key in masked) <= 1e-4
+    assert locate(small).dense == found.plan.shape != locate(build(row), tower).dense
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_call_is_of_the_sizes_that_were_asked_for(name: str) -> None:
+    model = build(WHOLE[name])
+    seen: list[dict[str, Any]] = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    prepare(model, Regime(batch_size=3, seq_len=10)).call()
+    assert seen[0]["input_ids"].shape == (3, 10)
+    beside = {"clip": ("pixel_values", (3, 3, 16, 16)), "bart": ("decoder_input_ids", (3, 5))}[name]
+    assert seen[0][beside[0]].shape == beside[1]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"seq_len": 8, "mode": "prefill"}, "by a whole forward pass: mode must be 'forward', got 'prefill'"),
+        ({"seq_len": 4096}, r"has \d+ positions, the regime needs 4096: ask for fewer tokens"),
+        ({"seq_len": 8, "image_size": 32}, "images of its config's size: leave image_size out"),
+        ({}, "takes tokens: the regime needs seq_len"),
+    ],
+)
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_call_of_other_sizes_is_refused(name: str, asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidRegimeError, match=said):
+        check_call(build(WHOLE[name]), Regime(**asked))
+
+
+def test_a_table_of_a_tower_is_none_beside_another_one() -> None:
+    row = WHOLE["clip"]
+    wide, narrow = (
+        get_peft_model(build(each), HawAdaConfig(towers=("text_config",)))
+        for each in (row, replace(row, fields=CLIP | {"vision_config": EYES | {"intermediate_size": 40}}))
+    )
+    sizes = [table_sizes(each.get_base_model()) for each in (wide, narrow)]
+    assert sizes[0] != sizes[1]
+    assert sizes[0] == table_sizes(get_peft_model(build(row), HawAdaConfig(towers=("text_config",))).get_base_model())
 
 
 # ------------------------------------------------------------------ several towers in one plan

@@ -21,6 +21,9 @@ from ..errors import BadDataError
 TOKEN = re.compile(r"token_(id|index)$")
 """Names of config fields that hold a special token."""
 
+MAIN_INPUTS = ("input_ids", "pixel_values", "input_values", "input_features")
+"""What models are about, as transformers calls it."""
+
 IMAGE_SIDE, SAMPLES_PER_FRAME, FRAMES = 224, 320, 24
 """Where the config does not say: pixels along a side, samples of a waveform per frame; frames of an example."""
 
@@ -50,6 +53,12 @@ def example_inputs(
         BadDataError: if it needs an argument that cannot be guessed, naming it.
     """
     return Drawn(model, rows, length, dict(given or {})).everything()
+
+
+def main_inputs(model: PreTrainedModel) -> set[str]:
+    """Which of `MAIN_INPUTS` a call of a model needs, its weights wherever they are."""
+    drawn = Drawn(model, 1, 1, {})
+    return {name for name in MAIN_INPUTS if name in drawn.parameters and drawn.takes(name)}
 
 
 def configs_of(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:

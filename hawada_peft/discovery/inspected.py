@@ -172,7 +172,7 @@ def _key(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> str:
     """Of all that is found depends on."""
     told = {
         "class": f"{model_class.__module__}.{model_class.__qualname__}",
-        "config": _sizes(config.to_dict()),
+        "config": sizes_of(config.to_dict()),
         "version": VERSION,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -180,9 +180,10 @@ def _key(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _sizes(tree: dict[str, Any]) -> dict[str, Any]:
+def sizes_of(tree: dict[str, Any]) -> dict[str, Any]:
+    """A config without what nothing depends on."""
     return {
-        name: _sizes(value) if isinstance(value, dict) else value
+        name: sizes_of(value) if isinstance(value, dict) else value
         for name, value in tree.items()
         if name not in NO_SIZES
     }

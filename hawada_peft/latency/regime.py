@@ -41,13 +41,15 @@ class Conditions:
             it is `"generate"` where `prompt` and `output` are given, else `"prefill"` for models that generate and
             `"forward"` for others.
         batch_size (`int`): rows.
-        seq_len (`int`, *optional*): tokens per row; left out for images and where `prompt` and `output` are given.
+        seq_len (`int`, *optional*): tokens per row, of a decoder that reads an encoder half as many; left out for
+            images and where `prompt` and `output` are given.
         prompt (`int`, *optional*): tokens of the prompt, per row.
         output (`int`, *optional*): tokens of the answer, per row; at least 2, the first of which the prefill gives.
         static_cache (`int`, *optional*): tokens per row that a KV cache of fixed size holds: every step of decode
             attends to all of them. Left out, the cache grows with what is in it under `"eager"`, and is of just the
             size that is needed elsewhere.
-        image_size (`int`, *optional*): pixels along each side; the config's size if left out.
+        image_size (`int`, *optional*): pixels along each side; the config's size if left out, and always where a model
+            takes texts as well.
         dtype (`str`, *optional*): of weights and activations; the model's if left out.
         backend (`str`): `"eager"`, `"compile"` (`torch.compile`) or `"cuda_graph"` (captured and replayed: no launch
             overhead).

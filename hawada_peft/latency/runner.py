@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from ..discovery.inputs import field_of
+from ..discovery.inputs import Drawn, example_inputs, field_of, main_inputs
 from ..errors import InvalidRegimeError
 from ..vanilla.family import locate
 from .regime import Regime
@@ -36,7 +36,7 @@ class Runner:
 
 
 TIMED_INPUTS = ("pixel_values", "input_ids")
-"""What a regime says the size of."""
+"""What a regime says the sizes of."""
 
 
 def check_call(model: nn.Module, regime: Regime) -> PreTrainedModel:
@@ -52,29 +52,60 @@ def check_call(model: nn.Module, regime: Regime) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise InvalidRegimeError(f"only transformers models can be timed by regime, got {type(model).__name__}")
     name, problems = type(model).__name__, []
-    if regime.mode != "forward" and not model.can_generate():
-        problems.append(f"{name} does not generate; mode {regime.mode!r} needs that: use 'forward'")
-    if model.main_input_name not in TIMED_INPUTS or model.config.is_encoder_decoder:
-        takes = "two texts" if model.main_input_name == "input_ids" else model.main_input_name
+    if unknown := sorted(_needed(model) - set(TIMED_INPUTS)):
         problems.append(
-            f"{name} takes {takes}, and a regime says the sizes of images or of one text: give the sizes that are to "
-            "stay, as a Shape, instead of a budget"
+            f"{name} takes {', '.join(unknown)}, and a regime says the sizes of images and of texts: give the sizes "
+            "that are to stay, as a Shape, instead of a budget"
         )
+    elif takes_several(model):
+        problems += _problems_of_several(model, regime)
+    elif regime.mode != "forward" and not model.can_generate():
+        problems.append(f"{name} does not generate; mode {regime.mode!r} needs that: use 'forward'")
     elif model.main_input_name == "pixel_values":
         if regime.seq_len is not None:
             problems.append(f"{name} takes images: leave seq_len out (got {regime.seq_len}), or give image_size")
     elif regime.image_size is not None:
         problems.append(f"{name} takes tokens: leave image_size out (got {regime.image_size}), and give seq_len")
-    elif regime.length is None:
-        problems.append(f"{name} takes tokens: the regime needs seq_len, or prompt and output")
     else:
-        needed = regime.length + (regime.mode == "decode")
-        limit = getattr(model.config, "max_position_embeddings", None)
-        if limit is not None and needed > limit:
-            problems.append(f"{name} has {limit} positions, the regime needs {needed}: ask for fewer tokens")
+        problems += _problems_of_tokens(model, regime)
     if problems:
         raise InvalidRegimeError("\n".join(problems))
     return model
+
+
+def takes_several(model: PreTrainedModel) -> bool:
+    """Whether one text or image does not make a call: of an encoder-decoder, a dual encoder."""
+    return bool(model.config.is_encoder_decoder) or len(_needed(model)) > 1
+
+
+def _needed(model: PreTrainedModel) -> set[str]:
+    # Without their other inputs, models that generate run on text alone.
+    alone = model.can_generate() and not model.config.is_encoder_decoder
+    return {model.main_input_name} | (set() if alone else main_inputs(model))
+
+
+def _problems_of_several(model: PreTrainedModel, regime: Regime) -> list[str]:
+    name, problems = type(model).__name__, []
+    if regime.mode != "forward":
+        problems.append(f"{name} is timed by a whole forward pass: mode must be 'forward', got {regime.mode!r}")
+    if regime.image_size is not None:
+        problems.append(f"{name} is timed on images of its config's size: leave image_size out")
+    if Drawn(model, regime.batch_size, 1, {}).rows != regime.batch_size:
+        problems.append(
+            f"{name} has no padding token, and takes one row: batch_size must be 1, got {regime.batch_size}"
+        )
+    return [*problems, *_problems_of_tokens(model, regime)]
+
+
+def _problems_of_tokens(model: PreTrainedModel, regime: Regime) -> list[str]:
+    name = type(model).__name__
+    if regime.length is None:
+        return [f"{name} takes tokens: the regime needs seq_len, or prompt and output"]
+    needed = regime.length + (regime.mode == "decode")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and needed > limit:
+        return [f"{name} has {limit} positions, the regime needs {needed}: ask for fewer tokens"]
+    return []
 
 
 def check_memory(model: PreTrainedModel, regime: Regime) -> None:
@@ -143,30 +174,37 @@ def prepare(model: nn.Module, regime: Regime) -> Runner:
         return _capture(runner, torch.device(regime.device)) if regime.backend == "cuda_graph" else runner
 
 
-def make_inputs(model: PreTrainedModel, regime: Regime) -> torch.Tensor:
+def make_inputs(model: PreTrainedModel, regime: Regime) -> dict[str, torch.Tensor]:
     """
-    Random input of the regime's size, the same at every call.
+    Random inputs of the regime's size, the same at every call.
 
     Returns:
-        (batch, channels, size, size) of the regime's dtype for a vision model, else token ids (batch, seq).
-
+        By name: (batch, channels, size, size) of the regime's dtype for a vision model, else token ids (batch, seq);
+        for a model that takes several, all that `example_inputs` draws: each text of `seq_len` tokens, a decoder's of
+        half as many, images of the config's size.
     """
+    if takes_several(model):
+        return example_inputs(model, rows=regime.batch_size, length=cast(int, regime.seq_len))
     generator = torch.Generator().manual_seed(0)
     if model.main_input_name == "pixel_values":
         size = regime.image_size or field_of(model.config, "image_size")
         pixels = (regime.batch_size, field_of(model.config, "num_channels"), size, size)
-        return torch.randn(pixels, generator=generator).to(device=regime.device, dtype=regime.torch_dtype)
-    shape = (regime.batch_size, cast(int, regime.seq_len))
-    return torch.randint(model.config.get_text_config().vocab_size, shape, generator=generator).to(regime.device)
+        drawn = torch.randn(pixels, generator=generator).to(device=regime.device, dtype=regime.torch_dtype)
+    else:
+        shape = (regime.batch_size, cast(int, regime.seq_len))
+        vocabulary = model.config.get_text_config().vocab_size
+        drawn = torch.randint(vocabulary, shape, generator=generator).to(regime.device)
+    return {model.main_input_name: drawn}
 
 
-def _forward(model: PreTrainedModel, regime: Regime, inputs: torch.Tensor) -> Runner:
+def _forward(model: PreTrainedModel, regime: Regime, inputs: dict[str, torch.Tensor]) -> Runner:
     options = {"use_cache": False} if model.can_generate() else {}
     run = _compiled(model, regime)
-    return Runner(call=lambda: run(**{model.main_input_name: inputs}, **options), reset=_nothing)
+    return Runner(call=lambda: run(**inputs, **options), reset=_nothing)
 
 
-def _prefill(model: PreTrainedModel, regime: Regime, inputs: torch.Tensor) -> Runner:
+def _prefill(model: PreTrainedModel, regime: Regime, given: dict[str, torch.Tensor]) -> Runner:
+    inputs = given["input_ids"]
     run, options = _compiled(model, regime), _last_logits(model)
     if regime.static_cache is None:
         return Runner(call=lambda: run(input_ids=inputs, use_cache=True, **options), reset=_nothing)
@@ -181,7 +219,8 @@ def _prefill(model: PreTrainedModel, regime: Regime, inputs: torch.Tensor) -> Ru
     return call
 
 
-def _decode(model: PreTrainedModel, regime: Regime, inputs: torch.Tensor) -> Runner:
+def _decode(model: PreTrainedModel, regime: Regime, given: dict[str, torch.Tensor]) -> Runner:
+    inputs = given["input_ids"]
     filled, options = inputs.shape[1], _last_logits(model)
     run, token = _compiled(model, regime), inputs[:, -1:].clone()
     if regime.backend == "eager" and regime.static_cache is None:

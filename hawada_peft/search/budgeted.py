@@ -37,7 +37,7 @@ from .result import SearchResult
 from .rounds import search
 from .space import SearchSpace, narrower_sizes, search_space
 from .state import SearchState
-from .timed import TIMING, Timer, check_regime, dense_model, regime_of, table_of
+from .timed import TIMING, Timer, check_regime, dense_model, regime_of, table_of, table_sizes
 from .worthwhile import worthwhile_sizes
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ def search_plan(
     steps += [IMPORTANCE] * are_fresh(model)
     progress = in_steps(progress, [*steps, ASKED, DEPTH, *[REFITS] * refit, JUDGED_SHAPES, TIMING])
     table = table_of(model, regime, effort, progress=progress, kept=kept) if table is None else table
-    table.check(regime=regime, base_sizes=locate(base).base_sizes(), device_name=effort.clock.device_name(regime))
+    table.check(regime=regime, base_sizes=table_sizes(base), device_name=effort.clock.device_name(regime))
 
     def search_all() -> Found:
         return _search(model, budget, calibration, table, hidden_sizes, refit, effort, progress, kept)

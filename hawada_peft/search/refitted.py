@@ -21,6 +21,7 @@ from ..refit.reconstruction import refit_model
 from ..surgery.dense import dense_view
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch, main_input
+from ..vanilla.family import locate
 from ..vanilla.legality import check_legal
 from .masked import MaskedQuality, name_of
 from .reference import first_of
@@ -144,6 +145,10 @@ def obstacle(model: PeftModel, batches: Sequence[Batch]) -> str:
         return "what LoRA has learned is not in the dense weights"
     if not all(parameter.is_floating_point() for parameter in model.parameters()):
         return "quantized weights cannot be sliced"
+    layout = locate(model.get_base_model())
+    layers = range(layout.dense.sizes()["num_hidden_layers"])
+    if not all(layout.attention_out(layer) and layout.ffn_out(layer) for layer in layers):
+        return "the outputs of attention and FFN are not known, which are what is refitted"
     if len(batches) == 1 and len(main_input(model.get_base_model(), batches[0])) < 2:
         return "one row of calibration data is too little: none can be held out"
     return ""

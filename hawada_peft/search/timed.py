@@ -9,9 +9,9 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..discovery.inputs import example_inputs
+from ..discovery.inspected import sizes_of
 from ..errors import InvalidPlanError, InvalidRegimeError
-from ..files.kept import Kept
+from ..files.kept import Kept, digest_of_key
 from ..latency.budget import LatencyBudget
 from ..latency.build import build_table, random_shapes
 from ..latency.cache import cached_table, table_key
@@ -20,7 +20,7 @@ from ..latency.external import ExternalClock
 from ..latency.fit import mixed_table
 from ..latency.measuring import measure_built
 from ..latency.regime import Regime
-from ..latency.runner import check_call, check_memory
+from ..latency.runner import check_call, check_memory, takes_several
 from ..latency.table import LatencyTable, Realised
 from ..latency.timing import Timing, unsettled, warn_unsettled
 from ..progress import Progress
@@ -29,9 +29,6 @@ from ..vanilla.legality import check_legal, legal_head_shapes
 from ..vanilla.loading import checked_device
 from ..vanilla.shape import Shape
 from .timed_models import realiser
-
-MAIN_INPUTS = {"input_ids", "pixel_values", "input_values", "input_features"}
-"""What transformers' models call what they are about."""
 
 TIMING = "building and timing shapes"
 """What a search shows its timings as."""
@@ -83,7 +80,7 @@ def table_of(
     base = dense_model(model)
     check_regime(base, regime)
     layout = locate(base)
-    widest, base_sizes = layout.narrowed(hidden_size), layout.base_sizes()
+    widest, base_sizes = layout.narrowed(hidden_size), table_sizes(base)
     if widest.hidden_size is not None:
         check_legal(layout, widest)
         base_sizes |= widest.to_dict() | {"dense_hidden_size": layout.hidden_size}
@@ -121,6 +118,12 @@ def table_of(
     # An external clock sees whole answers as such.
     make = measured if len(parts) == 1 or isinstance(effort.clock, ExternalClock) else mixed
     return cached_table(make, table_key(regime, base_sizes, heads, effort), effort)
+
+
+def table_sizes(model: PreTrainedModel) -> dict[str, int | str]:
+    """What a model's table is for: its sizes; where a call runs all that it is made of, of the rest, too."""
+    sizes = locate(model).base_sizes()
+    return sizes | {"whole": digest_of_key(sizes_of(model.config.to_dict()))} if takes_several(model) else sizes
 
 
 class Timer:
@@ -173,7 +176,8 @@ class Timer:
 def regime_of(model: PreTrainedModel | PeftModel, budget: LatencyBudget) -> Regime:
     """The budget's regime, with what it leaves out taken from the model."""
     base = dense_model(model)
-    return budget.regime(generates=base.can_generate(), dtype=base.dtype, device=base.device)
+    generates = base.can_generate() and not takes_several(base)
+    return budget.regime(generates=generates, dtype=base.dtype, device=base.device)
 
 
 def check_regime(model: PreTrainedModel, regime: Regime) -> None:
@@ -200,20 +204,17 @@ def check_regime(model: PreTrainedModel, regime: Regime) -> None:
 
 
 def _check_tower(model: PreTrainedModel) -> None:
-    """A model of several towers is timed on its main input alone: the tower that is cut has to see it."""
+    """Where a model is timed on its main input alone, the tower that is cut has to see it."""
     layout, main = locate(model), model.main_input_name
-    if not layout.tower:
+    if not layout.tower or takes_several(model):
         return
     names = layout.stack.split(".")
     owners = (model.get_submodule(".".join(names[:end])) for end in range(len(names), -1, -1))
     tower = next(each for each in owners if isinstance(each, PreTrainedModel))
-    # Without their other inputs, models that generate run on text alone; the others do not run.
-    others = set() if model.can_generate() else set(example_inputs(model)) & MAIN_INPUTS - {main}
-    if others or tower.main_input_name != main:
+    if tower.main_input_name != main:
         raise InvalidRegimeError(
-            f"{type(model).__name__} is timed on its {main} alone, and "
-            + (f"needs {sorted(others)} as well" if others else f"{layout.tower!r} sees {tower.main_input_name}")
-            + ": give the sizes that are to stay, as a Shape, instead of a budget"
+            f"{type(model).__name__} is timed on its {main} alone, and {layout.tower!r} sees {tower.main_input_name}: "
+            "give the sizes that are to stay, as a Shape, instead of a budget"
         )
 
 

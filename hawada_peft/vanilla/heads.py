@@ -224,7 +224,8 @@ def prediction_of(output: Mapping[str, Any], model: nn.Module) -> torch.Tensor:
 
     Returns:
         `logits`; of a model that answers questions `start_logits` and `end_logits`, (batch, 2, seq); of one without a
-        head `last_hidden_state`. Images, as values without an axis of outputs, (batch, values, 1): the
+        head `last_hidden_state`; of a dual encoder `text_embeds` and `image_embeds`, (batch, 2, size). Images, as
+        values without an axis of outputs, (batch, values, 1): the
         `reconstruction` of masked ones, all `feature_maps` of a backbone.
 
     Raises:
@@ -236,11 +237,15 @@ def prediction_of(output: Mapping[str, Any], model: nn.Module) -> torch.Tensor:
         return torch.stack([output["start_logits"], output["end_logits"]], 1)
     if "last_hidden_state" in output:
         return output["last_hidden_state"]
+    pair = [output[name] for name in ("text_embeds", "image_embeds") if name in output]
+    if len(pair) == 2 and pair[0].shape == pair[1].shape:
+        return torch.stack(pair, 1)
     if "reconstruction" in output:
         return output["reconstruction"].flatten(1)[..., None]
     if "feature_maps" in output:
         return torch.cat([features.flatten(1) for features in output["feature_maps"]], 1)[..., None]
     raise UnsupportedModelError(
         f"{type(model).__name__} gives {sorted(output)}; to be compared with another it needs `logits`, "
-        "`start_logits` and `end_logits`, `last_hidden_state`, `reconstruction` or `feature_maps`"
+        "`start_logits` and `end_logits`, `last_hidden_state`, `text_embeds` with `image_embeds` of as many rows, "
+        "`reconstruction` or `feature_maps`"
     )
