@@ -383,7 +383,7 @@ def locate(model: nn.Module, tower: str | None = None) -> Layout:
     if held is not None:
         return _measured(model, held, "")
     towers = towers_of(model)
-    known = [each for each in towers if each.config.model_type in FAMILIES and wanted in (None, each.path)]
+    known = [each for each in _rows_in(model, towers) if wanted in (None, each.path)]
     if not known:
         return _discovered(model, towers, wanted)
     chosen = known[0] if not known[0].path or len(known) == 1 else max(known, key=lambda each: _weight(model, each))
@@ -391,8 +391,36 @@ def locate(model: nn.Module, tower: str | None = None) -> Layout:
     if chosen.path:
         # Of a row that is about whole models: who else reads the stream, and which class computes the same.
         family = replace(family, hidden_norms=(), final_norm="", stream_scales=(), twin="", twin_fields=())
-    stack = f"{chosen.root}.{family.layers}" if chosen.root else family.layers
-    return _measured(model, Part(chosen.path, chosen.path, stack, family), chosen.root)
+    return _measured(model, Part(chosen.path, chosen.path, _stack(chosen), family), chosen.root)
+
+
+def _stack(tower: Tower) -> str:
+    """The list of layers of a tower with a row, by its full dotted name."""
+    layers = FAMILIES[tower.config.model_type].layers
+    return f"{tower.root}.{layers}" if tower.root else layers
+
+
+def _rows_in(model: PreTrainedModel, towers: list[Tower]) -> list[Tower]:
+    """The towers that have a row, but those with layers of several kinds, of which a row is about one."""
+    return [each for each in towers if each.config.model_type in FAMILIES and _is_of_one_kind(model, each)]
+
+
+def _is_of_one_kind(model: PreTrainedModel, tower: Tower) -> bool:
+    """
+    Whether all layers have the ends of the row, or none of them has one, as where the row is wrong. Layers without the
+    experts of a row have another FFN: they are of another kind even where no layer has any.
+    """
+    family, stack = FAMILIES[tower.config.model_type], _stack(tower)
+    try:
+        layers = [{name for name, _ in layer.named_modules()} for layer in model.get_submodule(stack).children()]
+    except AttributeError:
+        return True  # the row is wrong, which is said where its modules are looked for
+    attention, ffn, router = (
+        sum(end in names for names in layers) for end in (family.attention_out, family.ffn_out, family.router)
+    )
+    some = range(1, len(layers))
+    dense = bool(family.router) and ffn == router == 0
+    return not (dense or attention in some or ffn in some or router in some)
 
 
 def locate_stream(model: nn.Module, tower: str | None = None) -> Layout:
@@ -477,14 +505,13 @@ def relocate(layout: Layout, model: PreTrainedModel) -> Layout:
 
 def tower_names(model: PreTrainedModel) -> list[str]:
     """The towers of a model that a row is known for; the empty name is the model's own."""
-    known = [each.path for each in towers_of(model) if each.config.model_type in FAMILIES]
+    known = [each.path for each in _rows_in(model, towers_of(model))]
     return known or [part.tower for find in FINDERS for part in find(model)]
 
 
 def _weight(model: PreTrainedModel, tower: Tower) -> int:
     """Parameters of a tower's layers."""
-    layers = FAMILIES[tower.config.model_type].layers
-    stack = find_module(model, f"{tower.root}.{layers}", tower.config.model_type)
+    stack = find_module(model, _stack(tower), tower.config.model_type)
     return sum(parameter.numel() for parameter in stack.parameters())
 
 
