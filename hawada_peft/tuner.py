@@ -50,9 +50,6 @@ from .surgery.readers import check_readers
 from .surgery.stream_masks import mask_readers, unmask
 from .vanilla.family import (
     FAMILIES,
-    FFN,
-    HEADS,
-    HIDDEN,
     TARGET_MODULES,
     Layout,
     base_sizes,
@@ -63,7 +60,7 @@ from .vanilla.family import (
     tower_names,
 )
 from .vanilla.modules import check_loaded, check_own_weights, check_unquantized, quantized_weight
-from .vanilla.shape import EXPERTS, KV_GROUPS
+from .vanilla.shape import EXPERTS, FFN, HEADS, HIDDEN, KV_GROUPS
 from .vanilla.skeleton import check_constructor
 
 logger = logging.getLogger(__name__)

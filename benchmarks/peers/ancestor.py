@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from hawada_peft.vanilla.family import HEADS, Layout, locate
+from hawada_peft.vanilla.family import Layout, locate
+from hawada_peft.vanilla.shape import HEADS
 
 from .criteria import best, best_heads, left, unlabelled
 from .peer import Batch, Peer, Prepared, Work

@@ -15,7 +15,8 @@ from ..gates.kinds import SigmoidGate
 from ..gates.placement import check_norms, share_hidden, stream_gate
 from ..gates.stream_basis import BasisGate
 from ..planning.plan import Plan
-from ..vanilla.family import HIDDEN, Layout, hidden_home, locate
+from ..vanilla.family import Layout, hidden_home, locate
+from ..vanilla.shape import HIDDEN
 from .basis import Basis
 from .marks import is_centred
 from .proof import check_exact

@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from ..discovery.inputs import example_inputs
 from ..errors import UnsupportedModelError
 from ..surgery.axes import find_axes
-from ..vanilla.family import HIDDEN, Layout, hidden_home, locate
+from ..vanilla.family import Layout, hidden_home, locate
+from ..vanilla.shape import HIDDEN
 from .tiny import tiny_copy
 
 WRITER, READER, READER_BIAS, NORM, NORM_BIAS, SCALE = "writer", "reader", "reader bias", "norm", "norm bias", "scale"

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from ..errors import InvalidPlanError, UnsupportedModelError
-from ..vanilla.family import FFN, HEADS, HIDDEN, Layout, find_module, hidden_home
+from ..vanilla.family import Layout, find_module, hidden_home
 from ..vanilla.legality import depth_of
 from ..vanilla.modules import feature_dim, feature_sizes
-from ..vanilla.shape import EXPERTS, KV_GROUPS
+from ..vanilla.shape import EXPERTS, FFN, HEADS, HIDDEN, KV_GROUPS
 from .adapter import BLOCK, EXPERT_UNITS, HIDDEN_UNITS, LAYER, UNITS, GateAdapter
 from .branches import branches_at, branches_of
 from .concrete import AttentionHeadAdapter, BlockAdapter, ChannelAdapter, ExpertsAdapter, RouterAdapter

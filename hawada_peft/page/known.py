@@ -14,7 +14,7 @@ from ..errors import HawAdaError
 from ..files.names import REPORT_NAME
 from ..planning.plan import Plan
 from ..training.history import HISTORY_FILE
-from ..vanilla.family import FFN, HEADS
+from ..vanilla.shape import FFN, HEADS
 
 NO_SEARCH = "Pass the file that `hawada plan` leaves beside the plan"
 AGREEMENT = "predictions that are the dense model's, in %"

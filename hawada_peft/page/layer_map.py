@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from ..planning.plan import Plan
-from ..vanilla.family import FFN, HEADS
+from ..vanilla.shape import FFN, HEADS
 from .drawing import COLOURS, Picture, picture_of
 from .known import SlimFacts
 

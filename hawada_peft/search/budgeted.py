@@ -28,7 +28,8 @@ from ..latency.timing import warn_unsettled
 from ..planning.importance import gate_importance
 from ..progress import Progress, in_steps, progress_bar
 from ..vanilla.batches import Batch, check_batch
-from ..vanilla.family import HIDDEN, locate
+from ..vanilla.family import locate
+from ..vanilla.shape import HIDDEN
 from .directions import Found, may_add_directions, with_directions
 from .masked import ASKED, DEPTH, JUDGED_SHAPES, MaskedQuality
 from .refitted import REFITS, RefittedQuality, obstacle

@@ -25,10 +25,10 @@ from ..planning.ranking import rank
 from ..processes import Reduce, of_this_rank
 from ..progress import Progress, progress_bar
 from ..vanilla.batches import Batch
-from ..vanilla.family import HIDDEN, Layout
+from ..vanilla.family import Layout
 from ..vanilla.legality import depth_of
 from ..vanilla.mode import evaluating
-from ..vanilla.shape import BY_NAME, FFN, HEADS, LAYERS, Shape
+from ..vanilla.shape import BY_NAME, FFN, HEADS, HIDDEN, LAYERS, Shape
 from .reference import Reference, first_of
 from .scores import channels_cut, heads_cut, unit_scores
 from .space import SearchSpace

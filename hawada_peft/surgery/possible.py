@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from ..errors import UnsupportedModelError
-from ..vanilla.family import FFN, HEADS, HIDDEN, Layout
+from ..vanilla.family import Layout
 from ..vanilla.legality import depth_of
-from ..vanilla.shape import LAYERS
+from ..vanilla.shape import FFN, HEADS, HIDDEN, LAYERS
 
 DEFAULT = (HEADS, FFN, LAYERS)
 """What is gated unless something else is asked for: those of them that the model can lose."""

@@ -16,8 +16,8 @@ from ..gates.kinds import SigmoidGate
 from ..gates.reading import expected_sizes, layers_of, open_probabilities
 from ..planning.plan import Plan
 from ..search.timed import dense_model
-from ..vanilla.family import FFN, HEADS, locate
-from ..vanilla.shape import BY_FIELD, BY_NAME, LAYERS
+from ..vanilla.family import locate
+from ..vanilla.shape import BY_FIELD, BY_NAME, FFN, HEADS, LAYERS
 
 HISTORY_FILE = "gate_history.json"
 FORMAT = 1

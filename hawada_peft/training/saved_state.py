@@ -12,7 +12,7 @@ from ..basis.attach import attach_directions
 from ..distil.checkpoints import adapter_folder
 from ..errors import CheckpointError
 from ..planning.plan import Plan
-from ..vanilla.family import HIDDEN
+from ..vanilla.shape import HIDDEN
 
 STATE_FILE = "hawada_state.json"
 """Beside the adapter in a checkpoint: the goal, the approached plan, the history, the search."""

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from ..family import HIDDEN, Family, register_family
+from ..family import Family, register_family
+from ..shape import HIDDEN
 
 VIT = Family(
     layers="layers",

@@ -1,0 +1,261 @@
+"""
+A family's row found in a model: its sizes, and the places of its gates.
+
+Long because every field of a layout is explained.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, TypeVar, cast
+
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.backbone_utils import BackboneConfigMixin
+
+from ...errors import UnsupportedModelError
+from ..shape import EXPERTS, FFN, HEADS, HIDDEN, Shape, SliceRule
+from ..skeleton import build_empty
+from ..towers import config_at
+from .row import FAMILIES, Family
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Known:
+    """
+    What was found of the layers of one class and config, so that it needs not be asked again.
+
+    Args:
+        rules (`Mapping[str, tuple[SliceRule, ...]]`): how parameters are made of units, as `find_axes` gives them.
+        sizes (`Mapping[str, Container[int]]`): the numbers of units that are built as asked, by the axis.
+        layers (`Mapping[str, Container[int]]`): the layers that have units of an axis, by the axis.
+        branches (`tuple[tuple[str, ...], ...]`): of every layer what `Family.branches` says of all.
+        pinned (`Mapping[int, str]`): layers that must stay, each with the reason.
+        per_layer (`Mapping[str, tuple[int, int]]`): tensors outside of the layers with a stretch for each of them:
+            along which dimension, and how long a stretch is.
+    """
+
+    rules: Mapping[str, tuple[SliceRule, ...]]
+    sizes: Mapping[str, Container[int]]
+    layers: Mapping[str, Container[int]]
+    branches: tuple[tuple[str, ...], ...]
+    pinned: Mapping[int, str] = field(default_factory=dict)
+    per_layer: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def left(self, layers: Sequence[int]) -> Known:
+        """What is still known when some layers are left, of other sizes: where things are."""
+        kept = {axis: {new for new, old in enumerate(layers) if old in some} for axis, some in self.layers.items()}
+        return Known({}, {}, kept, tuple(self.branches[layer] for layer in layers))
+
+
+@dataclass(frozen=True)
+class Part:
+    """
+    A list of layers of a model for which a row was found and not written.
+
+    Args:
+        tower (`str`): what it is called among the others of the model; empty if it is the only one.
+        scope (`str`): path of the config that its sizes are in; empty for the model's own.
+        stack (`str`): its full dotted name.
+        family (`Family`): the row; config fields of lists end in the place there, as `"depths.1"`.
+        known (`Known`): what else was found.
+    """
+
+    tower: str
+    scope: str
+    stack: str
+    family: Family
+    known: Known | None = None
+
+
+FINDERS: list[Callable[[PreTrainedModel], list[Part]]] = []
+"""Who is asked for the parts of a model that has no row."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """
+    A family's row found in a model, with its class and config: all that decides which sizes it can have.
+
+    Args:
+        model_type (`str`): the row's key.
+        family (`Family`): the row.
+        stack (`str`): the list of layers, by its full dotted name.
+        root (`str`): `model.base_model`, by its full dotted name; empty if it is the model.
+        dense (`Shape`): the model's sizes, complete.
+        head_dim (`int`): features per head.
+        hidden_size (`int`): features of the residual stream.
+        model_class (`type[PreTrainedModel]`): the model's class.
+        config (`PreTrainedConfig`): its config.
+        tower (`str`): what the layers are called, in a model of several towers: the path of their sub-config, as
+            `"text_config"`, or part of the name of their list, as `"decoder"`.
+        scope (`str`): path of the sub-config that the sizes are in; empty if it is the config.
+        known (`Known`, *optional*): what was found with the row.
+        num_experts (`int`, *optional*): routed experts of a layer; None if there are none.
+    """
+
+    model_type: str
+    family: Family
+    stack: str
+    root: str
+    dense: Shape
+    head_dim: int
+    hidden_size: int
+    model_class: type[PreTrainedModel] = field(compare=False, repr=False)
+    config: PreTrainedConfig = field(compare=False, repr=False)
+    tower: str = ""
+    scope: str = ""
+    known: Known | None = field(default=None, compare=False, repr=False)
+    num_experts: int | None = None
+
+    def once(self, key: Any, find: Callable[[], Found]) -> Found:
+        """What building this layout's class tells, found at the first call with a key, and kept."""
+        kept = vars(self).setdefault("_found", {})  # no field: another layout starts with none of it
+        if key not in kept:
+            kept[key] = find()
+        return cast(Found, kept[key])
+
+    @property
+    def facts(self) -> Known | None:
+        """
+        What was found with the row, of these sizes: found again where the model was cut.
+
+        Raises:
+            UnsupportedModelError: as the finders.
+        """
+        if self.known is None or self.known.rules or self.known.sizes:
+            return self.known
+        return self.once("facts", self._found_again)
+
+    def _found_again(self) -> Known:
+        parts = [part for find in FINDERS for part in find(build_empty(self.model_class, self.config))]
+        found = [part.known for part in parts if part.stack == self.stack and part.known is not None]
+        everything = range(self.dense.sizes()["num_hidden_layers"])
+        return found[0] if found else cast(Known, self.known).left(everything)
+
+    @property
+    def tower_config(self) -> PreTrainedConfig:
+        """The config that the sizes are in: the model's, or one inside it."""
+        return config_at(self.config, self.scope)
+
+    def attention_out(self, layer: int) -> str:
+        """The dotted name of a layer's attention output projection; empty if none is known there."""
+        return self._end(layer, HEADS, self.family.attention_out)
+
+    def ffn_out(self, layer: int) -> str:
+        """The dotted name of a layer's FFN output projection; empty if none is known there."""
+        return self._end(layer, FFN, self.family.ffn_out)
+
+    def _end(self, layer: int, axis: str, name: str) -> str:
+        there = self.known is None or layer in self.known.layers.get(axis, ())
+        return f"{self.stack}.{layer}.{name}" if name and there else ""
+
+    @cached_property
+    def norms(self) -> tuple[str, ...]:
+        """The dotted names of all norms that read the residual stream; the first of them holds the stream's gate."""
+        if not self.family.hidden_norms or not self.norms_outside:
+            return ()
+        layers = range(self.dense.sizes()["num_hidden_layers"])
+        inside = [f"{self.stack}.{layer}.{norm}" for layer in layers for norm in self.family.hidden_norms]
+        outer = self.family.outer_norms
+        return (*outer, *inside, *self.norms_outside[len(outer) :])
+
+    @property
+    def norms_outside(self) -> tuple[str, ...]:
+        """Those of them that are in no layer, the one after the layers last."""
+        last = self.family.final_norm
+        return (*self.family.outer_norms, *([f"{self.root}.{last}" if self.root else last] if last else []))
+
+    @cached_property
+    def stages(self) -> tuple[tuple[int, int], ...]:
+        """
+        The stretches of layers (first, behind the last) before each stage whose feature map a backbone gives: one of
+        each has to stay. Empty for models that are no backbones.
+        """
+        config = self.tower_config
+        if not isinstance(config, BackboneConfigMixin):
+            return ()
+        ends = sorted({index for index in config.out_indices if index > 0})
+        return tuple(zip([0, *ends], ends, strict=False))
+
+    @property
+    def full(self) -> Shape:
+        """The dense sizes with that of the residual stream, and the number of experts."""
+        return replace(self.dense, hidden_size=self.hidden_size, num_experts=self.num_experts)
+
+    def complete(self, shape: Shape) -> Shape:
+        """Fill what was left out from the dense model; sizes that a shape need not state are left out if dense."""
+        size = None if shape.hidden_size == self.hidden_size else shape.hidden_size
+        experts = None if shape.num_experts == self.num_experts else shape.num_experts
+        return replace(shape, hidden_size=size, num_experts=experts).complete(self.dense)
+
+    def narrowed(self, hidden_size: int | None) -> Shape:
+        """
+        The dense sizes with another hidden size (None: the dense one); an FFN size that is a multiple of it is rounded
+        down, and heads that follow it are as many as it has room for.
+        """
+        if hidden_size is None or hidden_size == self.hidden_size:
+            return self.dense
+        narrow = self.with_heads(replace(self.dense, hidden_size=hidden_size))
+        if self.family.ffn_unit == "hidden_size":
+            ffn = self.dense.sizes()["intermediate_size"]
+            narrow = replace(narrow, intermediate_size=max(1, ffn // hidden_size) * hidden_size)
+        return narrow
+
+    def with_heads(self, shape: Shape) -> Shape:
+        """A shape with the heads that its hidden size has room for, where heads follow that; otherwise as it is."""
+        if not self.family.heads_follow:
+            return shape
+        heads = max(1, (shape.hidden_size or self.hidden_size) // self.head_dim)
+        return replace(shape, num_attention_heads=heads, num_key_value_heads=heads)
+
+    def position(self, name: str) -> tuple[int, str] | None:
+        """
+        The layer (-1: after the layers) and the axis (`"heads"`, `"ffn"`, `"experts"`, `"hidden"`) that are gated at a
+        module; None if the row gates nothing there.
+        """
+        if self.norms and name in self.norms_outside:
+            return -1, HIDDEN
+        match = re.fullmatch(rf"{re.escape(self.stack)}\.(\d+)\.(.+)", name)
+        axes = {self.family.attention_out: HEADS, self.family.ffn_out: FFN, self.family.router: EXPERTS}
+        axes |= dict.fromkeys(self.family.hidden_norms, HIDDEN)
+        if match is None or match[2] not in axes:
+            return None
+        return int(match[1]), axes[match[2]]
+
+    def within(self, name: str) -> tuple[int, str] | None:
+        """The layer that a module is in, and its name there; None if it is in none."""
+        index, _, short = name.removeprefix(f"{self.stack}.").partition(".")
+        return (int(index), short) if name.startswith(f"{self.stack}.") and index.isdigit() and short else None
+
+    def base_sizes(self) -> dict[str, int | str]:
+        """What a plan or an adapter for this model depends on, for JSON."""
+        return {
+            "model_type": self.model_type,
+            "hidden_size": self.hidden_size,
+            "head_dim": self.head_dim,
+            **self.dense.sizes(),
+            **({"tower": self.tower} if self.tower else {}),
+            **({"num_experts": self.num_experts} if self.num_experts else {}),
+        }
+
+
+def hidden_home(layout: Layout) -> str:
+    """
+    The dotted name of the norm that holds the gate on the residual stream.
+
+    Raises:
+        UnsupportedModelError: if the family's row has no place for that gate.
+    """
+    if not layout.norms:
+        raise UnsupportedModelError(
+            f"gates on 'hidden' are not known for model_type={layout.model_type!r}: its family row names no "
+            "`hidden_norms` and `final_norm`, through which everything reads the residual stream; rows that do: "
+            f"{sorted(name for name, row in FAMILIES.items() if row.hidden_norms)}. Leave 'hidden' out of the "
+            "config's `gates`."
+        )
+    return layout.norms[0]
