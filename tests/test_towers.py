@@ -14,12 +14,15 @@ import torch
 import transformers
 from conftest import LM, SIZES, TOKENS, VISION, Row, assert_same_state, difference, gate, shuffle_gates
 from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText
+from typer.testing import CliRunner
 from zoo import ZOO
 
 from hawada_peft import (
     ExportFacts,
     HawAdaConfig,
+    HawAdaTrainer,
     LatencyBudget,
     Plan,
     Shape,
@@ -28,6 +31,7 @@ from hawada_peft import (
     slim_checkpoint,
     verify_slim,
 )
+from hawada_peft.cli.program import app
 from hawada_peft.errors import (
     HawAdaError,
     IncompatibleBaseError,
@@ -37,6 +41,7 @@ from hawada_peft.errors import (
 )
 from hawada_peft.latency import Effort, Regime, ToyClock
 from hawada_peft.latency.runner import check_call
+from hawada_peft.search.timed import measure_table
 from hawada_peft.vanilla.batches import Batch
 from hawada_peft.vanilla.family import locate, locate_all
 from hawada_peft.vanilla.outputs import output_of, outputs_of
@@ -416,3 +421,76 @@ def test_plans_beside_each_other_name_their_towers() -> None:
         Plan.of_towers([part, part])
     with pytest.raises(InvalidPlanError, match="at least one tower"):
         Plan.of_towers([])
+
+
+# ------------------------------------------------------------------ the command line
+
+
+@pytest.mark.parametrize("gates", ["trained", "none"])
+def test_the_command_line_slims_two_towers(gates: str, tmp_path: Path, toy_machine: None) -> None:
+    case, shapes = PAIRS["llava"]
+    base, plan_file, out = tmp_path / "base", tmp_path / "plan.json", tmp_path / "slim"
+    build(CASES[case][0]).save_pretrained(base)
+    model, inputs, plan = pair("llava")
+    plan_file.write_text(plan.to_json())
+    places = [out]
+    if gates == "trained":
+        model.save_pretrained(tmp_path / "adapter")
+        places = [tmp_path / "adapter", out]
+    else:
+        model = get_peft_model(build(CASES[case][0]), HawAdaConfig(towers=BOTH)).eval()
+        model.apply_plan(plan)
+    written = said("slim", base, *places, "--plan", plan_file, "--verify", "full")
+    loaded = AutoModelForImageTextToText.from_pretrained(out).eval()
+    assert written["parameters"] == loaded.num_parameters()
+    assert {tower: locate(loaded, tower).dense for tower in BOTH} == shapes
+    assert difference(output_of(loaded, inputs), output_of(model, inputs)) <= 1e-5
+    assert said("verify", out, "--base", base)["ok"]
+    rows = {name: torch.cat([value, value.flip(0)]) for name, value in inputs.items()}
+    save_file(rows, tmp_path / "data.safetensors")
+    compared = said("evaluate", out, "--base", base, "--data", tmp_path / "data.safetensors", "--seq-len", 28)
+    assert compared["slim_parameters"] == written["parameters"]
+
+
+def test_the_command_line_says_what_can_be_removed_of_every_tower(tmp_path: Path, toy_machine: None) -> None:
+    build(CASES["llava text"][0]).save_pretrained(tmp_path)
+    names = {axis["name"] for axis in said("inspect", tmp_path)["axes"]}
+    assert {f"{tower}.intermediate_size" for tower in BOTH} <= names
+
+
+def said(*given: Any) -> dict[str, Any]:
+    """What a script gets of a command that succeeds."""
+    done = CliRunner().invoke(app, [*map(str, given), "--json"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+# ------------------------------------------------------------------ one tower at a time
+
+
+def test_gates_of_several_towers_are_no_search_of_one(tmp_path: Path) -> None:
+    row, _ = CASES["llava text"]
+    model = get_peft_model(build(row), HawAdaConfig(towers=BOTH))
+    budget, data = LatencyBudget(speedup=1.5, seq_len=16), [example_of(row)]
+    wrong = r"gates are on several towers \['text_config', 'vision_config'\].*towers=\('text_config',\)"
+    with pytest.raises(InvalidPlanError, match=wrong):
+        find_plan(model, budget, data, effort=Effort.quick(clock=ToyClock()))
+    with pytest.raises(InvalidPlanError, match=wrong):
+        measure_table(model, Regime(seq_len=16), effort=Effort.quick(clock=ToyClock()))
+    with pytest.raises(HawAdaError, match=r"gates on several towers .* are not trained towards sizes together"):
+        HawAdaTrainer(model, transformers.TrainingArguments(str(tmp_path), report_to="none"), keep_ratio=0.5)
+
+
+def test_the_next_tower_is_searched_in_the_slim_model() -> None:
+    row, tower = CASES["llava text"]
+    seen, inputs, _ = planned("llava vision")
+    smaller = get_peft_model(seen.merge_and_unload(inputs=inputs), HawAdaConfig(towers=(tower,)))
+    effort = Effort.quick(clock=ToyClock())
+    found = find_plan(smaller, LatencyBudget(speedup=1.5, seq_len=16), [inputs], effort=effort, refit=False)
+    assert found.plan is not None
+    assert found.plan.tower == tower
+    smaller.apply_plan(found.plan)
+    both = smaller.merge_and_unload(inputs=inputs)
+    assert locate(both, "vision_config").dense == CASES["llava vision"][0].slim
+    assert locate(both, tower).dense == found.plan.shape != locate(build(row), tower).dense

@@ -99,7 +99,8 @@ def find_plan(
         InfeasibleBudgetError: before any training, if no shape meets the budget.
         IllegalShapeError: if no model of one of the hidden sizes exists.
         IncompatibleTableError: if the table is for another device, regime or model.
-        InvalidPlanError: if not one adapter is active, or its gates were not placed by a family row.
+        InvalidPlanError: if not one adapter is active, its gates were not placed by a family row, or they are on
+            several towers.
         HawAdaError: if there are no batches, or models are to be refitted and cannot be, or there are no two rows to
             do so.
         BadDataError: before anything is measured, if a batch holds what the model cannot take.

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..discovery.inputs import example_inputs
-from ..errors import InvalidRegimeError
+from ..errors import InvalidPlanError, InvalidRegimeError
 from ..files.kept import Kept
 from ..latency.budget import LatencyBudget
 from ..latency.build import build_table, random_shapes
@@ -24,7 +24,7 @@ from ..latency.runner import check_call, check_memory
 from ..latency.table import LatencyTable, Realised
 from ..latency.timing import Timing, unsettled, warn_unsettled
 from ..progress import Progress
-from ..vanilla.family import locate
+from ..vanilla.family import locate, locate_all
 from ..vanilla.legality import check_legal, legal_head_shapes
 from ..vanilla.loading import checked_device
 from ..vanilla.shape import Shape
@@ -58,6 +58,7 @@ def measure_table(
     Raises:
         UnsupportedModelError: if the model has no family row.
         IllegalShapeError: if no model of the hidden size exists.
+        InvalidPlanError: if it is gated in several towers.
         InvalidRegimeError: if the model cannot run that way.
 
     Warns:
@@ -181,9 +182,17 @@ def check_regime(model: PreTrainedModel, regime: Regime) -> None:
     runs. Its weights may be anywhere.
 
     Raises:
+        InvalidPlanError: if it is gated in several towers.
         InvalidRegimeError: if it cannot.
         UnsupportedModelError: if the model has no family row.
     """
+    towers = [layout.tower for layout in locate_all(model)]
+    if len(towers) > 1:
+        raise InvalidPlanError(
+            f"gates are on several towers {towers}, and a latency table and a search are of the sizes of one: gate "
+            f"HawAdaConfig(towers=({towers[0]!r},)), slim it, and gate the next in the slim model; or give the sizes "
+            "of all, as `model.plan({...})`"
+        )
     checked_device(regime.device)
     check_call(model, regime)
     _check_tower(model)
