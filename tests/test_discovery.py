@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedConfig
+from transformers import GPTJConfig, LlamaForCausalLM, PreTrainedConfig
 from zoo import ZOO
 from zoo_table import PAGE, line
 
@@ -153,6 +153,18 @@ def test_names_are_those_of_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     (dense,) = anatomy.axis("intermediate_size").places
     assert (dense.layers, dense.how) == ((1, 4), INPUT)
     assert anatomy.axis("experts").sizes == range(2, 13)
+
+
+PARALLEL = {
+    "vocab_size": 128, "n_embd": 64, "n_head": 8, "n_layer": 2, "n_positions": 64, "n_inner": 96, "rotary_dim": 4,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def test_branches_of_layers_with_a_cache_of_another_name_are_found() -> None:
+    config = GPTJConfig(**PARALLEL, architectures=["GPTJForCausalLM"])
+    (stack,) = inspect(config).stacks
+    assert stack.branches == (("mlp.fc_out", "attn.out_proj"),) * 2
 
 
 # --------------------------------------------------------------------------------------------------- what goes in

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Row, build, difference, gate
+from conftest import Row, build, difference, gate, inputs_of, logits_of
+from families import MIXTURES
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from hawada_peft import HawAdaConfig, Shape, save_slim, slim_checkpoint
 from hawada_peft.discovery import Anatomy, parts_of
 from hawada_peft.discovery.anatomy import INPUT, Axis, Number, PerLayer, Pinned, Place, Rows, Segment, Stack
 from hawada_peft.discovery.inputs import example_inputs
 from hawada_peft.errors import IllegalShapeError, UnsupportedModelError
+from hawada_peft.gates.adapter import GateAdapter
 from hawada_peft.vanilla.family import FAMILIES, locate, locate_all
 from hawada_peft.vanilla.outputs import outputs_of
 
@@ -126,6 +128,57 @@ def test_what_was_not_found_is_refused() -> None:
         model.plan(Shape(num_attention_heads=2, num_key_value_heads=2))
     with pytest.raises(UnsupportedModelError, match=r"has no tower 'speech'"):
         get_peft_model(build(ROW), HawAdaConfig(towers=("speech",)))
+
+
+# ------------------------------------------------------------------ layers of which a written row is not true
+
+MIXTURE = MIXTURES["qwen3_moe"]
+MIXED = {
+    "listed": ({"mlp_only_layers": [1, 2]}, (1, 2), 2),
+    "every second": ({"decoder_sparse_step": 2}, (0, 2), 3),
+    "all": ({"mlp_only_layers": [0, 1, 2, 3]}, (0, 1, 2, 3), 2),
+}
+"""Fields of a mixture of experts, its dense layers, and a number of layers that exists."""
+
+
+def mixture(fields: dict[str, object]) -> PreTrainedModel:
+    model = build(MIXTURE, torch.float64, **fields)
+    model.set_experts_implementation("eager")  # the others do not know float64
+    return model
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_a_mixture_with_dense_layers_slims_exactly(name: str, tmp_path: Path) -> None:
+    fields, dense_layers, depth = MIXED[name]
+    dense = mixture(fields)
+    layout = locate(dense)
+    assert [layer for layer in range(4) if layout.ffn_out(layer)] == list(dense_layers)
+    model = gate(mixture(fields), gates=("heads", "ffn", "layers"))
+    slim = Shape(4, 2, 40, depth)
+    plan = model.plan(slim)
+    model.apply_plan(plan)
+    masked = logits_of(model)
+    assert difference(masked, logits_of(dense)) > 1e-3
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(mixture(fields), tmp_path / "adapter").eval()
+    assert torch.equal(logits_of(again), masked)
+    small = model.merge_and_unload()
+    assert locate(small).dense == slim
+    assert difference(logits_of(small), masked) <= 1e-12
+    small.float()
+    save_slim(small, tmp_path / "slim", reference=masked.float(), inputs=inputs_of(small))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "slim").eval()
+    assert locate(loaded).dense == slim
+    assert difference(logits_of(loaded), masked) <= 1e-5
+
+
+def test_a_layer_that_must_stay_has_no_gate_where_others_have_theirs() -> None:
+    model = gate(mixture(MIXED["every second"][0]), gates=("layers",), shuffle=False)
+    held = [
+        name for name, module in model.named_modules() if isinstance(module, GateAdapter) and module.gates("default")
+    ]
+    assert {name.split(".layers.")[1][0] for name in held} == {"3"}
+    assert torch.equal(logits_of(model), logits_of(mixture(MIXED["every second"][0])))
 
 
 # ------------------------------------------------------------------ rows out of what was found, as data

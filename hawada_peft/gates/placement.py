@@ -88,8 +88,8 @@ def gates_at(
     whole = {} if layout is None or inside is None else _whole(layout, *inside, kinds=kinds, start=start)
     if inside is not None and inside[1] in norms:
         return UnitNormAdapter, {}
-    if position is None and whole:
-        return BlockAdapter, whole
+    if layout is not None and position is None:
+        return BlockAdapter, whole  # none of a layer that must stay, where others have a gate at this name
     if layout is None or position is None:
         inner = module.get_base_layer() if isinstance(module, GateAdapter) else module
         size, dim = feature_sizes(module)[0], feature_dim(inner)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Cache
 
 from ..trial.builds import REFUSES
 from ..trial.closing import first_of, hooked, stream_of, with_first
@@ -42,7 +43,9 @@ def find_branches(specimen: Specimen, layer: str) -> tuple[str, ...]:
     if not calls:
         return ()
     args, kwargs = calls[0]
-    kwargs = {name: value for name, value in kwargs.items() if "past_key" not in name and "cache" not in name.lower()}
+    # A cache would grow with every call.
+    args = tuple(None if isinstance(value, Cache) else value for value in args)
+    kwargs = {name: value for name, value in kwargs.items() if not (isinstance(value, Cache) or "cache" in name)}
     try:
         stream = stream_of(args, kwargs)
         return _search(module, stream, lambda: first_of(_call(module, args, kwargs)))

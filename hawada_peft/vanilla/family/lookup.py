@@ -15,6 +15,7 @@ from ..shape import Shape
 from ..towers import Tower, config_at, towers_of, value_at
 from .layout import FINDERS, Layout, Part
 from .row import FAMILIES
+from .written import stack_of, written_for
 
 TOWERS = "_hawada_towers"
 """Attribute of a model: which of its towers are slimmed, each with what was found of it if it has no row."""
@@ -28,7 +29,8 @@ def locate(model: nn.Module, tower: str | None = None) -> Layout:
         model: a transformers model.
         tower: path of the sub-config whose model is meant, as `"text_config"`, or empty for the model's own. Left out,
             it is what the model was gated or cut in before; else the model itself if it has a row; else the tower
-            that has one and the most parameters in its layers.
+            that has one and the most parameters in its layers. A row is about layers of one kind: where only some of
+            them have its modules, what is found of the class is taken.
 
     Raises:
         UnsupportedModelError: if there is no row for the model, or the model does not have the row's modules. The
@@ -44,17 +46,15 @@ def locate(model: nn.Module, tower: str | None = None) -> Layout:
     held = marked.get(wanted)
     if held is not None:
         return _measured(model, held, "")
-    towers = towers_of(model)
-    known = [each for each in towers if each.config.model_type in FAMILIES and wanted in (None, each.path)]
+    known = [each for each in written_for(model) if wanted in (None, each.path)]
     if not known:
-        return _discovered(model, towers, wanted)
+        return _discovered(model, towers_of(model), wanted)
     chosen = known[0] if not known[0].path or len(known) == 1 else max(known, key=lambda each: _weight(model, each))
     family = FAMILIES[chosen.config.model_type]
     if chosen.path:
         # Of a row that is about whole models: who else reads the stream, and which class computes the same.
         family = replace(family, hidden_norms=(), final_norm="", stream_scales=(), twin="", twin_fields=())
-    stack = f"{chosen.root}.{family.layers}" if chosen.root else family.layers
-    return _measured(model, Part(chosen.path, chosen.path, stack, family), chosen.root)
+    return _measured(model, Part(chosen.path, chosen.path, stack_of(chosen), family), chosen.root)
 
 
 def locate_stream(model: nn.Module, tower: str | None = None) -> Layout:
@@ -139,14 +139,13 @@ def relocate(layout: Layout, model: PreTrainedModel) -> Layout:
 
 def tower_names(model: PreTrainedModel) -> list[str]:
     """The towers of a model that a row is known for; the empty name is the model's own."""
-    known = [each.path for each in towers_of(model) if each.config.model_type in FAMILIES]
+    known = [each.path for each in written_for(model)]
     return known or [part.tower for find in FINDERS for part in find(model)]
 
 
 def _weight(model: PreTrainedModel, tower: Tower) -> int:
     """Parameters of a tower's layers."""
-    layers = FAMILIES[tower.config.model_type].layers
-    stack = find_module(model, f"{tower.root}.{layers}", tower.config.model_type)
+    stack = find_module(model, stack_of(tower), tower.config.model_type)
     return sum(parameter.numel() for parameter in stack.parameters())
 
 

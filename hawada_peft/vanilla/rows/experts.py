@@ -1,4 +1,7 @@
-"""Mixtures of experts whose layers all have a router: their experts are stacked in raw weights."""
+"""
+Mixtures of experts, stacked in raw weights, whose layers all have a router: where some are dense, what is found of the
+class is taken instead.
+"""
 
 from dataclasses import replace
 
