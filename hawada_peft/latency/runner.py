@@ -1,4 +1,8 @@
-"""What is timed: one call of a model under a regime, ready to be repeated."""
+"""
+What is timed: one call of a model under a regime, ready to be repeated.
+
+Long because what a call cannot be is said next to how each kind is made.
+"""
 
 from __future__ import annotations
 

@@ -246,6 +246,5 @@ def prediction_of(output: Mapping[str, Any], model: nn.Module) -> torch.Tensor:
         return torch.cat([features.flatten(1) for features in output["feature_maps"]], 1)[..., None]
     raise UnsupportedModelError(
         f"{type(model).__name__} gives {sorted(output)}; to be compared with another it needs `logits`, "
-        "`start_logits` and `end_logits`, `last_hidden_state`, `text_embeds` with `image_embeds` of as many rows, "
-        "`reconstruction` or `feature_maps`"
+        "`start_logits` and `end_logits`, `last_hidden_state`, both embeds, `reconstruction` or `feature_maps`"
     )
