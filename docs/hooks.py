@@ -1,14 +1,22 @@
-"""What the docs site takes from the code when it is built: the pages of the reference, and the table of families."""
+"""
+What the docs site takes from the code when it is built: the pages of the reference, the table of families, and
+those of the options of commands and of the fields of a dataclass.
+
+Long because each of these tables is asked of what it describes.
+"""
 
 from __future__ import annotations
 
 import importlib
 import re
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
+import typer
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -17,6 +25,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import hawada_peft
+from hawada_peft.cli.program import app
 from hawada_peft.vanilla.family import FAMILIES, Family, Layout, locate
 from hawada_peft.vanilla.legality import build_sizes, head_shapes, legal_head_shapes
 
@@ -29,6 +38,15 @@ SEARCHED = ("bert", "gemma", "fsdp", "deepspeed", "sfttrainer", "wandb", "pipeli
 """What people look for: the search must find each."""
 
 FAMILIES_MARK = "<!-- families -->"
+
+OPTIONS_MARK = re.compile(r"<!-- options of (?P<command>\w+)(?: beyond (?P<known>\w+))? -->")
+"""Stands for a table of a command's options: of those that another command does not have, if one is named."""
+
+FIELDS_MARK = re.compile(r"<!-- fields of (?P<name>\w+) -->")
+"""Stands for a table of what a dataclass of the package adds to those that it is made from."""
+
+EVERY = "every"
+"""In the place of a command: the options of all of them."""
 
 TOP = "The package"
 FOLDERS = (
@@ -152,6 +170,71 @@ def _tied(model: PreTrainedModel) -> str:
     return "by default" if model.config.tie_word_embeddings else "if the config says so"
 
 
+def options_table(command: str, known: str | None = None) -> str:
+    """
+    A line per option of a command, as its help tells it.
+
+    Args:
+        command: name of the command; `EVERY` for what all commands have.
+        known: a command whose options are left out.
+    """
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    have = {name: {each.name for each in one.params} for name, one in commands.items()}
+    shared = set.intersection(*have.values())
+    wanted = shared if command == EVERY else have[command] - shared - have.get(known or "", set())
+    one = next(iter(have)) if command == EVERY else command
+    choices = _choices(one)
+    lines = [["option", "default", "what"], ["---"] * 3]
+    for each in commands[one].params:
+        if each.param_type_name == "option" and each.name in wanted:
+            names = ", ".join(f"`{name}`" for name in (*each.opts, *each.secondary_opts))
+            allowed = ", ".join(f"`{choice}`" for choice in choices.get(each.name, ()))
+            lines.append([names, _said(each.default), " ".join(filter(None, (allowed and f"{allowed}.", each.help)))])
+    return _table(lines)
+
+
+def _choices(command: str) -> dict[str, list[str]]:
+    """The values that options of a command can have, where they are counted."""
+    name = {each.name or "": each.callback for each in app.registered_commands}
+    parameters = name[command].__signature__.parameters.values()  # type: ignore[union-attr]
+    return {
+        each.name: [choice.value for kind in _kinds(each.annotation) for choice in kind]
+        for each in parameters
+        if list(_kinds(each.annotation))
+    }
+
+
+def _kinds(annotation: Any) -> Iterator[type[Enum]]:
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _kinds(part)
+
+
+def fields_table(name: str) -> str:
+    """A line per field that a dataclass of the package adds to those that it is made from."""
+    cls = getattr(hawada_peft, name)
+    old = {each.name for base in cls.__bases__ for each in fields(base)}
+    lines = [["knob", "default", "what"], ["---"] * 3]
+    lines += [
+        [f"`{each.name}`", _said(each.default), each.metadata["help"]] for each in fields(cls) if each.name not in old
+    ]
+    return _table(lines)
+
+
+def _said(default: Any) -> str:
+    if default is None or default is False:
+        return ""
+    if default is True:
+        return "on"
+    return f"`{default.value if isinstance(default, Enum) else default}`"
+
+
+def _table(lines: list[list[str]]) -> str:
+    escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+
+
 # ---------------------------------------------------------------- MkDocs
 
 
@@ -182,9 +265,11 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Put the table where the page of families wants it, and lead links to files of the root to their pages."""
+    """Put the tables where pages want them, and lead links to files of the root to their pages."""
     for file, its_page in ROOT_PAGES.items():
         markdown = markdown.replace(f"](../{file})", f"]({its_page})")
+    markdown = OPTIONS_MARK.sub(lambda found: options_table(found["command"], found["known"]), markdown)
+    markdown = FIELDS_MARK.sub(lambda found: fields_table(found["name"]), markdown)
     return markdown.replace(FAMILIES_MARK, families_table()) if FAMILIES_MARK in markdown else markdown
 
 

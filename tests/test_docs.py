@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import takewhile
 from pathlib import Path
 from textwrap import dedent
@@ -458,3 +458,45 @@ def test_reference_has_every_public_name_once(hooks: ModuleType) -> None:
     assert [name.removeprefix("hawada_peft.") for name in listed][: len(hawada_peft.__all__)] == hawada_peft.__all__
     last = [name.rpartition(".")[2] for name in listed]
     assert len(set(last)) == len(last)
+
+
+def rows(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.split("\n")[2:]]
+
+
+def test_table_of_options_has_what_the_command_takes(hooks: ModuleType) -> None:
+    measure, beyond, every = hooks.options_table("measure"), hooks.options_table("plan", "measure"), hooks.EVERY
+    shown = [
+        name
+        for line in rows(hooks.options_table(every)) + rows(measure) + rows(beyond)
+        for name in line[0].split(", ")
+    ]
+    taken = [f"`{name}`" for each in command(["plan"]).params for name in (*each.opts, *each.secondary_opts)]
+    assert sorted(shown) == sorted(name for name in taken if name.startswith("`-"))
+    backend = next(line for line in rows(measure) if line[0] == "`--backend`")
+    assert backend[1] == "`eager`"
+    assert all(f"`{choice}`" in backend[2] for choice in hawada_peft.latency.regime.BACKENDS)
+
+
+def test_table_of_knobs_has_every_default(hooks: ModuleType) -> None:
+    shown = {
+        name.strip("`"): default.strip("`") for name, default, _ in rows(hooks.fields_table("GateTrainingArguments"))
+    }
+    added = fields(hawada_peft.GateTrainingArguments)[len(fields(transformers.TrainingArguments)) :]
+    assert shown == {each.name: "" if each.default is None else str(each.default) for each in added}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_marks_are_of_commands_and_classes(page: Path, hooks: ModuleType) -> None:
+    text = page.read_text(encoding="utf-8")
+    made = [hooks.options_table(*found.groups()) for found in hooks.OPTIONS_MARK.finditer(text)]
+    made += [hooks.fields_table(found["name"]) for found in hooks.FIELDS_MARK.finditer(text)]
+    assert len(made) == text.count("<!-- options") + text.count("<!-- fields")
+    assert all(rows(table) for table in made)
+
+
+def test_table_of_a_recipe_has_every_section() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    table = text[text.index("| section | what |") :].partition("\n\n")[0]
+    named = {name for line in rows(table) for name in re.findall(r"`(\w+)`", line[0])}
+    assert named == {each.name for each in fields(Recipe)}
