@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from ..trial.builds import REFUSES
+from ..trial.builds import REFUSES, cause
 from ..trial.closing import first_of, hooked, stream_of, with_first
 from ..trial.specimen import Specimen
+
+logger = logging.getLogger(__name__)
 
 MOST = 3
 """Branches of a layer, at most."""
@@ -34,7 +37,8 @@ def find_branches(specimen: Specimen, layer: str) -> tuple[str, ...]:
         layer: the dotted name of the layer.
 
     Returns:
-        Names relative to the layer; empty if there are none, as where a norm follows the addition.
+        Names relative to the layer; empty if there are none, as where a norm follows the addition, or where a layer
+        gives another shape than it takes.
     """
     module = specimen.model.get_submodule(layer)
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -49,7 +53,8 @@ def find_branches(specimen: Specimen, layer: str) -> tuple[str, ...]:
     try:
         stream = stream_of(args, kwargs)
         return _search(module, stream, lambda: first_of(_call(module, args, kwargs)))
-    except REFUSES:
+    except REFUSES as error:
+        logger.warning("a gate on %s blends it, as it does not run when it is called alone: %s", layer, cause(error))
         return ()
 
 
@@ -59,6 +64,8 @@ def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 
 def _search(module: nn.Module, stream: torch.Tensor, call: Callable[[], torch.Tensor]) -> tuple[str, ...]:
+    if call().shape != stream.shape:
+        return ()
     order = _executed(module, stream, call)
     scale = float(stream.abs().max())
     own = [name for name in order if list(module.get_submodule(name).parameters(recurse=False))]

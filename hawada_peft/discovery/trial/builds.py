@@ -25,7 +25,6 @@ REFUSES = (
     AssertionError,
     AttributeError,
     LookupError,
-    NotImplementedError,
     RuntimeError,
     StrictDataclassError,
     TypeError,
