@@ -87,21 +87,6 @@ def test_version() -> None:
     assert run(app, ["--version"]).output == f"hawada_peft {__version__}\n"
 
 
-def test_docs_name_every_command_option_and_exit_code() -> None:
-    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    sections = dict(zip(*[iter(re.split(r"^## `hawada (\w+).*$", text, flags=re.MULTILINE)[1:])] * 2, strict=True))
-    assert sections.keys() == COMMANDS.keys()
-    for name, command in COMMANDS.items():
-        options = [
-            opt for each in command.params for opt in (*each.opts, *each.secondary_opts) if opt.startswith("--")
-        ]
-        section = sections[name] + (text if name in ("init", "measure", "plan", "evaluate") else "")
-        assert [opt for opt in options if opt[2:] not in PRINTING and f"`{opt}" not in section] == [], name
-        assert all(f"hawada {name}" in sections[name] for _ in options)
-    assert all(f"`--{name}`" in text for name in (*PRINTING, "version"))
-    assert all(f"| {code} |" in text for code in errors.EXIT_CODES)
-
-
 def test_extras_that_messages_name_exist() -> None:
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg", encoding="utf-8")

@@ -37,6 +37,7 @@ from zoo import ZOO
 
 import hawada_peft
 from hawada_peft import ExportFacts, Family, Plan, Shape
+from hawada_peft.cli import errors
 from hawada_peft.cli.program import app
 from hawada_peft.gates.relaxation import RELAXATIONS
 from hawada_peft.latency import Effort, Regime, ToyClock
@@ -476,6 +477,24 @@ def test_table_of_options_has_what_the_command_takes(hooks: ModuleType) -> None:
     backend = next(line for line in rows(measure) if line[0] == "`--backend`")
     assert backend[1] == "`eager`"
     assert all(f"`{choice}`" in backend[2] for choice in hawada_peft.latency.regime.BACKENDS)
+
+
+def test_page_of_the_command_line_names_every_command_option_and_exit_code(hooks: ModuleType) -> None:
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    text = hooks.OPTIONS_MARK.sub(lambda found: hooks.options_table(*found.groups()), text)
+    sections = dict(zip(*[iter(re.split(r"^## `hawada (\w+).*$", text, flags=re.MULTILINE)[1:])] * 2, strict=True))
+    commands: dict[str, Any] = vars(typer.main.get_command(app))["commands"]
+    assert sections.keys() == commands.keys()
+    printing = {"json", "quiet", "debug"}
+    for name, command in commands.items():
+        options = [
+            opt for each in command.params for opt in (*each.opts, *each.secondary_opts) if opt.startswith("--")
+        ]
+        section = sections[name] + (text if name in ("init", "measure", "plan", "evaluate") else "")
+        assert [opt for opt in options if opt[2:] not in printing and f"`{opt}" not in section] == [], name
+        assert all(f"hawada {name}" in sections[name] for _ in options)
+    assert all(f"`--{name}`" in text for name in (*printing, "version"))
+    assert all(f"| {code} |" in text for code in errors.EXIT_CODES)
 
 
 def test_table_of_knobs_has_every_default(hooks: ModuleType) -> None:
