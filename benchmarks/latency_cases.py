@@ -25,6 +25,17 @@ from transformers import (
 
 from hawada_peft.latency.regime import Regime
 
+SMALL_TEXT = {
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
+"""Sizes of a small Llama, alone and as the tower of another model."""
+
 PRESETS = {
     "llama-3.2-1b": LlamaConfig(
         vocab_size=128256,
@@ -47,16 +58,7 @@ PRESETS = {
         },
     ),
     "vit-b16": ViTConfig(),
-    "llama-small": LlamaConfig(
-        vocab_size=8192,
-        hidden_size=512,
-        intermediate_size=2048,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=64,
-        tie_word_embeddings=True,
-    ),
+    "llama-small": LlamaConfig(**SMALL_TEXT, tie_word_embeddings=True),
     "mixtral-small": MixtralConfig(
         vocab_size=8192,
         hidden_size=256,
@@ -79,15 +81,7 @@ PRESETS = {
             image_size=28,
             patch_size=14,
         ),
-        text_config=LlamaConfig(
-            vocab_size=8192,
-            hidden_size=512,
-            intermediate_size=2048,
-            num_hidden_layers=8,
-            num_attention_heads=8,
-            num_key_value_heads=2,
-            head_dim=64,
-        ),
+        text_config=LlamaConfig(**SMALL_TEXT),
         image_token_index=8191,
     ),
     "llama-tiny": LlamaConfig(

@@ -139,19 +139,23 @@ def test_a_tower_slims_exactly_and_the_rest_stays(name: str) -> None:
     assert_same_state(outside, {key: value for key, value in dense.state_dict().items() if not key.startswith(prefix)})
 
 
+def assert_exported_from_files_as_in_memory(row: Row, model: PeftModel, inputs: Any, folder: Path) -> None:
+    """Saved and loaded again, an adapter computes the same; its export from files in `slim` has the same bytes."""
+    build(row).save_pretrained(folder / "base")
+    model.save_pretrained(folder / "adapter")
+    again = PeftModel.from_pretrained(build(row), folder / "adapter").eval()
+    assert torch.equal(output_or_logits(again, inputs), output_or_logits(model, inputs))
+    again.merge_and_unload(inputs=inputs).save_pretrained(folder / "expected")
+    slim_checkpoint(folder / "base", folder / "adapter", folder / "slim")
+    mine, expected = (folder / each / "model.safetensors" for each in ("slim", "expected"))
+    assert mine.read_bytes() == expected.read_bytes()
+
+
 @pytest.mark.parametrize("name", ["llava text", "llava vision", "clip text"])
 def test_an_adapter_on_a_tower_is_saved_loaded_and_streamed_with_the_same_bytes(name: str, tmp_path: Path) -> None:
     row, tower = CASES[name]
-    build(row).save_pretrained(tmp_path / "base")
     model, inputs, _ = planned(name)
-    masked = output_or_logits(model, inputs)
-    model.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(build(row), tmp_path / "adapter").eval()
-    assert torch.equal(output_or_logits(again, inputs), masked)
-    again.merge_and_unload(inputs=inputs).save_pretrained(tmp_path / "expected")
-    slim_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "slim")
-    mine, expected = (tmp_path / each / "model.safetensors" for each in ("slim", "expected"))
-    assert mine.read_bytes() == expected.read_bytes()
+    assert_exported_from_files_as_in_memory(row, model, inputs, tmp_path)
     report = json.loads((tmp_path / "slim" / "hawada_report.json").read_text())
     assert report["plan"]["tower"] == report["model"]["tower"] == tower
     assert report["dense"]["parameters"] == build(row).num_parameters()
@@ -383,16 +387,9 @@ def test_two_towers_are_cut_by_one_plan(name: str) -> None:
 def test_two_towers_are_saved_loaded_and_streamed_with_the_same_bytes(name: str, tmp_path: Path) -> None:
     case, shapes = PAIRS[name]
     row, _ = CASES[case]
-    build(row).save_pretrained(tmp_path / "base")
     model, inputs, plan = pair(name)
     masked = output_or_logits(model, inputs)
-    model.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(build(row), tmp_path / "adapter").eval()
-    assert torch.equal(output_or_logits(again, inputs), masked)
-    again.merge_and_unload(inputs=inputs).save_pretrained(tmp_path / "expected")
-    slim_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "slim")
-    mine, expected = (tmp_path / each / "model.safetensors" for each in ("slim", "expected"))
-    assert mine.read_bytes() == expected.read_bytes()
+    assert_exported_from_files_as_in_memory(row, model, inputs, tmp_path)
     loaded = type(build(row)).from_pretrained(tmp_path / "slim")
     assert difference(output_or_logits(loaded, inputs), masked) <= 1e-5
     report = json.loads((tmp_path / "slim" / "hawada_report.json").read_text())

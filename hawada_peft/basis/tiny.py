@@ -6,7 +6,7 @@ import copy
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..vanilla.family import Layout
 from ..vanilla.legality import build_sizes
@@ -15,7 +15,6 @@ from ..vanilla.shape import Shape
 
 WIDTHS = (1, 2, 3, 4, 6, 8)
 """Hidden sizes that are tried, in units of the attention heads; of the features of one, where heads follow them."""
-
 
 SMALL = 96
 """Up to this hidden size a model without a row is its own tiny copy."""
@@ -34,21 +33,10 @@ def tiny_copy(layout: Layout, dtype: torch.dtype = torch.float32) -> PreTrainedM
     Returns:
         In evaluation mode, on the CPU.
     """
-    depth = min(2, layout.dense.sizes()["num_hidden_layers"])
-    heads = layout.dense.sizes()["num_attention_heads"]
-    wide = layout.full
-    units = layout.head_dim if layout.family.heads_follow else heads
-    for width in WIDTHS:
-        size = width * units
-        if (
-            max(16, 4 * layout.head_dim * layout.family.heads_follow) <= size < layout.hidden_size
-            and build_sizes(layout, layout.narrowed(size)) is None
-        ):
-            wide = layout.narrowed(size)
-            break
-    config = edit_config(layout, Shape(num_hidden_layers=depth).complete(wide), layers=tuple(range(depth)))
     if layout.known is not None and layout.hidden_size <= SMALL:  # nothing has to be found of another config
         config = copy.deepcopy(layout.config)
+    else:
+        config = _smallest(layout)
     with torch.random.fork_rng(devices=()), torch.device("cpu"):
         torch.manual_seed(0)
         tiny = layout.model_class(config)
@@ -60,3 +48,19 @@ def tiny_copy(layout: Layout, dtype: torch.dtype = torch.float32) -> PreTrainedM
                 if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                     module.weight[module.padding_idx].normal_(0, 0.05)
     return tiny.eval()
+
+
+def _smallest(layout: Layout) -> PreTrainedConfig:
+    """At most two layers, and the least hidden size that the class allows."""
+    depth = min(2, layout.dense.sizes()["num_hidden_layers"])
+    units, least = layout.dense.sizes()["num_attention_heads"], 16
+    if layout.family.heads_follow:
+        units, least = layout.head_dim, max(least, 4 * layout.head_dim)
+    sizes = (width * units for width in WIDTHS)
+    fits = (
+        layout.narrowed(size)
+        for size in sizes
+        if least <= size < layout.hidden_size and build_sizes(layout, layout.narrowed(size)) is None
+    )
+    wide = next(fits, layout.full)
+    return edit_config(layout, Shape(num_hidden_layers=depth).complete(wide), layers=tuple(range(depth)))

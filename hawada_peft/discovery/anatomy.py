@@ -17,7 +17,7 @@ from ..errors import UnsupportedModelError
 HEADS, FFN, EXPERTS, HIDDEN, OTHER = KINDS = ("heads", "ffn", "experts", "hidden", "other")
 """Kinds of axes: attention heads or KV groups; channels of a block; experts; the residual stream; other widths."""
 
-INPUT, PARAMETER, LOGITS, NORM = HOWS = ("input", "parameter", "logits", "norm")
+INPUT, PARAMETER, LOGITS, NORM = ("input", "parameter", "logits", "norm")
 """How a place closes units; see `Place`."""
 
 Sizes = range | tuple[int, ...]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from ..discovery.inspected import sizes_of
 from ..errors import ExternalClockError, HawAdaError
 from .checks import is_number, is_whole
 from .clock import Clock
@@ -30,9 +31,6 @@ FOLDER = "folder"
 
 SHOWN_LINES = 8
 """So many of the last lines of a command's stderr are in the error."""
-
-NOT_SIZES = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
-"""What of a config is no size."""
 
 
 class ExternalClock(Clock):
@@ -194,5 +192,6 @@ def _name_of(measure: Measure | str) -> str:
 
 def _key(model: PreTrainedModel, regime: Regime) -> str:
     """What latency depends on: the class, the sizes, the conditions; not the weights."""
-    config = {name: value for name, value in model.config.to_dict().items() if name not in NOT_SIZES}
-    return json.dumps([type(model).__name__, config, regime.to_dict()], sort_keys=True, default=str)
+    sizes = sizes_of(model.config.to_dict())
+    told = [type(model).__name__, sizes, model.config.num_labels, regime.to_dict()]
+    return json.dumps(told, sort_keys=True, default=str)

@@ -82,7 +82,7 @@ def shapes_of(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> S
     """
     try:
         model = build_empty(model_class, config)
-    except (NotImplementedError, RuntimeError) as error:
+    except RuntimeError as error:
         if "meta" not in str(error):
             raise
         model = build_undrawn(model_class, config)
