@@ -38,6 +38,7 @@ TITLES = {
     "race": "hawada (race, the default)",
     "race_prepared": "hawada, preparations race too",
     "race_short": "hawada, short race",
+    "race_plain": "hawada, race of plans as cut",
     "race_anew": "hawada, race, winner trained anew",
     "race_long": "hawada, long race",
     "no_race": "hawada, no race",
