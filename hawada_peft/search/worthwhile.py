@@ -1,18 +1,36 @@
-"""Which narrower hidden sizes are worth a latency table of their own."""
+"""Which narrower hidden sizes are worth a search: those that a budget needs, and that may win."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..vanilla.shape import Shape
+from .masked import DOUBT
 from .quality import Quality
 from .state import SearchState
 
 logger = logging.getLogger(__name__)
 
-DOUBT = 1.5
-"""By how much a predicted loss may be too small, as a factor."""
+
+def needed_sizes(sizes: Sequence[int], state_of: Callable[[int], SearchState]) -> list[int]:
+    """
+    The hidden sizes that a budget may need: none below the first one at which the largest shape surely meets it.
+
+    Of two shapes that differ in their hidden size alone the wider one loses less.
+
+    Args:
+        sizes: in descending order.
+        state_of: by the hidden size, its shapes with their latencies, nothing timed.
+    """
+    found: list[int] = []
+    for size in sizes:
+        found.append(size)
+        state = state_of(size)
+        if state.surely()[int(state.parameters.argmax())]:
+            logger.info("the hidden size %d alone meets the budget: smaller ones are left out", size)
+            break
+    return found
 
 
 def worthwhile_sizes(state: SearchState, quality: Quality, sizes: Sequence[int]) -> list[int]:
