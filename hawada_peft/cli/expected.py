@@ -76,7 +76,7 @@ def expected_of(model: PeftModel, batches: Batches, budget: LatencyBudget, effor
     examples = sum(len(next(iter(batch.values()))) for batch in batches)
     parts = ", ".join(f"{spoken(seconds)} {what}" for what, seconds in spent.items())
     return (
-        f"{examples} examples; about {spoken(sum(spent.values()))} if nothing else runs: {parts}. "
+        f"{examples} examples; about {spoken(sum(spent.values()))} as fast as the machine is now: {parts}. "
         f"Weights: {weights / 2**30:.2f} GiB, at times twice."
     )
 
@@ -85,7 +85,7 @@ def _latencies(model: PeftModel, budget: LatencyBudget) -> float:
     """Seconds."""
     base, regime, clock = model.get_base_model(), regime_of(model, budget), Clock()
     layout = locate(base)
-    built, seconds = realiser(layout, regime)(layout.dense), 0.0
+    built, seconds, took = realiser(layout, regime)(layout.dense), 0.0, 0.0
     for times, part in regime.parts():
         runner = clock.runner(built, part)
         with torch.inference_mode():
