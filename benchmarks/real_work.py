@@ -97,7 +97,9 @@ class Ground:
         clock = Turns() if setup.on_cpu else turns  # processor time of one thread is measured while others work
         self.timings = Timings(watch, timings, self.about, clock, earlier)
         rows = (row for file in (*earlier, timings) for row in read_rows(file))
-        self.amounts = [row for row in rows if "amount" in row and "timed" in row]  # rows that were kept lack the latter
+        self.amounts = [
+            row for row in rows if "amount" in row and "timed" in row
+        ]  # rows that were kept lack the latter
         self.pace, self.fixed = PACE, FIXED
         self._bases: dict[int, Basis | None] = {}
         self._prepared: tuple[tuple[str, int], Prepared] | None = None
