@@ -128,7 +128,7 @@ class Layout:
         fields = self.config.to_dict()
         for name in ("_name_or_path", "architectures"):  # where the model is; its class is known
             fields.pop(name, None)
-        return _found_of(self.model_class, repr(self), repr(fields))
+        return _found_of(cast(Any, self.model_class), repr(self), repr(fields))
 
     @property
     def facts(self) -> Known | None:
