@@ -40,13 +40,13 @@ from hawada_peft.search import reference, timed_models
 from hawada_peft.search.answer import frontier
 from hawada_peft.search.budgeted import find_plan
 from hawada_peft.search.masked import MaskedQuality
+from hawada_peft.search.narrow import DOUBT, needed_sizes, worthwhile_sizes
 from hawada_peft.search.result import MOST_POINTS, SearchResult
 from hawada_peft.search.rounds import search
 from hawada_peft.search.space import SearchSpace, narrower_sizes, search_space
 from hawada_peft.search.state import SearchState
 from hawada_peft.search.timed import dense_model, measure_table, regime_of
 from hawada_peft.search.timed_models import realiser
-from hawada_peft.search.worthwhile import DOUBT, needed_sizes, worthwhile_sizes
 from hawada_peft.vanilla import rehome
 from hawada_peft.vanilla.family import locate
 

@@ -32,14 +32,13 @@ from ..vanilla.family import locate
 from ..vanilla.shape import HIDDEN
 from .directions import Found, may_add_directions, with_directions
 from .masked import ASKED, DEPTH, JUDGED_SHAPES, MaskedQuality
-from .narrow import NarrowTables
+from .narrow import NarrowTables, needed_sizes, worthwhile_sizes
 from .refitted import REFITS, RefittedQuality, obstacle
 from .result import SearchResult
 from .rounds import search
 from .space import SearchSpace, narrower_sizes, search_space
 from .state import SearchState
 from .timed import TIMING, Timer, check_regime, dense_model, regime_of, table_of, table_sizes
-from .worthwhile import needed_sizes, worthwhile_sizes
 
 logger = logging.getLogger(__name__)
 
