@@ -110,7 +110,8 @@ def groups_of(
         yield from (Group((name,), every, first, short) for name in ("no_race", *single, "race_anew"))
     for seed in seeds:
         yield from rivals(seed)
-    yield from (Group((name,), every, seed, short) for seed in seeds for name in ("race_short", "no_race"))
+    others = ("race_plain", "race_short", "no_race")
+    yield from (Group((name,), every, seed, short) for seed in seeds for name in others)
     strongest = (RIVALS[0], f"{RIVALS[0]}{MUON}")
     for length in steps[1:]:
         for seed in seeds:

@@ -6,8 +6,6 @@ import gc
 import os
 import random
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +109,12 @@ def families(rows: Mapping[str, Row]) -> list[Any]:
 
 LM_ROW, VISION_ROW = ROWS["llama"], ROWS["vit"]
 BARE_ROW, MIXED_ROW = ROWS["llama-bare"], ROWS["qwen2"]  # without a head; layers of several types
+LONGEST = (
+    "test_raced", "test_stream", "test_docs", "test_towers", "test_compiled", "test_sharded", "test_several_processes",
+    "test_trainer_runs", "test_heads", "test_comparison", "test_merge", "test_discovery", "test_reliable_training",
+    "test_batches", "test_basis", "test_examples", "test_recipes", "test_found_rows", "test_demo",
+)  # fmt: skip
+"""The files that take ten seconds and more: begun last, one of them would leave the other processes without work."""
 EVERYTHING = ("heads", "ffn", "blocks", "layers")
 
 
@@ -119,7 +123,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what another family stands for, unless it is asked for."""
+    """The longest files first; without what another family stands for, unless it is asked for."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     if config.getoption("--all-families", False):
         return
     left_out = [item for item in items if item.get_closest_marker("further")]
@@ -168,25 +173,6 @@ def free_port() -> int:
         probe.bind(("localhost", 0))
         port: int = probe.getsockname()[1]
     return port
-
-
-def start_two(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    """Run a script (or `-m module`) in several processes that form a group: two unless more are asked for."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nproc-per-node={processes}",
-        f"--master-port={free_port()}",
-    ]
-    return subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=1800)
-
-
-def two_processes(*arguments: str) -> str:
-    """As `start_two`, where nothing may fail; what they print."""
-    done = start_two(*arguments)
-    assert done.returncode == 0, done.stderr[-20000:]  # the launcher's own report comes last, and is long
-    return done.stdout
 
 
 def build(row: Row, dtype: torch.dtype = torch.float32, **fields: Any) -> PreTrainedModel:
