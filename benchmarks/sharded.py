@@ -26,6 +26,7 @@ import argparse
 import json
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -255,11 +256,20 @@ def small(what: str, folder: Path, *, killed: bool) -> None:
 def launched(gpus: int, *arguments: str, device: int = 0) -> int:
     """This script in so many processes, one for each GPU, or in one on the GPU `device`; its exit status."""
     script = [str(Path(__file__).resolve()), *arguments]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={gpus}", f"--master-port={free_port()}"]
     used = range(gpus) if gpus > 1 else [device]
     devices = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, used)), "OMP_NUM_THREADS": "1"}
     print("$", "torchrun" if gpus > 1 else "python", gpus, *arguments, flush=True)
-    return subprocess.run([sys.executable, *launcher, *script], env=os.environ | devices, check=False).returncode
+    return subprocess.run(
+        [sys.executable, *(launcher if gpus > 1 else []), *script], env=os.environ | devices, check=False
+    ).returncode
+
+
+def free_port() -> int:
+    """One that nobody listens at, for trainings at the same time."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def compared(first: Path, second: Path) -> dict[str, Any]:
