@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..vanilla.batches import Batch, main_input, rows_of
+from ..vanilla.batches import Batch, has_rows, main_input, rows_of
 from ..vanilla.family import Layout
 from .calls import Call
 
@@ -78,8 +78,7 @@ class Stream:
     def _first_row(self, batch: Batch) -> Batch:
         """A batch of one of its rows; the batch, if it cannot be taken apart."""
         rows = len(main_input(self.model, batch))
-        alike = {len(value) for value in batch.values() if _is_tensor(value) and value.ndim} == {rows}
-        return rows_of(batch, slice(1), rows) if alike else batch
+        return rows_of(batch, slice(1), rows) if has_rows(batch, rows) else batch
 
     def _record(self, batch: Batch, count: int) -> tuple[torch.Tensor, list[Call]]:
         """What goes into the first layer, and how the first `count` layers are called."""
