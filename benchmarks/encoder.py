@@ -159,13 +159,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "| 5 % quantile | least | rank correlation | same nearest"
     )
     lines = [f"| {columns} |", "|---" * (columns.count("|") + 1) + "|"]
-    for row in sorted(rows, key=lambda row: -row["validated"]["cosine"]):
+    for row in sorted(rows, key=lambda row: -row.get("validated", {}).get("cosine", 0.0)):
+        validated = f"{row['validated']['cosine']:.4f}" if "validated" in row else ""
         parts = [f"{row['states_weight']:g} states"] * (row["states_weight"] > 0)
         parts += [f"{row['embedding_weight']:g} embeddings"] * (row["embedding_weight"] > 0)
         lines.append(
             f"| {row['layers']}, {row['ffn']} | {row['measured']:.2f}x | {' + '.join(parts)} | {row['rate']:g} "
             f"| {row['steps']} x {row['batch']} | {row['examples']:,} ({row['distinct']:,}) | {row['recovery_s']:.0f} "
-            f"| {row['validated']['cosine']:.4f} | {cells(row['recovered'])} |"
+            f"| {validated} | {cells(row['recovered'])} |"
         )
     where = "; ".join(dict.fromkeys(f"{row['device']} ({row['date']}; {row['versions']})" for row in rows))
     timed = "; ".join(dict.fromkeys(f"{row['regime']}, {row['timed_on']}" for row in rows))
@@ -337,7 +338,6 @@ def main() -> None:
     one.add_argument("--race", action="store_true", help="let other plans race against it")
     one.add_argument("--dropout", action="store_true", help="recover with the teacher's dropout on")
     one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--page", type=Path, help="whose section `encoder` is written")
     options = parser.parse_args()
     if options.what == "table":
         text = table(read_rows(options.rows))
@@ -354,8 +354,6 @@ def main() -> None:
         append_row(options.rows, row)
     print(json.dumps(row, indent=1))
     print(section(row))
-    if options.page:
-        replace_section(options.page, "encoder", section(row))
 
 
 if __name__ == "__main__":

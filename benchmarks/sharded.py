@@ -222,6 +222,7 @@ def timed(what: str, arguments: argparse.Namespace, folder: Path) -> dict[str, A
 def small(what: str, folder: Path, *, killed: bool) -> None:
     """One training of `equality`; what it ends with is left in the folder."""
     torch.backends.cuda.matmul.allow_tf32 = False
+    torch.manual_seed(0)  # LoRA is drawn
     folder.mkdir(parents=True, exist_ok=True)
     model = random_llama(SHAPES["llama-tiny"], torch.float32)
     set_aside = 2 if what == "gates" else 0  # so that every epoch is whole steps, in any number of processes
