@@ -23,9 +23,9 @@ from hawada_peft.cli.program import app
 from hawada_peft.errors import BadDataError, HawAdaError, IllegalShapeError, InfeasibleBudgetError
 from hawada_peft.race.judge import Judge
 from hawada_peft.search.space import search_space
-from hawada_peft.search.walked import ActivityQuality, plan_checkpoint, walk_checkpoint
 from hawada_peft.vanilla.family import locate
 from hawada_peft.vanilla.outputs import output_of
+from hawada_peft.walked import ActivityQuality, plan_checkpoint, walk_checkpoint
 
 ROWS = {"llama": LM_ROW, "vit": VISION_ROW, "gpt2": GPT2, "mixtral": MIXTRAL}
 

@@ -1,4 +1,8 @@
-"""`hawada plan`."""
+"""
+`hawada plan`.
+
+Long because the plan's files are written here and read here, for other commands as well.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +97,7 @@ def run(
     to.parent.mkdir(parents=True, exist_ok=True)
     batches = read_batches(calibration, model, seq_len=limits.length, examples=examples)
     if low_memory:
-        from ...search.walked import plan_checkpoint
+        from ...walked.plans import plan_checkpoint
 
         found = plan_checkpoint(
             model, limits, batches, device=str(device), spill=to.parent, effort=hard, progress=progress

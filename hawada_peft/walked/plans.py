@@ -25,15 +25,15 @@ from ..refit.activity import Activity, activity_of
 from ..refit.layerwise import in_memory
 from ..refit.low_memory import start_stream
 from ..refit.on_demand import OnDemand
+from ..search.result import SearchResult
+from ..search.rounds import search
+from ..search.scores import channels_cut, heads_cut
+from ..search.space import SearchSpace, search_space
+from ..search.timed import Timer, check_regime, table_of
 from ..vanilla.batches import Batch, check_batch, without_labels
 from ..vanilla.family import Layout, locate
 from ..vanilla.legality import check_legal
 from ..vanilla.shape import FFN, HEADS, LAYERS, Shape
-from .result import SearchResult
-from .rounds import search
-from .scores import channels_cut, heads_cut
-from .space import SearchSpace, search_space
-from .timed import Timer, check_regime, table_of
 
 
 @dataclass(frozen=True)
