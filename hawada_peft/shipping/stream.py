@@ -25,7 +25,7 @@ from ..files.shards import write_shard
 from ..gates.reading import gate_scores
 from ..planning.plan import Plan
 from ..progress import Progress, progress_bar
-from ..surgery.cutting import Cutting, layout_for
+from ..surgery.cutting import Cutting, towers_for
 from ..surgery.fold import DEFAULT, Factors, factors_of, fold_tensor, load_gates, lora_of, merge_tensor
 from ..surgery.slicing import slice_tensor
 from ..surgery.slimming import slim
@@ -83,7 +83,7 @@ class _Export:
         if plan is None:
             raise InvalidPlanError(NO_PLAN)
         self.plan = plan
-        towers = [(layout_for(self.dense, part), part) for part in plan.parts]
+        towers = towers_for(self.dense, plan)
         for layout, part in towers:
             part.check_base(layout.full)
         self._cutting: Cutting | None = None

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from ...vanilla.modules import gateable, norm_offset
 from ..trial.builds import REFUSES, cause
 from ..trial.closing import first_of, hooked, stream_of, with_first
 from ..trial.specimen import Specimen
@@ -68,10 +69,13 @@ def _search(module: nn.Module, stream: torch.Tensor, call: Callable[[], torch.Te
         return ()
     order = _executed(module, stream, call)
     scale = float(stream.abs().max())
-    own = [name for name in order if list(module.get_submodule(name).parameters(recurse=False))]
-    some = [name for name in order if list(module.get_submodule(name).parameters())]
+    within = {name: module.get_submodule(name) for name in order}
+    # Where a gate can sit, then what has weights of its own, then what holds some.
+    good = [name for name in order if gateable(within[name]) or norm_offset(within[name]) is not None]
+    own = [name for name in order if list(within[name].parameters(recurse=False))]
+    some = [name for name in order if list(within[name].parameters())]
     silencing: list[tuple[str, ...]] = []
-    for pool in (own, some):
+    for pool in (good, own, some):
         for count in range(1, MOST + 1):
             found = []
             for names in itertools.combinations(pool, count):
