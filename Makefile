@@ -34,19 +34,21 @@ $(VENV)/.docs: $(VENV)/.made setup.cfg pyproject.toml constraints.txt
 demo: $(VENV)/.demo
 	$(BIN)/hawada demo $(QUICK)
 
-# A file's tests share what they build, so a file stays in one process.
+# A file's tests share what they build, so a file stays in one process; tests/conftest.py says which begin.
+PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # What is tried on every family, on those as well that another one stands for (`STANDS_FOR` in tests/conftest.py).
 test-families: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --all-families
+	$(BIN)/python -m pytest $(PARALLEL) --all-families
 
 # The suite three times in a row with four busy loops beside it: no test may depend on how fast the machine is just now.
 LOOPS ?= 4
 TIMES ?= 3
 test-loaded: $(VENV)/.dev
-	tests/under_load.sh $(LOOPS) $(TIMES) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	tests/under_load.sh $(LOOPS) $(TIMES) $(BIN)/python -m pytest $(PARALLEL)
 
 # What can be removed of every type of the zoo, proved; writes the table of docs/families.md. About ten minutes of one core.
 test-zoo: $(VENV)/.dev

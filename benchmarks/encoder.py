@@ -2,67 +2,56 @@
 A sentence encoder slimmed end to end: how far its embeddings stay the dense model's, and how fast it is.
 
     python benchmarks/real_models.py all-minilm-l6-v2 DIR/minilm
-    OMP_NUM_THREADS=1 python benchmarks/encoder.py DIR/minilm --train text_train.npy.xz --eval text_eval.npy \\
+    OMP_NUM_THREADS=1 python benchmarks/encoder.py run DIR/minilm --train text_train.npy.xz --eval text_eval.npy \\
         --text-tokenizer TEACHER --out DIR/slim
 
 Search, closing, least squares and recovery are the product's, as a user calls them. The model has no head: what is
-distilled are the last hidden states, token by token (squared error), and not the pooled embeddings. What is reported
-is what a user compares: the cosine of mean-pooled, normalised embeddings of held-out sentences, of the folder reloaded
-by `AutoModel`. Times are of the processor; give one thread.
+distilled are the last hidden states, token by token (squared error), its mean-pooled embeddings
+(`--embedding-weight`), or both. What is reported is what a user compares: the cosine of mean-pooled, normalised
+embeddings of held-out sentences, of the folder reloaded by `AutoModel`. Latency is that of one CPU core, by the time
+of the processor; give one thread.
 
-Training examples are one to `--most` sentences in a row, the held-out ones single sentences.
+Training examples are one to `--most` sentences in a row, some (`--crops`) cut at words drawn at random, so that hardly
+two are the same; held out are single sentences.
+
+On a GPU, of a shape that is known, for as long as there is time; a run whose row is there is not made again:
+
+    python benchmarks/encoder.py run DIR/minilm --train text_train.npy.xz --eval text_eval.npy \\
+        --text-tokenizer TEACHER --out DIR/slim --device cuda --bf16 --layers 6 --ffn 640 --no-refit \\
+        --embedding-weight 1 --states-weight 0 --steps 5000 --batch 256 --crops 0.5 --rate 1e-3 \\
+        --until SECOND --rows rows.jsonl --name NAME
+    python benchmarks/encoder.py table rows.jsonl
+
+The rate falls as a cosine over the steps, or over the seconds that are left if they end first: a run that `--until`
+shortens is a whole one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
-import re
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from document import circumstances, replace_section
+from encoder_text import Example, Frame, Sentences, sentences_of
 from peft import get_peft_model
-from reconstruction import read_tokens
+from rows import append_row, read_rows
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, TrainerCallback, TrainingArguments
 
-from hawada_peft import Effort, HawAdaConfig, LatencyBudget, Plan, Race, find_plan, recover
+from hawada_peft import Effort, HawAdaConfig, LatencyBudget, Plan, Race, Shape, find_plan, init_gates, recover
 from hawada_peft.latency.clock import Clock
 from hawada_peft.latency.measuring import measure_many
+from hawada_peft.vanilla.batches import on_device
 
-SHORTEST, LONGEST = 30, 400
-"""Characters of a sentence."""
-
-Examples = list[dict[str, Any]]
-
-
-def sentences_of(path: str, tokenizer: str, tokens: int) -> Iterator[list[str]]:
-    """The sentences of each document at the head of a file of tokens, whose documents are framed by ids 0 and 1."""
-    decode, stream = AutoTokenizer.from_pretrained(tokenizer), np.asarray(read_tokens(path)).reshape(-1)[:tokens]
-    for document in np.split(stream, np.flatnonzero(stream <= 1)):
-        text = " ".join(str(decode.decode(document, skip_special_tokens=True)).split())
-        parts = [part.strip() for part in re.split(r"(?<=[.!?])\s+(?=[A-Z\"'])", text)]
-        yield [part for part in parts if SHORTEST <= len(part) <= LONGEST]
-
-
-def passages(documents: Sequence[list[str]], count: int, most: int, rng: random.Random) -> list[str]:
-    """One to `most` sentences in a row, drawn at random without beginning twice at the same one."""
-    starts = [(index, place) for index, part in enumerate(documents) for place in range(len(part))]
-    rng.shuffle(starts)
-    found = (" ".join(documents[index][place : place + rng.randint(1, most)]) for index, place in starts)
-    return list(dict.fromkeys(found))[:count]
+RESERVED = 15.0
+"""Seconds that are kept for what comes after the training and is not the timing."""
 
 
 def embeddings(model: nn.Module, batches: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
@@ -71,9 +60,10 @@ def embeddings(model: nn.Module, batches: Sequence[dict[str, torch.Tensor]]) -> 
     model.eval()
     with torch.inference_mode():
         for batch in batches:
-            mask = batch["attention_mask"].unsqueeze(-1)
-            states = model(**batch).last_hidden_state
-            rows.append(nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1))
+            there = on_device(batch, next(model.parameters()).device)
+            mask = there["attention_mask"].unsqueeze(-1)
+            states = model(**there).last_hidden_state.float()
+            rows.append(nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1).cpu())
     model.train(training)
     return torch.cat(rows)
 
@@ -105,126 +95,189 @@ class Start(TrainerCallback):
         self.found = agreement(self.dense, embeddings(kwargs["model"], self.held))
 
 
+class Cosine(TrainerCallback):
+    """
+    A rate that rises over a twentieth of the training and then falls to nothing as a cosine, over its steps or its
+    seconds, whichever end first; the training ends with it.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.begun, self.steps = seconds, 0.0, 0
+
+    def part(self, state: Any) -> float:
+        """Of the training that is behind."""
+        return max(state.global_step / state.max_steps, (time.monotonic() - self.begun) / self.seconds)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun = time.monotonic()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        part = min(1.0, self.part(state))
+        rate = min(1.0, 20 * part + 20 / state.max_steps) * (1 + math.cos(math.pi * part)) / 2
+        for group in kwargs["optimizer"].param_groups:
+            group["lr"] = rate * group["initial_lr"]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps = state.global_step
+        control.should_training_stop |= self.part(state) >= 1
+
+
 LINES = {"closed": "closed gates", "refitted": "cut, refitted by least squares", "recovered": "recovered, reloaded"}
 
 
 def section(row: dict[str, Any]) -> str:
-    """The figures as Markdown."""
-    searched = f"Search {row['search_s']:.0f} s" if row["search_s"] > 1 else "Search in an earlier run"
+    """The figures of one run as Markdown."""
+    searched = f"Search {row['search_s']:.0f} s" if row["search_s"] > 1 else "No search"
     head = (
         f"{row['device']} ({row['date']}; {row['versions']}): `{row['command']}`\n\n"
-        f"Asked for {row['speedup']}x at forward {row['regime']}, processor time. Dense {row['dense_ms']:.0f} ms, "
-        f"slim, reloaded by `AutoModel`, {row['slim_ms']:.0f} ms, timed in turns: **{row['measured']:.2f}x**. "
-        f"{row['shape']}; {row['parameters']:,} of {row['dense_parameters']:,} parameters. {searched}, recovery "
-        f"({row['steps']} steps of {row['batch']} examples of {row['length']} tokens at most, dropout "
-        f"{'on' if row['dropout'] else 'off'}) {row['recovery_s']:.0f} s of processor time.\n\n"
+        f"Asked for {row['speedup']}x at forward {row['regime']}, processor time of {row['timed_on']}. Dense "
+        f"{row['dense_ms']:.0f} ms, slim, reloaded by `AutoModel`, {row['slim_ms']:.0f} ms, timed in turns: "
+        f"**{row['measured']:.2f}x**. {row['shape']}; {row['parameters']:,} of {row['dense_parameters']:,} "
+        f"parameters. {searched}, recovery ({row['steps']} steps of {row['batch']} examples of {row['length']} tokens "
+        f"at most, dropout {'on' if row['dropout'] else 'off'}) {row['recovery_s']:.0f} s.\n\n"
         f"| {row['held_out']} held-out sentences | mean cosine | 5 % quantile | least | rank correlation of pairs "
         "| same nearest sentence |\n|---|---|---|---|---|---|\n"
     )
-    lines = [
-        f"| {words} | {found['cosine']:.4f} | {found['cosine_5_percent']:.4f} | {found['cosine_least']:.4f} "
-        f"| {found['rank_correlation']:.4f} | {found['same_nearest']:.1%} |"
-        for name, words in LINES.items()
-        for found in [row[name]]
-    ]
-    return head + "\n".join(lines)
+    return head + "\n".join(f"| {words} | {cells(row[name])} |" for name, words in LINES.items())
+
+
+def cells(found: dict[str, float]) -> str:
+    """What `agreement` found, as cells of a table."""
+    numbers = [f"{found[name]:.4f}" for name in ("cosine", "cosine_5_percent", "cosine_least", "rank_correlation")]
+    return " | ".join([*numbers, f"{found['same_nearest']:.1%}"])
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Many runs as Markdown, the nearest to the dense model first."""
+    columns = (
+        "layers, FFN | measured | loss | rate | steps x batch | examples (distinct) | seconds | mean cosine | 5 % "
+        "quantile | least | rank correlation | same nearest"
+    )
+    lines = [f"| {columns} |", "|---" * (columns.count("|") + 1) + "|"]
+    for row in sorted(rows, key=lambda row: -row["recovered"]["cosine"]):
+        parts = [f"{row['states_weight']:g} states"] * (row["states_weight"] > 0)
+        parts += [f"{row['embedding_weight']:g} embeddings"] * (row["embedding_weight"] > 0)
+        lines.append(
+            f"| {row['layers']}, {row['ffn']} | {row['measured']:.2f}x | {' + '.join(parts)} | {row['rate']:g} "
+            f"| {row['steps']} x {row['batch']} | {row['examples']:,} ({row['distinct']:,}) | {row['recovery_s']:.0f} "
+            f"| {cells(row['recovered'])} |"
+        )
+    where = "; ".join(dict.fromkeys(f"{row['device']} ({row['date']}; {row['versions']})" for row in rows))
+    timed = "; ".join(dict.fromkeys(f"{row['regime']}, {row['timed_on']}" for row in rows))
+    return f"Trained on {where}; timed at forward {timed}, processor time.\n\n" + "\n".join(lines)
+
+
+def chosen(model: Any, calibration: Sequence[Example], budget: LatencyBudget, options: argparse.Namespace) -> Plan:
+    """The plan: given, of a given size by Fisher information, or found for the budget."""
+    if options.plan:
+        return Plan.from_dict(json.loads(options.plan.read_text(encoding="utf-8"))["plan"])
+    if options.layers or options.ffn:
+        init_gates(model, calibration)
+        return model.plan(shape=Shape(num_hidden_layers=options.layers, intermediate_size=options.ffn))
+    return find_plan(model, budget, calibration, effort=quick_effort()).plan
+
+
+def quick_effort() -> Effort:
+    """Of a search."""
+    return Effort.quick(clock=Clock(time.thread_time), cache=False, max_seconds=6.0, candidates=3, instances=3)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """All of it."""
-    rng = random.Random(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(options.teacher)
-    base = AutoModel.from_pretrained(options.teacher, dtype=torch.float32).eval()
+    base: PreTrainedModel = AutoModel.from_pretrained(options.teacher, dtype=torch.float32).eval().to(options.device)
+    frame, rng = Frame.of(tokenizer), np.random.default_rng(options.seed)
 
-    def read(path: str, tokens: int, count: int, most: int) -> Examples:
-        texts = passages(list(sentences_of(path, options.text_tokenizer, tokens)), count, most, rng)
-        coded = [tokenizer(text, truncation=True, max_length=options.length) for text in texts]
-        return [{name: each[name] for name in ("input_ids", "attention_mask")} for each in coded]
+    def batches(examples: Sequence[Example]) -> list[Example]:
+        return [frame.batch(examples[start : start + 16]) for start in range(0, len(examples), 16)]
 
-    collate = DataCollatorWithPadding(tokenizer)
+    def read(path: str) -> Sentences:
+        return Sentences(list(sentences_of(path, options.text_tokenizer, options.tokens)), tokenizer)
 
-    def batches(examples: Examples) -> list[dict[str, torch.Tensor]]:
-        size = options.batch
-        return [dict(collate(examples[start : start + size])) for start in range(0, len(examples), size)]
+    text, draw = read(options.train), {"most": options.most, "length": options.length, "batch": options.batch}
+    train = text.draw(options.steps * options.batch, rng, crops=options.crops, **draw)
+    calibration = batches(text.draw(options.calibration, rng, crops=0.0, **draw).all())
+    # single sentences, the same whatever is trained on
+    held = read(options.eval).draw(options.held_out, np.random.default_rng(0), crops=0.0, **draw | {"most": 1})
+    sentences = batches(held.all())
+    dense = embeddings(base, sentences)
 
-    wanted = options.steps * options.batch
-    train = read(options.train, options.tokens, wanted + options.calibration, options.most)
-    held = batches(read(options.eval, options.tokens, options.held_out, 1))
-    calibration, train = batches(train[: options.calibration]), train[options.calibration :]
-    if len(train) < wanted:
-        print(f"{len(train)} passages for {wanted}: some are seen again")
-    dense = embeddings(base, held)
-
-    effort = Effort.quick(clock=Clock(time.thread_time), cache=False, max_seconds=6.0, candidates=3, instances=3)
-    budget = LatencyBudget(speedup=options.speedup, batch_size=options.rows, seq_len=options.seq_len)
+    budget = LatencyBudget(speedup=options.speedup, batch_size=options.rows_timed, seq_len=options.seq_len)
     model = get_peft_model(base, HawAdaConfig())
     begun = time.process_time()
-    if options.plan:
-        plan = Plan.from_dict(json.loads(options.plan.read_text(encoding="utf-8"))["plan"])
-    else:
-        plan = find_plan(model, budget, calibration, effort=effort).plan
-    row: dict[str, Any] = {"search_s": time.process_time() - begun}
-    print(f"{plan}: searched for {row['search_s']:.0f} s", flush=True)
+    plan = chosen(model, calibration, budget, options)
+    row: dict[str, Any] = {"name": options.name, "search_s": time.process_time() - begun}
+    print(f"{plan}: {row['search_s']:.0f} s", flush=True)
     model.apply_plan(plan)
-    row["closed"] = agreement(dense, embeddings(model, held))
+    row["closed"] = agreement(dense, embeddings(model, sentences))
 
-    start = Start(dense, held)
+    seconds = options.until - time.time() - options.timing_seconds - RESERVED if options.until else math.inf
+    if seconds < options.least_seconds:
+        raise SystemExit(f"{seconds:.0f} s are left for {options.name or 'it'}: too few to begin")
+    start, cosine = Start(dense, sentences), Cosine(seconds)
     args = TrainingArguments(
         f"{options.out}-training",
         max_steps=options.steps,
         per_device_train_batch_size=options.batch,
         learning_rate=options.rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=options.steps // 20,
+        lr_scheduler_type="constant",
         logging_steps=max(1, options.steps // 10),
         save_strategy="no",
         report_to=[],
         seed=options.seed,
-        use_cpu=True,
+        use_cpu=options.device == "cpu",
         bf16=options.bf16,
-        train_sampling_strategy="group_by_length",
+        train_sampling_strategy="sequential",
         disable_tqdm=True,
     )
-    begun = time.process_time()
+    clock = time.process_time if options.device == "cpu" else time.perf_counter
+    begun = clock()
     slimmed = recover(
         model,
         args,
         train_dataset=train,
-        data_collator=collate,
-        calibration=calibration,
+        data_collator=frame.batch,
+        calibration=calibration if options.refit or options.race else None,
+        kl_weight=options.states_weight,
+        embedding_weight=options.embedding_weight,
         optimizer=options.optimizer,
         dropout=options.dropout,
-        race=Race(budget=budget, effort=effort) if options.race else False,
-        callbacks=[start],
+        race=Race(budget=budget, effort=quick_effort()) if options.race else False,
+        callbacks=[start, cosine],
     )
-    row |= {"recovery_s": time.process_time() - begun, "refitted": start.found}
+    row |= {"recovery_s": clock() - begun, "refitted": start.found}
     slimmed = slimmed.save(options.out, processor=tokenizer)
     slim = AutoModel.from_pretrained(options.out, dtype=torch.float32).eval()
-    row["recovered"] = agreement(dense, embeddings(slim, held))
+    row["recovered"] = agreement(dense, embeddings(slim, sentences))
+    row |= circumstances(options.device)
 
-    careful = Effort(clock=Clock(time.thread_time), max_seconds=options.timing_seconds)
+    torch.set_num_threads(1)
     timings = measure_many(
-        {"dense": base, "slim": slim},
+        {"dense": base.cpu(), "slim": slim},
         budget.regime(generates=False, dtype=torch.float32, device="cpu"),
-        effort=careful,
+        effort=Effort(clock=Clock(time.thread_time), max_seconds=options.timing_seconds),
     )
     dense_ms, slim_ms = (timings[name].median_ms for name in ("dense", "slim"))
+    given = ("speedup", "rate", "batch", "length", "most", "crops", "bf16", "dropout", "seed", "optimizer", "refit")
+    weights = ("states_weight", "embedding_weight")
     return (
         row
-        | circumstances("cpu")
+        | {name: getattr(options, name) for name in (*given, *weights)}
         | {
-            "speedup": options.speedup,
-            "regime": f"{options.rows}x{options.seq_len}, float32",
+            "regime": f"{options.rows_timed}x{options.seq_len}, float32",
+            "timed_on": circumstances("cpu")["device"],
             "dense_ms": dense_ms,
             "slim_ms": slim_ms,
             "measured": dense_ms / slim_ms,
             "shape": str(plan),
-            "dropout": options.dropout,
+            "layers": slim.config.num_hidden_layers,
+            "ffn": slim.config.intermediate_size,
             "parameters": slim.num_parameters(),
             "dense_parameters": base.num_parameters(),
-            "steps": options.steps,
-            "batch": options.batch,
-            "length": options.length,
+            "steps": cosine.steps,
+            "steps_wanted": options.steps,
+            "examples": cosine.steps * options.batch,
+            "distinct": train.first(cosine.steps * options.batch).distinct,
             "held_out": len(dense),
             "max_difference": slimmed.verification.max_difference if slimmed.verification else None,
         }
@@ -233,33 +286,58 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("teacher", help="a folder with an encoder and its tokenizer")
-    parser.add_argument("--train", required=True, help="tokens of text, .npy or .npy.xz")
-    parser.add_argument("--eval", required=True, help="held-out ones")
-    parser.add_argument("--text-tokenizer", required=True, help="of these tokens: a folder")
-    parser.add_argument("--out", required=True, help="the new folder")
-    parser.add_argument("--speedup", type=float, default=1.5)
-    parser.add_argument("--rows", type=int, default=8, help="of the timed regime")
-    parser.add_argument("--seq-len", type=int, default=128, help="of the timed regime")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=64, help="tokens of an example at most")
-    parser.add_argument("--most", type=int, default=3, help="sentences of a training example at most")
-    parser.add_argument("--bf16", action="store_true", help="recover under autocast to bfloat16")
-    parser.add_argument("--rate", type=float, default=5e-4)
-    parser.add_argument("--optimizer", choices=("auto", "args", "muon"), default="auto", help="as of `recover`")
-    parser.add_argument("--calibration", type=int, default=256, help="examples")
-    parser.add_argument("--held-out", type=int, default=500, help="sentences")
-    parser.add_argument("--tokens", type=int, default=2_000_000, help="of each file that are read")
-    parser.add_argument("--timing-seconds", type=float, default=40.0, help="of the models in turns, at the end")
-    parser.add_argument("--plan", type=Path, help="a hawada_report.json, whose plan is taken instead of a search")
-    parser.add_argument("--race", action="store_true", help="let other plans race against it")
-    parser.add_argument("--dropout", action="store_true", help="recover with the teacher's dropout on")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--page", type=Path, help="whose section `encoder` is written")
+    commands = parser.add_subparsers(dest="what", required=True)
+    shown = commands.add_parser("table", help="rows of many runs as Markdown")
+    shown.add_argument("rows", type=Path)
+    shown.add_argument("--page", type=Path, help="whose section `encoder-rows` is written")
+    one = commands.add_parser("run", help="slim an encoder, recover it, compare it")
+    one.add_argument("teacher", help="a folder with an encoder and its tokenizer")
+    one.add_argument("--train", required=True, help="tokens of text, .npy or .npy.xz")
+    one.add_argument("--eval", required=True, help="held-out ones")
+    one.add_argument("--text-tokenizer", required=True, help="of these tokens: a folder")
+    one.add_argument("--out", required=True, help="the new folder")
+    one.add_argument("--name", default="", help="of the run, for its row")
+    one.add_argument("--rows", type=Path, help="a file of rows: a run whose name is there is not made again")
+    one.add_argument("--device", default="cpu", help="of the training; timed is the CPU")
+    one.add_argument("--speedup", type=float, default=1.5)
+    one.add_argument("--rows-timed", type=int, default=8, help="of the timed regime")
+    one.add_argument("--seq-len", type=int, default=128, help="of the timed regime")
+    one.add_argument("--steps", type=int, default=300)
+    one.add_argument("--batch", type=int, default=16)
+    one.add_argument("--length", type=int, default=64, help="tokens of an example at most")
+    one.add_argument("--most", type=int, default=3, help="sentences of a training example at most")
+    one.add_argument("--crops", type=float, default=0.0, help="the part of the training examples that is cut at words")
+    one.add_argument("--bf16", action="store_true", help="recover under autocast to bfloat16")
+    one.add_argument("--rate", type=float, default=5e-4)
+    one.add_argument("--optimizer", choices=("auto", "args", "muon"), default="auto", help="as of `recover`")
+    one.add_argument("--states-weight", type=float, default=1.0, help="of the squared difference of tokens' states")
+    one.add_argument("--embedding-weight", type=float, default=0.0, help="of the cosine distance of embeddings")
+    one.add_argument("--calibration", type=int, default=256, help="examples")
+    one.add_argument("--refit", action=argparse.BooleanOptionalAction, default=True, help="by least squares, before")
+    one.add_argument("--held-out", type=int, default=500, help="sentences")
+    one.add_argument("--tokens", type=int, default=8_000_000, help="of each file that are read")
+    one.add_argument("--timing-seconds", type=float, default=40.0, help="of the models in turns, at the end")
+    one.add_argument("--until", type=float, default=0.0, help="second since the epoch at which all of it has ended")
+    one.add_argument("--least-seconds", type=float, default=30.0, help="of training, or it is not begun")
+    one.add_argument("--plan", type=Path, help="a hawada_report.json, whose plan is taken instead of a search")
+    one.add_argument("--layers", type=int, help="how many stay, instead of a search; by Fisher information")
+    one.add_argument("--ffn", type=int, help="how many channels stay in each, likewise")
+    one.add_argument("--race", action="store_true", help="let other plans race against it")
+    one.add_argument("--dropout", action="store_true", help="recover with the teacher's dropout on")
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--page", type=Path, help="whose section `encoder` is written")
     options = parser.parse_args()
+    if options.what == "table":
+        text = table(read_rows(options.rows))
+        replace_section(options.page, "encoder-rows", text) if options.page else print(text)
+        return
+    if options.rows and any(row["name"] == options.name for row in read_rows(options.rows)):
+        print(f"{options.name!r} is in {options.rows}")
+        return
     torch.manual_seed(options.seed)
     row = run(options)
+    if options.rows:
+        append_row(options.rows, row)
     print(json.dumps(row, indent=1))
     print(section(row))
     if options.page:

@@ -19,6 +19,7 @@ OURS: dict[str, dict[str, Any]] = {
     },
     "race_anew": {"onward": "anew"},
     "race_prepared": {"preparations": ("none", "least squares, close")},
+    "race_plain": {"preparations": ("none",)},
     "race_long": {"share": 0.3, "plans": 6},
     "no_race": {"plans": 1, "preparations": ("none",), "neighbours": False},
     "no_race_magnitude": {"plans": 1, "preparations": ("magnitude",), "neighbours": False},
@@ -30,8 +31,8 @@ OURS: dict[str, dict[str, Any]] = {
 The package's own contestants: options of `Race`, its defaults where they say nothing.
 
 In `searched` the plan of `find_plan` races against others. `race_short` has fewer plans, and preparations race too, as
-in `race_prepared`, once the default. `race_anew` trains the winner anew. `no_race*` take the depth plan of least
-loss, prepared in one way.
+in `race_prepared`, once the default. `race_plain` takes plans as they were cut, `race_anew` trains the winner anew.
+`no_race*` take the depth plan of least loss, prepared in one way.
 """
 
 MUON = "+muon"
@@ -109,7 +110,8 @@ def groups_of(
         yield from (Group((name,), every, first, short) for name in ("no_race", *single, "race_anew"))
     for seed in seeds:
         yield from rivals(seed)
-    yield from (Group((name,), every, seed, short) for seed in seeds for name in ("race_short", "no_race"))
+    others = ("race_plain", "race_short", "no_race")
+    yield from (Group((name,), every, seed, short) for seed in seeds for name in others)
     strongest = (RIVALS[0], f"{RIVALS[0]}{MUON}")
     for length in steps[1:]:
         for seed in seeds:

@@ -35,7 +35,7 @@ an --out of its own. For the small teachers ours come first, with the plan of a 
             --out OUT/$S.jsonl --budgets 1.25 1.5 2 3 --steps 300 --contestants searched race >> jobs.txt; done
     python benchmarks/jobs.py jobs.txt --devices 0 1 --per-device 4 --seconds 560 --log OUT/jobs.log
 
-Set-up: budgets are speedups of a prefill of 8x512 in bfloat16 as a CUDA graph, met from 0.99 times them on, for all
+Set-up: budgets are speedups of a prefill of 8x512 in bfloat16 as a CUDA graph, met from 0.988 times them on, for all
 contestants alike; calibration on 64 windows of 512 from the training text; recovery by KL on all weights, batches of
 16x512, cosine, rate 5e-4, bf16 autocast; perplexity over 120 windows of 512. Peers recover by AdamW as their authors
 do, and as NAME+muon by the optimizer that `recover` chooses. What a contestant trains before (its gates, its race) is

@@ -38,6 +38,7 @@ TITLES = {
     "race": "hawada (race, the default)",
     "race_prepared": "hawada, preparations race too",
     "race_short": "hawada, short race",
+    "race_plain": "hawada, race of plans as cut",
     "race_anew": "hawada, race, winner trained anew",
     "race_long": "hawada, long race",
     "no_race": "hawada, no race",
@@ -49,11 +50,13 @@ TITLES = {
 
 
 def kept(rows: Iterable[Row], had: Iterable[Row] = ()) -> list[Row]:
-    """Rows of cells without what is bulky; of a cell the last one."""
+    """Rows of cells without what is bulky or names a machine's folders; of a cell the last one."""
     found: dict[tuple[object, ...], Row] = {}
     for row in (*had, *rows):
         if "contestant" in row and "error" not in row:
             small = {name: value for name, value in row.items() if name not in LEFT_OUT}
+            if "command" in small:
+                small["command"] = ""  # it names folders
             found[tuple(row[name] for name in ("contestant", "budget", "seed", "steps", "device"))] = small
     return list(found.values())
 

@@ -96,7 +96,8 @@ class Ground:
         watch = Stopwatch(dense, self.regime, setup.effort)
         clock = Turns() if setup.on_cpu else turns  # processor time of one thread is measured while others work
         self.timings = Timings(watch, timings, self.about, clock, earlier)
-        self.amounts = [row for file in (*earlier, timings) for row in read_rows(file) if "amount" in row]
+        rows = (row for file in (*earlier, timings) for row in read_rows(file))  # rows that are kept lack "timed"
+        self.amounts = [row for row in rows if "amount" in row and "timed" in row]
         self.pace, self.fixed = PACE, FIXED
         self._bases: dict[int, Basis | None] = {}
         self._prepared: tuple[tuple[str, int], Prepared] | None = None

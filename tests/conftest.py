@@ -111,6 +111,12 @@ def families(rows: Mapping[str, Row]) -> list[Any]:
 
 LM_ROW, VISION_ROW = ROWS["llama"], ROWS["vit"]
 BARE_ROW, MIXED_ROW = ROWS["llama-bare"], ROWS["qwen2"]  # without a head; layers of several types
+LONGEST = (
+    "test_raced", "test_stream", "test_docs", "test_towers", "test_compiled", "test_sharded", "test_several_processes",
+    "test_trainer_runs", "test_heads", "test_comparison", "test_merge", "test_discovery", "test_reliable_training",
+    "test_batches", "test_basis", "test_examples", "test_recipes", "test_found_rows", "test_demo",
+)  # fmt: skip
+"""The files that take ten seconds and more: begun last, one of them would leave the other processes without work."""
 EVERYTHING = ("heads", "ffn", "blocks", "layers")
 
 
@@ -119,7 +125,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what another family stands for, unless it is asked for."""
+    """The longest files first; without what another family stands for, unless it is asked for."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     if config.getoption("--all-families", False):
         return
     left_out = [item for item in items if item.get_closest_marker("further")]

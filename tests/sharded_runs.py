@@ -1,10 +1,9 @@
-"""A training as one of several processes: `python sharded_runs.py WHAT FOLDER [STOP]`, with or without torchrun."""
+"""Trainings that are the same alone and as one of several processes."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,19 +20,26 @@ from transformers import TrainingArguments
 
 from hawada_peft import HawAdaTrainer, LatencyBudget, Race, recover
 from hawada_peft.distil.sharded import whole
-from hawada_peft.processes import run_program
 from hawada_peft.vanilla.family import locate
 from hawada_peft.vanilla.resize import parameters_at
 
-WORLD, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-SHARDED: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}} if WORLD > 1 else {}
 OPTIMIZER = {"optim": "adamw_torch", "adam_epsilon": 1e-2}  # no signs of gradients that are zero but for rounding
 ROWS = (LABELLED * 5)[:36]  # four are set aside, the rest are whole steps
 
 
+def world() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def sharded() -> dict[str, Any]:
+    """Training arguments."""
+    return {"fsdp": True, "fsdp_config": {"version": 2}} if world() > 1 else {}
+
+
 def sharding(args: TrainingArguments) -> Any:
     """The arguments; of several processes, with accelerate told that it may shard: it offers that on accelerators."""
-    if WORLD > 1:
+    if world() > 1:
         _ = args.device  # the processes have met
         PartialState().distributed_type = DistributedType.MULTI_GPU
     return args
@@ -43,12 +49,12 @@ def gates(folder: Path, stop: int, lora: LoraConfig | None = None) -> None:
     """Gates, or gates and LoRA: trained to the end, or up to a step; what they are then."""
     model = gate(build(LM_ROW), shuffle=False, lora=lora)
     options: dict[str, Any] = {
-        "per_device_train_batch_size": 8 // WORLD,
+        "per_device_train_batch_size": 8 // world(),
         "calibration_examples": 16,
         "keep_better": "sliced",
     }
     options |= {"soft_fraction": 0.5, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.3} | OPTIMIZER
-    args = sharding(arguments(folder, **options, **SHARDED))
+    args = sharding(arguments(folder, **options, **sharded()))
     trainer = HawAdaTrainer(model, args, shape=TARGET, train_dataset=ROWS)
     resume = bool(list(folder.glob("checkpoint-*")))
     if stop:
@@ -57,7 +63,7 @@ def gates(folder: Path, stop: int, lora: LoraConfig | None = None) -> None:
     trained = {name: whole(p.detach()).clone() for name, p in model.named_parameters() if p.requires_grad}
     report(folder, trained, model.applied_plan().to_json(), trainer.state.log_history)
     trainer.save_model(str(folder / "adapter"))
-    assert WORLD == 1 or is_sharded(model)
+    assert world() == 1 or is_sharded(model)
 
 
 def joint(folder: Path, stop: int) -> None:
@@ -69,8 +75,8 @@ def recovery(folder: Path, stop: int) -> None:
     """A slim model, recovered with all of its weights trained."""
     dense = build(LM_ROW)
     before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
-    options = {"per_device_train_batch_size": 8 // WORLD, "save_strategy": "steps", "save_steps": 2}
-    args = sharding(recovery_arguments(folder, **options, **OPTIMIZER, **SHARDED))
+    options = {"per_device_train_batch_size": 8 // world(), "save_strategy": "steps", "save_steps": 2}
+    args = sharding(recovery_arguments(folder, **options, **OPTIMIZER, **sharded()))
     resume = bool(list(folder.glob("checkpoint-*")))
     stopping = [StopAt(stop)] if stop else []
     slimmed = recover(
@@ -91,7 +97,7 @@ def race(folder: Path, _: int) -> None:
     dense = build(LM_ROW, num_hidden_layers=6)
     layout = locate(dense)
     most = parameters_at(layout, replace(layout.dense, num_hidden_layers=4))
-    args = recovery_arguments(folder, max_steps=8, per_device_train_batch_size=8 // WORLD, **OPTIMIZER)
+    args = recovery_arguments(folder, max_steps=8, per_device_train_batch_size=8 // world(), **OPTIMIZER)
     limit = LatencyBudget(max_parameters=most, seq_len=12)
     racing = Race(limit, plans=2, steps=1, preparations=("none",), rotate=False, share=0.5, onward="anew")
     whole_batches = LABELLED * 5
@@ -110,12 +116,6 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 
 def report(folder: Path, tensors: dict[str, torch.Tensor], plan: str, log: list[dict[str, Any]]) -> None:
-    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / f"{RANK}.safetensors")
-    (folder / f"{RANK}.json").write_text(json.dumps({"plan": plan, "log": log}))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    what, where, last = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]) if sys.argv[3:] else 0
-    where.mkdir(parents=True, exist_ok=True)
-    run_program(lambda: globals()[what](where, last))
+    rank = os.environ.get("RANK", "0")
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / f"{rank}.safetensors")
+    (folder / f"{rank}.json").write_text(json.dumps({"plan": plan, "log": log}))

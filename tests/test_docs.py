@@ -32,6 +32,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
+from toys import once
 from transformers import PreTrainedModel
 from zoo import ZOO
 
@@ -40,7 +41,7 @@ from hawada_peft import ExportFacts, Family, Plan, Shape
 from hawada_peft.cli import errors
 from hawada_peft.cli.program import app
 from hawada_peft.gates.relaxation import RELAXATIONS
-from hawada_peft.latency import Effort, Regime, ToyClock
+from hawada_peft.latency import Regime
 from hawada_peft.recipes import Recipe, steps_of
 from hawada_peft.vanilla.family import FAMILIES
 
@@ -124,8 +125,8 @@ SHORTER = {
     r"bf16=True": "bf16=False",
     r"=\[\.\.\.\]": "=[]",
 }
-EFFORT = Effort.quick(clock=ToyClock(), whole_shapes=2, candidates=1)
-MEASURES = {"find_plan", "measure_table", "measure_many", "HawAdaTrainer"}
+EFFORT = once(candidates=1, search_rounds=2, cache=True)
+MEASURES = {"find_plan", "measure_table", "measure_many", "HawAdaTrainer", "Race"}
 """What measures: by a toy clock, where a block names no effort."""
 
 
@@ -278,7 +279,7 @@ def runs(page: Path) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
-@pytest.mark.usefixtures("rows_of_families", "relaxations")
+@pytest.mark.usefixtures("rows_of_families", "relaxations", "toy_machine")
 @pytest.mark.parametrize("page", [page for page in PAGES if runs(page)], ids=lambda page: page.name)
 def test_python_blocks_run(page: Path, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(folders, tmp_path, dirs_exist_ok=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import re
 import runpy
-import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -18,10 +18,14 @@ AUTO = {"slim_vit": AutoModelForImageClassification, "slim_llama": AutoModelForC
 QUICK = ["--steps", "4", "--recover-steps", "2", "--held-out", "8", "--calibration", "8", "--train-batch-size", "4"]
 
 
-def start(script: str, *options: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(EXAMPLES / f"{script}.py"), *map(str, options)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800)
+def run(script: str, *options: str | Path) -> str:
+    """What the script prints, run as `python SCRIPT OPTIONS`, but for the seconds that a new process imports."""
+    path, printed = EXAMPLES / f"{script}.py", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setattr(sys, "argv", [str(path), *map(str, options)])
+        patch.syspath_prepend(EXAMPLES)
+        runpy.run_path(str(path), run_name="__main__")
+    return printed.getvalue()
 
 
 def check(script: str, output: Path, dense: Path, printed: str) -> None:
@@ -47,9 +51,7 @@ def check(script: str, output: Path, dense: Path, printed: str) -> None:
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, str]:
     """A run of the script that needs nothing: its name, its output, what it printed."""
     output = tmp_path_factory.mktemp(request.param) / "out"
-    done = start(request.param, "--tiny", "--output", output)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return request.param, output, done.stdout
+    return request.param, output, run(request.param, "--tiny", *QUICK, "--output", output)
 
 
 def test_tiny(tiny: tuple[str, Path, str]) -> None:
@@ -59,13 +61,11 @@ def test_tiny(tiny: tuple[str, Path, str]) -> None:
 
 @pytest.mark.parametrize("script", AUTO)
 def test_a_folder_that_holds_something_is_refused_at_once(
-    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mine").touch()
-    monkeypatch.setattr(sys, "argv", [script, "--tiny", "--output", str(tmp_path)])
-    monkeypatch.syspath_prepend(EXAMPLES)
     with pytest.raises(SystemExit) as refused:
-        runpy.run_path(str(EXAMPLES / f"{script}.py"), run_name="__main__")
+        run(script, "--tiny", "--output", tmp_path)
     assert refused.value.code == 2
     assert "holds something: give another --output" in capsys.readouterr().err
 
@@ -91,6 +91,4 @@ def test_dataset_in_a_folder(tiny: tuple[str, Path, str], tmp_path: Path, stream
     script, made, _ = tiny
     options = ["--tiny", *QUICK, *write_rows(script, tmp_path / "data"), *["--streaming"] * streaming]
     given = ["--model", made / "teacher", "--dataset", tmp_path / "data", "--output", tmp_path / "out"]
-    done = start(script, *given, *options)
-    assert done.returncode == 0, done.stderr[-4000:]
-    check(script, tmp_path / "out", made / "teacher", done.stdout)
+    check(script, tmp_path / "out", made / "teacher", run(script, *given, *options))

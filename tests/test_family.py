@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import (
+    BARE_ROW,
     LM,
     LM_ROW,
     PLAIN,
@@ -47,6 +48,20 @@ def test_every_row_is_found(row: Row) -> None:
     assert isinstance(model.get_submodule(layout.stack), nn.ModuleList)
     assert layout.dense.num_attention_heads == 8
     assert TARGET_MODULES[model.config.model_type] == [layout.family.attention_out, layout.family.ffn_out]
+
+
+@pytest.mark.usefixtures("rows_of_families")
+def test_what_building_tells_is_kept_for_every_model_of_the_row_the_class_and_the_config() -> None:
+    def asked(row: Row, **fields: object) -> object:
+        return locate(build(row, **fields)).once("test", object)
+
+    first = asked(LM_ROW)
+    assert asked(LM_ROW) is first
+    assert asked(LM_ROW, _name_or_path="elsewhere") is first
+    assert asked(LM_ROW, attention_bias=True) is not first
+    assert asked(BARE_ROW) is not first
+    register_family("llama", replace(FAMILIES["llama"], branches=("mlp.down_proj",)))
+    assert asked(LM_ROW) is not first
 
 
 def test_positions_are_the_ends_of_layers(row: Row) -> None:

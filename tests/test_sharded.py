@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 import sharded_runs
 import torch
-from conftest import LM_ROW, build, gate, start_two
+from conftest import LM_ROW, build, gate
 from gate_runs import DATA, TARGET, arguments
+from pairs import in_several
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -21,9 +23,9 @@ from hawada_peft.distil.sharded import check_version, gather_into, twin_of
 from hawada_peft.errors import HawAdaError
 
 
-def started(what: str, folder: Path, processes: int, stop: int = 0) -> None:
-    done = start_two(sharded_runs.__file__, what, str(folder), str(stop), processes=processes)
-    assert done.returncode == 0, done.stderr[-20000:]
+def started(what: Callable[[Path, int], None], folder: Path, processes: int, stop: int = 0) -> None:
+    folder.mkdir(exist_ok=True)
+    in_several(processes, what, folder, stop)
 
 
 def result(folder: Path, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -46,7 +48,7 @@ def assert_as_in_one_process(folder: Path, alone: Path, processes: int) -> None:
 def test_gates_and_lora_are_those_of_one_process_and_resumed_by_one(tmp_path: Path) -> None:
     (tmp_path / "alone").mkdir()
     sharded_runs.joint(tmp_path / "alone", 0)
-    started("joint", tmp_path / "several", 2)
+    started(sharded_runs.joint, tmp_path / "several", 2)
     assert_as_in_one_process(tmp_path / "several", tmp_path / "alone", 2)
     shutil.rmtree(tmp_path / "several" / "checkpoint-6")
     sharded_runs.joint(tmp_path / "several", 0)  # goes on from the fourth step
@@ -61,8 +63,8 @@ def test_gates_and_lora_are_those_of_one_process_and_resumed_by_one(tmp_path: Pa
 def test_a_recovery_is_that_of_one_process_and_resumed_by_more(tmp_path: Path) -> None:
     (tmp_path / "alone").mkdir()
     sharded_runs.recovery(tmp_path / "alone", 0)
-    started("recovery", tmp_path / "several", 2, stop=2)
-    started("recovery", tmp_path / "several", 4)
+    started(sharded_runs.recovery, tmp_path / "several", 2, stop=2)
+    started(sharded_runs.recovery, tmp_path / "several", 4)
     assert_as_in_one_process(tmp_path / "several", tmp_path / "alone", 4)
 
 
@@ -70,7 +72,7 @@ def test_a_race_is_that_of_one_process_and_goes_on_in_one(tmp_path: Path) -> Non
     """Every process trains each entrant on its part of the batches; the weights are not sharded."""
     (tmp_path / "alone").mkdir()
     sharded_runs.race(tmp_path / "alone", 0)
-    started("race", tmp_path / "several", 2)
+    started(sharded_runs.race, tmp_path / "several", 2)
     assert_as_in_one_process(tmp_path / "several", tmp_path / "alone", 2)
     record = json.loads((tmp_path / "several" / "race" / "race.json").read_text())
     runs = record["runs"]

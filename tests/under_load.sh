@@ -9,7 +9,7 @@ shift 2
 busy=()
 trap 'kill "${busy[@]}" 2>/dev/null || true' EXIT
 for _ in $(seq "$loops"); do
-  (while :; do :; done) &
+  (while kill -0 $$ 2>/dev/null; do :; done) &  # also when this script is killed
   busy+=($!)
 done
 for run in $(seq "$times"); do

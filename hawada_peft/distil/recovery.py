@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
 from ..basis.basis import Basis, basis_gate, gate_basis
@@ -25,13 +26,14 @@ from ..surgery.dense import put_back
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch
 from ..vanilla.family import locate
+from ..vanilla.heads import is_bare
 from ..vanilla.mode import dropout_off
 from .arguments import rate_problems
 from .muon import optimizer_problems
 from .objective import Distillation
 from .raced import RacedRecovery
 from .sharded import gather_into, shards, twin_of
-from .trainer import DistillTrainer
+from .trainer import DistillTrainer, needs_states
 
 
 def recover(
@@ -48,6 +50,8 @@ def recover(
     kd_temperature: float = 1.0,
     kl_weight: float = 1.0,
     mse_weight: float = 0.0,
+    embedding_weight: float = 0.0,
+    pooling: str = "mean",
     optimizer: str = "auto",
     dropout: bool = False,
     resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
@@ -79,6 +83,11 @@ def recover(
         kd_temperature (`float`): T of the KL divergence.
         kl_weight (`float`): weight of the divergence.
         mse_weight (`float`): weight of the squared difference of logits.
+        embedding_weight (`float`): weight of the cosine distance of pooled embeddings, of models that give hidden
+            states: what sentence encoders are used by. With `kl_weight=0` it is all there is; otherwise the squared
+            difference of every token's states is added. A race is decided by the states all the same.
+        pooling (`str`): how an example's embedding is made of its tokens' states: `"mean"`, `"cls"` for the first, or
+            `"last"`.
         optimizer (`str`): `"muon"` for Muon on the matrices of the layers and AdamW on the rest (`MuonAdamW`);
             `"args"` for the one that `args.optim` names, AdamW unless set otherwise; or `"auto"`: Muon where all
             weights are trained, torch has it (from 2.9), nothing is sharded and `args.optim` is left at AdamW.
@@ -122,9 +131,11 @@ def recover(
     else:
         problems += rate_problems({} if args is None else vars(args)) + optimizer_problems(optimizer, args)
     try:
-        Distillation(kd_temperature, kl_weight, mse_weight)
+        Distillation(kd_temperature, kl_weight, mse_weight, embedding_weight, pooling)
     except HawAdaError as error:
         problems.append(str(error))
+    if embedding_weight and isinstance(model, nn.Module) and not is_bare(model):
+        problems.append(needs_states(model))
     if problems:
         raise HawAdaError("\n".join(problems))
     base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
@@ -148,6 +159,8 @@ def recover(
                 kd_temperature=kd_temperature,
                 kl_weight=kl_weight,
                 mse_weight=mse_weight,
+                embedding_weight=embedding_weight,
+                pooling=pooling,
                 optimizer=optimizer,
                 **more,
             )

@@ -31,9 +31,10 @@ class DistillTrainer(UnlabelledTrainer):
     Whatever of the student requires gradients is trained. The teacher is moved to the device; it is neither wrapped,
     nor saved, nor changed. Under FSDP2 it stays where it is, and what teaches is a sharded copy.
 
-    The loss is `kl_weight * KL + mse_weight * MSE`, averaged over all positions of a step:
-    those of its accumulated batches and of all processes count the same. Evaluation reports the same loss, and its
-    terms as `eval_kl` and `eval_mse`. What the KL is of depends on the head: classes, independent labels
+    The loss is `kl_weight * KL + mse_weight * MSE`, averaged over all positions of a step, and
+    `embedding_weight * (1 - cos)` of pooled embeddings, averaged over its examples: those of its accumulated batches
+    and of all processes count the same. Evaluation reports the same loss, and its terms as `eval_kl`, `eval_mse` and
+    `eval_embedding`. What the KL is of depends on the head: classes, independent labels
     (`problem_type="multi_label_classification"`); one output, regression and hidden states have none, and MSE is
     their loss (`head_of`).
 
@@ -45,6 +46,8 @@ class DistillTrainer(UnlabelledTrainer):
         kd_temperature (`float`): T of the KL divergence.
         kl_weight (`float`): weight of the divergence.
         mse_weight (`float`): weight of the squared difference of logits.
+        embedding_weight (`float`): weight of the cosine distance of pooled embeddings, as in `recover`.
+        pooling (`str`): how embeddings are pooled, as in `recover`.
         optimizer (`str`): `"args"` for the one that `args.optim` names; `"muon"` for Muon with AdamW (`MuonAdamW`);
             or `"auto"`, as in `recover`.
         kwargs: as in `Trainer`.
@@ -63,6 +66,8 @@ class DistillTrainer(UnlabelledTrainer):
         kd_temperature: float = 1.0,
         kl_weight: float = 1.0,
         mse_weight: float = 0.0,
+        embedding_weight: float = 0.0,
+        pooling: str = "mean",
         optimizer: str = "args",
         **kwargs: Any,
     ) -> None:
@@ -82,9 +87,13 @@ class DistillTrainer(UnlabelledTrainer):
         if optimizer == "muon" and {"optimizers", "optimizer_cls_and_kwargs"} & set(kwargs):
             problems.append("give an optimizer of your own, or optimizer='muon', not both")
         try:
-            self.objective: Distillation = Distillation(kd_temperature, kl_weight, mse_weight)
+            self.objective: Distillation = Distillation(
+                kd_temperature, kl_weight, mse_weight, embedding_weight, pooling
+            )
         except HawAdaError as error:
             problems.append(str(error))
+        if embedding_weight and isinstance(teacher, nn.Module) and not is_bare(teacher):
+            problems.append(needs_states(teacher))
         if problems:
             raise HawAdaError("\n".join(problems))
         sizes = _outputs(model), _outputs(teacher)
@@ -99,6 +108,7 @@ class DistillTrainer(UnlabelledTrainer):
         self._steps = 0  # since then
         self._eval_sums: dict[str, torch.Tensor] = {}
         self._per_position: bool | None = None
+        self._rows: torch.Tensor | None = None  # of a step, in all processes
         super().__init__(model, args, **kwargs)
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             self.optimizer_cls_and_kwargs = optimizer_of(optimizer, model, self.args)
@@ -137,13 +147,12 @@ class DistillTrainer(UnlabelledTrainer):
             )
         mask = position_mask(inputs, student.shape[:-1])
         terms = self.objective.terms(student, teacher, mask, head=head_of(self.teacher, teacher))
-        loss = self.objective.loss(terms)
         if model.training and num_items_in_batch is not None:
             # Gradients are averaged over processes, so that each counts its share times their number.
-            share = self._items(inputs) / num_items_in_batch * self.accelerator.num_processes
-            loss = loss * share
-            _add(self._sums, terms, share)
-        elif not model.training:
+            terms = {name: term * self._share(name, inputs, num_items_in_batch) for name, term in terms.items()}
+            _add(self._sums, terms, 1.0)
+        loss = self.objective.loss(terms)
+        if not model.training:
             _add(self._eval_sums, terms | {"rows": torch.ones_like(loss)}, len(student))
         return (loss, {"logits": student}) if return_outputs else loss
 
@@ -161,8 +170,19 @@ class DistillTrainer(UnlabelledTrainer):
             row = on_device(rows_of(without_labels(batches[0]), slice(1), total), self.args.device)
             given, outputs = main_input(self.teacher, row), self.teacher_logits(row)
             self._per_position = outputs.ndim > 2 and (given.ndim > 3 or outputs.shape[1] == given.shape[1])
+            if self.objective.embedding_weight and not self._per_position:
+                raise HawAdaError(needs_states(self.teacher))
+        rows = float(sum(len(main_input(self.teacher, batch)) for batch in batches))
         own = torch.stack([self._items(batch).to(device) for batch in batches]).sum()
-        return batches, self.accelerator.reduce(own, reduction="sum").clamp(min=1)
+        counts = self.accelerator.reduce(torch.stack([own, own.new_tensor(rows)]), reduction="sum").clamp(min=1)
+        self._rows = counts[1]
+        return batches, counts[0]
+
+    def _share(self, term: str, batch: Batch, items: torch.Tensor | int) -> torch.Tensor | float:
+        """The part of a step's mean that a batch is, times the processes: of examples, or of positions."""
+        own = float(len(main_input(self.teacher, batch))) if term == "embedding" else self._items(batch)
+        whole = self._rows if term == "embedding" and self._rows is not None else items
+        return own / whole * self.accelerator.num_processes
 
     def _items(self, batch: Batch) -> torch.Tensor:
         """What the mean over a batch is a mean over, up to a factor that is the same for all batches."""
@@ -209,6 +229,15 @@ def _add(sums: dict[str, torch.Tensor], terms: dict[str, torch.Tensor], weight: 
     for name, term in terms.items():
         added = term.detach() * weight
         sums[name] = sums[name] + added if name in sums else added
+
+
+def needs_states(model: nn.Module) -> str:
+    """What is wrong with pooling embeddings of a model that gives something else."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return (
+        f"embedding_weight pools the last hidden states of tokens, and {type(base).__name__} gives something else: "
+        "load the model without a head (AutoModel), or leave embedding_weight at 0"
+    )
 
 
 def _outputs(model: Model) -> int:

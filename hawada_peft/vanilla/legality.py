@@ -53,6 +53,10 @@ def build_sizes(layout: Layout, shape: Shape) -> str | None:
     check_constructor(layout.model_class)
     if layout.known is not None:
         return _unknown_size(layout, shape)
+    return layout.once(("sizes", shape), lambda: _build_sizes(layout, shape))
+
+
+def _build_sizes(layout: Layout, shape: Shape) -> str | None:
     wanted = Shape(num_hidden_layers=1).complete(shape)
     hidden = shape.hidden_size or layout.hidden_size
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypeVar, cast
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -125,11 +125,22 @@ class Layout:
     beside: tuple[str, ...] = ()
 
     def once(self, key: Any, find: Callable[[], Found]) -> Found:
-        """What building this layout's class tells, found at the first call with a key, and kept."""
-        kept = vars(self).setdefault("_found", {})  # no field: another layout starts with none of it
-        if key not in kept:
-            kept[key] = find()
-        return cast(Found, kept[key])
+        """
+        What building this layout's class tells, found at the first call with a key, and kept: for every layout of the
+        same row, class and config, as nothing else tells it. Who gets it leaves it as it is.
+        """
+        if key not in self._found:
+            self._found[key] = find()
+        return cast(Found, self._found[key])
+
+    @cached_property
+    def _found(self) -> dict[Any, Any]:
+        if self.known is not None:  # what was found with the row tells as well
+            return {}
+        fields = self.config.to_dict()
+        for name in ("_name_or_path", "architectures"):  # where the model is; its class is known
+            fields.pop(name, None)
+        return _found_of(cast(Any, self.model_class), repr(self), repr(fields))
 
     @property
     def facts(self) -> Known | None:
@@ -270,6 +281,12 @@ class Layout:
             **({"tower": self.tower} if self.tower else {}),
             **({"num_experts": self.num_experts} if self.num_experts else {}),
         }
+
+
+@lru_cache(maxsize=128)
+def _found_of(*_what: object) -> dict[Any, Any]:
+    """Where the layouts of a class, a row with its sizes, and a config keep what building tells."""
+    return {}
 
 
 def hidden_home(layout: Layout) -> str:
