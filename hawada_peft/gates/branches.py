@@ -91,12 +91,12 @@ def _layer(layout: Layout) -> tuple[nn.Module, torch.Tensor, Call]:
     config = edit_config(layout, replace(shape, num_hidden_layers=depth), layers=tuple(range(depth)))
     config._attn_implementation = "eager"  # others look at the values of masks, and here are none
     config._experts_implementation = "eager"  # it knows float64
-    model = build_empty(layout.model_class, config).eval()
+    model = build_empty(layout.model_class, config).eval().float()  # towers may have dtypes of their own
     empty = model.get_submodule(f"{layout.stack}.{depth - 1}")
     stack = [f"{layout.stack}.{index}" for index in range(depth)]
     kwargs = _arguments(model, [model.get_submodule(name) for name in stack])
     if kwargs is None:  # it looks at values on the way, as rotary embeddings do that depend on the length
-        model = layout.model_class(config).eval()
+        model = layout.model_class(config).eval().float()
         kwargs = _arguments(model, [model.get_submodule(name) for name in stack])
     layer = copy.deepcopy(empty).to_empty(device="cpu").double()
     for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
