@@ -11,7 +11,7 @@ Decode, whole answers, experts and the text tower of a model of images and text,
         llama-small:generate:1x64+16:float32:eager mixtral-small:prefill:1x64:float32:eager \
         llava-small:prefill:1x64:float32:eager --threads 1 --cpu-time --tie
 
-Of narrower residual streams too, each by the table of its own that a search measures:
+Of narrower residual streams too, by tables as a search has them: of the narrowest measured, of others between:
 
     python benchmarks/latency_error.py llama-3.2-1b:prefill:8x1024:bfloat16:eager vit-b16:forward:64:float32:eager \
         --device cuda --hidden 1 0.75 0.5 --tie --table-seconds 2 --check-seconds 3
@@ -20,26 +20,46 @@ Of narrower residual streams too, each by the table of its own that a search mea
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from latency_cases import add_arguments, parse_case, rank_correlation
+from latency_cases import Case, add_arguments, parse_case, rank_correlation
+from transformers import PreTrainedModel
 
 from hawada_peft.latency.build import random_shapes
 from hawada_peft.latency.clock import Clock
 from hawada_peft.latency.effort import Effort
 from hawada_peft.latency.measuring import measure_built
+from hawada_peft.latency.table import LatencyTable
 from hawada_peft.planning.sizes import hidden_multiple
+from hawada_peft.search.narrow import NarrowTables
 from hawada_peft.search.timed import measure_table
 from hawada_peft.search.timed_models import realiser
 from hawada_peft.vanilla.family import locate
 from hawada_peft.vanilla.legality import fit_hidden, legal_head_shapes
+
+
+def tables_of(
+    options: argparse.Namespace, effort: Effort
+) -> Iterator[tuple[Case, str, PreTrainedModel, LatencyTable]]:
+    """Of each case and each of its hidden sizes, in the order asked for: the table, and what it is of."""
+    for text in options.cases:
+        case = parse_case(text, options.device)
+        model = case.load()
+        layout, dense = locate(model), measure_table(model, case.regime, effort=effort)
+        wishes = [replace(layout.dense, hidden_size=round(part * layout.hidden_size)) for part in options.hidden]
+        step = hidden_multiple(layout, 1)
+        sizes = [layout.complete(fit_hidden(layout, wish, step=step)).hidden_size for wish in wishes]
+        narrower = [size for size in sizes if size not in (None, layout.hidden_size)]
+        narrow = NarrowTables(model, dense, narrower, effort) if narrower else None
+        for size in sizes:
+            yield case, text, model, narrow(size) if narrow and size in narrower else dense
 
 
 def main() -> None:
@@ -59,24 +79,16 @@ def main() -> None:
     print("| " + columns.replace(", ", " | ") + " |")
     print("|" + "---|" * 12)
     raw = []
-    for text, part in itertools.product(options.cases, options.hidden):
-        case = parse_case(text, options.device)
-        model = case.load()
-        clock = Clock(time.thread_time) if options.cpu_time else Clock()
-        effort = Effort(min_rounds=7, max_rounds=40, max_seconds=options.table_seconds, cache=False, clock=clock)
-        layout, size = locate(model), None
-        if part < 1:
-            wish = replace(layout.dense, hidden_size=round(part * layout.hidden_size))
-            size = layout.complete(fit_hidden(layout, wish, step=hidden_multiple(layout, 1))).hidden_size
-        started = time.perf_counter()
-        table = measure_table(
-            model, case.regime, effort=effort if size is None else effort.narrower(), hidden_size=size
-        )
-        seconds = time.perf_counter() - started
+    clock = Clock(time.thread_time) if options.cpu_time else Clock()
+    effort = Effort(min_rounds=7, max_rounds=40, max_seconds=options.table_seconds, cache=False, clock=clock)
+    for case, text, model, table in tables_of(options, effort):
+        layout, size, seconds = locate(model), None, table.seconds
+        if "dense_hidden_size" in table.base_sizes:
+            size = int(table.base_sizes["hidden_size"])
         heads, build = legal_head_shapes(layout, size), realiser(layout, case.regime)
         shapes = random_shapes(layout.narrowed(size), heads, table.multiple, options.shapes, seed=12345)
-        effort = replace(effort, min_rounds=10, max_rounds=60, max_seconds=options.check_seconds, tolerance=0.005)
-        timings = measure_built(build, shapes, case.regime, reference=layout.dense, effort=effort)
+        long = replace(effort, min_rounds=10, max_rounds=60, max_seconds=options.check_seconds, tolerance=0.005)
+        timings = measure_built(build, shapes, case.regime, reference=layout.dense, effort=long)
         scale = table.dense_ms / timings[layout.dense].median_ms if options.tie else 1.0
         real = np.array([timings[shape].median_ms * scale for shape in shapes])
         spread = max(timing.error for timing in timings.values())

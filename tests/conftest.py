@@ -6,8 +6,6 @@ import gc
 import os
 import random
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,25 +173,6 @@ def free_port() -> int:
         probe.bind(("localhost", 0))
         port: int = probe.getsockname()[1]
     return port
-
-
-def start_two(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    """Run a script (or `-m module`) in several processes that form a group: two unless more are asked for."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nproc-per-node={processes}",
-        f"--master-port={free_port()}",
-    ]
-    return subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=1800)
-
-
-def two_processes(*arguments: str) -> str:
-    """As `start_two`, where nothing may fail; what they print."""
-    done = start_two(*arguments)
-    assert done.returncode == 0, done.stderr[-20000:]  # the launcher's own report comes last, and is long
-    return done.stdout
 
 
 def build(row: Row, dtype: torch.dtype = torch.float32, **fields: Any) -> PreTrainedModel:

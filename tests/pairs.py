@@ -1,7 +1,7 @@
 """
 Processes of one group, forked from a server that has imported everything once.
 
-What a launcher does is tested by `test_recipes` and `test_several_processes`, with `two_processes` of conftest.
+What a launcher does is tested by `test_several_processes`.
 """
 
 from __future__ import annotations

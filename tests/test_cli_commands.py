@@ -72,6 +72,13 @@ def test_measure_gives_the_table(made: Path) -> None:
     assert "2 of 4 layers" in text
 
 
+def test_a_plan_is_timed_by_the_program_that_is_asked_to(made: Path, tmp_path: Path) -> None:
+    options = {"clock_command": f"{sys.executable} -c 'raise SystemExit(7)' {{folder}}", "effort": "quick"}
+    budget = {"speedup": 1.2, "seq_len": 8, "output": tmp_path / "plan.json"}
+    told = refused("plan", made / "base", made / "data.safetensors", **budget, **options)
+    assert "ended with code 7" in told
+
+
 def test_measure_takes_whole_answers_and_a_program_that_times(made: Path) -> None:
     command = f"{sys.executable} -c 'print(0.25)' {{folder}} {{prompt}} {{output}}"
     asked = {"prompt_tokens": 8, "output_tokens": 4, "effort": "quick"}

@@ -15,14 +15,15 @@ from peft import PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from test_basis import calibration
 from test_trainer import trainer_of
-from toys import REGIME, by_shape, once
+from toys import REGIME, StoppedClock, by_shape, once
 
 from hawada_peft import HawAdaConfig, LatencyBudget, SearchResult, Shape, collect_gates, find_plan, slim_checkpoint
 from hawada_peft.basis.attach import attach_directions, detach_directions
 from hawada_peft.basis.basis import basis_gate
 from hawada_peft.basis.find import find_basis
-from hawada_peft.errors import HawAdaError, UnsupportedModelError
+from hawada_peft.errors import HawAdaError, IllegalShapeError, UnsupportedModelError
 from hawada_peft.latency.build import random_shapes
+from hawada_peft.search.narrow import NarrowTables
 from hawada_peft.search.timed import measure_table
 from hawada_peft.vanilla.family import FAMILIES, locate, register_family
 from hawada_peft.vanilla.legality import legal_head_shapes
@@ -237,23 +238,50 @@ def test_what_is_untied_counts(constant: bool) -> None:
 # ------------------------------------------------------------------ latency
 
 
+def narrow_law(shape: Shape) -> float:
+    """Hidden and inner sizes multiply."""
+    heads, _, ffn, layers = shape.sizes().values()
+    hidden = shape.hidden_size or 64
+    return 0.3 + layers * (0.05 + hidden * (8 * heads * 3 + 3 * ffn) / 20_000 + hidden / 400)
+
+
 def test_estimates_of_narrower_streams_are_as_good_as_others() -> None:
-    """A clock on which hidden and inner sizes multiply; a table for each hidden size, as a search measures it."""
+    """As a search has them: one hidden size is measured, and those between it and the dense one follow."""
+    sizes, model = (56, 48, 40, 32, 24), build(LM_ROW)
+    seen: dict[int, set[Shape]] = {size: set() for size in (64, *sizes)}
 
     def law(shape: Shape) -> float:
-        heads, _, ffn, layers = shape.sizes().values()
-        hidden = shape.hidden_size or 64
-        return 0.3 + layers * (0.05 + hidden * (8 * heads * 3 + 3 * ffn) / 20_000 + hidden / 400)
+        seen[shape.hidden_size or 64].add(shape)
+        return narrow_law(shape)
 
+    layout, effort = locate(model), once(by_shape(law), whole_shapes=2)
+    tables = NarrowTables(model, measure_table(model, REGIME, effort=effort), sizes, effort)
+    for size in sizes:
+        for table in (tables.expected(size), tables(size)):
+            heads = legal_head_shapes(layout, size)
+            shapes = random_shapes(layout.narrowed(size), heads, table.multiple, 30, seed=7)
+            assert {shape.hidden_size for shape in shapes} == {size}
+            errors = [abs(table.estimate(shape) / narrow_law(shape) - 1) for shape in shapes]
+            assert np.median(errors) <= 0.03
+            assert np.percentile(errors, 95) <= 0.08
+            assert table.dense_ms == pytest.approx(narrow_law(layout.dense), rel=1e-3)
+    assert [len(seen[size]) for size in sizes[:-1]] == [3] * 4
+    assert len(seen[24]) < len(seen[64])
+
+
+def test_tables_of_narrower_streams_are_kept(tmp_path: Path) -> None:
     model = build(LM_ROW)
-    layout, effort = locate(model), once(by_shape(law)).narrower()
-    errors: dict[int, list[float]] = {}
-    for size in (56, 48, 40, 32, 24):
-        table = measure_table(model, REGIME, effort=effort, hidden_size=size)
-        heads = legal_head_shapes(layout, size)
-        shapes = random_shapes(layout.narrowed(size), heads, table.multiple, 30, seed=7)
-        assert {shape.hidden_size for shape in shapes} == {size}
-        errors[size] = [abs(table.estimate(shape) / law(shape) - 1) for shape in shapes]
-    for found in errors.values():
-        assert np.median(found) <= 0.03
-        assert np.percentile(found, 95) <= 0.08
+    effort = replace(once(by_shape(narrow_law), whole_shapes=2), cache=tmp_path)
+    table = measure_table(model, REGIME, effort=effort)
+    first = NarrowTables(model, table, (48, 32), effort)
+    found = [first(size) for size in (48, 32)]
+    again = NarrowTables(model, table, (48, 32), replace(effort, clock=StoppedClock()))
+    assert [again(size) for size in (48, 32)] == found
+    assert [each.base_sizes["hidden_size"] for each in found] == [48, 32]
+
+
+def test_a_narrower_stream_that_does_not_exist_is_refused_before_any_work() -> None:
+    model, effort = build(LM_ROW), once(StoppedClock())
+    table = measure_table(model, REGIME, effort=once(by_shape(narrow_law)))
+    with pytest.raises(IllegalShapeError, match="nearest"):
+        NarrowTables(model, table, (48, 44), effort)

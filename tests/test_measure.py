@@ -92,6 +92,15 @@ def test_candidates_are_timed_in_turns() -> None:
     assert machine.waits == 2 * 12
 
 
+def test_long_calls_need_no_other_before_them() -> None:
+    machine = Machine(lambda name: 1.0 if name == "a" else 1e-3)
+    runners = [machine.runner(name, Regime()) for name in "ab"]
+    effort = Effort(warmup=3, lead_in=1, min_rounds=2, max_rounds=2, max_seconds=1e9, clock=machine)
+    samples = interleave(runners, Regime(), effort)
+    assert "".join(machine.calls) == "aabbb" + "abb" + "bba"
+    np.testing.assert_allclose(samples, [[1e3, 1e3], [1, 1]], rtol=1e-6)
+
+
 def test_rounds_end_when_medians_have_settled_or_time_is_up() -> None:
     def rounds(machine: Machine, **changes: float) -> int:
         effort = Effort(**({"min_rounds": 5, "max_rounds": 30, "max_seconds": 1e9, "clock": machine} | changes))

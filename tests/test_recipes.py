@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import LM_ROW, VISION_ROW, assert_same_state, build, logits_of, two_processes
+from conftest import LM_ROW, VISION_ROW, assert_same_state, build, logits_of
+from pairs import in_two
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
@@ -337,13 +339,22 @@ def test_missing_files_are_noticed_before_any_work(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def process(recipe: Path, folder: Path) -> None:
+    """What each of two processes does."""
+    trained = run(app, ["train", str(recipe), "--json"], catch_exceptions=False)
+    assert trained.exit_code == 0
+    (folder / f"printed-{os.environ['RANK']}").write_text(trained.stdout)
+
+
 def test_two_processes_write_one_result(tmp_path: Path) -> None:
     recipe = language(tmp_path)
     parallel = {"per_device_train_batch_size": 2, "ddp_backend": "gloo", "ddp_find_unused_parameters": False}
     recipe["training"] |= parallel
     recipe["recovery"] |= parallel
-    printed = two_processes("-m", "hawada_peft.cli", "train", str(written(recipe, tmp_path)), "--json")
-    result = json.loads(printed)  # one document, of the first process
+    in_two(process, written(recipe, tmp_path), tmp_path)
+    printed = [(tmp_path / f"printed-{rank}").read_text() for rank in range(2)]
+    result = json.loads(printed[0])
+    assert not printed[1]
     slim = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "slim")
     assert slim.num_parameters() == result["slim_parameters"]
     assert result["losses"]["recovery_end"] < result["losses"]["gates"]

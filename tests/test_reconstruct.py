@@ -131,7 +131,7 @@ def test_merge_folds_the_same_bits_when_nothing_is_applied(dtype: torch.dtype) -
     for model in models:
         model.apply_plan(scattered_plan(model, LM_ROW.slim))
     constant = {"input_ids": torch.full((4, 16), 5)}  # says nothing about the batch that is held out
-    held_out = batches_of(models[0].get_base_model(), count=1)
+    held_out = batches_of(models[0].get_base_model(), count=1, rows=1)
     expected = models[0].merge_and_unload()
     with pytest.warns(UserWarning, match="keeps its plain weights"):
         slimmed = models[1].slim(calibration=[constant, *held_out])
@@ -207,6 +207,16 @@ def test_one_batch_is_split_by_rows() -> None:
     parts = [{"input_ids": whole[0]["input_ids"][rows]} for rows in (slice(28), slice(28, 32))]
     smalls = [slim(model, plan) for _ in range(2)]
     assert reconstruct(model, smalls[0], plan, whole) == reconstruct(model, smalls[1], plan, parts)
+
+
+def test_no_more_rows_are_held_out_of_few_batches_than_of_one() -> None:
+    model = build(LM_ROW)
+    plan = scattered_plan(model, LM_ROW.slim)
+    whole = batches_of(model, count=1, rows=32)
+    halves = [{"input_ids": whole[0]["input_ids"][rows]} for rows in (slice(16), slice(16, 32))]
+    of_one, of_two = (reconstruct(model, slim(model, plan), plan, batches) for batches in (whole, halves))
+    assert of_two.before == of_one.before
+    assert of_two.after == pytest.approx(of_one.after, rel=1e-3)
 
 
 @pytest.mark.parametrize("rows", [0, 1])

@@ -14,8 +14,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from hawada_peft import HawAdaConfig, Plan, Shape
 from hawada_peft.errors import HawAdaError, IllegalShapeError
 from hawada_peft.latency.regime import Regime
-from hawada_peft.search import refitted
+from hawada_peft.search import reference
 from hawada_peft.search.masked import MaskedQuality
+from hawada_peft.search.reference import judged_predictions, ranked_predictions
 from hawada_peft.search.refitted import RefittedQuality, obstacle
 from hawada_peft.search.space import search_space
 from hawada_peft.surgery.dense import dense_view
@@ -77,13 +78,44 @@ def test_fewer_layers_never_look_better() -> None:
 
 
 def test_of_many_batches_the_first_ones_judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refitted, "JUDGED", 1)
+    monkeypatch.setattr(reference, "JUDGED", 1)
     model, shape = gated(), Shape(intermediate_size=40)
     batches = batches_of(model)
     quality, few = RefittedQuality(model, batches), RefittedQuality(model, batches[:2])
     assert quality.plan(shape) == few.plan(shape)
     assert quality.evaluate(shape) == few.evaluate(shape)
     assert quality.meaning == f"{few.meaning}, on the first 2 of 4 batches"
+
+
+@pytest.mark.parametrize(("work", "judged", "ranked"), [(1, 2048, 1024), (3000, 3000, 1500), (10**9, 8192, 2048)])
+def test_large_models_are_judged_by_fewer_predictions_on_a_cpu(
+    work: int, judged: int, ranked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = gated()
+    monkeypatch.setattr(reference, "CPU_WORK", work * sum(each.numel() for each in model.parameters()))
+    assert (judged_predictions(model), ranked_predictions(model)) == (judged, ranked)
+    model.to("meta")  # another device
+    assert (judged_predictions(model), ranked_predictions(model)) == (8192, 2048)
+
+
+def test_widths_that_lose_too_much_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = gated()
+    asked: dict[int, list[int | None]] = {}
+    for least in (1, 4):
+        quality = RefittedQuality(model, batches_of(model))
+        asked[least] = []
+
+        def evaluate(shape: Shape, found: list[int | None] = asked[least]) -> float:
+            found.append(shape.intermediate_size)
+            return 0.3 if shape.intermediate_size else 0.0
+
+        monkeypatch.setattr(quality, "evaluate", evaluate)
+        monkeypatch.setattr(quality, "depth_losses", lambda least: dict.fromkeys(range(least, 4), 0.1) | {4: 0.0})
+        space = search_space(quality.layout, Regime(), multiple=8)
+        quality.predict(space.of_depth(least))
+    # Dropping layers loses a third of that; where none may go, all widths count.
+    assert [size for size in asked[1] if size] == [72]
+    assert [size for size in asked[4] if size] == [72, 48, 24]
 
 
 def test_few_depths_are_refitted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,17 +36,17 @@ from hawada_peft.latency.timing import Timing
 from hawada_peft.latency.toy import ToyClock
 from hawada_peft.planning.importance import gate_importance
 from hawada_peft.planning.plan import Plan
-from hawada_peft.search import masked
+from hawada_peft.search import reference, timed_models
 from hawada_peft.search.answer import frontier
 from hawada_peft.search.budgeted import find_plan
 from hawada_peft.search.masked import MaskedQuality
+from hawada_peft.search.narrow import DOUBT, needed_sizes, worthwhile_sizes
 from hawada_peft.search.result import MOST_POINTS, SearchResult
 from hawada_peft.search.rounds import search
 from hawada_peft.search.space import SearchSpace, narrower_sizes, search_space
 from hawada_peft.search.state import SearchState
 from hawada_peft.search.timed import dense_model, measure_table, regime_of
 from hawada_peft.search.timed_models import realiser
-from hawada_peft.search.worthwhile import DOUBT, worthwhile_sizes
 from hawada_peft.vanilla import rehome
 from hawada_peft.vanilla.family import locate
 
@@ -271,7 +271,7 @@ def test_layers_are_ranked_by_the_first_batches_and_depths_measured_on_all(monke
     model = get_peft_model(build(LM_ROW), HawAdaConfig())
     batch = inputs_of(model)
     batches = [{name: value.roll(step, -1) for name, value in batch.items()} for step in range(5)]
-    monkeypatch.setattr(masked, "RANKED", batch["input_ids"].numel() + 1)  # held by two
+    monkeypatch.setattr(reference, "RANKED", batch["input_ids"].numel() + 1)  # held by two
     quality, first = MaskedQuality(model, batches), MaskedQuality(model, batches[:2])
     passes: list[None] = []
     model.get_base_model().register_forward_hook(lambda *_: passes.append(None))
@@ -283,6 +283,30 @@ def test_layers_are_ranked_by_the_first_batches_and_depths_measured_on_all(monke
     assert losses[4] == 0
     assert losses[3] == pytest.approx(quality.loss(quality.without_layers(3)))
     assert losses[2] == pytest.approx(max(losses[3], quality.loss(quality.without_layers(2))))
+
+
+@pytest.mark.parametrize(
+    ("budget", "needed"),
+    [({"speedup": 1.3}, [48, 32]), ({"speedup": 3}, [48, 32, 16]), ({"max_parameters": 10**9}, [48])],
+    ids=str,
+)
+def test_no_hidden_size_is_searched_below_one_that_meets_the_budget(budget: dict[str, Any], needed: list[int]) -> None:
+    def state_of(size: int) -> SearchState:
+        table = toy_table(DENSE, launch=0.05, arithmetic=size / 64)
+        table = replace(table, dense_ms=toy_table(DENSE, launch=0.05, arithmetic=1.0).dense_ms)
+        return SearchState(replace(toy_space(), hidden_size=size), table, LatencyBudget(**budget), Effort())
+
+    assert needed_sizes([48, 32, 16], state_of) == needed
+
+
+def test_a_table_leaves_out_less_the_worse_it_is() -> None:
+    space, budget = toy_space(), LatencyBudget(speedup=1.3)
+    plain = toy_table(DENSE, launch=0.5, arithmetic=1.0)
+    counts = [
+        SearchState(space, replace(plain, errors=errors), budget, Effort()).surely().sum()
+        for errors in ({"p95": 0.0}, {"p95": 0.03}, {"p95": 0.3}, {})
+    ]
+    assert counts[0] > counts[1] > counts[2] == counts[3] > 0
 
 
 @pytest.mark.parametrize("speedup", [1.1, 1.3, 2.0])
@@ -460,6 +484,16 @@ def test_a_table_is_measured_for_a_model_and_kept(tmp_path: Path) -> None:
     assert kept == table
     assert str(kept.path) in str(kept)
     assert measure_table(model, REGIME, effort=replace(effort, fresh=True)).path is None
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 8, 15])
+def test_all_weights_of_a_timed_model_are_random(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timed_models, "DRAWN", 4)
+    values = torch.full((size,), 7.0)
+    timed_models._fill(values)
+    assert (values.abs() <= timed_models.SPREAD).all()
+    assert values.any()
+    assert torch.equal(values[4:], values[: max(0, size - 4)])
 
 
 def test_the_regime_comes_from_the_model() -> None:

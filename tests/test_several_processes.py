@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import start_two
+from conftest import free_port
 
 from hawada_peft.processes import in_main_process, run_program
 
@@ -14,7 +15,10 @@ linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads
 
 
 def run(name: str) -> subprocess.CompletedProcess[str]:
-    return start_two(str(Path(__file__).parent / "group.py"), name)
+    """What `torchrun` makes of a function of `group`, in two processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    script = str(Path(__file__).parent / "group.py")
+    return subprocess.run([*launcher, script, name], capture_output=True, text=True, timeout=1800)
 
 
 @linux

@@ -226,7 +226,7 @@ def test_a_budget_cuts_fresh_gates_by_their_importance(tmp_path: Path) -> None:
 
 
 def test_an_unreachable_latency_fails_before_training(tmp_path: Path) -> None:
-    search = {"table": table_of(fresh()), "effort": effort_of()}
+    search = {"table": table_of(fresh()), "rotate": False, "effort": effort_of(search_rounds=2)}
     budget = LatencyBudget(speedup=1000, mode="prefill", seq_len=8)
     trainer = small(tmp_path, shape=None, budget=budget, **search)
     with pytest.raises(InfeasibleBudgetError, match="binding: latency"):
@@ -259,8 +259,8 @@ def test_every_relaxation_resumes_bit_exactly(tmp_path: Path, relaxation: str, i
 
 def test_a_searched_shape_is_not_searched_again(tmp_path: Path, law: LatencyTable) -> None:
     args = SAVED | {"save_steps": 1}
-    options = {"shape": None, "budget": BUDGET, "table": law, "args": args}
-    whole = small(tmp_path / "whole", effort=effort_of(), **options)
+    options = {"shape": None, "budget": BUDGET, "table": law, "rotate": False, "args": args}
+    whole = small(tmp_path / "whole", effort=effort_of(candidates=2, search_rounds=4), **options)
     whole.train()
     resumed = small(tmp_path / "resumed", effort=once(StoppedClock()), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))

@@ -1,4 +1,4 @@
-"""What a search will cost, said before it is spent: the first batch is timed."""
+"""What a search will cost, said before it is spent: the first batch and a call of the dense model are timed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..search.masked import RANKED, RESCORED
+from ..latency.clock import Clock
+from ..latency.external import ExternalClock
+from ..search.masked import RESCORED
+from ..search.reference import judged_predictions, ranked_predictions
+from ..search.timed import regime_of
+from ..search.timed_models import realiser
 from ..vanilla.batches import on_device
 from ..vanilla.family import locate
 from .tables import spoken
@@ -17,41 +22,81 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from ..latency.budget import LatencyBudget
+    from ..latency.effort import Effort
     from .shared import Batches
 
 SPARE = 1.3
 """Layers that are dropped for a speedup, by those that a model of equal layers and nothing else would have to drop."""
 
+BACKWARD = 3
+"""A pass with gradients, in passes without: importance takes one, and a basis another."""
 
-def expected_of(model: PeftModel, batches: Batches, budget: LatencyBudget) -> str:
+REFITTED, SHAPES = 4, 18
+"""A refitted model, in passes of the dense one, and how many a search judges."""
+
+CALLS = 600
+"""What tables, candidates and the last timings of a search take, in calls of the dense model."""
+
+
+def expected_of(model: PeftModel, batches: Batches, budget: LatencyBudget, effort: Effort, *, refit: bool) -> str:
     """
-    About how long the calibration data will be computed on, and what is held in memory, in a line.
+    About how long a search takes, by what it is spent on, and what is held in memory, in a line.
 
     Args:
         model: with gates.
         batches: of the calibration.
         budget: how far layers may be dropped.
+        effort: by which clock it is timed.
+        refit: whether shapes are judged by refitted models.
     """
     base: Any = model.get_base_model()
     layers = locate(base).dense.sizes()["num_hidden_layers"]
     part = 1 - 1 / budget.speedup if budget.speedup else 1 - (budget.fraction or 0.5)
     dropped = min(layers - 1, math.ceil(SPARE * part * layers))
-    passes = layers + RESCORED * dropped
+    passes = layers + RESCORED * max(0, dropped - 1)
     batch = on_device(batches[0], base.device)
     with torch.inference_mode():
         model(**batch)
         begun = time.perf_counter()
         output = model(**batch)
     once = time.perf_counter() - begun
-    ranking = min(len(batches), math.ceil(RANKED / max(1, _predictions(output))))  # as `first_of` takes them
+    each = max(1, _predictions(output))
+    ranking, judged = (
+        min(len(batches), math.ceil(most(model) / each)) for most in (ranked_predictions, judged_predictions)
+    )
+    judging = SHAPES * (REFITTED * judged if refit else len(batches))
+    spent = {
+        "to rank units and find a basis": 2 * BACKWARD * len(batches) * once,
+        f"to rank layers ({passes} times {ranking} of {len(batches)} batches)": passes * ranking * once,
+        f"to judge {SHAPES} shapes or so": judging * once,
+    }
+    if not isinstance(effort.clock, ExternalClock):
+        spent["to measure latencies (less once the tables of this model are kept)"] = _latencies(model, budget)
     weights = sum(each.numel() * each.element_size() for each in base.parameters())
-    examples = sum(len(next(iter(each.values()))) for each in batches)
+    examples = sum(len(next(iter(batch.values()))) for batch in batches)
+    parts = ", ".join(f"{spoken(seconds)} {what}" for what, seconds in spent.items())
     return (
-        f"{examples} examples, {once * len(batches):.1f} s for all of them; about {passes} times {ranking} of "
-        f"{len(batches)} batches to rank the layers: {spoken(once * ranking * passes)} at most, beside judging a few "
-        "dozen shapes and measuring the latency tables (once per model and machine). "
+        f"{examples} examples; about {spoken(sum(spent.values()))} as fast as the machine is now: {parts}. "
         f"Weights: {weights / 2**30:.2f} GiB, at times twice."
     )
+
+
+def _latencies(model: PeftModel, budget: LatencyBudget) -> float:
+    """Seconds."""
+    base, regime, clock = model.get_base_model(), regime_of(model, budget), Clock()
+    layout = locate(base)
+    built, seconds, took = realiser(layout, regime)(layout.dense), 0.0, 0.0
+    for times, part in regime.parts():
+        runner = clock.runner(built, part)
+        with torch.inference_mode():
+            for _ in range(2):
+                begun = clock.now()
+                runner.call()
+                clock.wait(part)
+                took = clock.now() - begun
+                runner.reset()
+        seconds += times * took
+    return CALLS * seconds
 
 
 def _predictions(output: Any) -> int:

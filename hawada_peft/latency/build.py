@@ -57,6 +57,7 @@ def build_table(
     base_sizes: Mapping[str, int | str],
     regime: Regime,
     ffn_unit: int = 1,
+    multiple: int | None = None,
     effort: Effort,
     widest: Shape | None = None,
     progress: Progress | None = None,
@@ -75,6 +76,7 @@ def build_table(
         base_sizes: what the table is for: model type, hidden size, head size and dense sizes.
         regime: the conditions.
         ffn_unit: FFN sizes are multiples of it.
+        multiple: the multiple below which they get slower on the device, if it is known.
         effort: what is measured, how long, and by which clock.
         widest: the sizes that the table's shapes are cut from, complete, if these are not the dense ones: those of a
             narrower residual stream. The dense model is timed beside them, as `dense_ms`.
@@ -99,8 +101,9 @@ def build_table(
     )
     reference = replace(whole, num_hidden_layers=many)
     slopes = _Slopes(timer, reference, few)
-    multiple = find_multiple(slopes, dense, ffn_unit)
-    logger.info("FFN sizes that are not a multiple of %d are slower on %s", multiple, device_name)
+    if multiple is None:
+        multiple = find_multiple(slopes, dense, ffn_unit)
+        logger.info("FFN sizes that are not a multiple of %d are slower on %s", multiple, device_name)
 
     pairs = [pair.complete(dense) for pair in choose_pairs(heads, effort.attention_sizes)]
     sizes = refine_sizes(slopes, dense, multiple, effort)
@@ -191,7 +194,7 @@ def find_multiple(slopes: _Slopes, dense: Shape, unit: int) -> int:
     less that multiple, and less every larger one probed, runs no slower than the dense size.
     """
     ffn = dense.sizes()["intermediate_size"]
-    least = math.lcm(unit, math.gcd(ffn, ALIGNED))
+    least = least_multiple(dense, unit)
     steps = [least * probe for probe in PROBES if least * probe * 8 <= ffn]
     if not steps:
         return least
@@ -205,6 +208,11 @@ def find_multiple(slopes: _Slopes, dense: Shape, unit: int) -> int:
             break
         good = step
     return good
+
+
+def least_multiple(dense: Shape, unit: int) -> int:
+    """What FFN sizes are multiples of on any device: of `unit`, and of `ALIGNED` as far as the dense size is."""
+    return math.lcm(unit, math.gcd(dense.sizes()["intermediate_size"], ALIGNED))
 
 
 def refine_sizes(slopes: _Slopes, dense: Shape, multiple: int, effort: Effort) -> tuple[int, ...]:

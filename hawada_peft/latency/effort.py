@@ -21,7 +21,8 @@ class Effort:
     Args:
         warmup (`int`): calls of a model before the first timed one.
         lead_in (`int`): untimed calls right before each timed one, so that caches hold what they hold when the model
-            runs alone and not what another candidate left there.
+            runs alone and not what another candidate left there. None precede calls that are so long that this makes
+            no difference.
         min_rounds (`int`): timed calls of each candidate at least.
         max_rounds (`int`): and at most.
         max_seconds (`float`): no further round is begun after this time, once there are `min_rounds`.
@@ -55,9 +56,9 @@ class Effort:
 
     warmup: int = 3
     lead_in: int = 1
-    min_rounds: int = 10
+    min_rounds: int = 7
     max_rounds: int = 60
-    max_seconds: float = 20.0
+    max_seconds: float = 8.0
     tolerance: float = 0.01
     attention_sizes: int = 40
     ffn_sizes: int = 25
@@ -133,9 +134,9 @@ class Effort:
         """What is measured for the table of a further hidden size: less."""
         return replace(
             self,
-            attention_sizes=min(self.attention_sizes, 16),
-            ffn_sizes=min(self.ffn_sizes, 9),
-            whole_shapes=min(self.whole_shapes, 6),
+            attention_sizes=min(self.attention_sizes, 8),
+            ffn_sizes=min(self.ffn_sizes, 5),
+            whole_shapes=min(self.whole_shapes, 4),
         )
 
     def of_a_table(self) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """
 From timed shapes to costs per size: one least-squares fit of all of them, weighed by how well each is known. From the
-tables of several calls to the one of their sum.
+tables of several calls to the one of their sum; from those of two hidden sizes to the one of a size between them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -126,7 +126,7 @@ def _unit(columns: int, weights: dict[int, float]) -> np.ndarray:
     return row
 
 
-def mixed_table(regime: Regime, parts: Sequence[tuple[int, LatencyTable]]) -> LatencyTable:
+def mixed_table(regime: Regime, parts: Sequence[tuple[float, LatencyTable]]) -> LatencyTable:
     """
     One table for `sum(times * part)`.
 
@@ -180,6 +180,29 @@ def mixed_table(regime: Regime, parts: Sequence[tuple[int, LatencyTable]]) -> La
     seen = [{point.shape: times * point.ms for point in table.realised} for times, table in parts]
     common = [shape for shape in seen[0] if all(shape in each for each in seen)]
     return mixed.with_realised([Realised(shape, sum(each[shape] for each in seen)) for shape in common])
+
+
+def table_between(
+    wide: LatencyTable, narrow: LatencyTable, base_sizes: Mapping[str, int | str], multiple: int
+) -> LatencyTable:
+    """
+    The table of a hidden size between those of two tables.
+
+    Every cost of a model is linear in its hidden size: products of weights in it and an inner size, whatever that is;
+    norms in itself; the core of attention not in it at all. So is each cost of a table, and the table of a size
+    between is the mean of both, weighed by how near they are. What departs from that (sizes for which a device has no
+    fast kernel) is for shapes that are timed as a whole to correct.
+
+    Args:
+        wide, narrow: measured on one device under one regime, the first with the dense hidden size.
+        base_sizes: what the new one is for.
+        multiple: of its FFN sizes.
+    """
+    high, low, size = (int(sizes["hidden_size"]) for sizes in (wide.base_sizes, narrow.base_sizes, base_sizes))
+    part = (size - low) / (high - low)
+    scale = wide.dense_ms / narrow.dense_ms
+    mixed = mixed_table(wide.regime, [(part, wide), ((1 - part) * scale, narrow)])
+    return replace(mixed, base_sizes=dict(base_sizes), multiple=multiple)
 
 
 def _row(sizes: Sequence[int]) -> torch.Tensor:

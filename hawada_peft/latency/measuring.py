@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..errors import HawAdaError
 from ..files.kept import Kept, digest_of_key
 from ..progress import Progress, progress_bar
+from .clock import Clock
 from .effort import Effort
 from .external import ExternalClock
 from .regime import Regime
@@ -22,6 +23,9 @@ from .runner import Runner
 from .timing import Timing, median_errors, summarise, unsettled, warn_unsettled
 
 Key = TypeVar("Key", bound=Hashable)
+
+LONG = 0.05
+"""Seconds of a call from which on no other leads in to it: caches are filled in a small part of that."""
 
 INSTANCE_SPREAD = 0.01
 """How far two models of one shape differ in speed anyway, by where their weights lie in memory (relative)."""
@@ -147,30 +151,49 @@ def interleave(
     clock = effort.clock
     begun = clock.now()
     with torch.inference_mode():
-        for runner in runners:
-            for _ in range(effort.warmup):
-                runner.call()
-                runner.reset()
+        leads = [_warm_up(runner, regime, effort) for runner in runners]
         while len(rows) < effort.max_rounds:
             row = [0.0] * len(runners)
             order = range(len(runners)) if len(rows) % 2 == 0 else reversed(range(len(runners)))
             for index in order:
                 runner = runners[index]
-                for _ in range(effort.lead_in):
+                for _ in range(leads[index]):
                     runner.call()
                     runner.reset()
-                clock.wait(regime)
-                start = clock.now()
-                runner.call()
-                clock.wait(regime)
-                row[index] = (clock.now() - start) * 1e3
-                runner.reset()
+                row[index] = 1e3 * _timed_call(runner, regime, clock)
             rows.append(np.reshape(row, (-1, len(counts))) @ np.array(counts))
             if len(rows) >= effort.min_rounds:
                 samples = np.asarray(rows).T
                 if median_errors(samples)[1].max() <= effort.tolerance or clock.now() - begun > effort.max_seconds:
                     break
     return np.asarray(rows).T
+
+
+def _warm_up(runner: Runner, regime: Regime, effort: Effort) -> int:
+    """
+    The calls before the first timed one, fewer of long ones. The first may compile, so it says nothing.
+
+    Returns:
+        How many lead in to each timed one.
+    """
+    for number in range(effort.warmup):
+        if number == 0:
+            runner.call()
+            runner.reset()
+        elif _timed_call(runner, regime, effort.clock) > LONG:
+            return 0
+    return effort.lead_in
+
+
+def _timed_call(runner: Runner, regime: Regime, clock: Clock) -> float:
+    """Seconds of a call."""
+    clock.wait(regime)
+    start = clock.now()
+    runner.call()
+    clock.wait(regime)
+    seconds = clock.now() - start
+    runner.reset()
+    return seconds
 
 
 def _built_and_timed(

@@ -32,13 +32,13 @@ from ..vanilla.family import locate
 from ..vanilla.shape import HIDDEN
 from .directions import Found, may_add_directions, with_directions
 from .masked import ASKED, DEPTH, JUDGED_SHAPES, MaskedQuality
+from .narrow import NarrowTables, needed_sizes, worthwhile_sizes
 from .refitted import REFITS, RefittedQuality, obstacle
 from .result import SearchResult
 from .rounds import search
 from .space import SearchSpace, narrower_sizes, search_space
 from .state import SearchState
 from .timed import TIMING, Timer, check_regime, dense_model, regime_of, table_of, table_sizes
-from .worthwhile import worthwhile_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +68,8 @@ def find_plan(
     Hidden sizes are searched as well, cut along directions of the residual stream that the calibration batches name.
     If the plan cuts it and the adapter had no gates there, it gets them, with the basis, so that the plan can be
     applied, saved and exported as any other; otherwise the adapter stays as it is. This costs a pass with gradients
-    over the calibration batches and a smaller latency table for each hidden size that the budget makes worthwhile
-    (`worthwhile_sizes`), the first time on a machine; `rotate=False` spares it.
+    over the calibration batches and, the first time on a machine, a second, smaller latency table (`NarrowTables`);
+    `rotate=False` spares it.
 
     Args:
         model (`PeftModel`): with gates placed by a family row. Units are ranked by the gates' values; by their
@@ -77,8 +77,8 @@ def find_plan(
         budget (`LatencyBudget`): what the slim model may cost.
         calibration: batches, keyword arguments of the forward pass. Labels count for that importance only.
         table: measured here before; measured or taken from the disk cache if left out.
-        hidden_sizes: to search besides the dense one, each by a table of its own; if left out, of a few even steps
-            down to 3/8 of it those that may win.
+        hidden_sizes: to search besides the dense one; if left out, of a few even steps down to 3/8 of it those that
+            the budget needs and that may win (`needed_sizes`, `worthwhile_sizes`).
         rotate: `False` searches no hidden sizes unless the adapter has gates on `"hidden"`; `True` says by an error
             what forbids a basis. If left out, they are searched where the rotation is exact for the family
             and the calibration batches hold positions enough for a basis.
@@ -203,11 +203,16 @@ def _search(
         )
 
     spaces, given = [space_of(None, table.multiple)], len(sizes)
-    if hidden_sizes is None and sizes:  # before a table is measured for each
-        sizes = worthwhile_sizes(SearchState(spaces[0], table, budget, effort), quality, sizes)
-    for size in sizes:
-        tables.append(table_of(model, regime, effort.narrower(), hidden_size=size, progress=progress, kept=kept))
-        spaces.append(space_of(size, tables[-1].multiple))
+    if sizes:
+        narrow = NarrowTables(model, table, sizes, effort, progress=progress, kept=kept)
+        spaces_of = {size: space_of(size, narrow.multiple(size)) for size in sizes}
+        if hidden_sizes is None:
+            sizes = needed_sizes(
+                sizes, lambda size: SearchState(spaces_of[size], narrow.expected(size), budget, effort)
+            )
+            sizes = worthwhile_sizes(SearchState(spaces[0], table, budget, effort), quality, sizes)
+        tables += [narrow(size) for size in sizes]
+        spaces += [spaces_of[size] for size in sizes]
     if table.poor:
         logger.warning("%s; twice as many shapes are timed directly", table.poor)
         effort = replace(effort, candidates=2 * effort.candidates, search_rounds=2 * effort.search_rounds)
@@ -217,9 +222,9 @@ def _search(
     result = replace(result, depth=quality.depth)
     if given:
         kind = "directions of a basis" if quality.scores.rotated else "channels"
-        words = f"{len(sizes) + 1} sizes, by {kind}, each with a latency table of its own"
+        words = f"{len(sizes) + 1} sizes, by {kind}"
         if len(sizes) < given:
-            words += f"; {given - len(sizes)} smaller ones lose more by themselves than the budget asks for"
+            words += f"; {given - len(sizes)} smaller ones cut more than the budget asks for"
         result = replace(result, steps={**result.steps, "hidden_size": words})
     warn_unsettled(*(each.unsettled for each in tables), timer.unsettled)
     return result, importance

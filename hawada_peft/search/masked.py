@@ -7,6 +7,7 @@ Long because depth and width are predicted from the same measured losses.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,7 +30,7 @@ from ..vanilla.family import Layout
 from ..vanilla.legality import depth_of
 from ..vanilla.mode import evaluating
 from ..vanilla.shape import BY_NAME, FFN, HEADS, HIDDEN, LAYERS, Shape
-from .reference import Reference, first_of
+from .reference import Reference, first_of, ranked_predictions
 from .scores import channels_cut, heads_cut, unit_scores
 from .space import SearchSpace
 
@@ -38,15 +39,14 @@ logger = logging.getLogger(__name__)
 RESCORED = 8
 """Layers whose loss is measured anew after each drop: those that were cheapest to drop before it."""
 
-RANKED = 2048
-"""Predictions by which layers are ranked: further batches change the order hardly, and each costs as much again."""
-
-
 ASKED, DEPTH, JUDGED_SHAPES = "asking the dense model", "dropping layers", "judging shapes"
 """What these are shown as."""
 
 WIDTHS = (0.75, 0.5, 0.25)
 """Parts of an axis of width at which the predicted loss is held against a measured one."""
+
+DOUBT = 1.5
+"""By how much a predicted loss may be too small, as a factor."""
 
 
 class MaskedQuality:
@@ -59,7 +59,7 @@ class MaskedQuality:
     masked model's probability. Of independent labels it is the exact KL; of one output, regression and hidden states
     the mean squared difference.
 
-    Depth: after each drop the layers that remain are scored anew, on the first batches of `RANKED` predictions, and
+    Depth: after each drop the layers that remain are scored anew, on the first batches (`ranked_predictions`), and
     the cheapest goes; the loss of each depth is measured on all. Width: what is cut in each layer is the sum of its
     units' scores, and how much loss that means is measured at a few widths of each axis.
 
@@ -104,15 +104,23 @@ class MaskedQuality:
         self.layout: Layout = self.tuner.layout_of(self.names)
         self.scores = unit_scores(model, self.layout, self.names, importance)
         watched = progress_bar(progress, iterable=batches, desc=ASKED, unit="batch", leave=False)
-        self.references = [Reference.of(model, batch, index) for index, batch in enumerate(watched)]
+        self.references: list[Reference] = []
+        for index, batch in enumerate(watched):
+            self.references.append(Reference.of(model, batch, index))
+            if self._is_enough():
+                break
         self.measured: dict[Plan, float] = {}
-        ranking = first_of(self.references, RANKED)
+        ranking = first_of(self.references, ranked_predictions(model))
         left = torch.tensor([len(self.references) - len(ranking)], device=self.references[0].mask.device)
         # Together over ranks: a loss that is known on one of them alone would let the others wait for its sum.
         self._ranking = ranking if int(self._reduce(left)) else self.references
         self._order: list[int] = []
         self._order_loss: list[float] = []
         self._alone: dict[int, float] = {}
+
+    def _is_enough(self) -> bool:
+        """Whether no further batch is needed."""
+        return False
 
     @property
     def meaning(self) -> str:
@@ -172,9 +180,11 @@ class MaskedQuality:
         depth_loss = self.depth_losses(min(space.layers))
         heads = np.stack([heads_cut(scores, self.layout.dense, space.heads) for scores in self.scores.heads])
         ffn = np.stack([channels_cut(scores, space.ffn) for scores in self.scores.channels])
-        heads_loss = self._measured_curve(heads.sum(0), space.heads, BY_NAME[HEADS].field)
+        # So few layers meet the budget without any other cut.
+        limit = DOUBT * max(depth_loss.values()) or math.inf
+        heads_loss = self._measured_curve(heads.sum(0), space.heads, BY_NAME[HEADS].field, limit)
         sizes = [Shape(intermediate_size=size) for size in space.ffn]
-        ffn_loss = self._measured_curve(ffn.sum(0), sizes, BY_NAME[FFN].field)
+        ffn_loss = self._measured_curve(ffn.sum(0), sizes, BY_NAME[FFN].field, limit)
         hidden = 0.0 if space.hidden_size is None else max(0.0, self.evaluate(Shape(hidden_size=space.hidden_size)))
         result = np.empty((len(space.layers), len(space.heads), len(space.ffn)))
         for row, count in enumerate(space.layers):
@@ -258,8 +268,11 @@ class MaskedQuality:
         keep = [index for index in full.layers if index not in dropped]
         return replace(full, layers=tuple(keep), heads=full.heads[: len(keep)], channels=full.channels[: len(keep)])
 
-    def _measured_curve(self, cut: np.ndarray, shapes: Sequence[Shape], field: str) -> Any:
-        """From sums of scores to nats: straight lines between measured points, both axes logarithmic."""
+    def _measured_curve(self, cut: np.ndarray, shapes: Sequence[Shape], field: str, limit: float) -> Any:
+        """
+        From sums of scores to nats: straight lines between measured points, both axes logarithmic. Widths below the
+        first one that loses more than a limit are not measured.
+        """
         dense = self.layout.dense.sizes()[field]
         values = np.array([getattr(shape, field) for shape in shapes])
         points: dict[float, float] = {}
@@ -267,6 +280,8 @@ class MaskedQuality:
             at = int(np.argmin(np.abs(values - part * dense) + 1e-6 * cut / (cut.max() + 1e-30)))
             if values[at] < dense and cut[at] > 0:
                 points[float(cut[at])] = max(self.evaluate(shapes[at]), 1e-9)
+                if points[float(cut[at])] > limit:
+                    break
         if not points:
             return lambda sums: np.asarray(sums, dtype=float)
         knots = np.log(sorted(points))

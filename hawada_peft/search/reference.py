@@ -7,11 +7,34 @@ from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
+from torch import nn
 
 from ..vanilla.batches import Batch, check_batch, position_mask, without_labels
 from ..vanilla.heads import Classes, Head, head_of
 from ..vanilla.mode import adapters_off, evaluating
 from ..vanilla.outputs import get_student_logits
+
+RANKED = 2048
+"""Predictions by which layers are ranked: further batches change the order hardly, and each costs as much again."""
+
+JUDGED, LEAST_JUDGED = 8192, 2048
+"""Predictions on which models are refitted to be judged, at most and at least: a search refits a few dozen."""
+
+CPU_WORK = 2**38
+"""On a CPU the parameters times these predictions are about that at most: the search stays one of minutes."""
+
+
+def judged_predictions(model: nn.Module) -> int:
+    """How many predictions judge a refitted model: as many as are soon computed on its device."""
+    weight = next(model.parameters())
+    if weight.device.type != "cpu":
+        return JUDGED
+    return min(JUDGED, max(LEAST_JUDGED, CPU_WORK // sum(each.numel() for each in model.parameters())))
+
+
+def ranked_predictions(model: nn.Module) -> int:
+    """How many predictions rank its layers."""
+    return min(RANKED, judged_predictions(model) // 2)
 
 
 @dataclass(frozen=True)

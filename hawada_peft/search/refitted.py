@@ -24,7 +24,7 @@ from ..vanilla.batches import Batch, main_input
 from ..vanilla.family import locate
 from ..vanilla.legality import check_legal
 from .masked import MaskedQuality, name_of
-from .reference import first_of
+from .reference import judged_predictions
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +40,6 @@ Numbers of layers at most at which a refitted model is measured: the two ends an
 to the masked loss is followed.
 """
 
-JUDGED = 8192
-"""Predictions on which models are refitted to be judged: a search builds and refits a few dozen."""
-
 
 class RefittedQuality(MaskedQuality):
     """
@@ -50,8 +47,8 @@ class RefittedQuality(MaskedQuality):
 
     Which layers and units stay is decided as in `MaskedQuality`. A shape's loss is the divergence of the refitted slim
     model from the dense one on calibration batches that it was not fitted to; of many batches the first ones that hold
-    `JUDGED` predictions are used. Closing gates alone makes narrow shapes
-    look worse than shallow ones; least squares, and training after it, win back much more of width than of depth.
+    `judged_predictions` are used. Closing gates alone makes narrow shapes look worse than shallow ones; least squares,
+    and training after it, win back much more of width than of depth.
     Head counts that exist at another hidden size alone are judged by closed gates when they are judged by themselves.
 
     Args:
@@ -79,17 +76,20 @@ class RefittedQuality(MaskedQuality):
         reason = obstacle(model, batches)
         if reason:
             raise HawAdaError(f"shapes cannot be judged by refitted models: {reason}. Pass refit=False")
+        self._given, self._most = len(batches), judged_predictions(model)
         super().__init__(model, batches, importance, progress, kept=kept)
         self.dense = dense_view(cast(PreTrainedModel, model.get_base_model()))
-        self._judging = [reference.batch for reference in first_of(self.references, JUDGED, least=2)]
         self._refitted: dict[Plan, float] = {}
         gate = basis_gate(model.get_base_model(), self.layout, self.names[0])
         self._stream = None if gate is None else gate_basis(gate)
 
+    def _is_enough(self) -> bool:
+        return len(self.references) > 1 and sum(float(each.mask.sum()) for each in self.references) >= self._most
+
     @property
     def meaning(self) -> str:
         """What the losses are, for people."""
-        used, given = len(self._judging), len(self.references)
+        used, given = len(self.references), self._given
         part = "" if used == given else f", on the first {used} of {given} batches"
         return f"{super().meaning}{part}"
 
@@ -128,7 +128,8 @@ class RefittedQuality(MaskedQuality):
         turn = plan_turn(self.dense, plan, self._stream)
         small = slim(self.dense, plan, turn=turn)
         coordinates = None if turn is None else turn.write
-        report = refit_model(self.dense, small, plan, self._judging, coordinates=coordinates, reduce=of_this_rank)
+        batches = [reference.batch for reference in self.references]
+        report = refit_model(self.dense, small, plan, batches, coordinates=coordinates, reduce=of_this_rank)
         logger.debug("%s: %s", plan, report)
         return min(report.before, report.after)
 

@@ -18,7 +18,7 @@ from ..vanilla.resize import parameters_at
 from ..vanilla.shape import FFN, HEADS, LAYERS, Shape
 
 HIDDEN = (7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8)
-"""Hidden sizes that are searched, in parts of the dense one. Each needs a latency table of its own."""
+"""Hidden sizes that are searched, in parts of the dense one."""
 
 FIXED = "has no gates: stays as it is"
 """Why a size has one value."""

@@ -20,8 +20,8 @@ from .space import SearchSpace
 Realise = Callable[[Sequence[Shape]], Mapping[Shape, Timing]]
 """Builds shapes with random weights and times them side by side, the dense shape among them."""
 
-SLACK = 0.1
-"""How far a table may be off, in parts of a latency, where shapes are left out by it."""
+SLACK = (0.02, 0.1)
+"""How far a table may be off where shapes are left out by it: twice its errors, within these parts of a latency."""
 
 KERNEL_WIDTH, KERNEL_PRIOR = 0.15, 0.3
 """How far a measured loss reaches, in parts of the dense sizes, and how much it is trusted."""
@@ -128,6 +128,11 @@ class SearchState:
             fits &= self.memory <= memory
         return fits
 
+    def surely(self) -> np.ndarray:
+        """Over the space: whether all limits hold, also if the tables are off by `SLACK`."""
+        ms = self.ms() / np.repeat([1 - _slack(table) for table in self.tables], [len(each) for each in self.spaces])
+        return self.small() & (ms <= self.limit * (1 - self.effort.margin))
+
     def of_worthwhile_depth(self) -> SearchState:
         """
         The same without the shapes that are shallower than any budget of these sizes asks for.
@@ -137,11 +142,11 @@ class SearchState:
         spares measuring the loss of depths which are not needed.
         """
         parts, start = [], 0
-        fits, surely = self.fits(), self.ms() <= self.limit * (1 - self.effort.margin) * (1 - SLACK)
+        fits, surely = self.fits(), self.surely()
         for space, end in zip(self.spaces, self.ends, strict=True):
             layers = np.array(space.layers)[:, None]
             some = fits[start:end].reshape(len(layers), -1)
-            sure = (fits & surely)[start:end].reshape(len(layers), -1) if math.isfinite(self.limit) else some
+            sure = surely[start:end].reshape(len(layers), -1)
             deepest = np.where(sure, layers, 0).max(axis=0)[some.any(axis=0)]
             parts.append(space.of_depth(max(int(deepest.min(initial=layers.max())), min(space.layers))))
             start = end
@@ -203,3 +208,8 @@ class SearchState:
                 parts.append(np.full((1, 1, 1), widths[0] / widths[1]))
             rows.append(np.stack(np.broadcast_arrays(*parts), axis=-1).reshape(-1, len(parts)))
         return torch.from_numpy(np.concatenate(rows))
+
+
+def _slack(table: LatencyTable) -> float:
+    least, most = SLACK
+    return min(most, max(least, 2 * table.errors.get("p95", most)))

@@ -73,25 +73,26 @@ def table_of(
     effort: Effort,
     *,
     hidden_size: int | None = None,
+    multiple: int | None = None,
     progress: Progress | None = None,
     kept: Kept | None = None,
 ) -> LatencyTable:
-    """As `measure_table`, without a warning: the table says what did not settle. Timings are kept as they come."""
+    """
+    As `measure_table`, without a warning: the table says what did not settle. Timings are kept as they come, and the
+    `multiple` of FFN sizes is not looked for where it is given.
+    """
     base = dense_model(model)
     check_regime(base, regime)
     layout = locate(base)
-    widest, base_sizes = layout.narrowed(hidden_size), table_sizes(base)
-    if widest.hidden_size is not None:
-        check_legal(layout, widest)
-        base_sizes |= widest.to_dict() | {"dense_hidden_size": layout.hidden_size}
+    widest, base_sizes = sizes_at(base, hidden_size)
     heads = legal_head_shapes(layout, widest.hidden_size)
     parts = regime.parts()
 
     def mixed() -> LatencyTable:
-        each = [
-            (times, table_of(model, part, effort, hidden_size=hidden_size, progress=progress, kept=kept))
-            for times, part in parts
-        ]
+        of_part = partial(
+            table_of, model, effort=effort, hidden_size=hidden_size, multiple=multiple, progress=progress, kept=kept
+        )
+        each = [(times, of_part(part)) for times, part in parts]
         found = mixed_table(regime, each)
         shapes = random_shapes(widest, heads, found.multiple, effort.whole_shapes, seed=effort.seed)
         missing = [shape for shape in shapes if shape not in {point.shape for point in found.realised}]
@@ -110,6 +111,7 @@ def table_of(
         base_sizes=base_sizes,
         regime=regime,
         ffn_unit=widest.hidden_size or layout.hidden_size if layout.family.ffn_unit else 1,
+        multiple=multiple,
         effort=effort,
         widest=widest,
         progress=progress,
@@ -118,6 +120,21 @@ def table_of(
     # An external clock sees whole answers as such.
     make = measured if len(parts) == 1 or isinstance(effort.clock, ExternalClock) else mixed
     return cached_table(make, table_key(regime, base_sizes, heads, effort), effort)
+
+
+def sizes_at(model: PreTrainedModel, hidden_size: int | None) -> tuple[Shape, dict[str, int | str]]:
+    """
+    The largest shape of a hidden size, the dense one if left out, and what a table of it is for.
+
+    Raises:
+        IllegalShapeError: if no model of the hidden size exists.
+    """
+    layout = locate(model)
+    widest, sizes = layout.narrowed(hidden_size), table_sizes(model)
+    if widest.hidden_size is not None:
+        check_legal(layout, widest)
+        sizes |= widest.to_dict() | {"dense_hidden_size": layout.hidden_size}
+    return widest, sizes
 
 
 def table_sizes(model: PreTrainedModel) -> dict[str, int | str]:

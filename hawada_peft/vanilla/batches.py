@@ -54,6 +54,11 @@ def rows_of(batch: Batch, rows: slice, total: int) -> dict[str, Any]:
     }
 
 
+def has_rows(batch: Batch, total: int) -> bool:
+    """Whether all of a batch's tensors have one entry for each of its examples, so that it can be taken apart."""
+    return {len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim} == {total}
+
+
 def position_mask(batch: Batch, positions: torch.Size) -> torch.Tensor | None:
     """
     Where a batch holds tokens and not padding: (batch, seq), bool; of the last ones alone where `logits_to_keep` says

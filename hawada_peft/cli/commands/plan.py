@@ -85,9 +85,9 @@ def run(
     to.parent.mkdir(parents=True, exist_ok=True)
     batches = read_batches(calibration, model, seq_len=limits.length, examples=examples)
     gated = gates_of(load_model(model, device), adapter, hidden=hidden)
+    refitted = not obstacle(gated, batches) if refit is None else refit
     if progress is not None:
-        say(expected_of(gated, batches, limits))
-    hard = effort_of(effort, fresh=fresh)
+        say(expected_of(gated, batches, limits, hard, refit=refitted))
     work = to.with_suffix(WORK)
     if fresh:
         clear_kept(work)
@@ -100,7 +100,6 @@ def run(
     except HawAdaError:  # it would end like this again
         clear_kept(work)
         raise
-    refitted = not obstacle(gated, batches) if refit is None else refit
     made = {"model": model, "data": calibration, "seq_len": limits.length, "examples": examples, "refitted": refitted}
     beside = search_file(to)
     basis: Path | None = None
