@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 
 import torch
+from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..basis.basis import Basis, is_tied, plan_turn
 from ..basis.turn import Turn
 from ..errors import HawAdaError
-from ..gates.reading import UnitScores
+from ..gates.reading import Scores, UnitScores
 from ..planning.plan import Plan
 from ..planning.ranking import rank
 from ..processes import of_this_rank
-from ..refit.activity import Activity, activity_of
 from ..refit.fidelity import Expected
 from ..refit.layerwise import Stream
 from ..surgery.slimming import slim
@@ -24,9 +28,8 @@ from ..vanilla.batches import Batch, position_mask, without_labels
 from ..vanilla.draws import draw_classes
 from ..vanilla.family import locate
 from ..vanilla.heads import Classes, Head, head_of
-from ..vanilla.mode import evaluating
 from ..vanilla.outputs import output_of
-from ..vanilla.shape import Shape
+from ..vanilla.shape import HEADS, Shape
 
 
 @dataclass(frozen=True)
@@ -121,11 +124,12 @@ class Judge:
         kept = tuple(torch.tensor(float(layer not in gone), dtype=torch.float64) for layer in range(self.layers))
         wanted, dense, none = self.layout.complete(shape), self.layout.dense, (None,) * self.layers
         narrower = replace(wanted, num_hidden_layers=None, hidden_size=None) != replace(dense, num_hidden_layers=None)
-        heads, channels = (self._activity.heads, self._activity.channels) if narrower else (none, none)
+        heads, channels, further = self._energies if narrower else (none, none, {})
         directions = -torch.arange(self.layout.hidden_size, dtype=torch.float64)  # they are in descending order
-        return rank(self.layout, UnitScores(heads, channels, kept, hidden=directions, rotated=True), wanted)
+        scores = UnitScores(heads, channels, kept, hidden=directions, rotated=True, further=further)
+        return rank(self.layout, scores, wanted)
 
-    @property
+    @cached_property
     def influence(self) -> tuple[float, ...]:
         """
         Per layer 1 minus the cosine between the residual stream before and after it, averaged over positions.
@@ -133,12 +137,42 @@ class Judge:
         References:
             Men et al., "ShortGPT" (2024): Block Influence.
         """
-        return self._activity.influence
+        total = [0.0] * self.layers
+        with self._walking() as stream:
+            for layer in range(self.layers):
+                for index, batch in enumerate(self.batches):
+                    before, after = stream.hidden[index].float(), stream.call(layer, index)
+                    apart = 1 - functional.cosine_similarity(before, after.float(), dim=-1)
+                    mask = position_mask(batch, apart.shape)
+                    total[layer] += float(apart.mean() if mask is None else apart[mask].mean())
+                    stream.hidden[index] = after
+        return tuple(value / len(self.batches) for value in total)
 
     @cached_property
-    def _activity(self) -> Activity:
-        with evaluating(self.dense), torch.no_grad():
-            return activity_of(Stream.start(self.dense, self.layout, self.batches), self.batches)
+    def _energies(self) -> tuple[Scores, Scores, dict[str, torch.Tensor | None]]:
+        """Per layer (query heads,) and (channels,), and those at modules beside, float64, on the CPU."""
+        heads = [self.layout.attention_out(layer) for layer in range(self.layers)]
+        channels = [self.layout.ffn_out(layer) for layer in range(self.layers)]
+        further = self.layout.further
+        ends = {*heads, *channels, *chain(*further.values())} - {""}
+        known = {name: self.dense.get_submodule(name) for name in sorted(ends)}
+        names = [name for name, module in known.items() if "weight" in module._parameters]
+        squares = dict.fromkeys(names, torch.zeros(()))
+
+        def see(name: str, inputs: tuple[torch.Tensor, ...]) -> None:
+            squares[name] = squares[name].to(inputs[0].device) + inputs[0].float().square().flatten(0, -2).sum(0)
+
+        with ExitStack() as hooks, torch.inference_mode():
+            for name in names:
+                hook = known[name].register_forward_pre_hook(lambda _module, inputs, name=name: see(name, inputs))
+                hooks.callback(hook.remove)
+            for batch in self.batches:
+                output_of(self.dense, batch)
+        energies = {name: (squares[name] * _columns(known[name])).double().cpu() for name in names}
+        attention = {*heads, *further.get(HEADS, ())} & energies.keys()
+        whole = {name: energies[name].reshape(-1, self.layout.head_dim).sum(1) for name in attention}
+        beside = {name: (energies | whole).get(name) for name in chain(*further.values())}
+        return tuple(map(whole.get, heads)), tuple(map(energies.get, channels)), beside
 
     def _drawn(self, small: PreTrainedModel) -> float:
         """The divergence of a slim model that predicts classes, by the outcomes drawn."""
@@ -165,8 +199,24 @@ class Judge:
                 found.append(_Reference(batch, drawn, _log_odds(logits, drawn), counts))
         return found
 
+    @contextmanager
+    def _walking(self) -> Iterator[Stream]:
+        training = self.dense.training
+        self.dense.eval()
+        try:
+            with torch.no_grad():
+                yield Stream.start(self.dense, self.layout, self.batches)
+        finally:
+            self.dense.train(training)
+
 
 def _log_odds(logits: torch.Tensor, outcomes: torch.Tensor) -> torch.Tensor:
     """From logits (..., classes) and classes (..., 1) to log-probabilities (...), float32."""
     rows = zip((row.float() for row in logits), outcomes, strict=True)  # one at a time: they can be large
     return torch.stack([row.gather(-1, drawn).squeeze(-1) - row.logsumexp(-1) for row, drawn in rows])
+
+
+def _columns(module: nn.Module) -> torch.Tensor:
+    """The squared norm of what reads each input feature: (features,)."""
+    squares = module.get_parameter("weight").detach().float().square()
+    return squares.sum(1 if isinstance(module, Conv1D) else 0)

@@ -29,7 +29,7 @@ from ..progress import Progress, progress_bar
 from ..refit.low_memory import refit_on_demand
 from ..refit.on_demand import OnDemand
 from ..refit.reconstruction import Reconstruction
-from ..surgery.cutting import Cutting, layout_for
+from ..surgery.cutting import Cutting, towers_for
 from ..surgery.fold import DEFAULT, Factors, factors_of, fold_tensor, load_gates, lora_of, merge_tensor
 from ..surgery.slicing import slice_tensor
 from ..surgery.slimming import slim
@@ -89,7 +89,7 @@ class _Export:
         if plan is None:
             raise InvalidPlanError(NO_PLAN)
         self.plan = plan
-        towers = [(layout_for(self.dense, part), part) for part in plan.parts]
+        towers = towers_for(self.dense, plan)
         for layout, part in towers:
             part.check_base(layout.full)
         self._cutting: Cutting | None = None

@@ -39,17 +39,21 @@ class StreamChange(Protocol):
 def rows_of(rule: SliceRule, layout: Layout, plan: Plan, layer: int) -> torch.Tensor:
     """The indices that stay along a rule's dimension, in the layer at a position of the plan."""
     offset, rows, sizes = 0, [], layout.full.to_dict()
+
+    def left(axis: str) -> tuple[int, ...] | None:
+        return plan.at(axis, rule.place) if rule.place else plan.units(axis, layer)
+
     if rule.units:
         stays = torch.ones(len(rule.units[0]), dtype=torch.bool)
         for axis, units in zip(rule.segments, rule.units, strict=True):
             total = sizes[BY_NAME[axis].field]
             here = torch.zeros(total + 1, dtype=torch.bool)
-            here[[*(plan.units(axis, layer) or range(total)), -1]] = True  # -1: a row of none of its units
+            here[[*(left(axis) or range(total)), -1]] = True  # -1: a row of none of its units
             stays &= here[torch.tensor(units)]
         return stays.nonzero()[:, 0]
     for axis in rule.segments:
         total = sizes[BY_NAME[axis].field]
-        kept = plan.units(axis, layer) or range(total)
+        kept = left(axis) or range(total)
         starts = offset + torch.tensor(kept) * rule.width
         rows.append((starts[:, None] + torch.arange(rule.width)).flatten())
         offset += total * rule.width

@@ -73,7 +73,10 @@ class ActivityQuality:
     def free(self) -> tuple[str, ...]:
         """What can be cut."""
         known = {HEADS: self.scores.heads, FFN: self.scores.channels, LAYERS: self.scores.layers}
-        return tuple(axis for axis, each in known.items() if all(score is not None for score in each))
+        beside = self.layout.further  # modules in no layer count these units, too
+        return tuple(
+            axis for axis, each in known.items() if axis not in beside and all(score is not None for score in each)
+        )
 
     def predict(self, space: SearchSpace) -> np.ndarray:
         """The predicted loss over the space: (layers, heads, FFN sizes)."""
