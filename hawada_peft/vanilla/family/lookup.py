@@ -1,4 +1,8 @@
-"""The lookup of a family's row in a model, and of its sizes."""
+"""
+The lookup of a family's row in a model, and of its sizes.
+
+Long because whatever is not there is said.
+"""
 
 from __future__ import annotations
 
