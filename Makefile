@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-families test-loaded test-zoo test-benchmarks bench-quick quality docs peft-suite clean
+.PHONY: demo test test-families test-loaded test-zoo test-training test-benchmarks bench-quick quality docs peft-suite clean
 
 # Markers: made when the installation succeeded, older than the files that it depends on when it must be repeated.
 $(VENV)/.made:
@@ -53,6 +53,10 @@ test-loaded: $(VENV)/.dev
 # What can be removed of every type of the zoo, proved; writes the table of docs/families.md. About ten minutes of one core.
 test-zoo: $(VENV)/.dev
 	$(BIN)/python tests/zoo_table.py
+
+# A training and an export for each modality; writes a table of docs/families.md. About a minute of one core.
+test-training: $(VENV)/.dev
+	$(BIN)/python tests/training_table.py
 
 # The benchmarks' own tests: they run on tiny models, and time nothing.
 test-benchmarks: $(VENV)/.bench

@@ -12,7 +12,8 @@ embeddings of held-out sentences, of the folder reloaded by `AutoModel`. Latency
 of the processor; give one thread.
 
 Training examples are one to `--most` sentences in a row, some (`--crops`) cut at words drawn at random, so that hardly
-two are the same; held out are single sentences.
+two are the same; held out are single sentences. Runs are chosen among by sentences of other documents of the
+training text (`validated`), the last ones, which are not trained on.
 
 On a GPU, of a shape that is known, for as long as there is time; a run whose row is there is not made again:
 
@@ -49,6 +50,9 @@ from hawada_peft import Effort, HawAdaConfig, LatencyBudget, Plan, Race, Shape, 
 from hawada_peft.latency.clock import Clock
 from hawada_peft.latency.measuring import measure_many
 from hawada_peft.vanilla.batches import on_device
+
+PARTS = 50
+"""One in so many documents of the training text is not trained on: the last ones."""
 
 RESERVED = 15.0
 """Seconds that are kept for what comes after the training and is not the timing."""
@@ -122,7 +126,7 @@ class Cosine(TrainerCallback):
         control.should_training_stop |= self.part(state) >= 1
 
 
-LINES = {"closed": "closed gates", "refitted": "cut, refitted by least squares", "recovered": "recovered, reloaded"}
+LINES = {"closed": "closed gates", "refitted": "cut{how}", "recovered": "recovered, reloaded"}
 
 
 def section(row: dict[str, Any]) -> str:
@@ -138,7 +142,8 @@ def section(row: dict[str, Any]) -> str:
         f"| {row['held_out']} held-out sentences | mean cosine | 5 % quantile | least | rank correlation of pairs "
         "| same nearest sentence |\n|---|---|---|---|---|---|\n"
     )
-    return head + "\n".join(f"| {words} | {cells(row[name])} |" for name, words in LINES.items())
+    how = ", refitted by least squares" if row["refit"] else ""
+    return head + "\n".join(f"| {words.format(how=how)} | {cells(row[name])} |" for name, words in LINES.items())
 
 
 def cells(found: dict[str, float]) -> str:
@@ -148,19 +153,20 @@ def cells(found: dict[str, float]) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Many runs as Markdown, the nearest to the dense model first."""
+    """Many runs as Markdown, the one to choose first."""
     columns = (
-        "layers, FFN | measured | loss | rate | steps x batch | examples (distinct) | seconds | mean cosine | 5 % "
-        "quantile | least | rank correlation | same nearest"
+        "layers, FFN | measured | loss | rate | steps x batch | examples (distinct) | seconds | validated | cosine "
+        "| 5 % quantile | least | rank correlation | same nearest"
     )
     lines = [f"| {columns} |", "|---" * (columns.count("|") + 1) + "|"]
-    for row in sorted(rows, key=lambda row: -row["recovered"]["cosine"]):
+    for row in sorted(rows, key=lambda row: -row.get("validated", {}).get("cosine", 0.0)):
+        validated = f"{row['validated']['cosine']:.4f}" if "validated" in row else ""
         parts = [f"{row['states_weight']:g} states"] * (row["states_weight"] > 0)
         parts += [f"{row['embedding_weight']:g} embeddings"] * (row["embedding_weight"] > 0)
         lines.append(
             f"| {row['layers']}, {row['ffn']} | {row['measured']:.2f}x | {' + '.join(parts)} | {row['rate']:g} "
             f"| {row['steps']} x {row['batch']} | {row['examples']:,} ({row['distinct']:,}) | {row['recovery_s']:.0f} "
-            f"| {cells(row['recovered'])} |"
+            f"| {validated} | {cells(row['recovered'])} |"
         )
     where = "; ".join(dict.fromkeys(f"{row['device']} ({row['date']}; {row['versions']})" for row in rows))
     timed = "; ".join(dict.fromkeys(f"{row['regime']}, {row['timed_on']}" for row in rows))
@@ -191,16 +197,22 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     def batches(examples: Sequence[Example]) -> list[Example]:
         return [frame.batch(examples[start : start + 16]) for start in range(0, len(examples), 16)]
 
-    def read(path: str) -> Sentences:
-        return Sentences(list(sentences_of(path, options.text_tokenizer, options.tokens)), tokenizer)
+    def read(path: str) -> list[list[str]]:
+        return [each for each in sentences_of(path, options.text_tokenizer, options.tokens) if each]
 
-    text, draw = read(options.train), {"most": options.most, "length": options.length, "batch": options.batch}
+    def singles(documents: Sequence[list[str]]) -> list[Example]:
+        """The same whatever is trained on."""
+        drawn = Sentences(documents, tokenizer).draw(options.held_out, np.random.default_rng(0), crops=0.0, **one)
+        return batches(drawn.all())
+
+    draw: dict[str, Any] = {"most": options.most, "length": options.length, "batch": options.batch}
+    one, documents = draw | {"most": 1}, read(options.train)
+    cut = len(documents) - max(1, len(documents) // PARTS)
+    text = Sentences(documents[:cut], tokenizer)
     train = text.draw(options.steps * options.batch, rng, crops=options.crops, **draw)
     calibration = batches(text.draw(options.calibration, rng, crops=0.0, **draw).all())
-    # single sentences, the same whatever is trained on
-    held = read(options.eval).draw(options.held_out, np.random.default_rng(0), crops=0.0, **draw | {"most": 1})
-    sentences = batches(held.all())
-    dense = embeddings(base, sentences)
+    sentences, others = singles(read(options.eval)), singles(documents[cut:])
+    dense, dense_others = embeddings(base, sentences), embeddings(base, others)
 
     budget = LatencyBudget(speedup=options.speedup, batch_size=options.rows_timed, seq_len=options.seq_len)
     model = get_peft_model(base, HawAdaConfig())
@@ -249,6 +261,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     slimmed = slimmed.save(options.out, processor=tokenizer)
     slim = AutoModel.from_pretrained(options.out, dtype=torch.float32).eval()
     row["recovered"] = agreement(dense, embeddings(slim, sentences))
+    row["validated"] = agreement(dense_others, embeddings(slim, others))
     row |= circumstances(options.device)
 
     torch.set_num_threads(1)
@@ -325,7 +338,6 @@ def main() -> None:
     one.add_argument("--race", action="store_true", help="let other plans race against it")
     one.add_argument("--dropout", action="store_true", help="recover with the teacher's dropout on")
     one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--page", type=Path, help="whose section `encoder` is written")
     options = parser.parse_args()
     if options.what == "table":
         text = table(read_rows(options.rows))
@@ -334,14 +346,14 @@ def main() -> None:
     if options.rows and any(row["name"] == options.name for row in read_rows(options.rows)):
         print(f"{options.name!r} is in {options.rows}")
         return
+    if Path(options.out).exists() and any(Path(options.out).iterdir()):
+        one.error(f"{options.out} is not empty: give a new folder as --out")
     torch.manual_seed(options.seed)
     row = run(options)
     if options.rows:
         append_row(options.rows, row)
     print(json.dumps(row, indent=1))
     print(section(row))
-    if options.page:
-        replace_section(options.page, "encoder", section(row))
 
 
 if __name__ == "__main__":

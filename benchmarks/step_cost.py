@@ -13,7 +13,7 @@ A step is: the teacher's logits (the same model with the adapter disabled, no gr
 divergence on all of them (`kl_divergence`, the same for every adapter), the backward pass, AdamW on the adapter. The
 adapters share one copy of the base weights and take turns, one step each per round, in an order that is rotated; the
 figures are medians over the rounds after the warm-up. `--checkpointing both` does all of it without and with gradient
-checkpointing.
+checkpointing. `--compile` compiles every adapter's model, in training and as its own teacher.
 
 The peak is that of torch's allocator, as if each adapter were alone: the base weights, the adapter, its optimizer's
 state, and the most that a step holds at once. On CUDA it is the median over the rounds; on the CPU it is added up from
@@ -31,6 +31,7 @@ import statistics
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -69,19 +70,20 @@ MIB = 2**20
 class Contestant:
     """An adapter on the shared weights, with its optimizer."""
 
-    def __init__(self, base: PreTrainedModel, config: PeftConfig, checkpointing: bool) -> None:
+    def __init__(self, base: PreTrainedModel, config: PeftConfig, checkpointing: bool, backend: str = "") -> None:
         shared = {id(tensor): tensor for tensor in [*base.parameters(), *base.buffers()]}
         self.model = get_peft_model(copy.deepcopy(base, shared), config).train()
         if checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.call: Any = torch.compile(self.model, backend=backend, dynamic=False) if backend else self.model
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-3)
         self.seconds: list[float] = []
         self.peaks: list[float] = []
 
     def step(self, batch: dict[str, torch.Tensor]) -> None:
-        teacher = get_teacher_logits(self.model, batch)
-        student = get_student_logits(self.model, batch)
+        teacher = get_teacher_logits(self.call, batch)
+        student = get_student_logits(self.call, batch)
         kl_divergence(student, teacher).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -146,10 +148,11 @@ def compare(
     warm_up: int = 3,
     checkpointing: bool = False,
     clock: Callable[[], float] = time.perf_counter,
+    backend: str = "",
 ) -> list[dict[str, object]]:
     """A row per adapter, or per one of `only`."""
     made = {name: make for name, make in adapters(base).items() if not only or name in only}
-    contestants = {name: Contestant(base, make(), checkpointing) for name, make in made.items()}
+    contestants = {name: Contestant(base, make(), checkpointing, backend) for name, make in made.items()}
     names = list(contestants)
     for turn in range(warm_up + rounds):
         for place in range(len(names)):
@@ -162,6 +165,7 @@ def compare(
             {
                 "adapter": name,
                 "checkpointing": checkpointing,
+                "compiled": backend,
                 "trainable": sum(parameter.numel() for parameter in contestant.trained),
                 "ms": 1000 * statistics.median(seconds),
                 "ms_quartiles": [1000 * cut for cut in statistics.quantiles(seconds, n=4)[::2]],
@@ -205,6 +209,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--warm-up", type=int, default=3, help="rounds before those that count")
     parser.add_argument("--checkpointing", default="both", choices=["off", "on", "both"])
+    parser.add_argument("--compile", nargs="?", const="inductor", default="", help="by this backend of torch.compile")
     parser.add_argument("--threads", type=int, default=0, help="torch's CPU threads; 0: as torch decides")
     parser.add_argument(
         "--cpu-time",
@@ -237,8 +242,10 @@ def main() -> None:
             warm_up=arguments.warm_up,
             checkpointing=checkpointing,
             clock=clock,
+            backend=arguments.compile,
         )
-        print(f"\ngradient checkpointing {'on' if checkpointing else 'off'}\n\n{table(found)}", flush=True)
+        how = f"gradient checkpointing {'on' if checkpointing else 'off'}, {arguments.compile or 'eager'}"
+        print(f"\n{how}\n\n{table(found)}", flush=True)
         rows += found
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(rows, indent=1))

@@ -25,7 +25,7 @@ from .basis.marks import is_centred
 from .basis.proof import check_exact
 from .config import HawAdaConfig
 from .errors import InvalidPlanError, UnsupportedModelError
-from .gates.adapter import LAYER, GateAdapter
+from .gates.adapter import LAYER, UNITS, GateAdapter
 from .gates.lora import inject_lora, lora_layers
 from .gates.placement import (
     check_norms,
@@ -35,6 +35,7 @@ from .gates.placement import (
     router_of,
     set_masks,
     share_hidden,
+    share_units,
     siblings,
     whole_ends,
 )
@@ -57,6 +58,7 @@ from .vanilla.family import (
     locate_all,
     locate_stream,
     mark,
+    together,
     tower_names,
 )
 from .vanilla.modules import check_loaded, check_own_weights, check_unquantized, quantized_weight
@@ -130,7 +132,8 @@ class GateTuner(BaseTuner):
             elif layout.known is not None:
                 check_channels(layout)
             names |= {*layout.family.hidden_norms, *layout.norms_outside}
-        return self._targets(layout, names, peft_config)
+        further = {name for axis in kinds for name in layout.further.get(axis, ())}
+        return self._targets(layout, names, peft_config) | further
 
     def _targets(self, layout: Layout, names: set[str], peft_config: HawAdaConfig) -> set[str]:
         """The modules to wrap: by short names; in full where other parts of the model have modules of these names."""
@@ -151,7 +154,7 @@ class GateTuner(BaseTuner):
         if sizes is not None and len(asked) == 1:
             asked = (sizes.get("tower", ""),)
         find = locate_stream if HIDDEN in peft_config.gates else locate
-        layouts = [find(self.model, each) for each in asked]
+        layouts = list(together([find(self.model, each) for each in asked]))
         layout = layouts[0]
         if sizes is None or len(layouts) > 1:
             self._choose_gates(peft_config, layouts)
@@ -160,6 +163,8 @@ class GateTuner(BaseTuner):
         for number, each in enumerate(layouts):
             mark(cast(PreTrainedModel, self.model), each, beside=number > 0)
         self._places = {each.tower: each for each in layouts}
+        if sizes is None and layout.known is not None and layout.known.ungated:
+            logger.info("of what could go there are no gates on %s", "; ".join(layout.known.ungated.values()))
         if layout.tower and asked == (None,):
             others = [name for name in tower_names(cast(PreTrainedModel, self.model)) if name != layout.tower]
             more = f"; others: towers={others}" if others else ""
@@ -175,6 +180,7 @@ class GateTuner(BaseTuner):
     def _place_of(self, name: str) -> Layout:
         """The tower that a module is in, or whose norm it is."""
         inside = [each for each in self._places.values() if each.within(name) or each.position(name)]
+        inside += [each for each in self._places.values() if each.further_axis(name)]
         return inside[0] if inside else next(iter(self._places.values()))
 
     def _choose_gates(self, peft_config: HawAdaConfig, layouts: Sequence[Layout]) -> None:
@@ -227,6 +233,8 @@ class GateTuner(BaseTuner):
             adapter_name in getattr(each, LAYER) for each in siblings(self.model, layout, current_key)
         ):
             gates.pop(LAYER, None)  # the layer's one gate lives there
+        if layout is not None and layout.alike(current_key)[:1] not in ((), (current_key,)):
+            gates.pop(UNITS, None)  # those of the first one count for all
         if isinstance(target, GateAdapter):
             adapter: GateAdapter = target
             adapter.update_layer(adapter_name, gates, peft_config.inference_mode)
@@ -238,6 +246,7 @@ class GateTuner(BaseTuner):
             self._replace_module(parent, target_name, adapter, target)
         if layout is not None:
             connect(self.model, layout, current_key, adapter)
+            share_units(self.model, layout, current_key)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if not isinstance(child, GateAdapter):

@@ -11,6 +11,7 @@ from conftest import KINDS, ROWS, Row, build, difference, gate, inputs_of, logit
 from families import FURTHER
 from peft import PeftModel
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from zoo import ZOO
 
 from hawada_peft import HawAdaConfig, Plan, Shape, collect_gates
 from hawada_peft.errors import InvalidPlanError, UnsupportedModelError
@@ -49,6 +50,13 @@ def test_branches_are_where_a_factor_is_linear(name: str) -> None:
     state = torch.get_rng_state()
     assert branches_of(locate(model)) == EXPECTED[name]
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_towers_of_another_dtype_are_no_obstacle() -> None:
+    kind = ZOO["llava"]
+    config = kind.make_config()
+    config.vision_config.dtype = torch.bfloat16  # as it is in what `from_pretrained` gives
+    assert branches_of(locate(kind.model_class(config))) == PROJECTIONS
 
 
 def test_a_row_may_name_them(rows_of_families: None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +12,15 @@ from conftest import Row, build, difference, gate, inputs_of, logits_of
 from families import MIXTURES
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from zoo import ZOO
 
-from hawada_peft import HawAdaConfig, Shape, save_slim, slim_checkpoint
-from hawada_peft.discovery import Anatomy, parts_of
+from hawada_peft import HawAdaConfig, Plan, Shape, save_slim, slim_checkpoint
+from hawada_peft.discovery import Anatomy, inspect, parts_of, table_of, ungated
 from hawada_peft.discovery.anatomy import INPUT, Axis, Number, PerLayer, Pinned, Place, Rows, Segment, Stack
 from hawada_peft.discovery.inputs import example_inputs
-from hawada_peft.errors import IllegalShapeError, UnsupportedModelError
+from hawada_peft.errors import IllegalShapeError, InvalidPlanError, UnsupportedModelError
 from hawada_peft.gates.adapter import GateAdapter
+from hawada_peft.planning.further import Further
 from hawada_peft.vanilla.family import FAMILIES, locate, locate_all
 from hawada_peft.vanilla.outputs import outputs_of
 
@@ -235,15 +238,140 @@ def test_rows_and_columns_of_an_order_that_no_row_could_say() -> None:
         {"tied": True},
         {"follows": "hidden_size"},
         {"rows": (Rows("model.head.weight", 0, 0, (Segment(1, 8),)),)},
-        {"places": (*CHANNELS.places, Place("model.head.weight", 1, INPUT, 8))},
-        {"places": (*CHANNELS.places, Place(f"{LIST}.*.mlp.second.weight", 1, INPUT, 8, LAYERS))},
+        {"places": (*CHANNELS.places, Place("model.head.weight", 1, INPUT, 4))},
+        {"places": (*CHANNELS.places, Place(f"{LIST}.*.gate.weight", 0, "logits", 8, LAYERS))},
         {"places": (Place(f"{LIST}.*.experts.down", 2, "parameter", 8, LAYERS),)},
+        {"numbers": (Number("other_config.wide", 8),)},
     ],
 )
 def test_what_a_row_cannot_say_is_left_out(changed: dict[str, object]) -> None:
-    (part,) = parts_of(Anatomy("Some", "some", (replace(CHANNELS, **changed),), (TEXT,)))
+    anatomy = Anatomy("Some", "some", (replace(CHANNELS, **changed),), (TEXT,))
+    (part,) = parts_of(anatomy)
     assert part.family.ffn_out == ""
     assert "ffn" not in part.known.sizes
+    assert ("wide" in ungated(anatomy)) == ("follows" not in changed)
+    assert ("wide: " in part.known.ungated.get("ffn", "")) == ("follows" not in changed)
+
+
+def test_units_beside_the_ends_of_the_layers_are_those_of_their_module() -> None:
+    second, head, up = f"{LIST}.*.mlp.second", "model.head", Rows("model.read.weight", 0, 2, (Segment(1, 8),))
+    places = (
+        *CHANNELS.places, Place(f"{second}.weight", 1, INPUT, 8, LAYERS), Place(f"{head}.weight", 1, INPUT, 8)
+    )  # fmt: skip
+    first, beside = CHANNELS.rows[0], Rows(f"{LIST}.*.mlp.twin.weight", 0, 1, (Segment(1, 8),), layers=LAYERS)
+    channels = replace(CHANNELS, places=places, rows=(first, beside, up))
+    (part,) = parts_of(Anatomy("Some", "some", (channels,), (TEXT,)))
+    assert part.family.ffn_out == "mlp.down"
+    assert part.known.further == {"ffn": (f"{LIST}.0.mlp.second", f"{LIST}.1.mlp.second", head)}
+    assert part.known.alike == {}
+    rules = {name: rule.place for name, (rule,) in part.known.rules.items() if "ffn" in rule.segments}
+    assert rules == {
+        "mlp.up.weight": "",
+        f".{LIST}.0.mlp.twin.weight": f"{LIST}.0.mlp.second",
+        f".{LIST}.1.mlp.twin.weight": f"{LIST}.1.mlp.second",
+        ".model.read.weight": head,
+    }
+    (same,) = parts_of(Anatomy("Some", "some", (replace(channels, alike=True),), (TEXT,)))
+    assert same.known.alike["ffn"][0] == (f"{LIST}.0.mlp.down", f"{LIST}.1.mlp.down")
+
+
+# ------------------------------------------------------------------ units beside the ends of the layers
+
+BESIDE = {
+    "t5": ("decoder", {"num_layers": 2, "num_decoder_layers": 3}, {"heads": 0.5, "ffn": 0.5, "layers": 0.6}, 6),
+    "siglip_vision_model": ("", {"num_hidden_layers": 2}, {"ffn": 0.5, "layers": 0.5}, 1),
+    "wav2vec2-bert": ("", {"num_hidden_layers": 3}, {"ffn": 0.5, "layers": 0.6}, 2),
+    "deepseek_v3": ("", {"num_hidden_layers": 3}, {"heads": 0.5, "ffn": 0.5}, 2),
+}
+"""A tower, fields, what stays of each axis, and at how many modules beside the layers' ends a plan says that."""
+
+
+def beside(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    kind = ZOO[name]
+    torch.manual_seed(0)
+    model = kind.model_class(kind.make_config(**BESIDE[name][1])).to(dtype).eval()
+    if name == "deepseek_v3":
+        model.set_experts_implementation("eager")  # the others do not know float64
+    return model
+
+
+def assert_slims_exactly(name: str, towers: tuple[str, ...], ratio: dict[str, float], folder: Path) -> Plan:
+    """Planned, masked, saved, loaded, cut in memory and out of files, and reloaded."""
+    dense = beside(name, torch.float64)
+    inputs = example_inputs(dense)
+    dense.save_pretrained(folder / "base")
+    model = gate(beside(name, torch.float64), towers=towers or None)
+    plan = model.plan(keep_ratio=ratio)
+    assert Plan.from_json(plan.to_json()) == plan
+    model.apply_plan(plan)
+    masked = together(outputs_of(model, inputs))
+    assert difference(masked, together(outputs_of(dense, inputs))) > 1e-3
+    model.save_pretrained(folder / "adapter")
+    again = PeftModel.from_pretrained(beside(name, torch.float64), folder / "adapter").eval()
+    assert torch.equal(together(outputs_of(again, inputs)), masked)
+    small = model.merge_and_unload(inputs=inputs)
+    assert difference(together(outputs_of(small, inputs)), masked) <= 1e-12
+    assert {layout.tower: layout.dense for layout in locate_all(small)} == {
+        part.tower: part.shape for part in plan.parts
+    }
+    small.save_pretrained(folder / "expected")
+    slim_checkpoint(folder / "base", folder / "adapter", folder / "slim")
+    mine, expected = (folder / each / "model.safetensors" for each in ("slim", "expected"))
+    assert mine.read_bytes() == expected.read_bytes()
+    loaded = type(dense).from_pretrained(folder / "slim", dtype=torch.float64, experts_implementation="eager").eval()
+    assert difference(together(outputs_of(loaded, inputs)), masked) <= 1e-12
+    return plan
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_units_at_several_places_slim_exactly(name: str, tmp_path: Path) -> None:
+    tower, _, ratio, places = BESIDE[name]
+    plan = assert_slims_exactly(name, (tower,) if tower else (), ratio, tmp_path)
+    assert len(plan.further) == places
+    kept = [*plan.channels, *(each.kept for each in plan.further if each.axis == "ffn")]
+    assert len({*kept}) > 1  # each place has its own
+
+
+def test_two_stacks_with_one_number_are_cut_together(tmp_path: Path) -> None:
+    plan = assert_slims_exactly("t5", ("encoder", "decoder"), {"heads": 0.5, "ffn": 0.5, "layers": 0.5}, tmp_path)
+    encoder, decoder = plan.parts
+    assert [each.module.split(".")[0] for each in plan.further + decoder.further] == ["decoder"] * 2
+    assert len({*encoder.heads}) == 1  # one table of biases for all layers
+    model = gate(beside("t5"), towers=("encoder", "decoder"))
+    assert {part.shape.intermediate_size for part in model.plan({"d_ff": 40}).parts} == {40}
+    assert {part.shape.intermediate_size for part in model.plan(keep_ratio={"encoder.ffn": 0.5}).parts} == {96}
+    with pytest.raises(IllegalShapeError, match=r"one number of the config is intermediate_size of \['encoder', 'de"):
+        model.apply_plan(model.plan({"d_ff": 40}).parts[1])
+
+
+def test_a_plan_says_what_stays_at_every_place() -> None:
+    model = gate(beside("t5"), towers=("decoder",))
+    plan = model.plan(Shape(4, 4, 40))
+    with pytest.raises(InvalidPlanError, match=r"intermediate_size is 40 at encoder.block.0.* does not say which"):
+        model.apply_plan(replace(plan, further=tuple(each for each in plan.further if each.axis == "heads")))
+    with pytest.raises(InvalidPlanError, match=r"heads at .* must be the same, a table holds them"):
+        model.apply_plan(replace(plan, heads=((0, 1, 2, 3), *plan.heads[1:-1], (4, 5, 6, 7))))
+    with pytest.raises(InvalidPlanError, match=r"must keep as many ffn as the layers, 40: 1"):
+        replace(plan, further=(Further("ffn", "some.module", (3,)),))
+    with pytest.raises(InvalidPlanError, match="further must be kept units of"):
+        replace(plan, further=(Further("layers", "some.module", (3,)),))
+    for damage in ({"ffn": {"some.module": "xyz"}}, {"ffn": ["ff"]}, {"width": {"some.module": "ff"}}, [3]):
+        with pytest.raises(InvalidPlanError, match="further"):
+            Plan.from_dict(plan.to_dict() | {"further": damage})
+
+
+def test_what_has_no_gates_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    kind = ZOO["qwen3_5_text"]
+    model = kind.model_class(kind.make_config())
+    with caplog.at_level(logging.INFO, logger="hawada_peft"):
+        gated = get_peft_model(model, HawAdaConfig())
+    assert (
+        "linear_num_value_heads: num_attention_heads and num_key_value_heads are gated, and a plan has one"
+        in caplog.text
+    )
+    assert "linear_num_key_heads: num_attention_heads" in table_of(inspect(model))
+    assert locate(gated.get_base_model()).family.attention_out == "self_attn.o_proj"
+    assert gated.plan(keep_ratio={"layers": 0.5}).shape.num_hidden_layers == 2
 
 
 def test_towers_are_named_by_their_config_or_by_what_tells_them_apart() -> None:

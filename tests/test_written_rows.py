@@ -36,8 +36,6 @@ NORMS_OF_ALL_HEADS = {"olmo2", "olmo3"}
 """Where one norm is over all heads, a head that is closed changes the others: heads are written, and not found."""
 BARE = {"llama-bare", "vit-bare"}
 """Hidden channels are their outputs: the norms are written, and not found."""
-BLENDED = {"dinov2", "dinov2_with_registers", "dinov3_vit", "gpt_oss"}
-"""Layers whose branches end, as they are found, in a module that no gate can sit on: a scale, all of attention."""
 AS_LONG_BY_CHANCE = {"beit": {"pool_scales"}}
 """Lists in a config that are no list of layers."""
 
@@ -77,19 +75,17 @@ def test_a_written_row_is_what_is_found(name: str) -> None:
     assert not any(said(found, each) for each in WRITTEN_ALONE - {"experts_field", "chosen_field"})
 
     every = range(len(model.get_submodule(written.stack)))
-    heads, ffn = not heads_stay(name, written), name not in MIXTURES
+    heads = not heads_stay(name, written)
     assert bool(found.family.attention_out) or not heads
-    assert bool(found.family.ffn_out) == ffn
+    assert found.family.ffn_out
     for layer in every:
         if found.family.attention_out:
             assert found.attention_out(layer) == written.attention_out(layer)
-        if ffn:
-            assert found.ffn_out(layer) == written.ffn_out(layer)
-        branches = set(branches_at(found, layer))
-        assert branches == (set() if name in BLENDED else set(branches_at(written, layer)))
+        assert found.ffn_out(layer) == written.ffn_out(layer)
+        assert set(branches_at(found, layer)) == set(branches_at(written, layer))
 
     one, other = written.dense.sizes(), found.dense.sizes()
-    compared = ["num_hidden_layers"] + ["intermediate_size"] * ffn
+    compared = ["num_hidden_layers", "intermediate_size"]
     compared += ["num_attention_heads", "num_key_value_heads"] if found.family.attention_out else []
     assert {each: one[each] for each in compared} == {each: other[each] for each in compared}
     assert (written.hidden_size, written.head_dim) == (found.hidden_size, found.head_dim)

@@ -9,7 +9,8 @@ shift 2
 busy=()
 trap 'kill "${busy[@]}" 2>/dev/null || true' EXIT
 for _ in $(seq "$loops"); do
-  (while kill -0 $$ 2>/dev/null; do :; done) &  # also when this script is killed
+  # Each looks now and then whether this script is still there: it may have been killed.
+  (while kill -0 $$ 2>/dev/null; do for _ in {1..100000}; do :; done; done) &
   busy+=($!)
 done
 for run in $(seq "$times"); do

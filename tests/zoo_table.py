@@ -95,7 +95,7 @@ def line(name: str, anatomy: Anatomy) -> str:
 
 def width(axis: Axis) -> str:
     fields = " + ".join(number.field for number in axis.numbers) or axis.name
-    marks = ("†" if axis.written else "") + ("‡" if axis.tied else "") + ("§" if axis.follows else "")
+    marks = ("†" if axis.written else "") + ("‡" if axis.tied or axis.alike else "") + ("§" if axis.follows else "")
     return f"`{fields}`{marks}"
 
 

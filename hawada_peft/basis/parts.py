@@ -65,10 +65,13 @@ def stream_map(layout: Layout) -> dict[str, Part]:
     full = {short: f"{prefix}{short}" if not short.startswith(".") else short[1:] for short in rules}
     norms = {_short(name, prefix): name for name in _first_norms(small)}
     sources, parts = _norm_of_readers(tiny, norms), dict[str, Part]()
+    tensors = tiny.state_dict().keys()
     scales = dict(layout.family.stream_scales)
     scaled_by = {writer: scale for scale, writer in scales.items()}
     for short, (dim, stretches) in rules.items():
         owner, _, which = short.rpartition(".")
+        if full[short] not in tensors:
+            raise UnsupportedModelError(_refusal(layout, short, "is in layers of another kind than the first"))
         module = tiny.get_submodule(full[short].rpartition(".")[0])
         if owner in norms:
             parts[short] = Part(NORM if which == "weight" else NORM_BIAS, dim)

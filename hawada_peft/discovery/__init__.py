@@ -22,7 +22,7 @@ from .anatomy import (
     Segment,
     Stack,
 )
-from .families import find_parts, parts_of
+from .families import find_parts, parts_of, ungated
 from .inspected import inspect
 from .table import table_of
 
@@ -51,4 +51,5 @@ __all__ = [
     "inspect",
     "parts_of",
     "table_of",
+    "ungated",
 ]

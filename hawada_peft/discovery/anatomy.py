@@ -184,6 +184,7 @@ class Axis(Data):
             config would derive from it (`head_dim`).
         groups (`int`): units come in so many groups, in their order, and all keep equally many; 0: in none.
         tied (`bool`): the same units stay at every place.
+        alike (`bool`): the same units stay in all layers of a place, and others at other places.
         follows (`str`): the axis in proportion to which this one gets smaller, and never alone; empty: it has a size
             of its own.
     """
@@ -198,6 +199,7 @@ class Axis(Data):
     written: tuple[tuple[str, Any], ...] = ()
     groups: int = 0
     tied: bool = False
+    alike: bool = False
     follows: str = ""
 
     def left_at(self, place: Place, size: int) -> int:

@@ -200,6 +200,7 @@ class _Parts:
             (),
             groups=self.groups,
             tied=found.tied,
+            alike=bool(found.alike),
         )
 
     def _how(self, place: Dim) -> str:

@@ -59,7 +59,7 @@ def study_of(specimen: Specimen) -> Study:
     cuts, reasons = find_stacks(specimen, effects)
     stacks = [cut.stack for cut in cuts]
     for axis in _proposals(specimen, effects, stacks, found.reasons):
-        _judge(found, axis)
+        _judge(found, axis, stacks)
     _name_kinds(found, effects, stacks)
     found.reasons |= {name: why for name, why in reasons.items() if name not in {axis.name for axis in found.axes}}
     for cut in cuts:
@@ -105,7 +105,7 @@ def _proposal(specimen: Specimen, path: Path, effect: Effect, stacks: list[str])
     return find_width(specimen, {path: effect.value}, effect.value, effect.tried, moves)
 
 
-def _judge(found: Study, axis: Found) -> None:
+def _judge(found: Study, axis: Found, stacks: list[str]) -> None:
     """Take an axis in if it is proved, else the reason why not."""
     specimen = found.specimen
     try:
@@ -115,7 +115,7 @@ def _judge(found: Study, axis: Found) -> None:
         if not axis.sizes:
             found.reasons[axis.label] = "no smaller size is built as asked"
             return
-        error = prove(specimen, axis)
+        error = prove(specimen, axis, stacks)
     except REFUSES as problem:
         found.reasons[axis.label] = cause(problem)
         return

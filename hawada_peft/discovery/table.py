@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..vanilla.family import FAMILIES
 from .anatomy import INPUT, LOGITS, NORM, PARAMETER, Anatomy, Axis, Sizes, Stack
+from .families import ungated
 
 SOFT = {
     INPUT: "at the input of {}",
@@ -31,6 +33,9 @@ def table_of(anatomy: Anatomy) -> str:
     stays += [f"  {stack.path}.{each.layer}: {each.reason}" for stack in anatomy.stacks for each in stack.pinned]
     if stays:
         parts.append("\n".join(["has to stay", *stays]))
+    left = {} if anatomy.model_type in FAMILIES else ungated(anatomy)
+    if left:
+        parts.append("\n".join(["has no gates by default", *(f"  {name}: {why}" for name, why in left.items())]))
     return "\n\n".join(parts)
 
 
@@ -38,7 +43,7 @@ def _axis_row(axis: Axis) -> tuple[str, ...]:
     fields = " + ".join(number.field for number in axis.numbers) or axis.name
     notes = [f"with {axis.follows}"] if axis.follows else []
     notes += [f"equally many in each of {axis.groups} groups"] if axis.groups else []
-    notes += ["the same everywhere"] if axis.tied else []
+    notes += ["the same everywhere"] if axis.tied else ["the same in all layers"] if axis.alike else []
     notes += [f"{field}={value} written" for field, value in axis.written]
     return fields, axis.kind, str(axis.units), sizes_told(axis.sizes), "; ".join([*gates_told(axis), *notes])
 

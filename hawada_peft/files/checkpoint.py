@@ -142,6 +142,10 @@ class Checkpoint:
             found = self._stacked(name, some.tolist()) if name in self._apart else read_rows(stored, some)
             yield found.to(like.dtype)
 
+    def whole(self, name: str) -> torch.Tensor:
+        """A whole tensor by its name in the model, in the dtype that the model has it in; at least one dimension."""
+        return torch.cat(list(self.parts(name)))
+
     def _stacked(self, name: str, entries: list[int]) -> torch.Tensor:
         """Some entries of a tensor that the files hold in pieces."""
         pieces = {entry: [part for part in self._apart[name] if part[0].entry == entry] for entry in entries}

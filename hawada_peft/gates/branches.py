@@ -8,8 +8,8 @@ no factor inside of it makes it the identity.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..discovery.inputs import example_inputs
+from ..discovery.parts.branches import linear_branches
 from ..errors import UnsupportedModelError
 from ..vanilla.family import Layout
 from ..vanilla.legality import build_sizes
-from ..vanilla.modules import gateable, norm_offset
 from ..vanilla.resize import edit_config
 from ..vanilla.shape import Shape
 from ..vanilla.skeleton import build_empty
@@ -36,9 +36,6 @@ FFN_SIZE = 16
 
 POSITIONS = 6
 """Of its input, where the model's own example inputs cannot be drawn."""
-
-EXACT = 1e-9
-"""Of the largest value: what is more is no rounding of float64."""
 
 Call = Callable[[], torch.Tensor]
 """Runs the layer on its input: (rows, positions, features)."""
@@ -85,51 +82,7 @@ def _linear(layout: Layout) -> tuple[str, ...]:
     with torch.random.fork_rng(devices=()), torch.inference_mode(), torch.device("cpu"):
         torch.manual_seed(0)
         layer, x, call = _layer(layout)
-        order = list(dict.fromkeys(_executed(layer, x, call)))[::-1]
-        found: list[str] = []
-        for name in order:
-            with _scaled(layer, found, 0.0):
-                open_ = call()
-                if _same(open_, x):
-                    break
-                values = []
-                for factor in (0.0, 0.5):
-                    with _scaled(layer, [name], factor):
-                        values.append(call())
-            closed, half = values
-            if not _same(closed, open_) and _same(half, (closed + open_) / 2):
-                found.append(name)
-        with _scaled(layer, found, 0.0):
-            return tuple(reversed(found)) if _same(call(), x) else ()
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return bool((one - other).abs().max() <= EXACT * other.abs().max())
-
-
-def _executed(layer: nn.Module, x: torch.Tensor, call: Call) -> list[str]:
-    """The modules that can hold a factor of what they give, where that is like the layer's input; as they end."""
-    order: list[str] = []
-    with ExitStack() as stack:
-        for name, module in layer.named_modules():
-            if name and (gateable(module) or norm_offset(module) is not None):
-
-                def note(_module: nn.Module, _args: Any, output: Any, name: str = name) -> None:
-                    if isinstance(output, torch.Tensor) and output.numel() == x.numel():
-                        order.append(name)
-
-                stack.callback(module.register_forward_hook(note).remove)
-        call()
-    return order
-
-
-@contextmanager
-def _scaled(layer: nn.Module, names: list[str], factor: float) -> Iterator[None]:
-    with ExitStack() as stack:
-        for name in names:
-            hook = layer.get_submodule(name).register_forward_hook(lambda _module, _args, output: output * factor)
-            stack.callback(hook.remove)
-        yield
+        return linear_branches(layer, x, call, gated=True)[::-1]
 
 
 def _layer(layout: Layout) -> tuple[nn.Module, torch.Tensor, Call]:
@@ -138,12 +91,12 @@ def _layer(layout: Layout) -> tuple[nn.Module, torch.Tensor, Call]:
     config = edit_config(layout, replace(shape, num_hidden_layers=depth), layers=tuple(range(depth)))
     config._attn_implementation = "eager"  # others look at the values of masks, and here are none
     config._experts_implementation = "eager"  # it knows float64
-    model = build_empty(layout.model_class, config).eval()
+    model = build_empty(layout.model_class, config).eval().float()  # towers may have dtypes of their own
     empty = model.get_submodule(f"{layout.stack}.{depth - 1}")
     stack = [f"{layout.stack}.{index}" for index in range(depth)]
     kwargs = _arguments(model, [model.get_submodule(name) for name in stack])
     if kwargs is None:  # it looks at values on the way, as rotary embeddings do that depend on the length
-        model = layout.model_class(config).eval()
+        model = layout.model_class(config).eval().float()
         kwargs = _arguments(model, [model.get_submodule(name) for name in stack])
     layer = copy.deepcopy(empty).to_empty(device="cpu").double()
     for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:

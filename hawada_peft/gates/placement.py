@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import InvalidPlanError, UnsupportedModelError
 from ..vanilla.family import Layout, find_module, hidden_home
 from ..vanilla.legality import depth_of
-from ..vanilla.modules import feature_dim, feature_sizes
+from ..vanilla.modules import channels_dim, feature_dim, feature_sizes
 from ..vanilla.shape import EXPERTS, FFN, HEADS, HIDDEN, KV_GROUPS
 from .adapter import BLOCK, EXPERT_UNITS, HIDDEN_UNITS, LAYER, UNITS, GateAdapter
 from .branches import branches_at, branches_of
@@ -52,6 +52,9 @@ class Kept(Protocol):
     def rotated(self) -> bool:
         """Whether these are directions of a basis."""
 
+    def at(self, axis: str, module: str) -> tuple[int, ...] | None:
+        """The kept units on `"heads"` or `"ffn"` at a module beside the ends of the layers; None if all stay."""
+
     def kept(self, axis: str, layer: int) -> tuple[int, ...] | None:
         """The kept units of a layer on `"heads"`, `"ffn"` or `"experts"`; None if the layer goes, or all stay."""
 
@@ -85,9 +88,12 @@ def gates_at(
     """
     position = None if layout is None else layout.position(name)
     inside = None if layout is None else layout.within(name)
+    further = "" if layout is None else layout.further_axis(name)
     whole = {} if layout is None or inside is None else _whole(layout, *inside, kinds=kinds, start=start)
     if inside is not None and inside[1] in norms:
         return UnitNormAdapter, {}
+    if layout is not None and further:
+        position = (-1, further)
     if layout is not None and position is None:
         return BlockAdapter, whole  # none of a layer that must stay, where others have a gate at this name
     if layout is None or position is None:
@@ -101,7 +107,8 @@ def gates_at(
         if name != hidden_home(layout):
             return HiddenAdapter, {}
         return HiddenAdapter, {HIDDEN_UNITS: stream_gate(layout, centred=centred, group_size=group_size, start=start)}
-    features, on_channels = feature_sizes(module)[0], ExpertsAdapter if layout.family.router else ChannelAdapter
+    features, inner = feature_sizes(module)[0], module.get_base_layer() if isinstance(module, GateAdapter) else module
+    on_channels = ChannelAdapter if channels_dim(inner) is None else ExpertsAdapter
     if axis not in kinds:
         return AttentionHeadAdapter if axis == HEADS else on_channels, whole
     if axis == HEADS:
@@ -152,7 +159,7 @@ def whole_ends(layout: Layout, kinds: Collection[str]) -> set[str]:
 
 def _blending(layout: Layout) -> str:
     """The module of a layer that holds a gate which blends the layer."""
-    return layout.family.attention_out or layout.family.ffn_out or layout.family.blend_home
+    return layout.family.blend_home or layout.family.attention_out or layout.family.ffn_out
 
 
 def router_of(layout: Layout) -> str:
@@ -203,6 +210,14 @@ def share_hidden(model: nn.Module, layout: Layout) -> None:
     for site, norm in enumerate(norms):
         if isinstance(norm, HiddenAdapter):
             norm.site = site
+
+
+def share_units(model: nn.Module, layout: Layout, name: str) -> None:
+    """Have an adapter use the gates on units of the first module that must keep the same ones."""
+    group = layout.alike(name)
+    home, adapter = adapter_at(model, next(iter(group), "")), adapter_at(model, name)
+    if home is not None and adapter is not None and home is not adapter:
+        adapter.share(UNITS, home)
 
 
 def follow_units(model: nn.Module, layout: Layout, norms: Mapping[str, str]) -> None:
@@ -331,13 +346,18 @@ def set_masks(
 def _masks(model: nn.Module, layout: Layout, plan: Kept | None, adapter_name: str) -> Masks:
     sizes = layout.dense.sizes()
     masks: Masks = []
-    for layer in range(sizes["num_hidden_layers"]):
+    layers = range(sizes["num_hidden_layers"])
+    for layer in layers:  # before any units: layers that stay may share the gates on them with one that goes
         adapters = adapters_in(model, layout, layer)
         if plan is None:
             masks += [(gate, None) for adapter in adapters for gate in adapter.gates(adapter_name).values()]
-            continue
+        else:
+            stays = plan.kept(HEADS, layer) is not None
+            masks += _layer_masks(adapters, adapter_name, layer, stays=stays)
+    for layer in layers:
+        if plan is None:
+            break
         stays = plan.kept(HEADS, layer) is not None
-        masks += _layer_masks(adapters, adapter_name, layer, stays=stays)
         for axis, end, total in (
             (HEADS, layout.attention_out(layer), sizes["num_attention_heads"]),
             (FFN, layout.ffn_out(layer), sizes["intermediate_size"]),
@@ -353,6 +373,15 @@ def _masks(model: nn.Module, layout: Layout, plan: Kept | None, adapter_name: st
             gate = router.gates(adapter_name).get(EXPERT_UNITS) if isinstance(router, GateAdapter) else None
             here = {} if gate is None else {UNITS: gate}
             masks += masks_of(here, chosen, layout.num_experts or 0, f"{EXPERTS} in layer {layer}")
+    counts = {HEADS: sizes["num_attention_heads"], FFN: sizes["intermediate_size"]}
+    for axis, names in layout.further.items():
+        for name in names:
+            adapter = adapter_at(model, name)
+            gates = {} if adapter is None else adapter.gates(adapter_name)
+            chosen = None if plan is None else plan.at(axis, name)
+            if chosen is not None or (plan is None and UNITS in gates):
+                everything = tuple(range(counts[axis]))
+                masks += masks_of(gates, everything if chosen is None else chosen, counts[axis], f"{axis} at {name}")
     stream = hidden_gate(model, layout, adapter_name)
     if stream is not None or (plan is not None and plan.hidden is not None):
         gates = {} if stream is None else {UNITS: stream}

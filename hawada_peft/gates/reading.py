@@ -7,8 +7,8 @@ Long because each fold over the gates is named, and says what it counts.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
@@ -74,6 +74,16 @@ def layers_of(model: nn.Module, layout: Layout, adapter_names: Sequence[str]) ->
             whole += [*whole_gates(inside, name, LAYER), *whole_gates(inside, name, BLOCK)]
             experts += [gates[EXPERT_UNITS] for each in inside if EXPERT_UNITS in (gates := each.gates(name))]
         found.append(LayerGates(tuple(heads), tuple(ffn), tuple(whole), tuple(experts)))
+    return found
+
+
+def further_gates(model: nn.Module, layout: Layout, adapter_names: Sequence[str]) -> dict[str, list[SigmoidGate]]:
+    """The gates at the modules that hold units beside the ends of the layers (`Layout.further`), by their names."""
+    found: dict[str, list[SigmoidGate]] = {}
+    for name in (name for names in layout.further.values() for name in names):
+        adapter = adapter_at(model, name)
+        gates = [] if adapter is None else [adapter.gates(each).get(UNITS) for each in adapter_names]
+        found[name] = [gate for gate in gates if gate is not None]
     return found
 
 
@@ -165,6 +175,10 @@ def open_probabilities(model: PeftModel, layout: Layout) -> dict[str, list[torch
             if gates:
                 values = [gate.open_probability() for gate in gates]
                 found.setdefault(BY_NAME[axis].field, []).append(math.prod(values[1:], start=values[0]))
+    for axis, names in layout.further.items():
+        gated = further_gates(base, layout, [name])
+        if beside := [gate.open_probability() for each in names for gate in gated[each]]:
+            found.setdefault(BY_NAME[axis].field, []).extend(beside)
     if (stream := hidden_gate(base, layout, name)) is not None:
         found[BY_NAME[HIDDEN].field] = [stream.open_probability()]
     return found
@@ -204,6 +218,7 @@ class UnitScores:
         hidden_group: neighbouring ones of these that stay or go together.
         rotated: these are directions of a basis, not channels.
         experts: per layer (experts,); empty if no layer has gates on them.
+        further: (units,) of each module that holds units beside the ends of the layers, by its full dotted name.
     """
 
     heads: Scores
@@ -214,6 +229,7 @@ class UnitScores:
     hidden_group: int = 1
     rotated: bool = False
     experts: Scores = ()
+    further: Mapping[str, torch.Tensor | None] = field(default_factory=dict)
 
 
 def gate_scores(model: nn.Module, layout: Layout, adapter_names: Sequence[str]) -> UnitScores:
@@ -224,7 +240,9 @@ def gate_scores(model: nn.Module, layout: Layout, adapter_names: Sequence[str]) 
         BrokenGatesError: if a gate is NaN.
     """
     layers = layers_of(model, layout, adapter_names)
-    sizes = [gate.group_size for layer in layers for gate in layer.ffn if isinstance(gate, ChannelGate)]
+    further = further_gates(model, layout, adapter_names)
+    ffn = [gate for gates in (*(layer.ffn for layer in layers), *further.values()) for gate in gates]
+    sizes = [gate.group_size for gate in ffn if isinstance(gate, ChannelGate) and not isinstance(gate, HeadGate)]
     stream = [gate for name in adapter_names if (gate := hidden_gate(model, layout, name)) is not None]
     hidden = _product(stream)
     return UnitScores(
@@ -236,6 +254,7 @@ def gate_scores(model: nn.Module, layout: Layout, adapter_names: Sequence[str]) 
         hidden_group=math.lcm(*(gate.group_size for gate in stream)),
         rotated=any(gate.in_basis for gate in stream),
         experts=tuple(_product(layer.experts) for layer in layers) if any(layer.experts for layer in layers) else (),
+        further={name: _product(gates) for name, gates in further.items()},
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import IncompatibleBaseError, InvalidPlanError
 from ..vanilla.shape import EXPERTS, FFN, HEADS, HIDDEN, KV_GROUPS, LAYERS, Shape
+from .further import SIZES, Further, from_masks, mask_problems, to_masks
 from .rounding import Rounding
 from .stored import from_mask, json_problems, short, to_mask
 
@@ -41,6 +42,8 @@ class Plan:
         rotated (`bool`): `hidden` are directions of a basis of the stream, which the adapter has, not channels.
         tower (`str`): path of the sub-config in the model's config that the sizes are in, as `"text_config"`; empty if
             they are the config's own, or that of the one tower.
+        further (`tuple[Further, ...]`): the kept heads and FFN channels at modules beside the ends of the layers; all
+            of them where none is named.
         beside (`tuple[Plan, ...]`): what stays of further towers of the same model, each with its path, as `of_towers`
             makes it.
         roundings (`tuple[Rounding, ...]`): what was asked for where that is not what the plan has, and why. Plans that
@@ -58,6 +61,7 @@ class Plan:
     rotated: bool = False
     tower: str = ""
     experts: tuple[tuple[int, ...], ...] | None = None
+    further: tuple[Further, ...] = ()
     beside: tuple[Plan, ...] = ()
     roundings: tuple[Rounding, ...] = field(default=(), compare=False)
 
@@ -72,6 +76,9 @@ class Plan:
             return
         if self.beside:
             yield from _tower_problems(self)
+        if not all(isinstance(each, Further) and each.axis in SIZES for each in self.further):
+            yield f"further must be kept units of {list(SIZES)} at modules, got {short(self.further)}"
+            return
         sizes = self.dense.sizes()
         experts = () if self.experts is None else self.experts
         if not all(isinstance(row, Sequence) for row in (self.layers, self.heads, self.channels, experts)) or not all(
@@ -107,13 +114,29 @@ class Plan:
             yield "rotated is about kept directions of the residual stream, and hidden names none"
         elif self.hidden is not None:
             yield from _index_problems("hidden", self.hidden, self.dense.hidden_size or 0)
+        yield from self._further_problems()
         per_group = self.dense.heads_per_group
-        counts = [{g: [h // per_group for h in row].count(g) for g in _groups(row, per_group)} for row in self.heads]
+        every = [*self.heads, *(each.kept for each in self.further if each.axis == HEADS)]
+        counts = [{g: [h // per_group for h in row].count(g) for g in _groups(row, per_group)} for row in every]
         if len({(len(groups), count) for groups in counts for count in groups.values()}) > 1:
             yield (
                 "every kept layer must keep the same number of KV groups, and every kept group the same number of "
                 f"query heads; heads kept per group: {counts}"
             )
+
+    def _further_problems(self) -> Any:
+        sizes, slim = self.dense.sizes(), {axis: len(rows[0]) for axis, rows in self._rows.items() if rows}
+        for each in self.further:
+            yield from _index_problems(f"{each.axis} at {each.module}", each.kept, sizes[SIZES[each.axis]])
+            if len(each.kept) != (most := slim.get(each.axis, 0)):
+                yield f"{each.module} must keep as many {each.axis} as the layers, {most}: {len(each.kept)}"
+
+    def at(self, axis: str, module: str) -> tuple[int, ...] | None:
+        """The kept units on `"heads"`, `"kv_groups"` or `"ffn"` at a module of `further`; None if all are."""
+        if axis == KV_GROUPS:
+            heads = self.at(HEADS, module)
+            return None if heads is None else tuple(_groups(heads, self.dense.heads_per_group))
+        return next((each.kept for each in self.further if (each.axis, each.module) == (axis, module)), None)
 
     def kept(self, axis: str, layer: int) -> tuple[int, ...] | None:
         """The kept units of a dense layer on `"heads"`, `"kv_groups"` or `"ffn"`; None if the layer goes."""
@@ -129,7 +152,11 @@ class Plan:
             return tuple(_groups(self.heads[position], self.dense.heads_per_group))
         if axis == EXPERTS:
             return None if self.experts is None else self.experts[position]
-        return {HEADS: self.heads, FFN: self.channels}[axis][position]
+        return self._rows[axis][position]
+
+    @property
+    def _rows(self) -> dict[str, tuple[tuple[int, ...], ...]]:
+        return {HEADS: self.heads, FFN: self.channels}
 
     @property
     def kv_groups(self) -> tuple[tuple[int, ...], ...]:
@@ -242,6 +269,8 @@ class Plan:
         data |= {"tower": self.tower} if self.tower else {}
         if self.experts is not None:
             data["experts"] = [to_mask(row) for row in self.experts]
+        if self.further:
+            data["further"] = to_masks(self.further)
         if self.roundings:
             data["roundings"] = [rounding.to_dict() for rounding in self.roundings]
         return data
@@ -270,6 +299,7 @@ class Plan:
             "channels",
             "hidden",
             "experts",
+            "further",
             "rotated",
             "tower",
             "roundings",
@@ -280,6 +310,7 @@ class Plan:
         if missing:
             raise InvalidPlanError(f"the plan lacks {missing}")
         problems = list(json_problems(data))
+        problems = problems or list(mask_problems(data.get("further", {}), data["dense"]))
         if problems:
             raise InvalidPlanError(f"the plan is damaged: {'; '.join(problems[:5])}; make it anew with `model.plan`")
         try:
@@ -293,6 +324,7 @@ class Plan:
             channels=tuple(from_mask(mask) for mask in data["channels"]),
             hidden=None if data.get("hidden") is None else from_mask(data["hidden"]),
             experts=None if data.get("experts") is None else tuple(from_mask(mask) for mask in data["experts"]),
+            further=from_masks(data.get("further", {})),
             rotated=data.get("rotated", False),
             tower=data.get("tower", ""),
             roundings=roundings,

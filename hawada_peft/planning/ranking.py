@@ -12,6 +12,8 @@ from ..gates.reading import UnitScores
 from ..vanilla.family import Layout
 from ..vanilla.legality import depth_of
 from ..vanilla.shape import EXPERTS, FFN, HEADS, LAYERS, Shape
+from .further import SIZES as FURTHER
+from .further import Further
 from .plan import Plan
 
 
@@ -20,7 +22,9 @@ def rank(layout: Layout, scores: UnitScores, shape: Shape) -> Plan:
     The plan of a given shape that keeps what scores highest.
 
     Layers by their score; in each kept layer the KV groups by the sum of their heads' scores, then the best heads of
-    each kept group, and the best channels; the best channels of the residual stream. Of equals the first stay.
+    each kept group, and the best channels, and so at each module beside the ends of the layers; the best channels of
+    the residual stream. What must be the same in several layers goes by the sum of its scores. Of equals the first
+    stay.
 
     Args:
         layout: the dense model's row and sizes.
@@ -30,6 +34,7 @@ def rank(layout: Layout, scores: UnitScores, shape: Shape) -> Plan:
     Raises:
         InvalidPlanError: if something is to be cut that has no gates.
     """
+    scores = _pooled(layout, scores)
     dense, wanted = layout.dense.sizes(), shape.sizes()
     per_group, keep_per_group = layout.dense.heads_per_group, shape.heads_per_group
     if wanted["intermediate_size"] % scores.group_size:
@@ -57,12 +62,16 @@ def rank(layout: Layout, scores: UnitScores, shape: Shape) -> Plan:
         gated = scores.experts or (None,) * dense["num_hidden_layers"]
         wishes = [_required(gated[layer], EXPERTS, layer) for layer in layers]
         experts = tuple(tuple(_top(wish, shape.num_experts or 0)) for wish in wishes)
+
+    def best_heads(values: torch.Tensor) -> tuple[int, ...]:
+        table = values.reshape(-1, per_group)
+        groups = _top(table.sum(1), wanted["num_key_value_heads"])
+        return tuple(g * per_group + h for g in groups for h in _top(table[g], keep_per_group))
+
     for layer in layers:
         # A layer of another kind has none of these units, and says the first ones.
         if layout.attention_out(layer) and wanted["num_attention_heads"] < dense["num_attention_heads"]:
-            table = _required(scores.heads[layer], HEADS, layer).reshape(-1, per_group)
-            groups = _top(table.sum(1), wanted["num_key_value_heads"])
-            heads.append(tuple(g * per_group + h for g in groups for h in _top(table[g], keep_per_group)))
+            heads.append(best_heads(_required(scores.heads[layer], HEADS, layer)))
         else:
             first = range(wanted["num_key_value_heads"])
             heads.append(tuple(g * per_group + h for g in first for h in range(keep_per_group)))
@@ -71,6 +80,14 @@ def rank(layout: Layout, scores: UnitScores, shape: Shape) -> Plan:
             channels.append(tuple(_top(values, wanted["intermediate_size"])))
         else:
             channels.append(tuple(range(wanted["intermediate_size"])))
+    further = []
+    for axis, names in layout.further.items():
+        for name in names if wanted[FURTHER[axis]] < dense[FURTHER[axis]] else ():
+            inside = layout.within(name)
+            if inside is None or inside[0] in layers:
+                values = _required(scores.further.get(name), axis, name)
+                kept = best_heads(values) if axis == HEADS else tuple(_top(values, wanted["intermediate_size"]))
+                further.append(Further(axis, name, kept))
     return Plan(
         dense=dense_shape,
         layers=tuple(layers),
@@ -78,9 +95,28 @@ def rank(layout: Layout, scores: UnitScores, shape: Shape) -> Plan:
         channels=tuple(channels),
         hidden=hidden,
         experts=experts,
+        further=tuple(further),
         rotated=scores.rotated and hidden is not None,
         tower=layout.tower,
     )
+
+
+def _pooled(layout: Layout, scores: UnitScores) -> UnitScores:
+    """The scores with their sum at all modules that must keep the same units."""
+    by_layer = {HEADS: list(scores.heads), FFN: list(scores.channels)}
+    further = dict(scores.further)
+    for axis, groups in ({} if layout.facts is None else layout.facts.alike).items():
+        for group in groups:
+            places = [(name, layout.position(name)) for name in group]
+            values = [further.get(name) if at is None else by_layer[axis][at[0]] for name, at in places]
+            known = [value for value in values if value is not None]
+            total = torch.stack(known).sum(0) if known else None
+            for name, at in places:
+                if at is None:
+                    further[name] = total
+                else:
+                    by_layer[axis][at[0]] = total
+    return replace(scores, heads=tuple(by_layer[HEADS]), channels=tuple(by_layer[FFN]), further=further)
 
 
 def _top_layers(
@@ -106,10 +142,11 @@ def _top_hidden(scores: UnitScores, size: int) -> tuple[int, ...]:
     return tuple(_top(scores.hidden, size))
 
 
-def _required(score: torch.Tensor | None, axis: str, layer: int) -> torch.Tensor:
+def _required(score: torch.Tensor | None, axis: str, where: int | str) -> torch.Tensor:
     if score is None:
+        where = f"layer {where}" if isinstance(where, int) else where
         raise InvalidPlanError(
-            f"cannot choose what to cut: layer {layer} has no gates on {axis}. Add {axis!r} to the config's `gates`, "
+            f"cannot choose what to cut: {where} has no gates on {axis}. Add {axis!r} to the config's `gates`, "
             "and gate every layer (no `layers_to_transform`, no `exclude_modules`)."
         )
     return score

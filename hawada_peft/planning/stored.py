@@ -24,12 +24,12 @@ def json_problems(data: Mapping[str, Any]) -> Iterator[str]:
     if not isinstance(data["heads"], list) or not all(_are_indices(row) for row in data["heads"]):
         yield f"heads must be a list of lists of whole numbers, got {short(data['heads'])}"
     total = dense["intermediate_size"]
-    if not isinstance(data["channels"], list) or not all(_is_mask(mask, total) for mask in data["channels"]):
+    if not isinstance(data["channels"], list) or not all(is_mask(mask, total) for mask in data["channels"]):
         yield f"channels must be a list of bit masks of {total} bits, in hexadecimal, got {short(data['channels'])}"
-    if data.get("hidden") is not None and not _is_mask(data["hidden"], dense.get("hidden_size", 0)):
+    if data.get("hidden") is not None and not is_mask(data["hidden"], dense.get("hidden_size", 0)):
         yield f"hidden must be a bit mask of the residual stream, in hexadecimal, got {short(data['hidden'])}"
     experts, total = data.get("experts"), dense.get("num_experts", 0)
-    if experts is not None and not (isinstance(experts, list) and all(_is_mask(mask, total) for mask in experts)):
+    if experts is not None and not (isinstance(experts, list) and all(is_mask(mask, total) for mask in experts)):
         yield f"experts must be a list of bit masks of {total} bits, in hexadecimal, got {short(experts)}"
     if not isinstance(data.get("tower", ""), str):
         yield f"tower must be the path of a sub-config, got {short(data['tower'])}"
@@ -46,7 +46,8 @@ def _are_indices(values: Any) -> bool:
     return isinstance(values, list) and all(_is_index(value) for value in values)
 
 
-def _is_mask(value: Any, total: int) -> bool:
+def is_mask(value: Any, total: int) -> bool:
+    """Whether a value of a file is a bit mask of so many units, in hexadecimal."""
     return isinstance(value, str) and bool(re.fullmatch("[0-9a-f]+", value)) and len(value) <= total // 4 + 1
 
 

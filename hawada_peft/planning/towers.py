@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
-from ..errors import IncompatibleBaseError, InvalidPlanError
+from ..errors import IllegalShapeError, IncompatibleBaseError, InvalidPlanError
 from ..gates.reading import UnitScores
 from ..vanilla.family import Layout
 from ..vanilla.shape import BY_FIELD, BY_NAME, KV_GROUPS, SIZES, Axis, Shape
@@ -60,7 +61,21 @@ def plan_towers(
             parts.append(legal_plan(layout, scores(layout), wanted, ratio))
         else:
             parts.append(Plan.keep_all(layout.dense, layout.tower))
+    for size, sharing in _shared(layouts).items():
+        # One number for all of them: the largest that one needs.
+        most = max(getattr(parts[each].shape, size) for each in sharing)
+        for each in sharing:
+            if getattr(parts[each].shape, size) != most:
+                wanted = replace(parts[each].shape, **{size: most})
+                parts[each] = legal_plan(layouts[each], scores(layouts[each]), wanted, None)
     return Plan.of_towers(parts)
+
+
+def _shared(layouts: Sequence[Layout]) -> dict[str, list[int]]:
+    """The fields of a `Shape` that one number of the config says of several towers: which ones."""
+    paths = [paths_of(layout) for layout in layouts]
+    places = {path: [each for each, known in enumerate(paths) if path in known] for found in paths for path in found}
+    return {paths[each[0]][path].field: each for path, each in places.items() if len(each) > 1}
 
 
 def each_of(layouts: Sequence[Layout], plan: Plan | None) -> list[tuple[Layout, Plan | None]]:
@@ -91,9 +106,17 @@ def check_towers(layouts: Sequence[Layout], plan: Plan) -> list[tuple[Layout, Pl
     Raises:
         IncompatibleBaseError, IllegalShapeError: as `check_plan`; as `each_of`.
     """
-    found = [(layout, part) for layout, part in each_of(layouts, plan) if part is not None]
+    every = each_of(layouts, plan)
+    found = [(layout, part) for layout, part in every if part is not None]
     for layout, part in found:
         check_plan(layout, part)
+    for size, sharing in _shared(layouts).items():
+        sizes = {
+            every[each][0].tower: getattr((every[each][1] or Plan.keep_all(every[each][0].dense)).shape, size)
+            for each in sharing
+        }
+        if len({*sizes.values()}) > 1:
+            raise IllegalShapeError(f"one number of the config is {size} of {list(sizes)}, and the plan has {sizes}")
     return found
 
 
@@ -121,10 +144,12 @@ def _shapes(layouts: Sequence[Layout], sizes: Mapping[str, Any]) -> dict[str, Sh
     for name, size in sizes.items():
         if name in whole:
             continue
-        layout, axis = _resolved(layouts, name)
-        if axis.field in found.setdefault(layout.tower, {}) or layout.tower in whole:
-            raise InvalidPlanError(f"{name!r} says again what the size of {axis.plural} in {layout.tower!r} is to be")
-        found[layout.tower][axis.field] = size
+        for layout, axis in _resolved(layouts, name):
+            if axis.field in found.setdefault(layout.tower, {}) or layout.tower in whole:
+                raise InvalidPlanError(
+                    f"{name!r} says again what the size of {axis.plural} in {layout.tower!r} is to be"
+                )
+            found[layout.tower][axis.field] = size
     return {**whole, **{tower: Shape(**each) for tower, each in found.items()}}
 
 
@@ -143,8 +168,8 @@ def _ratios(layouts: Sequence[Layout], keep_ratio: Ratio) -> dict[str, Any]:
         if len(layouts) == 1 and "." not in str(name):  # `legal_plan` says which axes there are
             found.setdefault(layouts[0].tower, {})[name] = ratio
             continue
-        layout, axis = _resolved(layouts, name)
-        found.setdefault(layout.tower, {})[axis.name] = ratio
+        for layout, axis in _resolved(layouts, name):
+            found.setdefault(layout.tower, {})[axis.name] = ratio
     return found or {layouts[0].tower: keep_ratio}
 
 
@@ -152,8 +177,11 @@ def _by_axis(ratio: Any) -> dict[str, Any]:
     return dict(ratio) if isinstance(ratio, Mapping) else {"heads": ratio, "ffn": ratio}
 
 
-def _resolved(layouts: Sequence[Layout], name: Any) -> tuple[Layout, Axis]:
-    """The tower and the axis of a name: a path of a config's field; a tower's name before that of an axis."""
+def _resolved(layouts: Sequence[Layout], name: Any) -> list[tuple[Layout, Axis]]:
+    """
+    The tower and the axis of a name: a path of a config's field; a tower's name before that of an axis. Several towers
+    where the field is of all of them.
+    """
     found: list[tuple[Layout, Axis]] = []
     for layout in layouts:
         before = f"{layout.tower}." if layout.tower else ""
@@ -162,9 +190,10 @@ def _resolved(layouts: Sequence[Layout], name: Any) -> tuple[Layout, Axis]:
         if axis is None and len(layouts) == 1:
             axis = BY_NAME.get(str(name)) or BY_FIELD.get(str(name))
         found += [] if axis is None else [(layout, axis)]
-    if len(found) != 1:
+    shared = len(found) > 1 and all(str(name) in paths_of(layout) for layout, _ in found)
+    if len(found) != 1 and not shared:
         known = sorted({f"{layout.tower}.{axis.name}".lstrip(".") for layout in layouts for axis in SIZES})
         paths = sorted({path for layout in layouts for path in paths_of(layout)})
         wrong = "names sizes of several towers" if found else "names no size"
         raise InvalidPlanError(f"{name!r} {wrong}; names are paths of config fields ({paths}), or of axes ({known})")
-    return found[0]
+    return found

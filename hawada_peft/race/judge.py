@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..basis.basis import Basis, is_tied, plan_turn
 from ..basis.turn import Turn
 from ..errors import HawAdaError
-from ..gates.reading import UnitScores
+from ..gates.reading import Scores, UnitScores
 from ..planning.plan import Plan
 from ..planning.ranking import rank
 from ..processes import of_this_rank
@@ -28,7 +29,7 @@ from ..vanilla.draws import draw_classes
 from ..vanilla.family import locate
 from ..vanilla.heads import Classes, Head, head_of
 from ..vanilla.outputs import output_of
-from ..vanilla.shape import Shape
+from ..vanilla.shape import HEADS, Shape
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,10 @@ class Judge:
         kept = tuple(torch.tensor(float(layer not in gone), dtype=torch.float64) for layer in range(self.layers))
         wanted, dense, none = self.layout.complete(shape), self.layout.dense, (None,) * self.layers
         narrower = replace(wanted, num_hidden_layers=None, hidden_size=None) != replace(dense, num_hidden_layers=None)
-        heads, channels = self._energies if narrower else (none, none)
+        heads, channels, further = self._energies if narrower else (none, none, {})
         directions = -torch.arange(self.layout.hidden_size, dtype=torch.float64)  # they are in descending order
-        return rank(self.layout, UnitScores(heads, channels, kept, hidden=directions, rotated=True), wanted)
+        scores = UnitScores(heads, channels, kept, hidden=directions, rotated=True, further=further)
+        return rank(self.layout, scores, wanted)
 
     @cached_property
     def influence(self) -> tuple[float, ...]:
@@ -147,10 +149,14 @@ class Judge:
         return tuple(value / len(self.batches) for value in total)
 
     @cached_property
-    def _energies(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """Per layer (query heads,) and (channels,), float64, on the CPU."""
-        ends = [(self.layout.attention_out(layer), self.layout.ffn_out(layer)) for layer in range(self.layers)]
-        names = [name for pair in ends for name in pair]
+    def _energies(self) -> tuple[Scores, Scores, dict[str, torch.Tensor | None]]:
+        """Per layer (query heads,) and (channels,), and those at modules beside, float64, on the CPU."""
+        heads = [self.layout.attention_out(layer) for layer in range(self.layers)]
+        channels = [self.layout.ffn_out(layer) for layer in range(self.layers)]
+        further = self.layout.further
+        ends = {*heads, *channels, *chain(*further.values())} - {""}
+        known = {name: self.dense.get_submodule(name) for name in sorted(ends)}
+        names = [name for name, module in known.items() if "weight" in module._parameters]
         squares = dict.fromkeys(names, torch.zeros(()))
 
         def see(name: str, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -158,14 +164,15 @@ class Judge:
 
         with ExitStack() as hooks, torch.inference_mode():
             for name in names:
-                module = self.dense.get_submodule(name)
-                hook = module.register_forward_pre_hook(lambda _module, inputs, name=name: see(name, inputs))
+                hook = known[name].register_forward_pre_hook(lambda _module, inputs, name=name: see(name, inputs))
                 hooks.callback(hook.remove)
             for batch in self.batches:
                 output_of(self.dense, batch)
-        energies = [(squares[name] * _columns(self.dense.get_submodule(name))).double().cpu() for name in names]
-        width = self.layout.head_dim
-        return tuple(energy.reshape(-1, width).sum(1) for energy in energies[::2]), tuple(energies[1::2])
+        energies = {name: (squares[name] * _columns(known[name])).double().cpu() for name in names}
+        attention = {*heads, *further.get(HEADS, ())} & energies.keys()
+        whole = {name: energies[name].reshape(-1, self.layout.head_dim).sum(1) for name in attention}
+        beside = {name: (energies | whole).get(name) for name in chain(*further.values())}
+        return tuple(map(whole.get, heads)), tuple(map(energies.get, channels)), beside
 
     def _drawn(self, small: PreTrainedModel) -> float:
         """The divergence of a slim model that predicts classes, by the outcomes drawn."""

@@ -72,11 +72,12 @@ def mean_divergence(
 
     Args:
         model: whose outputs they are, by its class.
-        pairs: for each batch its inputs, the dense model's outputs and the other one's.
+        pairs: for each batch, of one at least, its inputs, the dense model's outputs and the other one's.
         reduce: sums over ranks.
     """
-    name, sums = "kl", torch.zeros(2, dtype=torch.float64, device=next(model.parameters()).device)
+    name, sums = "kl", torch.zeros(2, dtype=torch.float64)
     for batch, expected, found in pairs:
+        sums = sums.to(found.device)
         head = head_of(model, expected)
         name, loss = head.metric, head.loss()
         mask, dtype = position_mask(batch, expected.shape[:-1]), torch.promote_types(expected.dtype, torch.float32)

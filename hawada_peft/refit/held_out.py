@@ -16,7 +16,7 @@ HELD_OUT = 0.125
 
 
 def split(
-    calibration: Iterable[Batch], slim: PreTrainedModel, held_out: float, reduce: Reduce
+    calibration: Iterable[Batch], slim: PreTrainedModel, device: torch.device, held_out: float, reduce: Reduce
 ) -> tuple[list[Batch], list[Batch]]:
     """
     The batches to fit and those to hold out, on the device, without labels. Where there are so few batches that one is
@@ -25,7 +25,7 @@ def split(
     batches: list[Batch] = []
     for batch in calibration:
         check_batch(slim, batch)
-        batches.append(without_labels(batch, slim.device))
+        batches.append(without_labels(batch, device))
     period = max(2, round(1 / held_out))
     if len(batches) == 1 or (0 < len(batches) < period and has_rows(batches[-1], len(main_input(slim, batches[-1])))):
         rows = [len(main_input(slim, batch)) for batch in batches]
@@ -35,7 +35,7 @@ def split(
         batches += [rows_of(last, part, total) for part in parts]
     held = [batch for index, batch in enumerate(batches) if index % period == period - 1] or batches[-1:]
     fitted = [batch for batch in batches if all(batch is not other for other in held)]
-    counts = torch.tensor([len(fitted), len(held), not batches], device=slim.device)
+    counts = torch.tensor([len(fitted), len(held), not batches], device=device)
     if min(reduce(counts)[:2].tolist()) == 0 or counts[2]:
         raise HawAdaError(
             f"{len(batches)} calibration batch(es) here; reconstruction needs at least one on every rank, and two "

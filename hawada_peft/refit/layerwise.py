@@ -6,7 +6,7 @@ Long because a layer is called in several ways: whole, up to a projection, on ot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -17,9 +17,18 @@ from transformers import PreTrainedModel
 
 from ..vanilla.batches import Batch, has_rows, main_input, rows_of
 from ..vanilla.family import Layout
+from ..vanilla.outputs import prediction_of
 from .calls import Call
 
 Gains = tuple[torch.Tensor, torch.Tensor] | None
+
+Keep = Callable[[torch.Tensor], torch.Tensor]
+"""Where a tensor is kept that is needed later: in memory, or in a file."""
+
+
+def in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Keeps a tensor as it is."""
+    return tensor
 
 
 class _EnoughError(Exception):
@@ -38,6 +47,9 @@ class Stream:
         calls: per batch, how every layer is called.
         rows: of the first batch, 1 or all, that `row_calls` go with.
         row_calls: how every layer is called on those.
+        keep: where hidden states are kept.
+        between: what the layers pass on beside the hidden states that the next one takes; empty if nothing.
+        wrapped: whether they give tuples.
     """
 
     model: PreTrainedModel
@@ -46,9 +58,12 @@ class Stream:
     calls: list[list[Call]] = field(default_factory=list)
     rows: int = 0
     row_calls: list[Call] = field(default_factory=list)
+    keep: Keep = in_memory
+    between: str = ""
+    wrapped: bool = False
 
     @classmethod
-    def start(cls, model: PreTrainedModel, layout: Layout, batches: Sequence[Batch]) -> Stream:
+    def start(cls, model: PreTrainedModel, layout: Layout, batches: Sequence[Batch], keep: Keep = in_memory) -> Stream:
         """
         The stream before the first layer, and the calls.
 
@@ -56,7 +71,7 @@ class Stream:
         objects as an earlier one are called like that one on the other batches of the kind, which stop at the last
         layer that has something new.
         """
-        stream = cls(model, layout)
+        stream = cls(model, layout, keep=keep)
         kinds: dict[Any, list[Call]] = {}
         for batch in batches:
             kind = tuple((name, value.shape[1:] if _is_tensor(value) else ()) for name, value in sorted(batch.items()))
@@ -72,7 +87,7 @@ class Stream:
                 hidden, calls = stream._record(batch, len(stream.layers))
                 kinds[kind], like = calls, list(range(len(calls)))
             stream.calls.append([calls[index] for index in like])
-            stream.hidden.append(hidden)
+            stream.hidden.append(keep(hidden))
         return stream
 
     def _first_row(self, batch: Batch) -> Batch:
@@ -86,18 +101,28 @@ class Stream:
         options = {"use_cache": False} if "use_cache" in self.model.config.to_dict() else {}
         calls: list[Call] = []
         inputs: list[torch.Tensor] = []
+        given: list[torch.Tensor] = []
 
         def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             kwargs = dict(kwargs)
             hidden = args[0] if args else kwargs.pop("hidden_states")
             calls.append(Call(args[1:], kwargs))
             inputs[:] = inputs or [hidden]
+            if given and hidden is not given[0] and not torch.equal(hidden, given[0]):
+                self.between = f"layer {len(calls) - 1} gets other hidden states than layer {len(calls) - 2} gives"
             if len(calls) == count:
                 raise _EnoughError
 
+        def passed(_module: nn.Module, _args: Any, output: Any) -> None:
+            self.wrapped = isinstance(output, tuple)
+            given[:] = [value for value in (output if isinstance(output, tuple) else (output,)) if _is_tensor(value)]
+            if len(given) > 1:
+                self.between = f"layer {len(calls) - 1} gives more than hidden states"
+
         with ExitStack() as hooks:
             for layer in self.layers:
-                hooks.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
+                hooks.callback(layer.register_forward_pre_hook(record, with_kwargs=True, prepend=True).remove)
+                hooks.callback(layer.register_forward_hook(passed).remove)
             with suppress(_EnoughError):
                 cast(nn.Module, self.model.base_model)(**(options | dict(batch)))
         return inputs[0], calls
@@ -213,10 +238,30 @@ class Stream:
                 self.call(layer, number, hidden)
         return found[0]
 
+    def prediction(self, number: int, batch: Batch) -> torch.Tensor:
+        """
+        What the model predicts (`prediction_of`) for a batch whose stream is behind the last layer.
+
+        The model's own forward pass, in which no layer computes anything. Not for models that others use meanwhile.
+
+        Args:
+            number: of the batch, from 0.
+            batch: its keyword arguments.
+        """
+        layers = cast(nn.ModuleList, self.layers)
+        real = list(layers)
+        try:
+            for index, layer in enumerate(real):
+                layers[index] = _Passed(layer, self.hidden[number], wrapped=self.wrapped)
+            return prediction_of(self.model(**batch), self.model)
+        finally:
+            for index, layer in enumerate(real):
+                layers[index] = layer
+
     def advance(self, layer: int) -> None:
         """Take the stream through a layer."""
         for number in range(len(self.hidden)):
-            self.hidden[number] = self.call(layer, number)
+            self.hidden[number] = self.keep(self.call(layer, number))
 
 
 def residual_gains(stream: Stream, layer: int) -> Gains:
@@ -248,6 +293,22 @@ def residual_gains(stream: Stream, layer: int) -> Gains:
     expected = row + gains[0].to(wide) * attention + gains[1].to(wide) * ffn
     rounding = 8 * torch.finfo(row.dtype).eps
     return gains if (output - expected).norm() <= rounding * output.norm() else None
+
+
+class _Passed(nn.Module):
+    """In place of a layer, with its attributes: gives what was computed before."""
+
+    def __init__(self, layer: nn.Module, output: torch.Tensor, *, wrapped: bool) -> None:
+        super().__init__()
+        self.layer = layer
+        self._output = (output,) if wrapped else output
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name == "layer" else getattr(self.layer, name)
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        """The output."""
+        return self._output
 
 
 def _is_tensor(value: Any) -> bool:

@@ -12,18 +12,19 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
-from ..errors import HawAdaError, IncompatibleBaseError, UnsupportedModelError
+from ..errors import UnsupportedModelError
 from ..planning.plan import Plan
 from ..processes import Reduce, all_reduced
 from ..progress import Progress, progress_bar
-from ..vanilla.batches import Batch, position_mask
+from ..vanilla.batches import Batch
 from ..vanilla.family import locate
 from ..vanilla.mode import evaluating
 from ..vanilla.modules import parameters_of
+from .checks import check_options, coordinates_of, masks_of, projections_of
 from .fidelity import Expected
 from .held_out import HELD_OUT, split
 from .layerwise import Stream
-from .projections import Refit, as_projection
+from .projections import Refit
 from .sweep import refit_layers
 
 logger = logging.getLogger(__name__)
@@ -129,14 +130,7 @@ def reconstruct(
         progress=progress,
         reduce=all_reduced,
     )
-    if result.applied or result.before == 0:
-        logger.info("%s", result)
-    else:
-        warnings.warn(
-            f"the slim model keeps its plain weights: {result}. More calibration batches, of the data that the model "
-            "is for, may change that.",
-            stacklevel=2,
-        )
+    tell(result)
     return result
 
 
@@ -160,15 +154,7 @@ def refit_model(
         dense, slim, plan, calibration, dampings, held_out, correction, coordinates, progress: as there.
         reduce: sums over ranks.
     """
-    problems = [f"damping must be above 0, got {damping}" for damping in dampings if not damping > 0]
-    if not dampings:
-        problems.append("dampings must name at least one")
-    if not 0 < held_out <= 0.5:
-        problems.append(f"held_out must be above 0 and at most 0.5, got {held_out}")
-    if not 0 <= correction <= 1:
-        problems.append(f"correction must be from 0 to 1, got {correction}")
-    if problems:
-        raise HawAdaError("\n".join(problems))
+    check_options(dampings, held_out, correction)
     if any(isinstance(module, BaseTunerLayer) for model in (dense, slim) for module in model.modules()):
         raise UnsupportedModelError(
             "reconstruct() takes vanilla models, and one of these has adapters in it: use "
@@ -181,42 +167,26 @@ def refit_model(
         refit = partial(refit_model, dampings=dampings, held_out=held_out, correction=correction)
         return _together([refit(dense, slim, each, batches, progress=progress, reduce=reduce) for each in ordered])
     teacher_layout, layout = locate(dense, plan.tower or None), locate(slim, plan.tower or None)
-    plan.check_base(teacher_layout.full)
-    if teacher_layout.complete(plan.shape) != teacher_layout.complete(layout.full):
-        raise IncompatibleBaseError(
-            f"the plan leads to {plan.shape.to_dict()}, the slim model has {layout.full.to_dict()}; pass the plan "
-            "that it was made with"
-        )
-    if plan.rotated and coordinates is None:
-        raise HawAdaError("the plan keeps directions of a basis of the residual stream: pass their `coordinates`")
-    if plan.hidden is not None and coordinates is None:
-        coordinates = torch.eye(teacher_layout.hidden_size)[:, list(plan.hidden)]
+    coordinates = coordinates_of(teacher_layout, layout, plan, coordinates)
     if coordinates is not None:
         coordinates = coordinates.to(slim.device)
-    fitted, held = split(calibration, slim, held_out, reduce)
+    fitted, held = split(calibration, slim, slim.device, held_out, reduce)
     with evaluating(dense, slim), torch.no_grad():
         expected = Expected(dense, held)
         metric, before = expected.divergence(slim, reduce)
         teacher, student = (
             Stream.start(model, row, [*fitted, *held]) for model, row in ((dense, teacher_layout), (slim, layout))
         )
-        streams = zip([*fitted, *held], student.hidden, strict=True)
-        masks = [position_mask(batch, hidden.shape[:2]) for batch, hidden in streams]
-        ends = [name(i) for i in range(len(student.layers)) for name in (layout.attention_out, layout.ffn_out)]
-        if "" in ends:
-            raise UnsupportedModelError(
-                f"layers of {type(slim).__name__} have no attention or FFN output that is known: leave out the "
-                "calibration"
-            )
-        projections = {name: as_projection(slim.get_submodule(name), name) for name in ends}
+        projections = projections_of(student)
         plain = {name: [p.data for p in parameters_of(module)] for name, module in projections.items()}
         applied = False
         try:
+            masks = masks_of(student, [*fitted, *held])
             layers = refit_layers(
                 teacher, student, plan, masks, len(fitted), dampings, correction, coordinates, reduce
             )
             refits = tuple(
-                progress_bar(progress, iterable=layers, total=len(ends), desc="reconstructing", leave=False)
+                progress_bar(progress, iterable=layers, total=len(projections), desc="reconstructing", leave=False)
             )
             _, after = expected.divergence(slim, reduce)
             applied = after < before
@@ -226,6 +196,18 @@ def refit_model(
                     for parameter, tensor in zip(parameters_of(module), plain[name], strict=True):
                         parameter.data = tensor
     return Reconstruction(refits, metric, before, after, applied)
+
+
+def tell(result: Reconstruction) -> None:
+    """Log what was done, or warn that nothing came of it."""
+    if result.applied or result.before == 0:
+        logger.info("%s", result)
+    else:
+        warnings.warn(
+            f"the slim model keeps its plain weights: {result}. More calibration batches, of the data that the model "
+            "is for, may change that.",
+            stacklevel=3,
+        )
 
 
 def _together(towers: Sequence[Reconstruction]) -> Reconstruction:

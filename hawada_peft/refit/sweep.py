@@ -53,12 +53,12 @@ def refit_layers(
                 moments = fit if number < fit_count else held
                 moments.add(inputs.flatten(0, -2)[rows], added.flatten(0, -2)[rows])
                 if gains is not None and which == 1:
-                    kept.append((inputs, stream))
+                    kept.append((student.keep(inputs), student.keep(stream)))
             wanted.clear()
             gain = None if gains is None else gains[which]
             yield choose(name, module, fit.reduced(reduce), held.reduced(reduce), gain, dampings)
             for number, (inputs, stream) in enumerate(kept):  # what the layer gives, without another pass through it
-                student.hidden[number] = stream + gain * module(inputs)
+                student.hidden[number] = student.keep(stream + gain * module(inputs))
         if gains is None:
             student.advance(index)
         logger.debug("layer %d of %d is refitted", index + 1, len(plan.layers))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import UnsupportedModelError
-from .layerwise import Gains, Stream
+from .layerwise import Gains, Keep, Stream
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Target:
     dropped: torch.Tensor | float = 0.0
     block: torch.Tensor | None = None
 
-    def narrowed(self, coordinates: torch.Tensor, block: torch.Tensor) -> Target:
+    def narrowed(self, coordinates: torch.Tensor, block: torch.Tensor, keep: Keep) -> Target:
         """In the coordinates of a narrower stream."""
         output, block = self.output.float(), block.float()
         matrix = coordinates.to(output)
         dropped = self.dropped @ matrix if isinstance(self.dropped, torch.Tensor) else self.dropped
-        return Target(output @ matrix, dropped, block @ matrix)
+        return Target(keep(output @ matrix), dropped, keep(block @ matrix))
 
 
 def targets_of(
@@ -48,24 +48,26 @@ def targets_of(
         raise UnsupportedModelError(
             f"layer {layer} does not add its blocks to the residual stream: what is narrower cannot be refitted to it"
         )
+    keep = teacher.keep
     attention, ffn, blocks = [], [], []
     for number, stream in enumerate(teacher.hidden):
         output, from_attention, from_ffn = teacher.outputs(layer, number)
         if gains is not None and coordinates is not None:
-            blocks.append((gains[0] * from_attention, gains[1] * from_ffn))
-        attention.append(Target(from_attention if gains is None else stream + gains[0] * from_attention))
-        ffn.append(Target(from_ffn if gains is None else output))
+            blocks.append((keep(gains[0] * from_attention), keep(gains[1] * from_ffn)))
+        output = keep(output)
+        attention.append(Target(keep(from_attention if gains is None else stream + gains[0] * from_attention)))
+        ffn.append(Target(keep(from_ffn) if gains is None else output))
         teacher.hidden[number] = output
     for dropped in range(layer + 1, end):
         teacher.advance(dropped)
     if gains is not None and end > layer + 1:
         arrived = zip(teacher.hidden, ffn, strict=True)
-        ffn = [Target(hidden, hidden.float() - before.output.float()) for hidden, before in arrived]
+        ffn = [Target(hidden, keep(hidden.float() - before.output.float())) for hidden, before in arrived]
     if coordinates is None:
         return attention, ffn
     return (
-        [target.narrowed(coordinates, block) for target, (block, _) in zip(attention, blocks, strict=True)],
-        [target.narrowed(coordinates, block) for target, (_, block) in zip(ffn, blocks, strict=True)],
+        [target.narrowed(coordinates, block, keep) for target, (block, _) in zip(attention, blocks, strict=True)],
+        [target.narrowed(coordinates, block, keep) for target, (_, block) in zip(ffn, blocks, strict=True)],
     )
 
 

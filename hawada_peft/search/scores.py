@@ -14,9 +14,9 @@ from torch import nn
 from ..errors import InvalidPlanError
 from ..gates.attach import collect_gates
 from ..gates.kinds import SigmoidGate
-from ..gates.reading import UnitScores, gate_scores, hidden_gate, layers_of
+from ..gates.reading import UnitScores, further_gates, gate_scores, hidden_gate, layers_of
 from ..vanilla.family import Layout
-from ..vanilla.shape import Shape
+from ..vanilla.shape import HEADS, Shape
 
 
 def unit_scores(
@@ -58,6 +58,10 @@ def unit_scores(
         plain,
         heads=tuple(scores(layer.heads) for layer in layers),
         channels=tuple(_spread(scores(layer.ffn), size) for layer in layers),
+        further={
+            name: scores(gates) if layout.further_axis(name) == HEADS else _spread(scores(gates), size)
+            for name, gates in further_gates(base, layout, adapter_names).items()
+        },
         hidden=None if hidden is None else stream[0].ranked(hidden, trained=False),
     )
 

@@ -1,6 +1,8 @@
 """
 From a checkpoint folder to a slim folder: tensor by tensor, or in memory where projections are refitted.
 
+Where memory does not hold the models, they are refitted layer by layer.
+
 Tensor by tensor the dense model is never in memory: the same steps on a model without weights; then every slim tensor
 is read, merged with its LoRA, folded, sliced and written.
 """
@@ -53,6 +55,7 @@ def slim_checkpoint(
     basis: Basis | None = None,
     fold: bool = True,
     calibration: Iterable[Mapping[str, torch.Tensor]] | None = None,
+    low_memory: bool = False,
     device: str | None = None,
     max_shard_size: int | str | None = None,
     verify: str | None = None,
@@ -68,8 +71,11 @@ def slim_checkpoint(
     and licence files of the base are copied along; a `README.md` and a `hawada_report.json` are added. The output
     folder appears complete and verified, or not at all, also when the process is killed.
 
-    With `calibration` the models are loaded, and the slim one's output projections refitted to the dense one
-    (`reconstruct`); the base's tokenizer or image processor is saved with it, if there is one.
+    With `calibration` the slim model's output projections are refitted to the dense one (`reconstruct`): both models
+    are loaded, unless `low_memory` says to go through them layer by layer, straight from the files
+    (`refit_on_demand`). The weights are then the same up to rounding; in memory are one layer of each model, or the
+    embeddings and the head of one, and the moments of one projection. Hidden states are kept beside the output folder
+    meanwhile, in files without a name.
 
     Args:
         base: folder or Hub id of the dense model, with safetensors files.
@@ -80,13 +86,15 @@ def slim_checkpoint(
         basis (`Basis`, *optional*): that the plan keeps directions of, where the adapter does not have it.
         fold (`bool`): `False` leaves the gates' soft values out and only removes.
         calibration (*optional*): batches, keyword arguments of the forward pass, each (examples, ...).
+        low_memory (`bool`): refit layer by layer, without loading either model. Needs `calibration`, and a model of
+            one stack of layers that pass on hidden states and nothing else.
         device (`str`, *optional*): where to refit; the CPU if left out. Needs `calibration`.
         max_shard_size (`int` or `str`, *optional*): bytes per file at most, or as `"5GB"`; `"50GB"` if left out. Not
-            with `calibration`.
+            with models that are loaded.
         verify (`str`, *optional*): `"files"` (if left out) checks that the folder's config loads through its Auto
             class, that its files hold exactly that model's tensors, and that these are finite. `"full"` also loads
-            both models, one after the other, and compares their outputs as `verify_slim` does. Not with
-            `calibration`, where outputs are always compared.
+            both models, one after the other, and compares their outputs as `verify_slim` does; not after a
+            refit. Not with models that are loaded to refit, whose outputs are always compared.
         card (`ExportFacts`, *optional*): what else is known about the export, for the model card and the report; base,
             plan, reconstruction and calibration data are filled in. `None` writes neither.
         progress (*optional*): makes progress bars, as `tqdm.tqdm`; none are shown if left out.
@@ -108,22 +116,34 @@ def slim_checkpoint(
     if verify not in (None, "files", "full"):
         raise HawAdaError(f"verify must be 'files' or 'full', got {verify!r}")
     check_free(output)  # before the work
-    if calibration is not None:
+    if calibration is not None and not low_memory:
         _refuse(
             {"max_shard_size": max_shard_size, "verify": verify},
             "is for slimming from files, and calibration slims in memory, where outputs are always compared and "
-            "transformers cuts the files: leave one of them out",
+            "transformers cuts the files: leave one of them out, or add low_memory",
         )
         return _in_memory(
             base, adapter, output, plan, basis, calibration, fold=fold, device=device, card=card, bars=progress
         )
-    _refuse({"device": device}, "needs calibration: give it as well")
+    if calibration is None:
+        _refuse({"device": device, "low_memory": low_memory or None}, "needs calibration: give it as well")
+    elif verify == "full":
+        raise HawAdaError(
+            "verify='full' compares with the plain slim model, and calibration changes it: leave one of them out"
+        )
     checkpoint = Checkpoint(base)
     export = _Export(checkpoint, adapter, plan, fold=fold, basis=basis)
     if card is not None:
         card = replace(card, base=card.base or base, plan=card.plan or export.plan)
         checked_report(export.slim, card)  # before anything is written
+    reconstruction = None
     with new_folder(output) as folder:
+        if calibration is not None and not export.plan.keeps_all:
+            batches = list(calibration)
+            reconstruction = export.refit(batches, folder, device, progress)
+            if card is not None:
+                facts = card.calibration or calibration_facts(batches)
+                card = replace(card, reconstruction=card.reconstruction or reconstruction, calibration=facts)
         export.write(folder, max_shard_size or SHARD, progress)
         checkpoint.copy_companions(folder)
         verify_files(folder, export.slim)
@@ -135,7 +155,12 @@ def slim_checkpoint(
             write_card(folder, card, verification)
     logger.info("%s: %s", output, export.plan)
     return Slimmed(
-        model=export.slim, plan=export.plan, dense=export.dense, folder=Path(output), verification=verification
+        model=export.slim,
+        plan=export.plan,
+        dense=export.dense,
+        folder=Path(output),
+        verification=verification,
+        reconstruction=reconstruction,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -22,13 +22,18 @@ from ..errors import HawAdaError, InvalidPlanError, VerificationError
 from ..files.checkpoint import Checkpoint
 from ..files.pieces import Piece, stored_form, stored_pieces
 from ..files.shards import write_shard
+from ..files.spill import Spill
 from ..gates.reading import gate_scores
 from ..planning.plan import Plan
 from ..progress import Progress, progress_bar
-from ..surgery.cutting import Cutting, layout_for
+from ..refit.low_memory import refit_on_demand
+from ..refit.on_demand import OnDemand
+from ..refit.reconstruction import Reconstruction
+from ..surgery.cutting import Cutting, towers_for
 from ..surgery.fold import DEFAULT, Factors, factors_of, fold_tensor, load_gates, lora_of, merge_tensor
 from ..surgery.slicing import slice_tensor
 from ..surgery.slimming import slim
+from ..vanilla.batches import Batch
 from ..vanilla.family import locate, locate_all
 from ..vanilla.resize import make_plain, untie
 
@@ -61,6 +66,7 @@ class _Export:
         self._lora: dict[str, Any] = {}
         self._turn: Turn | None = None
         self._stacks: dict[str, torch.Tensor] = {}
+        self._refitted: Mapping[str, torch.Tensor] = {}
         stream = basis if plan is not None and plan.rotated else None
         factor: torch.Tensor | None = None
         self.dense = checkpoint.skeleton
@@ -83,7 +89,7 @@ class _Export:
         if plan is None:
             raise InvalidPlanError(NO_PLAN)
         self.plan = plan
-        towers = [(layout_for(self.dense, part), part) for part in plan.parts]
+        towers = towers_for(self.dense, plan)
         for layout, part in towers:
             part.check_base(layout.full)
         self._cutting: Cutting | None = None
@@ -94,6 +100,33 @@ class _Export:
         if not plan.keeps_all or self._turn is not None:
             self.slim = slim(self.dense, plan, turn=self._turn)
             self._cutting = Cutting(towers)
+
+    def refit(
+        self, calibration: Iterable[Batch], folder: Path, device: str | None, progress: Progress | None
+    ) -> Reconstruction:
+        """
+        Refit the slim model's output projections to the dense model, both layer by layer from the files.
+
+        Args:
+            calibration: batches.
+            folder: on a disk that has room for what memory has not; left as it is.
+            device: where layers are computed; the CPU if left out.
+            progress: makes a progress bar.
+
+        Raises:
+            InvalidPlanError, HawAdaError, BadDataError, UnsupportedModelError: as `refit_on_demand`.
+        """
+        batches, teacher = list(calibration), Checkpoint(self._checkpoint.folder)
+        keep = Spill(folder)
+        options: dict[str, Any] = {"keep": keep, "device": device or "cpu"}
+        with (
+            OnDemand(teacher.skeleton, locate(teacher.skeleton), teacher.whole, **options) as dense,
+            OnDemand(self.slim, locate(self.slim), self._read, **options) as slim,
+        ):
+            turned = None if self._turn is None else self._turn.write
+            result = refit_on_demand(dense, slim, self.plan, batches, keep=keep, coordinates=turned, progress=progress)
+        self._refitted = slim.changed
+        return result
 
     def write(self, folder: Path, max_shard_size: int | str, progress: Progress | None) -> int:
         """
@@ -136,11 +169,18 @@ class _Export:
         """A slim tensor that the files hold in pieces. The last two are kept: pieces of both alternate in a file."""
         if name not in self._stacks:
             self._stacks = dict([*self._stacks.items()][-1:])
-            self._stacks[name] = torch.cat(list(self._parts(name)))
+            self._stacks[name] = self._read(name)
         return self._stacks[name]
+
+    def _read(self, name: str) -> torch.Tensor:
+        """A whole slim tensor."""
+        return torch.cat(list(self._parts(name)))
 
     def _parts(self, name: str) -> Iterator[torch.Tensor]:
         """A slim tensor by its name in the slim model, in parts along its first dimension."""
+        if name in self._refitted:
+            yield self._refitted[name]
+            return
         source, keep = name, {}
         if self._cutting is not None:
             source, keep = self._cutting.source(name), self._cutting.rows(name)

@@ -35,8 +35,13 @@ def find_axes(
         UnsupportedModelError: if a dimension is not made of whole units, or of several things in an undeclared order.
     """
     if layout.facts is not None:
+        others = tuple(f"{stack}." for stack in layout.beside)
         found = {
-            name: tuple(rule for rule in each if hidden or HIDDEN not in rule.segments)
+            name: tuple(
+                rule
+                for rule in each
+                if (hidden or HIDDEN not in rule.segments) and not (rule.place and rule.place.startswith(others))
+            )
             for name, each in layout.facts.rules.items()
         }
         return {name: each for name, each in found.items() if each}

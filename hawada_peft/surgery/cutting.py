@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..planning.plan import Plan
-from ..vanilla.family import Layout, locate, locate_stream, mark
+from ..vanilla.family import Layout, locate, locate_stream, mark, together
 from ..vanilla.resize import edit_config
 from ..vanilla.shape import SliceRule
 from .axes import cut_by, find_axes
@@ -64,12 +64,11 @@ class Cutting:
     def rows(self, name: str) -> dict[int, torch.Tensor]:
         """What stays of the dense tensor that a slim one is made of: the indices along each dimension that is cut."""
         tower, at, short = self._place(name)
-        among = range(len(self.towers)) if at < 0 else [tower]
-        return {
-            rule.dim: rows_of(rule, *self.towers[each], at)
-            for each in among
-            for rule in self.rules[each].get(short, ())
-        }
+        own = [] if at < 0 else [(tower, rule) for rule in self.rules[tower].get(short, ())]
+        # What is in no layer, or holds units of another module than its layer's ends, goes by its full name.
+        source = f".{self.source(name)}"
+        full = [(each, rule) for each, rules in enumerate(self.rules) for rule in rules.get(source, ())]
+        return {rule.dim: rows_of(rule, *self.towers[each], at) for each, rule in own + full}
 
     def mark(self, slim: PreTrainedModel) -> None:
         """Have `locate` find these towers in the slim model."""
@@ -88,6 +87,17 @@ class Cutting:
             return tower, -1, f".{name}"
         index, _, short = name.removeprefix(f"{self.towers[tower][0].stack}.").partition(".")
         return tower, int(index), short
+
+
+def towers_for(model: PreTrainedModel, plan: Plan, known: Layout | None = None) -> list[tuple[Layout, Plan]]:
+    """
+    The towers that a plan cuts, each with its part. Arguments as in `layout_for`.
+
+    Raises:
+        UnsupportedModelError: as `locate`.
+    """
+    layouts = together([layout_for(model, part, known) for part in plan.parts])
+    return list(zip(layouts, plan.parts, strict=True))
 
 
 def layout_for(model: PreTrainedModel, plan: Plan, known: Layout | None = None) -> Layout:

@@ -40,7 +40,7 @@ def why_not(layout: Layout, kind: str, asked: Collection[str]) -> str:
     """Why gates of a kind could not be exported; empty if they could."""
     family, name = layout.family, layout.model_class.__name__
     if kind == HEADS and not family.attention_out:
-        return f"no heads of {name} were found that could go"
+        return f"no heads of {name} were found that could go{_known(layout, HEADS)}"
     if kind == HEADS and family.heads_follow and HIDDEN not in asked:
         return (
             f"the size of a head is derived in {name}, so that heads go with channels of the residual stream alone: "
@@ -54,13 +54,20 @@ def why_not(layout: Layout, kind: str, asked: Collection[str]) -> str:
             f"the size of a head is derived in {name}, so that channels of the residual stream go with heads alone: "
             "add 'heads' to the config's `gates`, or leave 'hidden' out"
         )
-    if kind == FFN and not family.ffn_out:
-        return f"no FFN channels of {name} were found that could go"
+    layers = range(layout.dense.sizes()["num_hidden_layers"])
+    if kind == FFN and not any(layout.ffn_out(layer) for layer in layers):
+        return f"no FFN channels of {name} were found that could go{_known(layout, FFN)}"
     if kind == LAYERS:
         total, pinned = layout.dense.sizes()["num_hidden_layers"], depth_of(layout).pinned
         if len(pinned) == total:
             return f"every layer of {name} has to stay: {pinned[min(pinned)]}"
     return ""
+
+
+def _known(layout: Layout, kind: str) -> str:
+    """What was found of a kind and has no gates, with the reasons."""
+    told = "" if layout.known is None else layout.known.ungated.get(kind, "")
+    return f" by gates ({told})" if told else ""
 
 
 def _heads_go(layout: Layout) -> bool:

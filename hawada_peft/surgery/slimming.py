@@ -21,7 +21,7 @@ from ..vanilla.modules import check_loaded, check_unquantized
 from ..vanilla.resize import add_v4_rope_keys, origin_of, rename
 from ..vanilla.skeleton import build_empty
 from .conformity import check_conforms, vanilla_tensors
-from .cutting import Cutting, layout_for
+from .cutting import Cutting, towers_for
 from .slicing import slice_tensor
 from .source import StreamChange, build_tied, materialise
 
@@ -63,7 +63,7 @@ def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None, layout: 
             "slim() takes a vanilla model, and this one has adapters in it: use `model.slim(plan=...)` or "
             "`merge_and_unload(plan=...)` of the PEFT model, or `unload()` first"
         )
-    cutting = Cutting([(layout_for(model, part, layout), part) for part in plan.parts])
+    cutting = Cutting(towers_for(model, plan, layout))
     check_loaded(model)
     check_unquantized(model)
     if plan.hidden is not None and plan.rotated != (turn is not None):

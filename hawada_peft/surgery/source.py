@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.initialization import guard_torch_init_functions
 
 from ..errors import UnsupportedModelError
 from ..planning.plan import Plan
+from ..vanilla.buffers import has_sentinel, initialise, owners, sentinel, unsaved
 from ..vanilla.family import Layout
 from ..vanilla.shape import BY_NAME, SliceRule
 from ..vanilla.skeleton import build_empty
@@ -39,17 +39,21 @@ class StreamChange(Protocol):
 def rows_of(rule: SliceRule, layout: Layout, plan: Plan, layer: int) -> torch.Tensor:
     """The indices that stay along a rule's dimension, in the layer at a position of the plan."""
     offset, rows, sizes = 0, [], layout.full.to_dict()
+
+    def left(axis: str) -> tuple[int, ...] | None:
+        return plan.at(axis, rule.place) if rule.place else plan.units(axis, layer)
+
     if rule.units:
         stays = torch.ones(len(rule.units[0]), dtype=torch.bool)
         for axis, units in zip(rule.segments, rule.units, strict=True):
             total = sizes[BY_NAME[axis].field]
             here = torch.zeros(total + 1, dtype=torch.bool)
-            here[[*(plan.units(axis, layer) or range(total)), -1]] = True  # -1: a row of none of its units
+            here[[*(left(axis) or range(total)), -1]] = True  # -1: a row of none of its units
             stays &= here[torch.tensor(units)]
         return stays.nonzero()[:, 0]
     for axis in rule.segments:
         total = sizes[BY_NAME[axis].field]
-        kept = plan.units(axis, layer) or range(total)
+        kept = left(axis) or range(total)
         starts = offset + torch.tensor(kept) * rule.width
         rows.append((starts[:, None] + torch.arange(rule.width)).flatten())
         offset += total * rule.width
@@ -115,12 +119,8 @@ def materialise(
     Raises:
         UnsupportedModelError: if something is in neither.
     """
-    for name, module, owner in _owners(result):
-        missing = [
-            key
-            for key, tensor in [*module._buffers.items(), *vars(module).items()]
-            if isinstance(tensor, torch.Tensor) and tensor.is_meta
-        ]
+    for name, module, owner in owners(result):
+        missing = unsaved(module)
         if not missing:
             continue
         source = source_of(f"{name}.").removesuffix(".") if name else ""
@@ -129,12 +129,12 @@ def materialise(
             theirs, mine = getattr(dense, key), getattr(module, key)
             if theirs.is_meta:
                 continue  # a model without weights, made into another one
-            if key in module._buffers and _has_sentinel(mine):
-                setattr(module, key, _sentinel(mine, theirs.device))
-        _initialise(owner, module)
+            if key in module._buffers and has_sentinel(mine):
+                setattr(module, key, sentinel(mine, theirs.device))
+        initialise(owner, module)
         for key in missing:
             theirs, mine = getattr(dense, key), getattr(module, key)
-            if theirs.is_meta or not (mine.is_meta or torch.equal(mine, _sentinel(mine, mine.device))):
+            if theirs.is_meta or not (mine.is_meta or torch.equal(mine, sentinel(mine, mine.device))):
                 continue
             if theirs.shape != mine.shape:
                 raise UnsupportedModelError(
@@ -151,40 +151,3 @@ def below_at(model: nn.Module, name: str) -> nn.Module:
     for part in name.split(".") if name else []:
         module = below(module.get_submodule(part))
     return module
-
-
-def _owners(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
-    """Every module with its name and the model, of those nested in each other, whose class initialises it."""
-    models = {"": model}
-    for name, module in model.named_modules():
-        if isinstance(module, PreTrainedModel):
-            models[name] = module
-        parts = name.split(".") if name else []
-        inner = max((".".join(parts[:n]) for n in range(len(parts) + 1) if ".".join(parts[:n]) in models), key=len)
-        yield name, module, models[inner]
-
-
-def _initialise(owner: PreTrainedModel, module: nn.Module) -> None:
-    """Have a class compute a module's buffers; parameters are left as they are, also those of modules inside it."""
-    own: list[torch.Tensor] = list(module.parameters())
-    for inner in module.modules():
-        kept = inner._buffers.keys() - inner._non_persistent_buffers_set
-        own += [buffer for name, buffer in inner._buffers.items() if buffer is not None and name in kept]
-    for tensor in own:
-        tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' mark of what is loaded
-    try:
-        with torch.no_grad(), guard_torch_init_functions():
-            owner._init_weights(module)
-    finally:
-        for tensor in own:
-            del tensor._is_hf_initialized  # type: ignore[attr-defined]
-
-
-def _has_sentinel(like: torch.Tensor) -> bool:
-    return like.dtype is not torch.bool and not like.is_complex()
-
-
-def _sentinel(like: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """What no class computes, so that it shows what was left alone."""
-    value = torch.finfo(like.dtype).min if like.is_floating_point() else torch.iinfo(like.dtype).min
-    return torch.full_like(like, value, device=device)

@@ -98,7 +98,9 @@ def edit_config(layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None 
         # do not know the field.
         put(family.head_dim_field, layout.head_dim)
     size = sizes["intermediate_size"]
-    if family.ffn_unit:
+    if size == dense["intermediate_size"] and hidden == layout.hidden_size and layout.known is not None:
+        pass  # of no layer that is left, perhaps
+    elif family.ffn_unit:
         unit = hidden if family.ffn_unit == "hidden_size" else getattr(config, family.ffn_unit)
         put(family.ffn_field, _whole(size / unit))
     else:

@@ -144,9 +144,12 @@ class SliceRule:
         width (`int`): rows per unit.
         units (`tuple[tuple[int, ...], ...]`): instead of an order and a width, for each of the axes the unit of every
             row; -1: none of its.
+        place (`str`): the module whose units these are, by its full dotted name, where they are none of a layer's own
+            end (`Known.further`).
     """
 
     dim: int
     segments: tuple[str, ...]
     width: int
     units: tuple[tuple[int, ...], ...] = ()
+    place: str = ""

@@ -62,6 +62,9 @@ def run(
     calibration: Annotated[
         str | None, typer.Option(help="Load the model, and refit on these examples: DATA as for `hawada plan`.")
     ] = None,
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="Refit layer by layer from the files, without loading the model.")
+    ] = False,
     refit: Annotated[
         bool | None,
         typer.Option(
@@ -77,7 +80,8 @@ def run(
     Slim a checkpoint of any size straight from its files.
 
     Tensor by tensor: the dense model is never in memory. With --calibration it is, and the slim model's output
-    projections are refitted to it; with a plan of `hawada plan`, whose search refitted, this is done on its data.
+    projections are refitted to it; with a plan of `hawada plan`, whose search refitted, this is done on its data. With
+    --low-memory as well neither model is loaded, however large: it takes longer, and gives the same weights.
     """
     from ...shipping.checkpoint import slim_checkpoint
     from ...shipping.facts import ExportFacts
@@ -88,7 +92,8 @@ def run(
     *adapters, output = places
     adapter = adapters[0] if adapters else None
     search, searched = (None, {}) if plan is None else read_search(plan)
-    if calibration is None and refit is not False and max_shard_size is None and verify is None:
+    files_alone = not low_memory and (max_shard_size is not None or verify is not None)
+    if calibration is None and refit is not False and not files_alone:
         known = searched.get("refitted") and searched.get("model") == base and Path(searched["data"]).exists()
         if refit and not known:
             raise typer.BadParameter("--refit needs --calibration: no search with its data is beside the plan")
@@ -97,7 +102,7 @@ def run(
             say(f"refitted on {calibration}, as the search did; --no-refit slices the files alone")
     if calibration is None:
         refuse(
-            {"--device": device},
+            {"--device": device, "--low-memory": low_memory or None},
             "needs --calibration: nothing is refitted, as the plan's search and its data are not here",
         )
     batches = None
@@ -113,6 +118,7 @@ def run(
         basis=None if plan is None or chosen is None else read_basis(plan, chosen),
         fold=fold,
         calibration=batches,
+        low_memory=low_memory,
         device=device if batches is not None else None,
         max_shard_size=max_shard_size,
         verify=verify,
@@ -125,7 +131,13 @@ def run(
 
 
 def check(
-    base: str, places: list[str], plan: Path | None, calibration: str | None, refit: bool | None, **options: Any
+    base: str,
+    places: list[str],
+    plan: Path | None,
+    calibration: str | None,
+    refit: bool | None,
+    low_memory: bool,
+    **options: Any,
 ) -> None:
     """Refuse options that do not go together, and what is not there."""
     from ...files.folder import check_free
@@ -139,10 +151,13 @@ def check(
     if calibration is None:
         needs = ("--examples", "--seq-len") if plan is not None else ("--examples", "--seq-len", "--device")
         refuse({name: given[name] for name in needs}, "needs --calibration")
-        refuse(files if refit else {}, "does not go with --refit, which slims in memory")
+        if plan is None or refit is False:
+            refuse({"--low-memory": low_memory or None}, "needs --calibration: it says how projections are refitted")
+        refuse(files if refit and not low_memory else {}, "does not go with --refit, which slims in memory")
     else:
         why = "which slims in memory, where outputs are always compared"
-        refuse(files | {"--no-refit": None if refit is not False else refit}, f"does not go with --calibration, {why}")
+        refuse({} if low_memory else files, f"does not go with --calibration, {why}; add --low-memory")
+        refuse({"--no-refit": None if refit is not False else refit}, "does not go with --calibration, which refits")
         check_data(calibration)
     check_source(base)
     for adapter in adapters:

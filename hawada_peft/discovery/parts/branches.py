@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from ...vanilla.modules import gateable, norm_offset
 from ..trial.builds import REFUSES, cause
 from ..trial.closing import first_of, hooked, stream_of, with_first
 from ..trial.specimen import Specimen
@@ -52,7 +53,7 @@ def find_branches(specimen: Specimen, layer: str) -> tuple[str, ...]:
     kwargs = {name: value for name, value in kwargs.items() if not (isinstance(value, Cache) or "cache" in name)}
     try:
         stream = stream_of(args, kwargs)
-        return _search(module, stream, lambda: first_of(_call(module, args, kwargs)))
+        return linear_branches(module, stream, lambda: first_of(_call(module, args, kwargs)))
     except REFUSES as error:
         logger.warning("a gate on %s blends it, as it does not run when it is called alone: %s", layer, cause(error))
         return ()
@@ -63,15 +64,32 @@ def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         return module(*args, **kwargs)
 
 
-def _search(module: nn.Module, stream: torch.Tensor, call: Callable[[], torch.Tensor]) -> tuple[str, ...]:
+def linear_branches(
+    module: nn.Module, stream: torch.Tensor, call: Callable[[], torch.Tensor], *, gated: bool = False
+) -> tuple[str, ...]:
+    """
+    As `find_branches`, of a layer that can be called.
+
+    Args:
+        module: the layer.
+        stream: its input: (rows, positions, features).
+        call: gives its output.
+        gated: only modules that a gate can sit on.
+
+    Returns:
+        Names relative to the layer, the one executed last first; empty if there are none.
+    """
     if call().shape != stream.shape:
         return ()
     order = _executed(module, stream, call)
     scale = float(stream.abs().max())
-    own = [name for name in order if list(module.get_submodule(name).parameters(recurse=False))]
-    some = [name for name in order if list(module.get_submodule(name).parameters())]
+    within = {name: module.get_submodule(name) for name in order}
+    # Where a gate can sit, then what has weights of its own, then what holds some.
+    good = [name for name in order if gateable(within[name]) or norm_offset(within[name]) is not None]
+    own = [name for name in order if list(within[name].parameters(recurse=False))]
+    some = [name for name in order if list(within[name].parameters())]
     silencing: list[tuple[str, ...]] = []
-    for pool in (own, some):
+    for pool in (good,) if gated else (good, own, some):
         for count in range(1, MOST + 1):
             found = []
             for names in itertools.combinations(pool, count):

@@ -32,6 +32,7 @@ class Found:
         vectors: names of vectors with an entry that stands for each unit, which a closed one must not win by.
         groups: units come in so many groups of equally many; 0: in none.
         tied: the same units stay at every place.
+        alike: of each place what it is called in every layer, where the same units stay in all layers; empty: others.
         partner: heads that go with channels of the residual stream, in proportion.
         sizes: numbers of units that the class builds as asked, below all.
     """
@@ -47,6 +48,7 @@ class Found:
     vectors: tuple[str, ...] = ()
     groups: int = 0
     tied: bool = False
+    alike: dict[Dim, str] = field(default_factory=dict)
     partner: Found | None = None
     sizes: list[int] = field(default_factory=list)
 

@@ -129,7 +129,7 @@ def _largest(output: torch.Tensor) -> float:
 
 def draw(axis: Found, units: int, seed: int, *, tied: bool) -> list[tuple[Found, dict[Dim, list[int]]]]:
     """
-    Units that stay, drawn at random: others at every place, or the same ones.
+    Units that stay, drawn at random: others at every place, or in all layers of it the same, where they are `alike`.
 
     Args:
         axis: the axis; its partner's units are drawn as well.
@@ -138,14 +138,14 @@ def draw(axis: Found, units: int, seed: int, *, tied: bool) -> list[tuple[Found,
         tied: the same units at every place.
     """
     generator = random.Random(seed)
-    same: dict[int, list[int]] = {}
+    same: dict[Any, list[int]] = {}
     kept = {}
     for place, count in axis.counts.items():
         left = axis.left_at(place, units)
         if left is None:
             raise ValueError(f"{units} of {axis.units} units are no whole number at {place[0]}")
         drawn = _some(generator, count, left, axis.groups)
-        kept[place] = same.setdefault(count, drawn) if tied else drawn
+        kept[place] = same.setdefault(count if tied else axis.alike.get(place, place), drawn)
     found = [(axis, kept)]
     if axis.partner is not None:
         found += draw(axis.partner, units * axis.partner.units // axis.units, seed, tied=False)
@@ -164,20 +164,39 @@ def half(axis: Found) -> int:
     return min(axis.sizes, key=lambda size: abs(2 * size - axis.units))
 
 
-def prove(specimen: Specimen, axis: Found) -> float:
+def prove(specimen: Specimen, axis: Found, stacks: Sequence[str] = ()) -> float:
     """
     Close units of one axis at random, and compare; first other units at every place, then, if that is not the same,
-    the same ones (a table that several share). Says in the axis which it was.
+    the same ones in all layers (a table that these share), then the same at all places. Says in the axis which it was.
+
+    Args:
+        specimen: the model.
+        axis: the axis.
+        stacks: the dotted names of its lists of layers.
 
     Raises:
         Exception: one of `REFUSES`, of whatever does not fit.
     """
     found = float("inf")
-    for tied in (True,) if axis.tied else (False, True):
+    layered = {place: _in_every_layer(place[0], stacks) for place in axis.places}
+    ways: list[tuple[bool, dict[Dim, str]]] = [(True, {})]
+    if not axis.tied:
+        some = len({*layered.values()}) < len(layered)
+        ways = [(False, {}), *([(False, layered)] if some else []), (True, {})]
+    for tied, alike in ways:
         units = half(axis)
+        axis.tied, axis.alike = tied, alike
         cutting = Cutting(draw(axis, units, seed=3, tied=tied), axis.changes(units))
         found = difference(specimen, cutting)
-        axis.tied = tied
         if found < ROUNDING:
             break
     return found
+
+
+def _in_every_layer(name: str, stacks: Sequence[str]) -> str:
+    """A parameter's name without the index of its layer."""
+    for stack in stacks:
+        index, _, short = name.removeprefix(f"{stack}.").partition(".")
+        if name.startswith(f"{stack}.") and index.isdigit():
+            return f"{stack}.*.{short}"
+    return name

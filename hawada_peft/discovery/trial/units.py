@@ -142,7 +142,7 @@ def _top(gradients: Mapping[str, torch.Tensor]) -> float:
 def _largest(gradients: Mapping[str, torch.Tensor], dim: Dim, size: int) -> torch.Tensor:
     """The largest absolute gradient in each row; 0 where there is none."""
     gradient = gradients.get(dim[0])
-    if gradient is None:
+    if gradient is None or not gradient.numel():  # of a weight without entries, as of a pool of 0 rows
         return torch.zeros(size)
     return gradient.abs().movedim(dim[1], 0).flatten(1).amax(1) if gradient.ndim > 1 else gradient.abs()
 

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from .layout import FINDERS, Known, Layout, Part, hidden_home
-from .lookup import base_sizes, find_module, locate, locate_all, locate_stream, mark, relocate, tower_names
+from .lookup import (
+    base_sizes,
+    find_module,
+    locate,
+    locate_all,
+    locate_stream,
+    mark,
+    relocate,
+    together,
+    tower_names,
+)
 from .row import FAMILIES, TARGET_MODULES, Family, register_family
 
 __all__ = [
@@ -23,5 +33,6 @@ __all__ = [
     "mark",
     "register_family",
     "relocate",
+    "together",
     "tower_names",
 ]

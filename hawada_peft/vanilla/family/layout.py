@@ -7,7 +7,7 @@ Long because every field of a layout is explained.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, TypeVar, cast
@@ -32,24 +32,33 @@ class Known:
     Args:
         rules (`Mapping[str, tuple[SliceRule, ...]]`): how parameters are made of units, as `find_axes` gives them.
         sizes (`Mapping[str, Container[int]]`): the numbers of units that are built as asked, by the axis.
-        layers (`Mapping[str, Container[int]]`): the layers that have units of an axis, by the axis.
+        layers (`Mapping[str, Collection[int]]`): the layers that have units of an axis, by the axis.
         branches (`tuple[tuple[str, ...], ...]`): of every layer what `Family.branches` says of all.
         pinned (`Mapping[int, str]`): layers that must stay, each with the reason.
         per_layer (`Mapping[str, tuple[int, int]]`): tensors outside of the layers with a stretch for each of them:
             along which dimension, and how long a stretch is.
+        further (`Mapping[str, tuple[str, ...]]`): modules at whose inputs an axis has units beside the ends of the
+            layers, by their full dotted names: a second FFN of a layer, a pooling head, another stack. Each has units
+            of its own, and one number of the config says how many stay, in the layers and there.
+        alike (`Mapping[str, tuple[tuple[str, ...], ...]]`): of an axis the modules, ends of layers and further ones,
+            that must keep the same units, because a table holds those of all of them.
+        ungated (`Mapping[str, str]`): by the kind of axis those that are proved and have no gates, with the reasons.
     """
 
     rules: Mapping[str, tuple[SliceRule, ...]]
     sizes: Mapping[str, Container[int]]
-    layers: Mapping[str, Container[int]]
+    layers: Mapping[str, Collection[int]]
     branches: tuple[tuple[str, ...], ...]
     pinned: Mapping[int, str] = field(default_factory=dict)
     per_layer: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    further: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    alike: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    ungated: Mapping[str, str] = field(default_factory=dict)
 
     def left(self, layers: Sequence[int]) -> Known:
         """What is still known when some layers are left, of other sizes: where things are."""
         kept = {axis: {new for new, old in enumerate(layers) if old in some} for axis, some in self.layers.items()}
-        return Known({}, {}, kept, tuple(self.branches[layer] for layer in layers))
+        return Known({}, {}, kept, tuple(self.branches[layer] for layer in layers), ungated=self.ungated)
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,8 @@ class Layout:
         scope (`str`): path of the sub-config that the sizes are in; empty if it is the config.
         known (`Known`, *optional*): what was found with the row.
         num_experts (`int`, *optional*): routed experts of a layer; None if there are none.
+        beside (`tuple[str, ...]`): the lists of layers of further towers that are gated, or cut, together with this
+            one: what is in them is theirs.
     """
 
     model_type: str
@@ -111,6 +122,7 @@ class Layout:
     scope: str = ""
     known: Known | None = field(default=None, compare=False, repr=False)
     num_experts: int | None = None
+    beside: tuple[str, ...] = ()
 
     def once(self, key: Any, find: Callable[[], Found]) -> Found:
         """
@@ -164,6 +176,22 @@ class Layout:
     def _end(self, layer: int, axis: str, name: str) -> str:
         there = self.known is None or layer in self.known.layers.get(axis, ())
         return f"{self.stack}.{layer}.{name}" if name and there else ""
+
+    @property
+    def further(self) -> dict[str, tuple[str, ...]]:
+        """The modules that hold units of an axis beside the ends of the layers (`Known.further`), by the axis."""
+        found = {} if self.facts is None else self.facts.further
+        others = tuple(f"{stack}." for stack in self.beside)
+        return {axis: tuple(name for name in names if not name.startswith(others)) for axis, names in found.items()}
+
+    def alike(self, name: str) -> tuple[str, ...]:
+        """The modules that must keep the same units as one of them (`Known.alike`), the first of them first."""
+        groups = () if self.facts is None else (each for axis in self.facts.alike.values() for each in axis)
+        return next((group for group in groups if name in group), ())
+
+    def further_axis(self, name: str) -> str:
+        """The axis that has units at a module beside the ends of the layers; empty if none has."""
+        return next((axis for axis, names in self.further.items() if name in names), "")
 
     @cached_property
     def norms(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import UnsupportedModelError
 from ..modules import feature_sizes
-from ..shape import Shape
+from ..shape import FFN, HEADS, Shape
 from ..towers import Tower, config_at, towers_of, value_at
 from .layout import FINDERS, Layout, Part
 from .row import FAMILIES
@@ -91,7 +91,15 @@ def locate_all(model: nn.Module) -> tuple[Layout, ...]:
         UnsupportedModelError: as `locate`.
     """
     towers = list(_marked(model))
-    return tuple(locate(model, tower) for tower in towers) if len(towers) > 1 else (locate(model),)
+    return together([locate(model, tower) for tower in towers]) if len(towers) > 1 else (locate(model),)
+
+
+def together(layouts: Sequence[Layout]) -> tuple[Layout, ...]:
+    """The layouts of several towers of one model that are gated, or cut, at once: each knows of the others."""
+    stacks = [layout.stack for layout in layouts]
+    return tuple(
+        replace(layout, beside=tuple(stack for stack in stacks if stack != layout.stack)) for layout in layouts
+    )
 
 
 def _marked(model: nn.Module) -> dict[str | None, Part | None]:
@@ -172,7 +180,8 @@ def _measured(model: PreTrainedModel, part: Part, root: str) -> Layout:
         )
     hidden = _number(config, family.hidden_field or "hidden_size")
     heads = _number(config, family.heads_field or "num_attention_heads")
-    attention, ffn = _inputs(model, part, family.attention_out), _inputs(model, part, family.ffn_out)
+    attention = _inputs(model, part, HEADS, family.attention_out)
+    ffn = _inputs(model, part, FFN, family.ffn_out)
     if len({*attention}) > 1 or len({*ffn}) > 1 or any(size % heads for size in attention):
         raise UnsupportedModelError(
             f"model_type={config.model_type!r}: every layer should have the same sizes, and {heads} heads; the input "
@@ -208,7 +217,7 @@ def _number(config: PreTrainedConfig, field: str) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _inputs(model: PreTrainedModel, part: Part, end: str) -> list[int]:
+def _inputs(model: PreTrainedModel, part: Part, axis: str, end: str) -> list[int]:
     """The input features of one end of every layer, in layers of several kinds of those that have it."""
     stack = cast(Sequence[nn.Module], model.get_submodule(part.stack))
     names = {name for layer in stack for name, _ in layer.named_modules()} if part.known is not None else set()
@@ -217,7 +226,8 @@ def _inputs(model: PreTrainedModel, part: Part, end: str) -> list[int]:
         if end and (part.known is None or end in dict(layer.named_modules())):
             module = find_module(model, f"{part.stack}.{index}.{end}", model.config.model_type)
             sizes.append(feature_sizes(module)[0])
-    if end and not sizes:
+    there = {axis for axis, some in (part.known.layers if part.known is not None else {}).items() if some}
+    if end and not sizes and (part.known is None or axis in there):
         raise UnsupportedModelError(f"no layer of {part.stack!r} has a module {end!r}, only {sorted(names)}")
     return sizes
 

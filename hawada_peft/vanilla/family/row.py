@@ -37,8 +37,8 @@ class Family:
         branches (`tuple[str, ...]`, *optional*): the modules of a layer whose outputs its gate multiplies, relative to
             it: what they give must be added to the residual stream as it is. Empty: there are none, as each layer
             norms its sum. Left out, they are found by running one layer (`gates.branches`).
-        blend_home (`str`): the module of a layer that holds a gate which blends the layer, where the row names neither
-            an attention's nor an FFN's output projection.
+        blend_home (`str`): the module of a layer that holds a gate which blends the layer, where neither an
+            attention's nor an FFN's output projection is in every layer.
         router (`str`): what chooses the experts of a token, relative to a layer; empty if there are none. `ffn_out`
             are the experts then, stacked in raw weights, and FFN channels are those of every expert.
         experts_field (`str`): the config field with the number of experts.
