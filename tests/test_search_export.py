@@ -429,6 +429,21 @@ def test_trained_gates_are_ranked_by_their_values() -> None:
     ]
 
 
+def test_later_rounds_try_half_as_many_shapes() -> None:
+    table, tried = toy_table(DENSE, launch=0.5, arithmetic=1.0), []
+    machine = Machine(table, factor=1.3)
+
+    def realise(shapes: Sequence[Shape]) -> dict[Shape, Timing]:
+        tried.append(len(shapes))
+        return machine(shapes)
+
+    effort = Effort(candidates=4, search_rounds=40, instances=1)
+    result = search(toy_space(), table, ToyQuality(), LatencyBudget(speedup=1.5), realise, effort=effort)
+    assert result.speedup >= 1.5
+    assert tried[0] == 4
+    assert set(tried[1:]) == {2, 1}  # one at the end
+
+
 def test_layers_that_no_budget_needs_are_not_judged() -> None:
     quality = quality_of(LM_ROW)
     dense = quality.layout.dense
