@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 from zoo import ZOO
 
 from hawada_peft import HawAdaConfig, Plan, Shape, save_slim, slim_checkpoint
-from hawada_peft.discovery import Anatomy, inspect, parts_of, table_of, ungated
+from hawada_peft.discovery import Anatomy, find_parts, inspect, parts_of, table_of, ungated
 from hawada_peft.discovery.anatomy import INPUT, Axis, Number, PerLayer, Pinned, Place, Rows, Segment, Stack
 from hawada_peft.discovery.inputs import example_inputs
 from hawada_peft.errors import IllegalShapeError, InvalidPlanError, UnsupportedModelError
 from hawada_peft.gates.adapter import GateAdapter
 from hawada_peft.planning.further import Further
-from hawada_peft.vanilla.family import FAMILIES, locate, locate_all
+from hawada_peft.vanilla.family import FAMILIES, locate, locate_all, lookup
 from hawada_peft.vanilla.outputs import outputs_of
 
 BART = {
@@ -123,6 +123,23 @@ def test_gates_of_a_stack_learn() -> None:
         loss.backward()
         optimizer.step()
     assert losses[-1] < losses[0]
+
+
+def test_the_largest_stack_of_which_something_can_go_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(ROW)
+    encoder, decoder = find_parts(model)
+    assert locate(model).tower == decoder.tower == "decoder"
+    known = replace(decoder.known, pinned=dict.fromkeys(range(2), "it has to"))
+    fixed = replace(decoder, family=replace(decoder.family, ffn_out="", attention_out=""), known=known)
+    monkeypatch.setattr(lookup, "FINDERS", [lambda _: [encoder, fixed]])
+    assert locate(model).tower == "encoder"
+    assert locate(model, "decoder").tower == "decoder"
+
+
+def test_a_model_without_a_list_of_layers_is_refused_with_the_reason() -> None:
+    kind = ZOO["albert"]
+    with pytest.raises(UnsupportedModelError, match="Nor is there a list of layers in it"):
+        get_peft_model(kind.model_class(kind.make_config()), HawAdaConfig())
 
 
 def test_what_was_not_found_is_refused() -> None:

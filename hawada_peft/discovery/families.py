@@ -218,7 +218,9 @@ def reach(axis: Axis, stack: Stack) -> Seen | str:
     if strange := [place.parameter for place in axis.places if not _gated_at(place)]:
         return f"there are no gates for units that are closed at {strange[0]}"
     if narrow := [place for place in axis.places if place.units != axis.units]:
-        return f"{narrow[0].parameter} has {narrow[0].units} of its {axis.units} units"
+        return (
+            f"its number sets widths of several sizes, {narrow[0].units} at {narrow[0].module} of at most {axis.units}"
+        )
     modules = dict.fromkeys(place.module for place in inside)
     seen = max((Seen(axis, module) for module in modules), key=lambda each: len(each.layers))
     fields = [field.removeprefix(f"{_scope(stack.field)}.") for field in Seen(axis, "").fields]

@@ -1,4 +1,8 @@
-"""The lookup of a family's row in a model, and of its sizes."""
+"""
+The lookup of a family's row in a model, and of its sizes.
+
+Long because whatever is not there is said.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +79,9 @@ def _discovered(model: PreTrainedModel, towers: list[Tower], wanted: str | None)
     parts = [part for find in FINDERS for part in find(model)]
     chosen = [part for part in parts if wanted in (None, part.tower)]
     if not chosen:
-        raise _no_row(model, towers, wanted)
+        raise _no_row(model, towers, wanted, listed=bool(parts))
+    # A tower that is asked for is taken as it is; else one of which something can go.
+    chosen = [part for part in chosen if wanted is not None or _loses(part)] or chosen
 
     def weight(part: Part) -> int:
         return sum(parameter.numel() for parameter in model.get_submodule(part.stack).parameters())
@@ -157,7 +163,13 @@ def _weight(model: PreTrainedModel, tower: Tower) -> int:
     return sum(parameter.numel() for parameter in stack.parameters())
 
 
-def _no_row(model: PreTrainedModel, towers: list[Tower], wanted: str | None) -> UnsupportedModelError:
+def _loses(part: Part) -> bool:
+    """Whether heads, FFN channels or layers were found that can go."""
+    family, known = part.family, part.known
+    return bool(family.attention_out or family.ffn_out) or known is None or len(known.pinned) < len(known.branches)
+
+
+def _no_row(model: PreTrainedModel, towers: list[Tower], wanted: str | None, *, listed: bool) -> UnsupportedModelError:
     inside = {each.path: each.config.model_type for each in towers[1:]}
     paths = ", ".join(f"{path} ({kind})" for path, kind in inside.items())
     has = f" It has the towers {paths}." if inside else ""
@@ -166,6 +178,7 @@ def _no_row(model: PreTrainedModel, towers: list[Tower], wanted: str | None) -> 
     kind = inside.get(wanted or "", model.config.model_type)
     return UnsupportedModelError(
         f"There is no family row for model_type={kind!r}; rows exist for {sorted(FAMILIES)}.{has} "
+        f"{'' if listed else 'Nor is there a list of layers in it, where gates go by what `hawada inspect` finds. '}"
         "Please specify `target_modules` in `peft_config` to gate the inputs of modules by name (such gates fold "
         "into the weights but remove nothing), or describe the family with `hawada_peft.register_family`."
     )
