@@ -30,10 +30,10 @@ SPARE = 1.3
 BACKWARD = 3
 """A pass with gradients, in passes without: importance takes one, and a basis another."""
 
-REFITTED, SHAPES = 4, 18
+REFITTED, SHAPES = 6, 18
 """A refitted model, in passes of the dense one, and how many a search judges."""
 
-CALLS = 600
+CALLS = 450
 """What tables, candidates and the last timings of a search take, in calls of the dense model."""
 
 
