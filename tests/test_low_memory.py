@@ -193,6 +193,7 @@ def test_one_layer_of_each_model_is_there_at_once(name: str, tmp_path: Path) -> 
                 one.most <= watched.most <= layer + outside + max(tensor.nbytes for tensor in watched.state.values())
             )
             assert watched.now == 0
+            assert watched.reads <= 3 * len(watched.state)
             assert all(tensor.is_meta for tensor in one.model.state_dict().values())
         reconstruct(model, expected, plan, batches)
         assert done.applied

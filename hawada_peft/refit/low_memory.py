@@ -69,9 +69,10 @@ def refit_on_demand(
     """
     `reconstruct` of models that are larger than memory: the same weights, in `slim.changed`, up to rounding.
 
-    At once there are one layer of each model, or what one model has outside of its layers; the moments of one
+    At once there are one layer of each model, or of one model a layer and all that is in no layer; the moments of one
     projection, in float64; and, with `keep` or in memory, what `reconstruct` holds of the hidden states. Every weight
-    of the dense model is read twice, of the slim one three times, and layers again before which others were dropped.
+    of the dense model is read twice, or three times where the layers behind it are dropped; of the slim one three
+    times.
 
     Args:
         dense, slim: the weights of both models, on one device.

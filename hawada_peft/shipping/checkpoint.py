@@ -73,9 +73,9 @@ def slim_checkpoint(
 
     With `calibration` the slim model's output projections are refitted to the dense one (`reconstruct`): both models
     are loaded, unless `low_memory` says to go through them layer by layer, straight from the files
-    (`refit_on_demand`). The weights are then the same up to rounding; in memory are one layer of each model, or the
-    embeddings and the head of one, and the moments of one projection. Hidden states are kept beside the output folder
-    meanwhile, in files without a name.
+    (`refit_on_demand`). The weights are then the same up to rounding. In memory are one layer of each model, or a
+    layer, the embeddings and the head of one, and the moments of one projection; hidden states are kept beside the
+    output folder meanwhile, in files without a name.
 
     Args:
         base: folder or Hub id of the dense model, with safetensors files.
