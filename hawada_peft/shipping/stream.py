@@ -26,6 +26,7 @@ from ..files.spill import Spill
 from ..gates.reading import gate_scores
 from ..planning.plan import Plan
 from ..progress import Progress, progress_bar
+from ..refit.layerwise import Keep, in_memory
 from ..refit.low_memory import refit_on_demand
 from ..refit.on_demand import OnDemand
 from ..refit.reconstruction import Reconstruction
@@ -117,8 +118,11 @@ class _Export:
             InvalidPlanError, HawAdaError, BadDataError, UnsupportedModelError: as `refit_on_demand`.
         """
         batches, teacher = list(calibration), Checkpoint(self._checkpoint.folder)
-        keep = Spill(folder)
-        options: dict[str, Any] = {"keep": keep, "device": device or "cpu"}
+        spill, where = Spill(folder), torch.device(device or "cpu")
+        keep: Keep = (
+            spill if where.type == "cpu" else in_memory
+        )  # an accelerator works on what it has in its own memory
+        options: dict[str, Any] = {"keep": spill, "device": where}
         with (
             OnDemand(teacher.skeleton, locate(teacher.skeleton), teacher.whole, **options) as dense,
             OnDemand(self.slim, locate(self.slim), self._read, **options) as slim,

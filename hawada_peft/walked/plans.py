@@ -22,7 +22,7 @@ from ..planning.plan import Plan
 from ..planning.ranking import rank
 from ..progress import Progress
 from ..refit.activity import Activity, activity_of
-from ..refit.layerwise import in_memory
+from ..refit.layerwise import Keep, in_memory
 from ..refit.low_memory import start_stream
 from ..refit.on_demand import OnDemand
 from ..search.result import SearchResult
@@ -122,7 +122,8 @@ def walk_checkpoint(
         base: folder or Hub id of the dense model, with safetensors files.
         calibration: batches, keyword arguments of its forward pass. Labels are not used, padding does not count.
         device: where layers are computed; the CPU if left out.
-        spill: a folder on a disk for hidden states, in files without a name; they stay in memory if left out.
+        spill: a folder on a disk for hidden states, in files without a name; they stay in memory if left out, and on
+            an accelerator in its own.
 
     Returns:
         `ActivityQuality`: `.plan(shape)` for sizes that are known; `plan_checkpoint` searches them.
@@ -140,7 +141,7 @@ def walk_checkpoint(
     if not batches:
         raise HawAdaError("no calibration batches were given; pass at least one")
     layout = locate(model)
-    keep = in_memory if spill is None else Spill(Path(spill))
+    keep: Keep = in_memory if spill is None or torch.device(where).type != "cpu" else Spill(Path(spill))
     with OnDemand(model, layout, checkpoint.whole, device=where) as weights, torch.no_grad():
         return ActivityQuality(layout, activity_of(start_stream(weights, batches, keep), batches))
 
@@ -166,7 +167,8 @@ def plan_checkpoint(
         budget: what the slim model may cost.
         calibration: batches, keyword arguments of its forward pass. Labels are not used, padding does not count.
         device: where layers are computed, and shapes timed unless the budget names another; the CPU if left out.
-        spill: a folder on a disk for hidden states, in files without a name; they stay in memory if left out.
+        spill: a folder on a disk for hidden states, in files without a name; they stay in memory if left out, and on
+            an accelerator in its own.
         effort: how hard to measure and to look, and by which clock.
         progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
 
