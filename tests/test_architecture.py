@@ -22,6 +22,7 @@ FLOORS = (
     "evaluation",
     "shipping",
     "race",
+    "walked",
     "search",
     "tuner",
     "basis",

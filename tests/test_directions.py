@@ -24,6 +24,7 @@ from hawada_peft.basis.find import find_basis
 from hawada_peft.errors import HawAdaError, IllegalShapeError, UnsupportedModelError
 from hawada_peft.latency.build import random_shapes
 from hawada_peft.search.narrow import NarrowTables
+from hawada_peft.search.space import search_space
 from hawada_peft.search.timed import measure_table
 from hawada_peft.vanilla.family import FAMILIES, locate, register_family
 from hawada_peft.vanilla.legality import legal_head_shapes
@@ -267,6 +268,24 @@ def test_estimates_of_narrower_streams_are_as_good_as_others() -> None:
             assert table.dense_ms == pytest.approx(narrow_law(layout.dense), rel=1e-3)
     assert [len(seen[size]) for size in sizes[:-1]] == [3] * 4
     assert len(seen[24]) < len(seen[64])
+
+
+@pytest.mark.parametrize(
+    ("budget", "met"),
+    [
+        ({"speedup": 1.1}, [40, 24]),
+        ({"speedup": 2}, [24]),
+        ({"speedup": 9}, []),
+        ({"max_parameters": 10**9}, [56, 40, 24]),
+    ],
+    ids=str,
+)
+def test_hidden_sizes_that_meet_a_budget_by_themselves_are_known(budget: dict[str, Any], met: list[int]) -> None:
+    sizes, model, effort = (56, 40, 24), build(LM_ROW), once(by_shape(narrow_law), whole_shapes=2)
+    tables = NarrowTables(model, measure_table(model, REGIME, effort=effort), sizes, effort)
+    spaces = [search_space(locate(model), REGIME, multiple=8, hidden_size=size) for size in sizes]
+    found = [space.hidden_size for space in spaces if tables.meets(LatencyBudget(**budget), space)]
+    assert found == met
 
 
 def test_tables_of_narrower_streams_are_kept(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ from hawada_peft.search import reference, timed_models
 from hawada_peft.search.answer import frontier
 from hawada_peft.search.budgeted import find_plan
 from hawada_peft.search.masked import MaskedQuality
-from hawada_peft.search.narrow import DOUBT, needed_sizes, worthwhile_sizes
+from hawada_peft.search.narrow import DOUBT, worthwhile_sizes
 from hawada_peft.search.result import MOST_POINTS, SearchResult
 from hawada_peft.search.rounds import search
 from hawada_peft.search.space import SearchSpace, narrower_sizes, search_space
@@ -285,20 +285,6 @@ def test_layers_are_ranked_by_the_first_batches_and_depths_measured_on_all(monke
     assert losses[2] == pytest.approx(max(losses[3], quality.loss(quality.without_layers(2))))
 
 
-@pytest.mark.parametrize(
-    ("budget", "needed"),
-    [({"speedup": 1.3}, [48, 32]), ({"speedup": 3}, [48, 32, 16]), ({"max_parameters": 10**9}, [48])],
-    ids=str,
-)
-def test_no_hidden_size_is_searched_below_one_that_meets_the_budget(budget: dict[str, Any], needed: list[int]) -> None:
-    def state_of(size: int) -> SearchState:
-        table = toy_table(DENSE, launch=0.05, arithmetic=size / 64)
-        table = replace(table, dense_ms=toy_table(DENSE, launch=0.05, arithmetic=1.0).dense_ms)
-        return SearchState(replace(toy_space(), hidden_size=size), table, LatencyBudget(**budget), Effort())
-
-    assert needed_sizes([48, 32, 16], state_of) == needed
-
-
 def test_a_table_leaves_out_less_the_worse_it_is() -> None:
     space, budget = toy_space(), LatencyBudget(speedup=1.3)
     plain = toy_table(DENSE, launch=0.5, arithmetic=1.0)
@@ -319,13 +305,21 @@ def test_hidden_sizes_that_cannot_win_get_no_table(speedup: float) -> None:
     table, space, quality = toy_table(DENSE, launch=0.5, arithmetic=1.0), toy_space(), Narrow()
     state = SearchState(space, table, LatencyBudget(speedup=speedup), Effort())
     best = quality.predict(space).ravel()[state.fits()].min()
-    found = worthwhile_sizes(state, quality, sizes := [56, 48, 40, 32, 24, 16, 8])
+    asked: list[int] = []
+
+    def enough(size: int, least: int = 0) -> bool:
+        asked.append(size)
+        return size <= least
+
+    found = worthwhile_sizes(state, quality, sizes := [56, 48, 40, 32, 24, 16, 8], enough)
     losses = [(1 - size / 64) ** 2 for size in sizes]
     assert found == [size for size, loss in zip(sizes, losses, strict=True) if loss <= DOUBT * best]
     assert len(found) < len(sizes)
     assert len(quality.evaluated) == len(found) + 1  # the first that is left out ends it
+    assert asked == found
+    assert worthwhile_sizes(state, quality, sizes, lambda size: enough(size, 48)) == [s for s in found if s >= 48]
     hopeless = SearchState(space, table, LatencyBudget(speedup=1e6), Effort())
-    assert worthwhile_sizes(hopeless, quality, sizes) == sizes
+    assert worthwhile_sizes(hopeless, quality, sizes, enough) == sizes
 
 
 def test_the_gated_model_is_left_as_it_was() -> None:
@@ -433,6 +427,21 @@ def test_trained_gates_are_ranked_by_their_values() -> None:
         "step 3 of 4: judging shapes",
         "step 4 of 4: building and timing shapes",
     ]
+
+
+def test_later_rounds_try_half_as_many_shapes() -> None:
+    table, tried = toy_table(DENSE, launch=0.5, arithmetic=1.0), []
+    machine = Machine(table, factor=1.3)
+
+    def realise(shapes: Sequence[Shape]) -> dict[Shape, Timing]:
+        tried.append(len(shapes))
+        return machine(shapes)
+
+    effort = Effort(candidates=4, search_rounds=40, instances=1)
+    result = search(toy_space(), table, ToyQuality(), LatencyBudget(speedup=1.5), realise, effort=effort)
+    assert result.speedup >= 1.5
+    assert tried[0] == 4
+    assert set(tried[1:]) == {2, 1}  # one at the end
 
 
 def test_layers_that_no_budget_needs_are_not_judged() -> None:

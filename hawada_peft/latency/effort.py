@@ -36,7 +36,8 @@ class Effort:
         group (`int`): models in memory at a time.
         seed (`int`): of the random shapes.
         margin (`float`): how far below a budget a search stays, in parts of it; room for the spread of the timer.
-        candidates (`int`): shapes that are built, timed and evaluated in each round of a search.
+        candidates (`int`): shapes that are built, timed and evaluated in the first round of a search; half as many in
+            each later one.
         search_rounds (`int`): such rounds at most.
         instances (`int`): how often the dense model and the answer are built and timed side by side at the end. Models
             of one shape differ in speed by where their weights lie in memory; the median counts.

@@ -32,7 +32,7 @@ from ..vanilla.family import locate
 from ..vanilla.shape import HIDDEN
 from .directions import Found, may_add_directions, with_directions
 from .masked import ASKED, DEPTH, JUDGED_SHAPES, MaskedQuality
-from .narrow import NarrowTables, needed_sizes, worthwhile_sizes
+from .narrow import NarrowTables, worthwhile_sizes
 from .refitted import REFITS, RefittedQuality, obstacle
 from .result import SearchResult
 from .rounds import search
@@ -78,7 +78,7 @@ def find_plan(
         calibration: batches, keyword arguments of the forward pass. Labels count for that importance only.
         table: measured here before; measured or taken from the disk cache if left out.
         hidden_sizes: to search besides the dense one; if left out, of a few even steps down to 3/8 of it those that
-            the budget needs and that may win (`needed_sizes`, `worthwhile_sizes`).
+            that may win (`worthwhile_sizes`).
         rotate: `False` searches no hidden sizes unless the adapter has gates on `"hidden"`; `True` says by an error
             what forbids a basis. If left out, they are searched where the rotation is exact for the family
             and the calibration batches hold positions enough for a basis.
@@ -207,10 +207,8 @@ def _search(
         narrow = NarrowTables(model, table, sizes, effort, progress=progress, kept=kept)
         spaces_of = {size: space_of(size, narrow.multiple(size)) for size in sizes}
         if hidden_sizes is None:
-            sizes = needed_sizes(
-                sizes, lambda size: SearchState(spaces_of[size], narrow.expected(size), budget, effort)
-            )
-            sizes = worthwhile_sizes(SearchState(spaces[0], table, budget, effort), quality, sizes)
+            state = SearchState(spaces[0], table, budget, effort)
+            sizes = worthwhile_sizes(state, quality, sizes, lambda size: narrow.meets(budget, spaces_of[size]))
         tables += [narrow(size) for size in sizes]
         spaces += [spaces_of[size] for size in sizes]
     if table.poor:
@@ -222,9 +220,9 @@ def _search(
     result = replace(result, depth=quality.depth)
     if given:
         kind = "directions of a basis" if quality.scores.rotated else "channels"
-        words = f"{len(sizes) + 1} sizes, by {kind}"
+        words = f"{len(sizes) + 1} of {given + 1} sizes, by {kind}"
         if len(sizes) < given:
-            words += f"; {given - len(sizes)} smaller ones cut more than the budget asks for"
+            words += "; the smaller ones cut more than the budget asks for"
         result = replace(result, steps={**result.steps, "hidden_size": words})
     warn_unsettled(*(each.unsettled for each in tables), timer.unsettled)
     return result, importance

@@ -1,11 +1,12 @@
 """
-Narrower residual streams in a search: which hidden sizes a budget needs and which may win, and their latency tables:
-one is measured, and the others follow.
+Narrower residual streams in a search: which hidden sizes may win, and their latency tables: one is measured, and the
+others follow.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -14,6 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..files.kept import Kept
+from ..latency.budget import LatencyBudget
 from ..latency.build import TABLE, least_multiple, random_shapes
 from ..latency.cache import cached_table, table_key
 from ..latency.effort import Effort
@@ -28,6 +30,7 @@ from ..vanilla.legality import legal_head_shapes
 from ..vanilla.shape import Shape
 from .masked import DOUBT
 from .quality import Quality
+from .space import SearchSpace
 from .state import SearchState
 from .timed import dense_model, sizes_at, table_of
 from .timed_models import realiser
@@ -93,6 +96,11 @@ class NarrowTables:
         key = table_key(self.regime, self.sizes[size][1], heads, self.effort) | {"between": self.narrowest}
         return cached_table(partial(self._corrected, size), key, self.effort)
 
+    def meets(self, budget: LatencyBudget, space: SearchSpace) -> bool:
+        """Whether the largest shape of a hidden size surely meets a budget, as far as is known before it is timed."""
+        state = SearchState(space, self.expected(space.hidden_size or self.layout.hidden_size), budget, self.effort)
+        return bool(state.surely()[int(state.parameters.argmax())])
+
     @cached_property
     def _measured(self) -> LatencyTable:
         size = self.narrowest
@@ -128,51 +136,39 @@ class NarrowTables:
         return replace(corrected, unsettled="; ".join(note for note in notes if note))
 
 
-def needed_sizes(sizes: Sequence[int], state_of: Callable[[int], SearchState]) -> list[int]:
-    """
-    The hidden sizes that a budget may need: none below the first one at which the largest shape surely meets it.
-
-    Of two shapes that differ in their hidden size alone the wider one loses less.
-
-    Args:
-        sizes: in descending order.
-        state_of: by the hidden size, its shapes with their latencies, nothing timed.
-    """
-    found: list[int] = []
-    for size in sizes:
-        found.append(size)
-        state = state_of(size)
-        if state.surely()[int(state.parameters.argmax())]:
-            logger.info("the hidden size %d alone meets the budget: smaller ones are left out", size)
-            break
-    return found
-
-
-def worthwhile_sizes(state: SearchState, quality: Quality, sizes: Sequence[int]) -> list[int]:
+def worthwhile_sizes(
+    state: SearchState, quality: Quality, sizes: Sequence[int], enough: Callable[[int], bool]
+) -> list[int]:
     """
     The hidden sizes at which a shape may lose less than the best one of the dense hidden size that meets the budget.
 
     Whatever else is cut, a shape loses no less than its hidden size does alone. So none counts that alone loses more
-    than that best shape is predicted to lose, times `DOUBT`; nor does any smaller one.
+    than that best shape is predicted to lose, times `DOUBT`; nor does any smaller one. And of two shapes that differ
+    in their hidden size alone the wider one loses less: so none counts below one that meets the budget by itself.
 
     Args:
         state: of the dense hidden size, nothing timed.
         quality: the losses. What it measures here the search asks for again.
         sizes: in descending order.
+        enough: whether a hidden size surely meets the budget by itself; asked of those alone that do not lose too
+            much.
 
     Returns:
-        The first of them; all, if no shape of the dense hidden size meets the budget.
+        The first of them.
     """
-    if not state.fits().any():
-        return list(sizes)
-    state = state.of_worthwhile_depth()
-    state.predict(quality)
-    limit = DOUBT * float(state.predicted[state.fits()].min())
+    limit = math.inf
+    if state.fits().any():
+        state = state.of_worthwhile_depth()
+        state.predict(quality)
+        limit = DOUBT * float(state.predicted[state.fits()].min())
     found: list[int] = []
     for size in sizes:
-        loss = quality.evaluate(Shape(hidden_size=size))
+        loss = quality.evaluate(Shape(hidden_size=size)) if math.isfinite(limit) else None
         if loss is not None and loss > limit:
             logger.info("a hidden size of %d alone loses %.4g, more than %.4g: it is left out", size, loss, limit)
             break
         found.append(size)
+        if enough(size):
+            logger.info("a hidden size of %d alone meets the budget: smaller ones are left out", size)
+            break
     return found

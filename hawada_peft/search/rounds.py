@@ -70,7 +70,8 @@ def search(
             state.evaluate([best], quality)
             confirmed.add(best)
             continue
-        chosen = state.choose(ranked, effort.candidates)
+        # Later ones lie close together, near what the first have corrected.
+        chosen = state.choose(ranked, math.ceil(effort.candidates / 2) if state.times else effort.candidates)
         logger.info("round %d: realising %s", number, [state.shape(index).to_dict() for index in chosen])
         state.evaluate(chosen, quality)
         state.time(chosen, realise)

@@ -1,4 +1,8 @@
-"""`hawada plan`."""
+"""
+`hawada plan`.
+
+Long because the plan's files are written here and read here, for other commands as well.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ import typer
 from ...progress import Progress
 from ..data import DATA, check_data
 from ..errors import say
-from ..options import ClockCommand, Effort, Fresh, Level, Model, Said
+from ..options import ClockCommand, Effort, Fresh, Level, Model, Said, refuse
 from ..tables import table
 
 if TYPE_CHECKING:
@@ -28,6 +32,7 @@ EXAMPLES = (
     "hawada plan ./vit images.safetensors --latency-ms 8 --batch-size 64 --output plan.json",
     "hawada plan ./chat Salesforce/wikitext:wikitext-2-raw-v1 --speedup 1.3 --seq-len 512 --effort quick",
     "hawada plan ./teacher text.txt --speedup 1.5 --seq-len 256 --adapter ./adapter --json",
+    "hawada plan meta-llama/Llama-3.1-8B text.txt --speedup 1.3 --seq-len 256 --low-memory",
 )
 
 
@@ -48,6 +53,12 @@ def run(
     refit: Annotated[
         bool | None, typer.Option(help="Judge shapes by refitted models, or by closed gates; refitted where possible.")
     ] = None,
+    low_memory: Annotated[
+        bool,
+        typer.Option(
+            "--low-memory", help="Do not load the model: walk through it once, layer by layer; no gradients."
+        ),
+    ] = False,
     effort: Level = Effort.normal,
     fresh: Fresh = False,
     clock_command: ClockCommand = None,
@@ -60,17 +71,18 @@ def run(
     cuts the hidden size in a basis, the basis is written beside the plan, and `hawada slim --plan` finds it there.
     What was found so far is in plan.work meanwhile: the same command goes on from there after an interruption.
 
+    With --low-memory layers, heads and channels are ranked by what they do to the residual stream, and hidden sizes
+    are not searched.
+
     Give one of --speedup, --latency-ms and --fraction, or --max-parameters or --max-memory, or both.
     """
     from ...basis.basis import basis_gate, gate_basis
     from ...basis.stored import SUFFIX, save_basis
     from ...errors import HawAdaError
-    from ...files.atomic import write_text
     from ...files.kept import clear_kept
     from ...latency.budget import LatencyBudget
     from ...search.budgeted import find_plan
     from ...search.refitted import obstacle
-    from ...search.result import FORMAT
     from ...search.timed import check_regime, regime_of
     from ...vanilla.family import locate
     from ...vanilla.loading import checked_device, load_model, load_skeleton
@@ -84,6 +96,15 @@ def run(
     check_regime(skeleton, regime_of(skeleton, limits))  # before the work
     to.parent.mkdir(parents=True, exist_ok=True)
     batches = read_batches(calibration, model, seq_len=limits.length, examples=examples)
+    if low_memory:
+        from ...walked.plans import plan_checkpoint
+
+        found = plan_checkpoint(
+            model, limits, batches, device=str(device), spill=to.parent, effort=hard, progress=progress
+        )
+        made = {"model": model, "data": calibration, "seq_len": limits.length, "examples": examples, "refitted": False}
+        then = f"hawada slim {model} slim --plan {to} --calibration {calibration} --low-memory"
+        return _written(found, skeleton, to, made, None, then)
     gated = gates_of(load_model(model, device), adapter, hidden=hidden)
     refitted = not obstacle(gated, batches) if refit is None else refit
     if progress is not None:
@@ -101,16 +122,27 @@ def run(
         clear_kept(work)
         raise
     made = {"model": model, "data": calibration, "seq_len": limits.length, "examples": examples, "refitted": refitted}
-    beside = search_file(to)
     basis: Path | None = None
     if found.plan.rotated:
         base, basis = gated.get_base_model(), to.with_suffix(SUFFIX)
         gate = basis_gate(base, locate(base), gated.active_adapters[0])
         save_basis(gate_basis(cast("BasisGate", gate)), basis)  # before the plan that needs it
+    words = " ".join(["hawada slim", model, *([adapter] if adapter else []), f"slim --plan {to}"])
+    said = _written(found, skeleton, to, made, basis, words)
+    clear_kept(work)
+    return said
+
+
+def _written(
+    found: SearchResult, skeleton: PreTrainedModel, to: Path, made: dict[str, Any], basis: Path | None, then: str
+) -> Said:
+    """Write the plan and the search beside it, and say so."""
+    from ...files.atomic import write_text
+    from ...search.result import FORMAT
+
+    beside, best = search_file(to), found.best
     write_text(to, found.plan.to_json())
     write_text(beside, json.dumps({"format": FORMAT, MADE: made} | found.figures()) + "\n")
-    clear_kept(work)
-    best = found.best
     data = {
         "shape": best.shape.to_dict(),
         "measured_ms": best.measured_ms,
@@ -123,8 +155,7 @@ def run(
         "basis": None if basis is None else str(basis),
     }
     also = "" if basis is None else f", the basis that it keeps directions of to {basis}"
-    words = " ".join(["hawada slim", model, *([adapter] if adapter else []), f"slim --plan {to}"])
-    return Said(f"{_table(found, skeleton)}\nplan written to {to}, the search to {beside}{also}", data, next=[words])
+    return Said(f"{_table(found, skeleton)}\nplan written to {to}, the search to {beside}{also}", data, next=[then])
 
 
 def _table(found: SearchResult, skeleton: PreTrainedModel) -> str:
@@ -138,9 +169,12 @@ def _table(found: SearchResult, skeleton: PreTrainedModel) -> str:
         ("parameters", f"{skeleton.num_parameters():,}", f"{best.parameters:,}", ""),
     ]
     rows += [(name.replace("num_", "").replace("_", " "), dense[name], slim[name], "") for name in dense]
-    loss = best.predicted_loss if best.measured_loss is None else best.measured_loss
-    times = f"perplexity about {math.exp(min(loss, 50.0)):.2f} times the dense one's"
-    rows.append(("loss before training, nats", 0, f"{loss:.4f}", times if skeleton.can_generate() else ""))
+    if best.measured_loss is None:
+        rows.append(("change of the residual stream", 0, f"{best.predicted_loss:.4f}", found.loss))
+    else:
+        times = f"perplexity about {math.exp(min(best.measured_loss, 50.0)):.2f} times the dense one's"
+        said = times if skeleton.can_generate() else ""
+        rows.append(("loss before training, nats", 0, f"{best.measured_loss:.4f}", said))
     limit = "" if math.isinf(found.limit_ms) else f"; allowed {found.limit_ms:.3f} ms"
     return "\n".join(
         [table(["", "dense", "slim", ""], rows), f"{found.table.regime}, {found.table.device_name}{limit}"]
@@ -153,6 +187,10 @@ def check(model: str, calibration: str, **options: Any) -> None:
     from ...sources import check_source
 
     check_data(calibration)
+    if options["low_memory"]:
+        names = {"adapter": "--adapter", "rotate": "--rotate", "refit": "--refit"}
+        given = {words: options[name] for name, words in names.items()} | {"--hidden": options["hidden"] or None}
+        refuse(given, "does not go with --low-memory, which loads no model, takes no gradients and evaluates no shape")
     LatencyBudget(**{name: each for name, each in options.items() if name in LatencyBudget.__dataclass_fields__})
     check_source(model)
 

@@ -1,0 +1,191 @@
+"""Plans for a model that is larger than memory: by what its parts do to the residual stream, without gradients."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..errors import HawAdaError
+from ..files.checkpoint import Checkpoint
+from ..files.spill import Spill
+from ..gates.reading import UnitScores
+from ..latency.budget import LatencyBudget
+from ..latency.effort import Effort
+from ..latency.timing import warn_unsettled
+from ..planning.plan import Plan
+from ..planning.ranking import rank
+from ..progress import Progress
+from ..refit.activity import Activity, activity_of
+from ..refit.layerwise import in_memory
+from ..refit.low_memory import start_stream
+from ..refit.on_demand import OnDemand
+from ..search.result import SearchResult
+from ..search.rounds import search
+from ..search.scores import channels_cut, heads_cut
+from ..search.space import SearchSpace, search_space
+from ..search.timed import Timer, check_regime, table_of
+from ..vanilla.batches import Batch, check_batch, without_labels
+from ..vanilla.family import Layout, locate
+from ..vanilla.legality import check_legal
+from ..vanilla.shape import FFN, HEADS, LAYERS, Shape
+
+
+@dataclass(frozen=True)
+class ActivityQuality:
+    """
+    The quality of shapes by one walk through the dense model. Nothing is evaluated: predictions are all there is.
+
+    What is cut costs half the square by which it changes the residual stream, in parts of the stream's own square
+    behind the layer; summed up, as if errors were independent. For a layer that goes it is its influence, 1 minus the
+    cosine of the stream before and after it, which for small changes is the same.
+
+    Args:
+        layout: of the dense model.
+        activity: what its parts do on calibration batches.
+    """
+
+    layout: Layout
+    activity: Activity
+
+    @property
+    def meaning(self) -> str:
+        """What the losses are, for people."""
+        return "1 minus the cosine of the residual stream, summed over what is cut; from activations alone"
+
+    @cached_property
+    def scores(self) -> UnitScores:
+        """What cutting each unit costs."""
+        layers = tuple(torch.tensor(each, dtype=torch.float64) for each in self.activity.influence)
+        return UnitScores(self._parts(self.activity.heads), self._parts(self.activity.channels), layers)
+
+    def _parts(self, energies: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+        """Energies in parts of twice the stream's; None where a layer's projection is not known."""
+        pairs = zip(energies, self.activity.stream, strict=True)
+        return tuple(each / (2 * stream) if len(each) else None for each, stream in pairs)
+
+    @property
+    def free(self) -> tuple[str, ...]:
+        """What can be cut."""
+        known = {HEADS: self.scores.heads, FFN: self.scores.channels, LAYERS: self.scores.layers}
+        beside = self.layout.further  # modules in no layer count these units, too
+        return tuple(
+            axis for axis, each in known.items() if axis not in beside and all(score is not None for score in each)
+        )
+
+    def predict(self, space: SearchSpace) -> np.ndarray:
+        """The predicted loss over the space: (layers, heads, FFN sizes)."""
+        heads = np.stack([heads_cut(each, space.dense, space.heads) for each in self.scores.heads])
+        ffn = np.stack([channels_cut(each, space.ffn) for each in self.scores.channels])
+        result = np.empty((len(space.layers), len(space.heads), len(space.ffn)))
+        for row, count in enumerate(space.layers):
+            kept = list(self.plan(Shape(num_hidden_layers=count)).layers)
+            gone = sum(each for layer, each in enumerate(self.activity.influence) if layer not in kept)
+            result[row] = gone + heads[kept].sum(0)[:, None] + ffn[kept].sum(0)[None, :]
+        return result
+
+    def evaluate(self, shape: Shape) -> None:
+        """Nothing: a slim model would have to be walked through for it."""
+
+    def plan(self, shape: Shape) -> Plan:
+        """
+        What stays at a shape: the layers of most influence, the heads and channels of most energy.
+
+        Args:
+            shape: the sizes; what is left out stays.
+
+        Raises:
+            IllegalShapeError: if there is no vanilla model of it.
+            InvalidPlanError: if it cuts what no layer's energy is known of.
+        """
+        whole = shape.complete(self.layout.dense)
+        check_legal(self.layout, whole)
+        return rank(self.layout, self.scores, whole)
+
+
+def walk_checkpoint(
+    base: str | os.PathLike[str],
+    calibration: Iterable[Batch],
+    *,
+    device: str | None = None,
+    spill: str | os.PathLike[str] | None = None,
+) -> ActivityQuality:
+    """
+    Walk once through a model that is larger than memory, layer by layer from its files.
+
+    Args:
+        base: folder or Hub id of the dense model, with safetensors files.
+        calibration: batches, keyword arguments of its forward pass. Labels are not used, padding does not count.
+        device: where layers are computed; the CPU if left out.
+        spill: a folder on a disk for hidden states, in files without a name; they stay in memory if left out.
+
+    Returns:
+        `ActivityQuality`: `.plan(shape)` for sizes that are known; `plan_checkpoint` searches them.
+
+    Raises:
+        HawAdaError: if there are no batches.
+        BadDataError: if a batch holds what the model cannot take.
+        UnsupportedModelError: as `Checkpoint` and `start_stream`; if a layer's outputs are no linear maps.
+    """
+    checkpoint, where = Checkpoint(base), device or "cpu"
+    model, batches = checkpoint.skeleton, []
+    for batch in calibration:
+        check_batch(model, batch)
+        batches.append(without_labels(batch, where))
+    if not batches:
+        raise HawAdaError("no calibration batches were given; pass at least one")
+    layout = locate(model)
+    keep = in_memory if spill is None else Spill(Path(spill))
+    with OnDemand(model, layout, checkpoint.whole, device=where) as weights, torch.no_grad():
+        return ActivityQuality(layout, activity_of(start_stream(weights, batches, keep), batches))
+
+
+def plan_checkpoint(
+    base: str | os.PathLike[str],
+    budget: LatencyBudget,
+    calibration: Iterable[Batch],
+    *,
+    device: str | None = None,
+    spill: str | os.PathLike[str] | None = None,
+    effort: Effort | None = None,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """
+    The best plan for a budget of a model that is larger than memory, by what its parts do to the residual stream.
+
+    Layers, heads and FFN channels are cut; hidden sizes need gradients. Shapes are built with random weights and timed
+    as always, so that one model has to fit where it is timed; with an `ExternalClock` none has to fit here.
+
+    Args:
+        base: folder or Hub id of the dense model, with safetensors files.
+        budget: what the slim model may cost.
+        calibration: batches, keyword arguments of its forward pass. Labels are not used, padding does not count.
+        device: where layers are computed, and shapes timed unless the budget names another; the CPU if left out.
+        spill: a folder on a disk for hidden states, in files without a name; they stay in memory if left out.
+        effort: how hard to measure and to look, and by which clock.
+        progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
+
+    Raises:
+        InfeasibleBudgetError: if no shape meets the budget.
+        InvalidRegimeError: if the model cannot be timed under the budget.
+        HawAdaError, BadDataError, UnsupportedModelError: as `walk_checkpoint`.
+
+    Warns:
+        UnsettledTimingWarning: once, if timers did not settle.
+    """
+    effort, skeleton = effort or Effort(), Checkpoint(base).skeleton
+    layout, where = locate(skeleton), torch.device(device or "cpu")
+    regime = budget.regime(generates=skeleton.can_generate(), dtype=skeleton.dtype, device=where)
+    check_regime(skeleton, regime)
+    quality = walk_checkpoint(base, calibration, device=device, spill=spill)
+    table = table_of(skeleton, regime, effort, progress=progress)
+    space = search_space(layout, regime, multiple=table.multiple, free=quality.free)
+    timer = Timer(skeleton, regime, effort.confirming(), progress=progress)
+    result = search(space, table, quality, budget, timer, effort=effort)
+    warn_unsettled(table.unsettled, timer.unsettled)
+    return result
