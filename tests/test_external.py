@@ -5,14 +5,17 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import LM_ROW, build, gate
 
 from hawada_peft import LatencyBudget, find_plan
 from hawada_peft.errors import ExternalClockError, HawAdaError
+from hawada_peft.latency.clock import Clock
 from hawada_peft.latency.effort import Effort
 from hawada_peft.latency.external import CommandLine, ExternalClock
 from hawada_peft.latency.measuring import measure_built, measure_many
@@ -101,6 +104,20 @@ def test_it_feeds_tables_and_a_search(model: Any) -> None:
     found = find_plan(gate(build(LM_ROW)), budget, [{"input_ids": tokens}], table=table, refit=False, effort=effort)
     assert found.ms <= 0.8 * found.dense_ms
     assert found.table.regime == REGIME
+
+
+class Diary(Clock):
+    """Has measured all models elsewhere, and gives several samples of each."""
+
+    elsewhere = True
+
+    def samples(self, models: Sequence[Any], regime: Regime, timed: Callable[[], np.ndarray]) -> np.ndarray:
+        return 1e3 * np.array([[1, 1.01, 1.02]]) * np.array([[seconds(model, regime)] for model in models])
+
+
+def test_any_clock_may_give_its_own_samples(model: Any) -> None:
+    timing = measure_many({"it": model}, REGIME, effort=Effort.quick(clock=Diary(), cache=False))["it"]
+    assert timing.median_ms == pytest.approx(1.01e3 * seconds(model, REGIME))
 
 
 @pytest.mark.parametrize(

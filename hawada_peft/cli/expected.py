@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..latency.clock import Clock
-from ..latency.external import ExternalClock
 from ..search.masked import RESCORED
 from ..search.reference import judged_predictions, ranked_predictions
 from ..search.timed import regime_of
@@ -70,7 +69,7 @@ def expected_of(model: PeftModel, batches: Batches, budget: LatencyBudget, effor
         f"to rank layers ({passes} times {ranking} of {len(batches)} batches)": passes * ranking * once,
         f"to judge {SHAPES} shapes or so": judging * once,
     }
-    if not isinstance(effort.clock, ExternalClock):
+    if not effort.clock.elsewhere:
         spent["to measure latencies (less once the tables of this model are kept)"] = _latencies(model, budget)
     weights = sum(each.numel() * each.element_size() for each in base.parameters())
     examples = sum(len(next(iter(batch.values()))) for batch in batches)

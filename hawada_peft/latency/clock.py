@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,6 +23,9 @@ class Clock:
     Args:
         seconds (`Callable`): reads the time.
     """
+
+    elsewhere = False
+    """Whether it measures models by itself, where they are deployed: one at a time, and whole answers as such."""
 
     def __init__(self, seconds: Callable[[], float] = time.perf_counter) -> None:
         self._seconds = seconds
@@ -46,6 +50,17 @@ class Clock:
             InvalidRegimeError: if the model cannot run that way.
         """
         return prepare(model, regime)
+
+    def samples(self, models: Sequence[nn.Module], regime: Regime, timed: Callable[[], np.ndarray]) -> np.ndarray:
+        """
+        Milliseconds of calls: (models, rounds).
+
+        Args:
+            models: in the regime's dtype on its device.
+            regime: the conditions.
+            timed: calls the models, and times them by this clock.
+        """
+        return timed()
 
     def device_name(self, regime: Regime) -> str:
         """What is timed on; the tables of one are refused on another."""

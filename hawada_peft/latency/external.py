@@ -8,12 +8,13 @@ import shlex
 import string
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..discovery.inspected import sizes_of
@@ -63,6 +64,8 @@ class ExternalClock(Clock):
         'python time_in_vllm.py {folder} --batch {batch_size} --input {prompt}'
     """
 
+    elsewhere = True
+
     def __init__(
         self, measure: Measure | str, *, name: str | None = None, repeats: int = 1, timeout: float | None = None
     ) -> None:
@@ -99,6 +102,10 @@ class ExternalClock(Clock):
             seconds = [self._ask(model, regime) for _ in range(self._repeats)]
             self._known[key] = 1e3 * np.array(seconds)
         return self._known[key]
+
+    def samples(self, models: Sequence[nn.Module], regime: Regime, timed: Callable[[], np.ndarray]) -> np.ndarray:
+        """What was measured of each model, as `measured`; nothing is called here."""
+        return np.stack([self.measured(cast(PreTrainedModel, model), regime) for model in models])
 
     def _ask(self, model: PreTrainedModel, regime: Regime) -> float:
         found = self._measure(model, regime)

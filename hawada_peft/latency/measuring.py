@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..errors import HawAdaError
 from ..files.kept import Kept, digest_of_key
 from ..progress import Progress, progress_bar
 from .clock import Clock
 from .effort import Effort
-from .external import ExternalClock
 from .regime import Regime
 from .runner import Runner
 from .timing import Timing, median_errors, summarise, unsettled, warn_unsettled
@@ -102,7 +100,7 @@ def measure_built(
         found = kept.value(name, partial(_built_and_timed, build, group, regime, effort))
         return {key: Timing.from_dict(each) for key, each in zip(group, found, strict=True)}
 
-    if isinstance(effort.clock, ExternalClock):
+    if effort.clock.elsewhere:
         return _measured_elsewhere(timed, [reference, *wanted], label, progress)
     step = effort.group - 1
     chunks = [wanted[start : start + step] for start in range(0, len(wanted), step)] or [[]]
@@ -208,10 +206,7 @@ def _built_and_timed(
 
 def _time(models: Mapping[Key, nn.Module], regime: Regime, effort: Effort) -> dict[Key, Timing]:
     clock = effort.clock
-    if isinstance(clock, ExternalClock):
-        samples = np.stack([clock.measured(cast(PreTrainedModel, model), regime) for model in models.values()])
-    else:
-        samples = _timed_here(models, regime, effort)
+    samples = clock.samples(list(models.values()), regime, partial(_timed_here, models, regime, effort))
     return dict(zip(models, summarise(samples, regime, effort.tolerance, clock.device_name(regime)), strict=True))
 
 

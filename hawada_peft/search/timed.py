@@ -16,7 +16,6 @@ from ..latency.budget import LatencyBudget
 from ..latency.build import build_table, random_shapes
 from ..latency.cache import cached_table, table_key
 from ..latency.effort import Effort
-from ..latency.external import ExternalClock
 from ..latency.fit import mixed_table
 from ..latency.measuring import measure_built
 from ..latency.regime import Regime
@@ -118,7 +117,7 @@ def table_of(
         kept=kept,
     )
     # An external clock sees whole answers as such.
-    make = measured if len(parts) == 1 or isinstance(effort.clock, ExternalClock) else mixed
+    make = measured if len(parts) == 1 or effort.clock.elsewhere else mixed
     return cached_table(make, table_key(regime, base_sizes, heads, effort), effort)
 
 
