@@ -20,6 +20,7 @@ from hawada_peft.discovery.anatomy import INPUT, Axis, Number, PerLayer, Pinned,
 from hawada_peft.discovery.inputs import example_inputs
 from hawada_peft.errors import IllegalShapeError, InvalidPlanError, UnsupportedModelError
 from hawada_peft.gates.adapter import GateAdapter
+from hawada_peft.planning import gate_importance
 from hawada_peft.planning.further import Further
 from hawada_peft.vanilla.family import FAMILIES, locate, locate_all, lookup
 from hawada_peft.vanilla.outputs import outputs_of
@@ -375,6 +376,15 @@ def test_a_plan_says_what_stays_at_every_place() -> None:
     for damage in ({"ffn": {"some.module": "xyz"}}, {"ffn": ["ff"]}, {"width": {"some.module": "ff"}}, [3]):
         with pytest.raises(InvalidPlanError, match="further"):
             Plan.from_dict(plan.to_dict() | {"further": damage})
+
+
+def test_gates_of_what_the_loss_does_not_see_have_no_importance() -> None:
+    model = gate(beside("siglip_vision_model"), shuffle=False)
+    rows = example_inputs(model.get_base_model(), rows=2)
+    found = gate_importance(model, [rows, {"pixel_values": rows["pixel_values"][:1]}])
+    pooled = [value for name, value in found.items() if ".head." in name]
+    assert [value.count_nonzero().item() for value in pooled] == [0]
+    assert all(value.count_nonzero() for name, value in found.items() if ".head." not in name)
 
 
 def test_what_has_no_gates_is_said(caplog: pytest.LogCaptureFixture) -> None:

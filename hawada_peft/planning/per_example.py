@@ -76,7 +76,8 @@ def example_gradients(
     else:
         thetas = [gate.theta for gate in gates]
         for example in _parts(batch, rows, 1):
-            yield [gradient[None] for gradient in torch.autograd.grad(_loss(model, example, generator), thetas)]
+            loss = _loss(model, example, generator)
+            yield [each[None] for each in torch.autograd.grad(loss, thetas, materialize_grads=True)]
 
 
 def _together(
@@ -96,7 +97,8 @@ def _together(
         for row in range(rows):
             one = logits[row : row + 1].detach().requires_grad_()
             (by_logits[row : row + 1],) = torch.autograd.grad(loss(one, row), one)
-        return torch.autograd.grad(logits, thetas, by_logits)
+        # 0 of what the logits do not depend on, as a pooling head beside the hidden states.
+        return torch.autograd.grad(logits, thetas, by_logits, materialize_grads=True)
 
 
 def _forward(model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[torch.Tensor, LossOfRow] | None:
