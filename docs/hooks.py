@@ -54,6 +54,7 @@ FOLDERS = (
     "latency",
     "planning",
     "search",
+    "walked",
     "distil",
     "training",
     "surgery",
