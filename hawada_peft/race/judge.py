@@ -9,10 +9,8 @@ from functools import cached_property
 from itertools import chain
 
 import torch
-from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..basis.basis import Basis, is_tied, plan_turn
 from ..basis.turn import Turn
@@ -21,6 +19,7 @@ from ..gates.reading import Scores, UnitScores
 from ..planning.plan import Plan
 from ..planning.ranking import rank
 from ..processes import of_this_rank
+from ..refit.activity import column_norms
 from ..refit.fidelity import Expected
 from ..refit.layerwise import Stream
 from ..surgery.slimming import slim
@@ -168,7 +167,7 @@ class Judge:
                 hooks.callback(hook.remove)
             for batch in self.batches:
                 output_of(self.dense, batch)
-        energies = {name: (squares[name] * _columns(known[name])).double().cpu() for name in names}
+        energies = {name: squares[name].double().cpu() * column_norms(known[name]) for name in names}
         attention = {*heads, *further.get(HEADS, ())} & energies.keys()
         whole = {name: energies[name].reshape(-1, self.layout.head_dim).sum(1) for name in attention}
         beside = {name: (energies | whole).get(name) for name in chain(*further.values())}
@@ -214,9 +213,3 @@ def _log_odds(logits: torch.Tensor, outcomes: torch.Tensor) -> torch.Tensor:
     """From logits (..., classes) and classes (..., 1) to log-probabilities (...), float32."""
     rows = zip((row.float() for row in logits), outcomes, strict=True)  # one at a time: they can be large
     return torch.stack([row.gather(-1, drawn).squeeze(-1) - row.logsumexp(-1) for row, drawn in rows])
-
-
-def _columns(module: nn.Module) -> torch.Tensor:
-    """The squared norm of what reads each input feature: (features,)."""
-    squares = module.get_parameter("weight").detach().float().square()
-    return squares.sum(1 if isinstance(module, Conv1D) else 0)

@@ -69,7 +69,7 @@ def activity_of(stream: Stream, batches: Sequence[Batch]) -> Activity:
                 squares[name] = squares[name] + found if len(squares[name]) else found
             stream.hidden[number] = stream.keep(after)
         none = torch.zeros(0, dtype=torch.float64)
-        energies = {name: squares[name] * _column_norms(stream.model.get_submodule(name)) for name in ends}
+        energies = {name: squares[name] * column_norms(stream.model.get_submodule(name)) for name in ends}
         influence.append(apart / len(batches))
         energy.append(total)
         features = energies.get(layout.attention_out(layer), none)
@@ -82,7 +82,7 @@ def _is_linear(stream: Stream, name: str) -> bool:
     return bool(name) and isinstance(stream.model.get_submodule(name), Projection)
 
 
-def _column_norms(module: nn.Module) -> torch.Tensor:
+def column_norms(module: nn.Module) -> torch.Tensor:
     """The squared norm of what reads each input feature of a projection: (features,), float64, on the CPU."""
     squares = module.get_parameter("weight").detach().float().square()
     return squares.sum(1 if isinstance(module, Conv1D) else 0, dtype=torch.float64).cpu()
