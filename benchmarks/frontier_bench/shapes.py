@@ -29,6 +29,7 @@ from hawada_peft.latency.regime import Regime
 from hawada_peft.latency.table import LatencyTable
 from hawada_peft.latency.toy import ToyClock
 from hawada_peft.planning.importance import gate_importance
+from hawada_peft.search.narrow import NarrowTables
 from hawada_peft.search.refitted import RefittedQuality
 from hawada_peft.search.rounds import search
 from hawada_peft.search.space import narrower_sizes, search_space
@@ -172,13 +173,15 @@ def searcher(bench: Bench, regime: Regime, options: argparse.Namespace, *, rotat
     model = Recipe(rotate=rotate).model(bench.load(), batches)
     quality = RefittedQuality(model, batches, gate_importance(model, batches))
     tables = [table_for(base, regime, options)]
-    multiple = tables[0].multiple
-    sizes = narrower_sizes(layout, multiple=multiple) if rotate else []
-    tables += [table_for(base, regime, options, size) for size in sizes]
-    spaces = [
-        search_space(layout, regime, multiple=table.multiple, free=quality.free, hidden_size=size)
-        for size, table in zip((None, *sizes), tables, strict=True)
-    ]
+    sizes = narrower_sizes(layout, multiple=tables[0].multiple) if rotate else []
+    spaces = [search_space(layout, regime, multiple=tables[0].multiple, free=quality.free)]
+    if sizes:
+        narrow = NarrowTables(base, tables[0], sizes, table_effort(options))
+        tables += [narrow(size) for size in sizes]
+        spaces += [
+            search_space(layout, regime, multiple=narrow.multiple(size), free=quality.free, hidden_size=size)
+            for size in sizes
+        ]
     realise = Timer(base, regime, effort_of(options))
 
     def cut(shape: Shape) -> tuple[Plan, PreTrainedModel]:
@@ -202,24 +205,21 @@ def searcher(bench: Bench, regime: Regime, options: argparse.Namespace, *, rotat
     return find
 
 
-def table_for(
-    base: PreTrainedModel, regime: Regime, options: argparse.Namespace, hidden_size: int | None = None
-) -> LatencyTable:
-    """The table of a hidden size: from its file beside `--table`, or measured."""
+def table_effort(options: argparse.Namespace) -> Effort:
+    """How long tables are timed."""
+    return Effort(
+        min_rounds=7, max_rounds=40, max_seconds=options.timing_seconds, cache=False, clock=clock_of(options)
+    )
+
+
+def table_for(base: PreTrainedModel, regime: Regime, options: argparse.Namespace) -> LatencyTable:
+    """The dense hidden size's table: from the file `--table`, or measured."""
     path = Path(options.table) if options.table else None
-    if path is not None and hidden_size is not None:
-        path = path.with_name(f"{path.stem}-{hidden_size}{path.suffix}")
     if path is not None and path.exists():
         table = LatencyTable.load(path)
     else:
-        effort = Effort(
-            min_rounds=7, max_rounds=40, max_seconds=options.timing_seconds, cache=False, clock=clock_of(options)
-        )
-        effort = effort if hidden_size is None else effort.narrower()
-        table = measure_table(base, regime, effort=effort, hidden_size=hidden_size)
+        table = measure_table(base, regime, effort=table_effort(options))
         if path is not None:
             table.save(path)
-    device = clock_of(options).device_name(regime)
-    sizes = locate(base).base_sizes() | ({} if hidden_size is None else {"hidden_size": hidden_size})
-    table.check(regime=regime, base_sizes=sizes, device_name=device)
+    table.check(regime=regime, base_sizes=locate(base).base_sizes(), device_name=clock_of(options).device_name(regime))
     return table
