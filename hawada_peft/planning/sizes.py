@@ -1,4 +1,8 @@
-"""From a keep ratio, or gates that are closed, to legal sizes."""
+"""
+From a keep ratio, or gates that are closed, to legal sizes.
+
+Long because the steps of sizes are found here for all who choose them.
+"""
 
 from __future__ import annotations
 
