@@ -1,4 +1,8 @@
-"""What a slim model must compute, and whether it does."""
+"""
+What a slim model must compute, and whether it does.
+
+Long because it also says which of what differs is rounding, and what a model computes with beside its weights.
+"""
 
 from __future__ import annotations
 
