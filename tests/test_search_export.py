@@ -596,6 +596,13 @@ def test_narrower_sizes_are_legal_steps() -> None:
     assert narrower_sizes(locate(model), multiple=16) == [48, 32]
 
 
+@pytest.mark.parametrize("multiple", [1, 16, 64])
+def test_a_class_that_wants_a_multiple_of_the_heads_leaves_as_many_narrower_sizes(multiple: int) -> None:
+    fields = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 8}
+    sizes = narrower_sizes(locate(build(LM_ROW, **fields)), multiple=multiple)
+    assert sizes == [504, 432, 360, 288, 216]  # of 576, multiples of 9 and of 8
+
+
 def test_the_loss_of_a_hidden_size_is_measured() -> None:
     quality = quality_of(LM_ROW, gates=("heads", "ffn", "layers", "hidden"))
     assert quality.free == ("heads", "ffn", "layers", "hidden")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -168,12 +167,11 @@ def narrower_sizes(layout: Layout, *, multiple: int = 1, group_size: int = 1) ->
 
     Args:
         layout: the dense model's, with its class and config.
-        multiple: sizes are multiples of it (`LatencyTable.multiple`), besides those of `rank.hidden_multiple`.
+        multiple: of the device (`LatencyTable.multiple`), as `sizes.hidden_multiple` takes it.
         group_size: channels per gate.
     """
-    step = hidden_multiple(layout, group_size)
-    if not layout.family.ffn_unit:  # otherwise the table's multiple is one of the hidden size itself
-        step = math.lcm(step, multiple)
+    # Where there is an FFN unit the table's multiple is one of the hidden size itself.
+    step = hidden_multiple(layout, group_size, 1 if layout.family.ffn_unit else multiple)
     wishes = [replace(layout.dense, hidden_size=max(1, round(part * layout.hidden_size))) for part in HIDDEN]
     found = [layout.complete(fit_hidden(layout, wish, step=step)).hidden_size for wish in wishes]
     return sorted({size for size in found if size is not None}, reverse=True)
