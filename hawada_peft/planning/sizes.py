@@ -37,8 +37,8 @@ ALIGNMENT = "keeps the dense size's alignment"
 LEAST_ALIGNED = 8
 """Hidden sizes stay multiples of it, if the dense one is: 16 bytes of 16-bit numbers, which matrix units want."""
 
-EIGHTHS = 8
-"""Hidden sizes that are chosen for the user are not much further apart than the dense one over this."""
+SIXTEENTHS = range(15, 5, -1)
+"""The hidden sizes that are chosen for the user, in sixteenths of the dense one, as near as the class allows."""
 
 
 def ratio_shape(
@@ -224,7 +224,7 @@ def hidden_multiple(layout: Layout, group_size: int, multiple: int = 1) -> int:
     The step of hidden sizes that are chosen for the user: aligned as FFN sizes are, as far as the class allows.
 
     Many classes want a multiple of the number of heads: with nine heads and a step of 32 every 288th size is one. So
-    the step is halved, down to `LEAST_ALIGNED`, until there is a legal size near every eighth of the dense one.
+    the step is halved, down to `LEAST_ALIGNED`, until there is a legal size near every sixteenth of the dense one.
 
     Args:
         layout: the dense model's, with its class and config.
@@ -242,13 +242,13 @@ def hidden_steps(layout: Layout, group_size: int, multiple: int = 1) -> dict[str
 
 
 def _hidden_step(layout: Layout, widest: int, group_size: int) -> int:
-    """The largest step with legal sizes near all eighths of the dense one; else that near most of them."""
+    """The largest step with legal sizes near all sixteenths of the dense one; else that near most of them."""
     best, most = widest, -1
     for step in _halved(widest):
-        near = sum(_is_near(layout, part, math.lcm(step, group_size)) for part in range(1, EIGHTHS))
+        near = sum(_is_near(layout, part, math.lcm(step, group_size)) for part in SIXTEENTHS)
         if near > most:
             best, most = step, near
-        if near == EIGHTHS - 1:
+        if near == len(SIXTEENTHS):
             break
     return best
 
@@ -261,10 +261,10 @@ def _halved(step: int) -> Iterator[int]:
 
 
 def _is_near(layout: Layout, part: int, step: int) -> bool:
-    """Whether a legal hidden size is as near to so many eighths of the dense one as the step allows."""
-    wish = layout.hidden_size * part / EIGHTHS
+    """Whether a legal hidden size is as near to so many sixteenths of the dense one as the step allows."""
+    wish = min(layout.hidden_size * part / 16, layout.hidden_size - step)
     shape = fit_hidden(layout, replace(layout.dense, hidden_size=max(1, _round(wish))), step=step)
-    return abs((shape.hidden_size or layout.hidden_size) - wish) <= max(layout.hidden_size / EIGHTHS, step) / 2
+    return abs((shape.hidden_size or layout.hidden_size) - wish) <= max(layout.hidden_size / 16, step) / 2
 
 
 def _aligned(dense_size: int) -> int:
