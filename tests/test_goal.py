@@ -65,5 +65,5 @@ def test_a_shape_survives_json() -> None:
     model = gate(build(LM_ROW), shuffle=False)
     goal, other = Goal(model, SLIM), Goal(model, DENSE)
     other.load_state_dict(json.loads(json.dumps(goal.state_dict())))
-    assert other.shape == SLIM
+    assert other.target == SLIM
     assert torch.equal(other.penalty(0.5), goal.penalty(0.5))

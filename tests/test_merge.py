@@ -46,6 +46,7 @@ from hawada_peft.errors import (
     VerificationError,
 )
 from hawada_peft.files.verify import compare
+from hawada_peft.surgery.comparison import turned_tolerance
 from hawada_peft.surgery.dense import dense_view
 from hawada_peft.vanilla.outputs import outputs_of
 from hawada_peft.vanilla.skeleton import auto_class_of
@@ -571,3 +572,16 @@ def test_a_copy_of_a_gated_model_merges_by_itself() -> None:
     copied = copy.deepcopy(model)
     copied.merge_and_unload()
     assert torch.equal(logits_of(model), expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "allowed"),
+    [
+        (torch.float32, "cpu", 1e-4),
+        (torch.float32, "cuda", 2e-2),  # it may compute in TF32
+        (torch.float64, "cuda", 1e-4),  # norms compute in float32
+        (torch.bfloat16, "cuda", 1e-1),
+    ],
+)
+def test_new_coordinates_may_round_as_the_device_does(dtype: torch.dtype, device: str, allowed: float) -> None:
+    assert turned_tolerance(dtype, torch.device(device)) == allowed

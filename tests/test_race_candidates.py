@@ -17,7 +17,18 @@ from hawada_peft import LatencyBudget, Plan, Shape, slim
 from hawada_peft.basis.find import find_basis
 from hawada_peft.errors import HawAdaError, InfeasibleBudgetError
 from hawada_peft.race import GENERATORS, GIVEN, Candidate, Fits, Judge, field_of, fits_of, no_larger, searched
-from hawada_peft.race.candidates import DIRECTIONS, RUNS, deepest, directions, influence, neighbours, runs, widths
+from hawada_peft.race.candidates import (
+    DIRECTIONS,
+    RUNS,
+    deepest,
+    directions,
+    greedy,
+    influence,
+    neighbours,
+    runs,
+    swaps,
+    widths,
+)
 from hawada_peft.race.fits import largest
 from hawada_peft.refit.fidelity import divergence
 from hawada_peft.search.result import Candidate as Timed
@@ -158,6 +169,27 @@ def test_influence_drops_what_turns_the_stream_least() -> None:
     assert judge.loss(judge.without([2, 5])) < 1e-3
 
 
+def test_exchanges_find_what_the_greedy_choice_misses() -> None:
+    class Pairs(Judge):
+        """Layer 3 is the cheapest alone, 1 and 6 are it together."""
+
+        def loss(self, plan: Plan) -> float:
+            gone = set(dropped(plan))
+            return 0.5 if gone == {1, 6} else len(gone) + (3 not in gone) + 0.01 * sum(abs(each - 6) for each in gone)
+
+    judge = Pairs(model_of(), BATCHES)
+    fits = fits_at(judge, 1.25)
+    assert [dropped(plan) for plan in greedy(judge, fits)] == [[3, 6]]
+    assert [dropped(plan) for plan in swaps(judge, fits)] == [[1, 6]]
+
+
+def test_exchanges_lose_no_more_than_the_greedy_choice(judge: Judge) -> None:
+    fits = fits_at(judge, 2.0)
+    [one], [other] = greedy(judge, fits), swaps(judge, fits)
+    assert judge.loss(other) <= judge.loss(one)
+    assert len(dropped(one)) == len(dropped(other)) == LAYERS - deepest(judge, fits)
+
+
 def test_the_judges_loss_is_near_the_divergence(judge: Judge) -> None:
     plans = [judge.without([layer]) for layer in range(LAYERS)]
     exact = [divergence(judge.dense, slim(judge.dense, plan), BATCHES)[1] for plan in plans]
@@ -175,6 +207,8 @@ def test_padding_does_not_count() -> None:
     batches = [[{"input_ids": each, "attention_mask": mask}] for each in (tokens, other)]
     first, second = (Judge(model, batch) for batch in batches)
     assert first.influence == pytest.approx(second.influence)
+    half = Shape(num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
+    assert first.at(half, ()) == second.at(half, ())
 
 
 def test_what_stays_carries_most(judge: Judge) -> None:

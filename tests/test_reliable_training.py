@@ -291,7 +291,7 @@ def test_gates_frozen_by_hand_stay_so_when_resumed(tmp_path: Path) -> None:
 def test_the_state_is_written_whole(begun: Begun, tmp_path: Path) -> None:
     begun(gates_of, tmp_path)
     folder = tmp_path / "checkpoint-1"
-    assert json.loads((folder / STATE_FILE).read_text())["goal"]["shape"]
+    assert json.loads((folder / STATE_FILE).read_text())["goal"]["shapes"]
     assert not list(folder.glob(".*"))
 
 

@@ -37,6 +37,14 @@ def test_the_config_class_says_why_heads_are_not_legal() -> None:
     assert "LlamaConfig refuses" in heads.reason
 
 
+def test_the_config_class_says_why_a_hidden_size_is_not_legal() -> None:
+    model = build(LM_ROW, hidden_size=144, num_attention_heads=9, num_key_value_heads=3, head_dim=16)
+    (hidden,) = gate(model, gates=("hidden",)).plan(keep_ratio={"hidden": 0.72}).roundings
+    assert (hidden.asked, hidden.chosen) == (pytest.approx(103.68), 72)
+    assert "multiples of 8" in hidden.reason
+    assert "The hidden size (104) is not a multiple of the number of attention heads (9)" in hidden.reason
+
+
 def test_gates_are_given_room() -> None:
     plan = gate(build(LM_ROW)).plan()
     assert {each.axis for each in plan.roundings} == set(plan.dense.to_dict())

@@ -591,9 +591,21 @@ def test_parameters_of_a_narrower_model_are_those_of_the_built_one(name: str) ->
 
 def test_narrower_sizes_are_legal_steps() -> None:
     sizes = {name: narrower_sizes(locate(build(ROWS[name]))) for name in ("llama", "qwen3")}
-    assert sizes == {"llama": [56, 48, 40, 32, 24], "qwen3": [56, 48, 40, 32, 24]}
+    assert sizes == {"llama": [56, 48, 40, 32, 24], "qwen3": list(range(60, 23, -4))}
     model = build(LM_ROW)
     assert narrower_sizes(locate(model), multiple=16) == [48, 32]
+
+
+@pytest.mark.parametrize("multiple", [1, 16, 64])
+def test_a_class_that_wants_a_multiple_of_the_heads_leaves_as_many_narrower_sizes(multiple: int) -> None:
+    fields = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 8}
+    sizes = narrower_sizes(locate(build(LM_ROW, **fields)), multiple=multiple)
+    assert sizes == [504, 432, 360, 288, 216]  # of 576, multiples of 9 and of 8
+
+
+def test_hidden_sizes_are_a_sixteenth_apart() -> None:
+    fields = {"hidden_size": 384, "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 32, "vocab_size": 8}
+    assert narrower_sizes(locate(build(LM_ROW, **fields)), multiple=8) == list(range(360, 143, -24))
 
 
 def test_the_loss_of_a_hidden_size_is_measured() -> None:

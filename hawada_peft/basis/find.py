@@ -57,7 +57,7 @@ def find_basis(
     check_unshared(model)
     moments = collect_moments(model, layout, batches, seed=seed, progress=progress)
     centred = is_centred(model, layout)
-    vectors = _directions(moments, layout, centred, progress)
+    vectors = directions_of(moments, layout, centred, progress)
     scales = fit_scales(model, layout, batches, vectors, centred=centred, progress=progress)
     marks = weight_marks([norm.weight for norm in cast(Any, stream_norms(model, layout))])
     return Basis(vectors, scales, marks, centred)
@@ -113,15 +113,30 @@ def ensure_basis(model: PeftModel, calibration: Iterable[Batch]) -> None:
             init_basis(model, calibration, adapter_name=name)
 
 
-def _directions(moments: Moments, layout: Layout, centred: bool, progress: Progress | None) -> torch.Tensor:
+def directions_of(moments: Moments, layout: Layout, centred: bool, progress: Progress | None = None) -> torch.Tensor:
+    """
+    The directions of a stream in descending order of importance, by its moments: (features, units).
+
+    Without gradients they are the principal ones.
+
+    Args:
+        moments: of the stream.
+        layout: of the model.
+        centred: whether LayerNorms read it: then the mean comes first.
+        progress: makes a progress bar.
+
+    Raises:
+        HawAdaError: if the moments are of fewer positions than there are directions.
+    """
     stream, size = moments.stream, layout.hidden_size
     frame = torch.eye(size, dtype=stream.dtype, device=stream.device)
     if centred:
         frame = helmert(size, dtype=torch.float64).to(stream)
     inside = frame.T @ stream @ frame
     _check_span(inside, moments.positions)
-    start = frame @ principal_directions(inside)
-    found = refined(start, stream, moments.gradient, progress=progress)
+    found = frame @ principal_directions(inside)
+    if moments.gradient is not None:
+        found = refined(found, stream, moments.gradient, progress=progress)
     if centred:
         found = torch.cat([found.new_full((size, 1), size**-0.5), found], 1)
     return found

@@ -32,13 +32,35 @@ class Moments:
     """
     Args:
         stream: (groups, features, features), sums of n n^T over positions, n what a norm makes before its weight.
-        gradient: (groups, features, features), sums of g g^T, g the gradient by n of the loss of drawn targets.
+        gradient: (groups, features, features), sums of g g^T, g the gradient by n of the loss of drawn targets; None
+            if none were taken.
         positions: that were counted.
     """
 
     stream: torch.Tensor
-    gradient: torch.Tensor
+    gradient: torch.Tensor | None
     positions: int
+
+    def check(self) -> Moments:
+        """
+        Itself.
+
+        Raises:
+            HawAdaError: if nothing was counted, or something is not finite.
+        """
+        if self.positions == 0:
+            raise HawAdaError("no calibration batches were given; pass at least one")
+        for what, total in (("the residual stream", self.stream), ("the loss's gradients", self.gradient)):
+            if total is not None and not torch.isfinite(total).all():
+                raise HawAdaError(
+                    f"{what} on the calibration batches holds NaN or infinity; check the model's weights and the data"
+                )
+        return self
+
+
+def groups_of(layout: Layout) -> int:
+    """Into how many groups of neighbours the norms of a model are taken."""
+    return min(len(layout.norms), max(1, ENTRIES // layout.hidden_size**2))
 
 
 def collect_moments(
@@ -60,8 +82,7 @@ def collect_moments(
     Raises:
         HawAdaError: if there are no batches, or something is not finite.
     """
-    size, sites = layout.hidden_size, len(layout.norms)
-    groups = min(sites, max(1, ENTRIES // size**2))
+    size, sites, groups = layout.hidden_size, len(layout.norms), groups_of(layout)
     device, dtype = kind_of(model)
     sums = [torch.zeros(groups, size, size, device=device, dtype=dtype) for _ in range(2)]
     generator, positions = torch.Generator().manual_seed(seed), 0
@@ -92,14 +113,7 @@ def collect_moments(
                 flat = counted(tensor, inputs).to(dtype)
                 total[group].addmm_(flat.T, flat)
         positions += len(counted(found[0][0], inputs))
-    if positions == 0:
-        raise HawAdaError("no calibration batches were given; pass at least one")
-    for what, total in zip(("the residual stream", "the loss's gradients"), sums, strict=True):
-        if not torch.isfinite(total).all():
-            raise HawAdaError(
-                f"{what} on the calibration batches holds NaN or infinity; check the model's weights and the data"
-            )
-    return Moments(sums[0], sums[1], positions)
+    return Moments(sums[0], sums[1], positions).check()
 
 
 Watch = Callable[[int, nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]

@@ -52,15 +52,12 @@ def fit_scales(
     References:
         Ashkboos et al., "SliceGPT" (2024), which leaves the norms as they are.
     """
-    device, dtype = kind_of(model)
-    vectors = vectors.to(device=device, dtype=dtype)
-    directions = vectors - vectors.mean(0) if centred else vectors
-    products, squares = torch.zeros(2, len(WIDTHS), len(layout.norms), device=device, dtype=dtype)
+    fits = NormFits(vectors, *kind_of(model), sites=len(layout.norms), centred=centred)
     positions = 0
     for batch in progress_bar(progress, iterable=batches[::PART], desc=FACTORS, leave=False):
         if positions >= ENOUGH:
             break
-        inputs = without_labels(batch, device)
+        inputs = without_labels(batch, fits.device)
         dense: list[torch.Tensor] = []
 
         def keep(
@@ -72,8 +69,7 @@ def fit_scales(
         with torch.no_grad(), watching(model, layout, keep):
             model(**inputs)
         positions += len(counted(dense[0], inputs))
-        for place, part in enumerate(WIDTHS[:-1]):
-            kept = directions[:, : max(1, round(part * vectors.shape[1]))]
+        for place in range(len(fits)):
 
             def narrow(
                 site: int,
@@ -83,19 +79,65 @@ def fit_scales(
                 dense: list[torch.Tensor] = dense,
                 inputs: Batch = inputs,
                 place: int = place,
-                kept: torch.Tensor = kept,
             ) -> torch.Tensor:
-                units = kept.to(x.dtype)
-                mine, wanted = narrow_norm(norm, x, units), dense[site] @ units
-                flat, target = counted(mine, inputs).to(dtype), counted(wanted, inputs).to(dtype)
-                product, square = (flat * target).sum(), flat.square().sum()
-                products[place, site] += product
-                squares[place, site] += square
-                y = ((mine * (product / square).to(mine)) @ units.T) * norm.get_parameter("weight")
-                bias = norm._parameters.get("bias")
-                return y if bias is None else y + bias
+                return fits.narrow(place, site, norm, x, dense[site], inputs)
 
             with torch.no_grad(), watching(model, layout, narrow):
                 model(**inputs)
-    squares[-1] = products[-1] = 1
-    return products / squares
+    return fits.scales
+
+
+class NormFits:
+    """
+    The sums of `fit_scales`, and the narrow norms of its models.
+
+    Args:
+        vectors: (features, units), the basis.
+        device, dtype: of the sums.
+        sites: norms that read the stream.
+        centred: whether LayerNorms read it.
+    """
+
+    def __init__(
+        self, vectors: torch.Tensor, device: torch.device, dtype: torch.dtype, *, sites: int, centred: bool
+    ) -> None:
+        self.device, self._dtype = device, dtype
+        vectors = vectors.to(device=device, dtype=dtype)
+        directions = vectors - vectors.mean(0) if centred else vectors
+        units = vectors.shape[1]
+        self._kept = [directions[:, : max(1, round(part * units))] for part in WIDTHS[:-1]]
+        self._products, self._squares = torch.zeros(2, len(WIDTHS), sites, device=device, dtype=dtype)
+
+    def __len__(self) -> int:
+        """Widths that are fitted."""
+        return len(self._kept)
+
+    def narrow(
+        self, place: int, site: int, norm: nn.Module, x: torch.Tensor, dense: torch.Tensor, batch: Batch
+    ) -> torch.Tensor:
+        """
+        The output of a narrow norm, with the factor that is best for a batch; the sums are added to.
+
+        Args:
+            place: of the width in `WIDTHS`.
+            site: of the norm.
+            norm: the dense one, with its weights.
+            x: (..., features), the narrow model's stream.
+            dense: like x, what the norm makes of the dense model's stream before its weight.
+            batch: for its padding.
+        """
+        units = self._kept[place].to(x.dtype)
+        mine, wanted = narrow_norm(norm, x, units), dense @ units
+        flat, target = counted(mine, batch).to(self._dtype), counted(wanted, batch).to(self._dtype)
+        product, square = (flat * target).sum(), flat.square().sum()
+        self._products[place, site] += product
+        self._squares[place, site] += square
+        y = ((mine * (product / square).to(mine)) @ units.T) * norm.get_parameter("weight")
+        bias = norm._parameters.get("bias")
+        return y if bias is None else y + bias
+
+    @property
+    def scales(self) -> torch.Tensor:
+        """(widths, sites), by `WIDTHS`."""
+        self._squares[-1] = self._products[-1] = 1
+        return self._products / self._squares

@@ -40,6 +40,7 @@ from ..race.preparations import PREPARATIONS
 from ..race.race import Race, entrants_of, run_race
 from ..race.record import NAME, Entrant, RaceRecord
 from ..refit.fidelity import divergence
+from ..search.reference import judged_predictions
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch
 from ..vanilla.family import Layout, locate
@@ -106,8 +107,9 @@ class RacedRecovery:
 
     @property
     def judged(self) -> list[Batch]:
-        """What plans are judged by before any training."""
-        return first_of(self.fitted, self.dense.main_input_name)
+        """What plans are judged by before any training; fewer on a CPU, as some hundred plans are."""
+        most = judged_predictions(self.dense) if self.args.device.type == "cpu" else JUDGED
+        return first_of(self.fitted, self.dense.main_input_name, most)
 
     @cached_property
     def layout(self) -> Layout:
@@ -121,7 +123,8 @@ class RacedRecovery:
             return self.gated
         try:
             check_exact(self.layout)
-            return in_main_process(lambda: find_basis(self.dense, self.judged))
+            batches = first_of(self.fitted, self.dense.main_input_name)
+            return in_main_process(lambda: find_basis(self.dense, batches))
         except HawAdaError as error:
             logger.info("no plan cuts the residual stream along directions: %s", error)
             return None
@@ -324,12 +327,12 @@ def rows_of(race: Race, args: TrainingArguments) -> tuple[int, float]:
     return rows, rows / whole
 
 
-def first_of(batches: Sequence[Batch], main_input: str) -> list[Batch]:
+def first_of(batches: Sequence[Batch], main_input: str, most: int = JUDGED) -> list[Batch]:
     """The first batches that hold enough predictions: one for each token, or for each example of another kind."""
     chosen: list[Batch] = []
     found = 0
     for batch in batches:
-        if found >= JUDGED:
+        if found >= most:
             break
         main: Tensor = batch[main_input]
         found += main.numel() if main.ndim == 2 else len(main)

@@ -186,6 +186,20 @@ class Plan:
         return (replace(self, beside=()), *self.beside) if self.beside else (self,)
 
     @property
+    def target(self) -> Shape | dict[str, Shape]:
+        """The sizes that are left, as `HawAdaModel.plan` takes them: a shape; of several towers one for each."""
+        return {part.tower: part.shape for part in self.parts} if self.beside else self.shape
+
+    @property
+    def all_roundings(self) -> dict[str, tuple[Rounding, ...]]:
+        """Of each tower its `roundings`."""
+        return {part.tower: part.roundings for part in self.parts}
+
+    def rounded(self, roundings: Mapping[str, Sequence[Rounding]]) -> Plan:
+        """The same plan with other `roundings`, by the tower."""
+        return Plan.of_towers([replace(part, roundings=tuple(roundings.get(part.tower, ()))) for part in self.parts])
+
+    @property
     def sizes(self) -> dict[str, int]:
         """The sizes of the slim model by their paths, of every tower: `"text_config.intermediate_size"`."""
         return {

@@ -10,7 +10,7 @@ from ..vanilla.family import Layout
 from ..vanilla.legality import build_sizes, depth_of, head_shapes, least_layers
 from ..vanilla.shape import Shape
 from .rounding import Rounding
-from .sizes import ffn_steps, hidden_steps, open_units, ratio_sizes
+from .sizes import ffn_steps, hidden_multiple, hidden_steps, open_units, ratio_sizes
 
 AS_ASKED = "as asked for"
 
@@ -43,8 +43,10 @@ def explained(
         "intermediate_size": multiples(
             ffn_steps(layout.dense.sizes()["intermediate_size"], layout, scores.group_size)
         ),
-        "hidden_size": multiples(hidden_steps(layout, scores.hidden_group)),
     }
+    if "hidden_size" in asked:
+        causes = why_hidden(layout, asked["hidden_size"], scores.hidden_group)
+        steps["hidden_size"] = "; ".join([multiples(hidden_steps(layout, scores.hidden_group)), *causes])
     if layout.stages or depth_of(layout).pinned:
         why = [f"layer {layer} stays ({reason})" for layer, reason in sorted(depth_of(layout).pinned.items())][:3]
         why += ["one stays before each stage of the backbone"] if layout.stages else []
@@ -73,6 +75,14 @@ def why_heads(layout: Layout, asked: float) -> str:
         return f"{count} heads cannot be divided evenly over KV groups of at most {per_group} heads"
     found = [build_sizes(layout, pair.complete(layout.dense)) for pair in pairs]
     return "" if None in found else str(found[0])
+
+
+def why_hidden(layout: Layout, asked: float, group_size: int) -> list[str]:
+    """Why no model has the multiple of `hidden_multiple` that is nearest to what was asked for; empty if one has."""
+    step = hidden_multiple(layout, group_size)
+    size = max(1, math.floor(asked / step + 0.5)) * step
+    found = build_sizes(layout, layout.narrowed(size)) if size < layout.hidden_size else None
+    return [found] if found else []
 
 
 def roundings(

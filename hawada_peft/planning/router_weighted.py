@@ -17,7 +17,7 @@ from ..gates.adapter import EXPERT_UNITS, GateAdapter
 from ..gates.attach import collect_gates
 from ..processes import Reduce, of_this_rank
 from ..vanilla.batches import Batch, check_batch, on_device
-from ..vanilla.family import locate
+from ..vanilla.family import locate_all
 from ..vanilla.mode import adapters_off, evaluating
 
 
@@ -57,12 +57,14 @@ def expert_outputs(
         Lasby et al., "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression" (2025), equation 9.
     """
     base = model.get_base_model()
-    layout = locate(base)
     seen: dict[str, _Seen] = {}
     with ExitStack() as stack, torch.no_grad():
         stack.enter_context(evaluating(model))
         stack.enter_context(adapters_off(model))
-        for layer in range(layout.dense.sizes()["num_hidden_layers"]):
+        places = [
+            (each, layer) for each in locate_all(base) for layer in range(each.dense.sizes()["num_hidden_layers"])
+        ]
+        for layout, layer in places:
             name = f"{layout.stack}.{layer}.{layout.family.router}"
             router = base.get_submodule(name) if layout.family.router else None
             gated = isinstance(router, GateAdapter) and any(

@@ -1,9 +1,14 @@
-"""From a keep ratio, or gates that are closed, to legal sizes."""
+"""
+From a keep ratio, or gates that are closed, to legal sizes.
+
+Long because the steps of sizes are found here for all who choose them.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +17,7 @@ from ..errors import InvalidPlanError
 from ..gates.reading import UnitScores
 from ..latency.build import SMALLEST_FFN
 from ..vanilla.family import Layout
-from ..vanilla.legality import build_sizes, least_experts, least_layers
+from ..vanilla.legality import build_sizes, fit_hidden, least_experts, least_layers
 from ..vanilla.shape import BY_NAME, EXPERTS, FFN, HEADS, HIDDEN, LAYERS, Shape
 
 PER_GROUP = "heads_per_group"
@@ -28,6 +33,12 @@ OPEN = 0.5
 
 ALIGNMENT = "keeps the dense size's alignment"
 """Why a size that is chosen for the user keeps a power of two."""
+
+LEAST_ALIGNED = 8
+"""Hidden sizes stay multiples of it, if the dense one is: 16 bytes of 16-bit numbers, which matrix units want."""
+
+SIXTEENTHS = range(15, 5, -1)
+"""The hidden sizes that are chosen for the user, in sixteenths of the dense one, as near as the class allows."""
 
 
 def ratio_shape(
@@ -208,14 +219,52 @@ def ffn_choices(
     return (*found, size), steps
 
 
-def hidden_multiple(layout: Layout, group_size: int) -> int:
-    """The step of hidden sizes that are chosen for the user: aligned as FFN sizes are."""
-    return math.lcm(*hidden_steps(layout, group_size).values())
+def hidden_multiple(layout: Layout, group_size: int, multiple: int = 1) -> int:
+    """
+    The step of hidden sizes that are chosen for the user: aligned as FFN sizes are, as far as the class allows.
+
+    Many classes want a multiple of the number of heads: with nine heads and a step of 32 every 288th size is one. So
+    the step is halved, down to `LEAST_ALIGNED`, until there is a legal size near every sixteenth of the dense one.
+
+    Args:
+        layout: the dense model's, with its class and config.
+        group_size: channels per gate.
+        multiple: of the device: `LatencyTable.multiple`; halved as well.
+    """
+    return math.lcm(*hidden_steps(layout, group_size, multiple).values())
 
 
-def hidden_steps(layout: Layout, group_size: int) -> dict[str, int]:
+def hidden_steps(layout: Layout, group_size: int, multiple: int = 1) -> dict[str, int]:
     """What `hidden_multiple` is made of, by the reason."""
-    return {ALIGNMENT: _aligned(layout.hidden_size), "channels per gate": group_size}
+    widest = math.lcm(_aligned(layout.hidden_size), multiple)
+    found = layout.once(("hidden step", widest, group_size), lambda: _hidden_step(layout, widest, group_size))
+    return {ALIGNMENT: found, "channels per gate": group_size}
+
+
+def _hidden_step(layout: Layout, widest: int, group_size: int) -> int:
+    """The largest step with legal sizes near all sixteenths of the dense one; else that near most of them."""
+    best, most = widest, -1
+    for step in _halved(widest):
+        near = sum(_is_near(layout, part, math.lcm(step, group_size)) for part in SIXTEENTHS)
+        if near > most:
+            best, most = step, near
+        if near == len(SIXTEENTHS):
+            break
+    return best
+
+
+def _halved(step: int) -> Iterator[int]:
+    yield step
+    while step % 2 == 0 and step > LEAST_ALIGNED:
+        step //= 2
+        yield step
+
+
+def _is_near(layout: Layout, part: int, step: int) -> bool:
+    """Whether a legal hidden size is as near to so many sixteenths of the dense one as the step allows."""
+    wish = min(layout.hidden_size * part / 16, layout.hidden_size - step)
+    shape = fit_hidden(layout, replace(layout.dense, hidden_size=max(1, _round(wish))), step=step)
+    return abs((shape.hidden_size or layout.hidden_size) - wish) <= max(layout.hidden_size / 16, step) / 2
 
 
 def _aligned(dense_size: int) -> int:

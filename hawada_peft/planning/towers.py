@@ -41,17 +41,9 @@ def plan_towers(
         IllegalShapeError: if no vanilla model of the sizes exists.
         InvalidPlanError: if a name is none, or of several things; as `legal_plan`.
     """
-    if isinstance(shape, Shape) and len(layouts) > 1:
-        raise InvalidPlanError(
-            f"a Shape is about one tower, and gated are {[each.tower for each in layouts]}: give one for each by its "
-            f"name, as {{{layouts[0].tower!r}: Shape(...)}}, or sizes by their paths, as "
-            f"{{'{layouts[0].tower}.{SIZES[2].field}': ...}}"
-        )
-    shapes: Mapping[str, Shape | None] = {layouts[0].tower: shape} if isinstance(shape, Shape) else {}
+    shapes = {} if shape is None else shapes_of(layouts, shape)
     ratios: Mapping[str, Any] = {}
-    if isinstance(shape, Mapping):
-        shapes = _shapes(layouts, shape)
-    elif keep_ratio is not None:
+    if shape is None and keep_ratio is not None:
         ratios = _ratios(layouts, keep_ratio)
     everything = shape is None and keep_ratio is None
     parts = []
@@ -135,7 +127,21 @@ def paths_of(layout: Layout) -> dict[str, Axis]:
     return {f"{before}{field}": BY_NAME[axis] for axis, field in fields.items() if field}
 
 
-def _shapes(layouts: Sequence[Layout], sizes: Mapping[str, Any]) -> dict[str, Shape | None]:
+def shapes_of(layouts: Sequence[Layout], sizes: Sizes) -> dict[str, Shape]:
+    """
+    The sizes that are wanted of each tower that is named.
+
+    Raises:
+        InvalidPlanError: if a name is none, or of several things, or one shape is given for several towers.
+    """
+    if isinstance(sizes, Shape):
+        if len(layouts) > 1:
+            raise InvalidPlanError(
+                f"a Shape is about one tower, and gated are {[each.tower for each in layouts]}: give one for each by "
+                f"its name, as {{{layouts[0].tower!r}: Shape(...)}}, or sizes by their paths, as "
+                f"{{'{layouts[0].tower}.{SIZES[2].field}': ...}}"
+            )
+        return {layouts[0].tower: sizes}
     whole = {tower: shape for tower, shape in sizes.items() if isinstance(shape, Shape)}
     towers = [layout.tower for layout in layouts]
     if unknown := sorted(set(whole) - set(towers)):

@@ -30,7 +30,7 @@ GIVEN = "given"
 """The source of plans that the caller has: those of trained gates."""
 
 RESCORED = 8
-"""Layers that are tried anew at each step of the greedy choice: those that were cheapest before it."""
+"""Layers that are tried anew at each step of the greedy choice, and for each exchange: the cheapest before it."""
 
 SEARCHED = 3
 """Shapes of a search that are entered at most."""
@@ -108,16 +108,50 @@ def greedy(judge: Judge, fits: Fits) -> Iterator[Plan]:
         (2024).
     """
     kept = deepest(judge, fits)
-    gone: list[int] = []
-    last: dict[int, float] = {}
-    while kept and len(gone) < judge.layers - kept:
-        left = [layer for layer in range(judge.layers) if layer not in gone]
-        tried = sorted(left, key=lambda layer: last.get(layer, 0.0))[: RESCORED if last else None]
-        losses = {layer: judge.loss(judge.without([*gone, layer])) for layer in tried}
-        last |= losses
-        gone.append(min(losses, key=losses.__getitem__))
+    gone, _ = _cheapest(judge, judge.layers - kept if kept else 0)
     if gone:
         yield judge.without(gone)
+
+
+def swaps(judge: Judge, fits: Fits) -> Iterator[Plan]:
+    """
+    The greedy choice, bettered: each layer that went comes back if without another one the loss is lower, again and
+    again until no exchange lowers it. What goes first, while the others are there, need not go best with them gone.
+    """
+    kept = deepest(judge, fits)
+    gone, last = _cheapest(judge, judge.layers - kept if kept else 0)
+    before = math.inf
+    while gone and (best := judge.loss(judge.without(gone))) < before:
+        before = best
+        for layer in tuple(gone):
+            rest = [each for each in gone if each != layer]
+            losses = _without_one(
+                judge, rest, sorted(set(range(judge.layers)) - set(gone), key=last.__getitem__)[:RESCORED]
+            )
+            last |= losses
+            cheapest = min(losses, key=losses.__getitem__)
+            if losses[cheapest] < best:
+                gone, best = [*rest, cheapest], losses[cheapest]
+    if gone:
+        yield judge.without(gone)
+
+
+def _cheapest(judge: Judge, count: int) -> tuple[list[int], dict[int, float]]:
+    """The layers of the greedy choice in the order they went, and of every layer the loss when it was last tried."""
+    gone: list[int] = []
+    last: dict[int, float] = {}
+    while len(gone) < count:
+        left = [layer for layer in range(judge.layers) if layer not in gone]
+        tried = sorted(left, key=lambda layer: last.get(layer, 0.0))[: RESCORED if last else None]
+        losses = _without_one(judge, gone, tried)
+        last |= losses
+        gone.append(min(losses, key=losses.__getitem__))
+    return gone, last
+
+
+def _without_one(judge: Judge, gone: Sequence[int], tried: Iterable[int]) -> dict[int, float]:
+    """Of each layer the loss when it goes beside those that are gone."""
+    return {layer: judge.loss(judge.without([*gone, layer])) for layer in tried}
 
 
 def influence(judge: Judge, fits: Fits) -> Iterator[Plan]:
@@ -200,6 +234,7 @@ GENERATORS: dict[str, Generator] = {
     RUNS: runs,
     "a run and a layer": broken_runs,
     "greedy": greedy,
+    "swaps": swaps,
     "influence": influence,
     "depth and width": widths,
     DIRECTIONS: directions,

@@ -157,9 +157,13 @@ class Judge:
         known = {name: self.dense.get_submodule(name) for name in sorted(ends)}
         names = [name for name, module in known.items() if "weight" in module._parameters]
         squares = dict.fromkeys(names, torch.zeros(()))
+        batch: Batch = {}
 
         def see(name: str, inputs: tuple[torch.Tensor, ...]) -> None:
-            squares[name] = squares[name].to(inputs[0].device) + inputs[0].float().square().flatten(0, -2).sum(0)
+            found = inputs[0].float().square()
+            mask = position_mask(batch, found.shape[:-1])
+            found = found.flatten(0, -2) if mask is None else found[mask]
+            squares[name] = squares[name].to(found.device) + found.sum(0)
 
         with ExitStack() as hooks, torch.inference_mode():
             for name in names:

@@ -6,8 +6,8 @@ Long because a layer is called in several ways: whole, up to a projection, on ot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -248,12 +248,23 @@ class Stream:
             number: of the batch, from 0.
             batch: its keyword arguments.
         """
+        with self._passed(number):
+            return prediction_of(self.model(**batch), self.model)
+
+    def end(self, number: int, batch: Batch) -> None:
+        """As `prediction`, without a head, for who watches what is behind the last layer."""
+        with self._passed(number):
+            cast(nn.Module, self.model.base_model)(**batch)
+
+    @contextmanager
+    def _passed(self, number: int) -> Iterator[None]:
+        """While no layer computes anything, and the last one gives a batch's stream."""
         layers = cast(nn.ModuleList, self.layers)
         real = list(layers)
         try:
             for index, layer in enumerate(real):
                 layers[index] = _Passed(layer, self.hidden[number], wrapped=self.wrapped)
-            return prediction_of(self.model(**batch), self.model)
+            yield
         finally:
             for index, layer in enumerate(real):
                 layers[index] = layer

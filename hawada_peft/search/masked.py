@@ -71,6 +71,8 @@ class MaskedQuality:
         progress (*optional*): makes progress bars, as `tqdm.tqdm`; none are shown if left out.
         reduce (*optional*): sums over ranks; each has batches of its own then.
         kept (`Kept`, *optional*): where losses are kept as they come.
+        tower (`str`, *optional*): of several gated towers whose shapes are meant, the others being dense; the first
+            if left out.
 
     Raises:
         HawAdaError: if there are no batches.
@@ -92,6 +94,8 @@ class MaskedQuality:
         progress: Progress | None = None,
         reduce: Reduce = of_this_rank,
         kept: Kept | None = None,
+        *,
+        tower: str | None = None,
     ) -> None:
         if not batches:
             raise HawAdaError("no calibration batches were given; pass at least one")
@@ -101,7 +105,8 @@ class MaskedQuality:
         self.names = list(self.tuner.active_adapters)
         if len(self.names) != 1:
             raise InvalidPlanError(f"one adapter must be active, got {self.names}; see `model.set_adapter`")
-        self.layout: Layout = self.tuner.layout_of(self.names)
+        layouts: Sequence[Layout] = self.tuner.layouts_of(self.names)
+        self.layout = next(each for each in layouts if tower in (None, each.tower))
         self.scores = unit_scores(model, self.layout, self.names, importance)
         watched = progress_bar(progress, iterable=batches, desc=ASKED, unit="batch", leave=False)
         self.references: list[Reference] = []
@@ -264,9 +269,7 @@ class MaskedQuality:
         return [layer for layer in remaining if layer not in needed]
 
     def _without(self, dropped: Sequence[int]) -> Plan:
-        full = Plan.keep_all(self.layout.dense, self.layout.tower)
-        keep = [index for index in full.layers if index not in dropped]
-        return replace(full, layers=tuple(keep), heads=full.heads[: len(keep)], channels=full.channels[: len(keep)])
+        return without_layers(self.layout, dropped)
 
     def _measured_curve(self, cut: np.ndarray, shapes: Sequence[Shape], field: str, limit: float) -> Any:
         """
@@ -308,6 +311,13 @@ class MaskedQuality:
             finally:
                 for gate, (kept, hard) in zip(gates, before, strict=True):
                     gate.set_plan(kept, in_training=hard)
+
+
+def without_layers(layout: Layout, dropped: Sequence[int]) -> Plan:
+    """The plan that drops those layers of a tower and nothing else."""
+    full = Plan.keep_all(layout.dense, layout.tower)
+    keep = [layer for layer in full.layers if layer not in dropped]
+    return replace(full, layers=tuple(keep), heads=full.heads[: len(keep)], channels=full.channels[: len(keep)])
 
 
 def name_of(kind: str, plan: Plan) -> str:

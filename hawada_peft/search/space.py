@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,14 +10,11 @@ import numpy as np
 
 from ..latency.regime import Regime
 from ..planning.reasons import multiples
-from ..planning.sizes import ffn_choices, hidden_multiple
+from ..planning.sizes import SIXTEENTHS, ffn_choices, hidden_multiple
 from ..vanilla.family import Layout
 from ..vanilla.legality import fit_hidden, head_shapes, least_layers, legal_head_shapes
 from ..vanilla.resize import parameters_at
 from ..vanilla.shape import FFN, HEADS, LAYERS, Shape
-
-HIDDEN = (7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8)
-"""Hidden sizes that are searched, in parts of the dense one."""
 
 FIXED = "has no gates: stays as it is"
 """Why a size has one value."""
@@ -164,17 +160,16 @@ def search_space(
 
 def narrower_sizes(layout: Layout, *, multiple: int = 1, group_size: int = 1) -> list[int]:
     """
-    A few hidden sizes below the dense one that the model's class builds, the largest first: the parts `HIDDEN` of it.
+    The hidden sizes near `SIXTEENTHS` of the dense one that the model's class builds, the largest first.
 
     Args:
         layout: the dense model's, with its class and config.
-        multiple: sizes are multiples of it (`LatencyTable.multiple`), besides those of `rank.hidden_multiple`.
+        multiple: of the device (`LatencyTable.multiple`), as `sizes.hidden_multiple` takes it.
         group_size: channels per gate.
     """
-    step = hidden_multiple(layout, group_size)
-    if not layout.family.ffn_unit:  # otherwise the table's multiple is one of the hidden size itself
-        step = math.lcm(step, multiple)
-    wishes = [replace(layout.dense, hidden_size=max(1, round(part * layout.hidden_size))) for part in HIDDEN]
+    # Where there is an FFN unit the table's multiple is one of the hidden size itself.
+    step = hidden_multiple(layout, group_size, 1 if layout.family.ffn_unit else multiple)
+    wishes = [replace(layout.dense, hidden_size=max(1, round(part / 16 * layout.hidden_size))) for part in SIXTEENTHS]
     found = [layout.complete(fit_hidden(layout, wish, step=step)).hidden_size for wish in wishes]
     return sorted({size for size in found if size is not None}, reverse=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -100,8 +100,8 @@ class StartingPoint:
         for name, tensor in self.tensors.items():
             model.get_parameter(name).copy_(tensor)
         applied = model.applied_plan()
-        roundings = self.plan.roundings if applied is None else applied.roundings
-        model.apply_plan(replace(self.plan, roundings=roundings), in_training=True)
+        plan = self.plan if applied is None else self.plan.rounded(applied.all_roundings)
+        model.apply_plan(plan, in_training=True)
 
     def save(self, folder: Path) -> None:
         """Write `START_FILE`."""

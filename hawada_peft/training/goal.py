@@ -1,4 +1,4 @@
-"""What gates are trained towards: a shape."""
+"""What gates are trained towards: sizes."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from peft import PeftModel
 
 from ..gates.reading import open_probabilities
 from ..planning.rounding import Rounding
+from ..planning.towers import Sizes, shapes_of
 from ..search.timed import dense_model
-from ..vanilla.family import locate
+from ..vanilla.family import locate_all
 from ..vanilla.shape import Shape
 from .penalties import size_penalty
 
 
 class Goal:
     """
-    A fixed shape. Each axis is drawn to its keep ratio by `size_penalty`, against ratios that fall from 1 as training
+    Fixed sizes. Each axis is drawn to its keep ratio by `size_penalty`, against ratios that fall from 1 as training
     proceeds.
 
     Args:
         model (`PeftModel`): with one active adapter, placed by a family row.
-        shape (`Shape`): complete and legal.
-        roundings (`Sequence[Rounding]`): what was asked for instead.
+        target (`Shape` or `dict`): complete and legal; of several towers a `Shape` for each (`Plan.target`).
+        roundings (`Mapping[str, Sequence[Rounding]]`): what was asked for instead, by the tower.
     """
 
-    def __init__(self, model: PeftModel, shape: Shape, roundings: Sequence[Rounding] = ()) -> None:
-        self.model, self.layout = model, locate(dense_model(model))
-        self.shape = shape
-        self.roundings: Sequence[Rounding] = tuple(roundings)
+    def __init__(
+        self, model: PeftModel, target: Sizes, roundings: Mapping[str, Sequence[Rounding]] | None = None
+    ) -> None:
+        self.model, self.layouts = model, locate_all(dense_model(model))
+        self.target = target
+        self.roundings: Mapping[str, Sequence[Rounding]] = dict(roundings or {})
 
     def penalty(self, progress: float) -> torch.Tensor:
         """
@@ -39,19 +42,36 @@ class Goal:
         Args:
             progress: of the soft part of training, in (0, 1].
         """
-        wanted, dense = self.shape.complete(self.layout.full).to_dict(), self.layout.full.to_dict()
-        penalties = [
-            size_penalty(probabilities, 1 - progress * (1 - wanted[name] / dense[name]))
-            for name, probabilities in open_probabilities(self.model, self.layout).items()
-            if wanted[name] < dense[name]
-        ]
+        shapes = shapes_of(self.layouts, self.target)
+        penalties = []
+        for layout in self.layouts:
+            wanted, dense = shapes[layout.tower].complete(layout.full).to_dict(), layout.full.to_dict()
+            penalties += [
+                size_penalty(probabilities, 1 - progress * (1 - wanted[name] / dense[name]))
+                for name, probabilities in open_probabilities(self.model, layout).items()
+                if wanted[name] < dense[name]
+            ]
         return torch.stack(penalties).sum() if penalties else torch.zeros(())
 
     def state_dict(self) -> dict[str, Any]:
-        """The shape, and where it came from."""
-        return {"shape": self.shape.to_dict(), "roundings": [each.to_dict() for each in self.roundings]}
+        """The sizes, and where they came from."""
+        shapes = shapes_of(self.layouts, self.target)
+        return {
+            "shapes": {tower: shape.to_dict() for tower, shape in shapes.items()},
+            "roundings": {tower: [each.to_dict() for each in some] for tower, some in self.roundings.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        self.shape = Shape.from_dict(state["shape"])
-        self.roundings = tuple(Rounding(**each) for each in state.get("roundings", ()))
+        self.target = target_of(state)
+        self.roundings = {
+            tower: tuple(Rounding(**each) for each in some) for tower, some in state.get("roundings", {}).items()
+        }
+
+
+def target_of(state: Mapping[str, Any]) -> Sizes:
+    """The sizes in what `Goal.state_dict` gave."""
+    shapes = {tower: Shape.from_dict(sizes) for tower, sizes in state["shapes"].items()}
+    if not shapes:
+        raise KeyError("shapes")
+    return shapes if len(shapes) > 1 else next(iter(shapes.values()))

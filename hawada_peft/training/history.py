@@ -14,9 +14,11 @@ from peft import PeftModel
 from ..files.atomic import write_text
 from ..gates.kinds import SigmoidGate
 from ..gates.reading import expected_sizes, layers_of, open_probabilities
+from ..planning.cut import BESIDE
 from ..planning.plan import Plan
+from ..planning.towers import each_of
 from ..search.timed import dense_model
-from ..vanilla.family import locate
+from ..vanilla.family import Layout, locate_all
 from ..vanilla.shape import BY_FIELD, BY_NAME, FFN, HEADS, LAYERS
 
 HISTORY_FILE = "gate_history.json"
@@ -71,7 +73,7 @@ class GateHistory:
 
 
 @torch.no_grad()
-def layer_means(model: PeftModel, plan: Plan | None) -> dict[str, dict[str, list[float]]]:
+def layer_means(model: PeftModel, plan: Plan | None) -> dict[str, Any]:
     """
     What is known of each layer by its gates.
 
@@ -81,11 +83,19 @@ def layer_means(model: PeftModel, plan: Plan | None) -> dict[str, dict[str, list
 
     Returns:
         For `"heads"`, `"ffn"` and `"layers"`, where they have gates: `gate`, the mean gate value of every dense layer,
-        and `keep`, what of the layer stays; both (layers,), to four digits.
+        and `keep`, what of the layer stays; both (layers,), to four digits. Of further towers the same under
+        `"beside"`, by their names.
     """
+    first, *beside = each_of(locate_all(dense_model(model)), plan)
+    means = {layout.tower: _means(model, layout, part, plan) for layout, part in beside}
+    return _means(model, *first, plan) | ({BESIDE: means} if means else {})
+
+
+def _means(model: PeftModel, layout: Layout, part: Plan | None, whole: Plan | None) -> dict[str, Any]:
+    """Of a tower; what a plan does not speak of stays."""
     base, name = dense_model(model), model.active_adapters[0]
-    layout = locate(base)
     layers = layers_of(base, layout, [name])
+    plan = part or (None if whole is None else Plan.keep_all(layout.dense, layout.tower))
     if plan is None:
         sizes, dense = expected_sizes(base, layout, name), layout.dense.sizes()
         keep = {
@@ -109,20 +119,23 @@ def layer_means(model: PeftModel, plan: Plan | None) -> dict[str, dict[str, list
 @torch.no_grad()
 def keep_ratios(model: PeftModel, plan: Plan | None) -> dict[str, float]:
     """
-    Per axis what stays of it, as `keep_heads` and so on.
+    Per axis what stays of it, as `keep_heads` and so on; of several towers as `keep_text_config.heads`.
 
     Args:
         model: with one active adapter, placed by a family row.
         plan: what stays; what the gates expect if there is none.
     """
     ratios = {}
-    for field, probabilities in open_probabilities(model, locate(dense_model(model))).items():
-        if plan is None:
-            ratio = torch.cat([each.flatten().cpu() for each in probabilities]).mean().item()
-        else:
-            kept, dense = plan.shape.to_dict(), plan.dense.to_dict()
-            ratio = kept[field] / dense[field] if field in kept else 1.0
-        ratios[f"keep_{BY_FIELD[field].name}"] = ratio
+    towers = each_of(locate_all(dense_model(model)), plan)
+    for layout, part in towers:
+        before = f"{layout.tower}." if len(towers) > 1 else ""
+        for field, probabilities in open_probabilities(model, layout).items():
+            if plan is None:
+                ratio = torch.cat([each.flatten().cpu() for each in probabilities]).mean().item()
+            else:
+                kept, dense = ({}, {}) if part is None else (part.shape.to_dict(), part.dense.to_dict())
+                ratio = kept[field] / dense[field] if field in kept else 1.0
+            ratios[f"keep_{before}{BY_FIELD[field].name}"] = ratio
     return ratios
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -22,14 +21,13 @@ from ..distil.unlabelled import UnlabelledTrainer
 from ..errors import CheckpointError, HawAdaError
 from ..files.atomic import write_text
 from ..gates.attach import collect_gates
-from ..search.timed import dense_model
+from ..planning.plan import Plan
+from ..planning.towers import Sizes
 from ..vanilla.batches import position_mask
-from ..vanilla.family import locate
 from ..vanilla.heads import head_of
 from ..vanilla.outputs import get_student_logits
-from ..vanilla.shape import Shape
 from .arguments import GateTrainingArguments
-from .goal import Goal
+from .goal import Goal, target_of
 from .history import GateHistory, keep_ratios
 from .phases import Phases
 from .rates import regroup
@@ -66,11 +64,10 @@ class PhasedTrainer(UnlabelledTrainer):
         self._terms: dict[str, list[torch.Tensor]] = {}
         self.gated: Any = model  # `self.model`, typed for what PEFT passes on to the tuner
         self.history = GateHistory(model)
-        self.layout = locate(dense_model(model))
         super().__init__(model, args, **kwargs)
         applied = self.gated.applied_plan()
-        if applied is not None and (self._goal is None or applied.shape != self._goal.shape):
-            logger.warning("the applied plan has another shape than the goal; it is opened: %s", applied)
+        if applied is not None and (self._goal is None or applied.target != self._goal.target):
+            logger.warning("the applied plan has other sizes than the goal; it is opened: %s", applied)
             self.gated.apply_plan(None)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch: divide by their number
 
@@ -162,10 +159,10 @@ class PhasedTrainer(UnlabelledTrainer):
         return self._goal
 
     @property
-    def target(self) -> Shape:
-        """The shape that the gates would get now; after the decision, the one they got."""
+    def target(self) -> Sizes:
+        """The shape that the gates would get now; after the decision, the one they got. Of several towers one each."""
         applied = self.gated.applied_plan()
-        return self.goal.shape if applied is None else applied.shape
+        return self.goal.target if applied is None else cast(Plan, applied).target
 
     @property
     def decided(self) -> bool:
@@ -175,7 +172,7 @@ class PhasedTrainer(UnlabelledTrainer):
     def decide(self) -> None:
         """Make the plan from the gates as they are, and apply it in training as well."""
         self.phases.relax(None)
-        plan = dataclasses.replace(self.phases.plan(self.goal.shape), roundings=tuple(self.goal.roundings))
+        plan = self.phases.plan(self.goal.target).rounded(self.goal.roundings)
         self.gated.apply_plan(plan, in_training=True)
         logger.info("step %d: %s", self.state.global_step, plan)
 
@@ -223,7 +220,7 @@ class PhasedTrainer(UnlabelledTrainer):
         return read_state(folder)
 
     def _restore_state(self, state: Mapping[str, Any]) -> None:
-        self._goal = self._goal or Goal(self.gated, Shape.from_dict(state["goal"]["shape"]))
+        self._goal = self._goal or Goal(self.gated, target_of(state["goal"]))
         self._goal.load_state_dict(state["goal"])
         self.phases.load_state_dict(state["phases"])
         self.history.entries = state.get("history", [])

@@ -14,7 +14,7 @@ from ..gates.attach import collect_gates
 from ..gates.reading import axes_of
 from ..gates.relaxation import RELAXATIONS, Relaxation
 from ..planning.plan import Plan
-from ..vanilla.shape import Shape
+from ..planning.towers import Sizes
 from .arguments import GateTrainingArguments
 from .goal import Goal
 from .penalties import bimodality_penalty, floor_penalty
@@ -71,13 +71,13 @@ class Phases:
 
     def approach(self, goal: Goal) -> None:
         """Make the plan that the gates would get now the one that they approach."""
-        self.approached = self.plan(goal.shape)
+        self.approached = self.plan(goal.target)
         self.model.set_masks(self.approached)
 
-    def plan(self, shape: Shape) -> Plan:
-        """The plan that the gates would get at a shape; the approached one, where its order is not up for change."""
-        settled = self.approached is not None and not self.relaxation.reorders and self.approached.shape == shape
-        return cast(Plan, self.approached) if settled else self.model.plan(shape)
+    def plan(self, target: Sizes) -> Plan:
+        """The plan that the gates would get at some sizes; the approached one, where its order is settled."""
+        settled = self.approached is not None and not self.relaxation.reorders and self.approached.target == target
+        return cast(Plan, self.approached) if settled else self.model.plan(target)
 
     @contextmanager
     def planned(self, goal: Goal) -> Iterator[None]:
@@ -85,7 +85,7 @@ class Phases:
         if self.decided:
             yield
             return
-        self.model.set_masks(self.plan(goal.shape))
+        self.model.set_masks(self.plan(goal.target))
         try:
             yield
         finally:

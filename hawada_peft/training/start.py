@@ -9,9 +9,8 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -26,13 +25,14 @@ from ..gates.stream_basis import BasisGate
 from ..planning.importance import gate_importance
 from ..planning.plan import Plan
 from ..planning.router_weighted import expert_outputs
+from ..planning.towers import Sizes, each_of, shapes_of
 from ..processes import Reduce, of_this_rank
 from ..progress import Progress, progress_bar
 from ..search.budgeted import IMPORTANCE
-from ..search.masked import MaskedQuality
+from ..search.masked import MaskedQuality, without_layers
 from ..search.timed import dense_model
 from ..vanilla.batches import Batch
-from ..vanilla.family import locate
+from ..vanilla.family import locate_all
 from ..vanilla.legality import check_layers, check_legal
 from ..vanilla.shape import Shape
 
@@ -45,7 +45,7 @@ def init_gates(
     batches: Iterable[Batch],
     criterion: str = "fisher",
     *,
-    shape: Shape | None = None,
+    shape: Sizes | None = None,
     plan: Plan | None = None,
     importance: Mapping[str, torch.Tensor] | None = None,
     spread: float = SPREAD,
@@ -56,17 +56,18 @@ def init_gates(
     Start the gates in the order of their importance, close to where they start anyway.
 
     Heads and channels are ordered within their module, channels of the residual stream among each other, gates on
-    blocks and layers over the whole model; experts by what they add (`expert_outputs`), not by gradients. The least
-    important gate of n gets `theta = start - spread * T`, the most
-    important `start + spread * T`, evenly in between.
+    blocks and layers over the whole model, of several towers over each; experts by what they add (`expert_outputs`),
+    not by gradients. The least important gate of n gets `theta = start - spread * T`, the most important
+    `start + spread * T`, evenly in between.
 
     Args:
         model: a gated model.
         batches: calibration batches, as in `gate_importance`.
         criterion: `"fisher"`.
-        shape: the shape that is aimed at. If it has fewer layers, those to go are found by dropping one after the
-            other and measuring the loss (`MaskedQuality`), and everything else is ordered by its importance without
-            them. A squared gradient says little about something as large as a layer.
+        shape: the shape that is aimed at, of several towers as in `HawAdaModel.plan`. If it has fewer layers, those to
+            go are found by dropping one after the other and measuring the loss (`MaskedQuality`), in each tower by
+            itself, and everything else is ordered by its importance without them. A squared gradient says little
+            about something as large as a layer.
         plan: instead of a shape, where a search has found already which layers go (`SearchResult.plan`).
         importance: of `gate_importance(model, batches)`, where it is known already; used if no layers go.
         spread: see above.
@@ -89,8 +90,13 @@ def init_gates(
     if plan is None:
         dropped = _dropped(cast(PeftModel, model), batches, shape, reduce, progress)
     else:
-        dropped = [layer for layer in range(plan.dense.sizes()["num_hidden_layers"]) if layer not in plan.layers]
+        dropped = {
+            part.tower: gone
+            for part in plan.parts
+            if (gone := [each for each in range(part.dense.sizes()["num_hidden_layers"]) if each not in part.layers])
+        }
     without, places = _without(cast(PeftModel, model), dropped) if dropped else (None, {})
+    tower_of = _towers(model)
     if importance is None or dropped:
         watched = progress_bar(progress, iterable=batches, desc=IMPORTANCE, unit="batch", leave=False)
         importance = gate_importance(model, watched, without, reduce=reduce)
@@ -104,7 +110,8 @@ def init_gates(
             value = stream.ranked(value, trained=False)
         if id(gates[name]) in places:
             value = torch.full_like(value, places[id(gates[name])])
-        pooled.setdefault(name if slot == UNITS else f"{slot}.{adapter}", []).append((gates[name], value))
+        whole = f"{tower_of(name)}.{slot}.{adapter}"
+        pooled.setdefault(name if slot == UNITS else whole, []).append((gates[name], value))
     with torch.no_grad():
         for members in pooled.values():
             flat = torch.cat([importance.flatten() for _, importance in members])
@@ -117,43 +124,60 @@ def init_gates(
                 gate.theta.copy_(gate.start.theta + offset)
 
 
-def _check_aim(model: nn.Module, shape: Shape | None, plan: Plan | None) -> None:
+def _towers(model: nn.Module) -> Callable[[str], str]:
+    """In which of several gated towers a gate is, by its name; empty where they are in one, or placed by names."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    names = model.active_adapters if isinstance(model, PeftModel) else ()
+    several = any(cast(Any, model).peft_config[name].towers for name in names)
+    stacks = {layout.tower: f".{layout.stack}." for layout in (locate_all(base) if several else ())}
+    return lambda name: next((tower for tower, stack in stacks.items() if stack in f".{name}"), "")
+
+
+def _check_aim(model: nn.Module, shape: Sizes | None, plan: Plan | None) -> None:
     if shape is not None and plan is not None:
         raise HawAdaError("give either `shape` or `plan`, not both")
-    if not isinstance(shape, Shape | None) or not isinstance(plan, Plan | None):
+    if not isinstance(shape, Shape | Mapping | None) or not isinstance(plan, Plan | None):
         raise HawAdaError(
             f"shape must be a Shape and plan a Plan, got a {type(shape if plan is None else plan).__name__}"
         )
     if shape is None and plan is None:
         return
-    layout = locate(dense_model(cast(PeftModel, model)))
-    if shape is not None:
-        check_legal(layout, layout.complete(shape))
-    if plan is not None:
-        plan.check_base(layout.full)
-        check_layers(layout, plan.layers)
+    layouts = locate_all(dense_model(cast(PeftModel, model)))
+    wanted = {} if shape is None else shapes_of(layouts, shape)
+    for layout, part in each_of(layouts, plan):
+        if layout.tower in wanted:
+            check_legal(layout, layout.complete(wanted[layout.tower]))
+        if part is not None:
+            part.check_base(layout.full)
+            check_layers(layout, part.layers)
 
 
 def _dropped(
-    model: PeftModel, batches: Sequence[Batch], shape: Shape | None, reduce: Reduce, progress: Progress | None
-) -> list[int]:
-    """The layers to go at a shape, the cheapest first."""
-    if shape is None or shape.num_hidden_layers is None:
-        return []
-    if shape.num_hidden_layers == locate(dense_model(model)).dense.sizes()["num_hidden_layers"]:
-        return []
-    return MaskedQuality(model, batches, reduce=reduce, progress=progress).drop_order(shape.num_hidden_layers)
+    model: PeftModel, batches: Sequence[Batch], shape: Sizes | None, reduce: Reduce, progress: Progress | None
+) -> dict[str, list[int]]:
+    """The layers to go at a shape, the cheapest first, by the tower that loses some."""
+    if shape is None:
+        return {}
+    layouts = locate_all(dense_model(model))
+    wanted, found = shapes_of(layouts, shape), {}
+    for layout in layouts:
+        count = wanted.get(layout.tower, layout.dense).num_hidden_layers
+        if count not in (None, layout.dense.num_hidden_layers):
+            quality = MaskedQuality(model, batches, reduce=reduce, progress=progress, tower=layout.tower)
+            found[layout.tower] = quality.drop_order(cast(int, count))
+    return found
 
 
-def _without(model: PeftModel, dropped: Sequence[int]) -> tuple[Plan, dict[int, float]]:
+def _without(model: PeftModel, dropped: Mapping[str, Sequence[int]]) -> tuple[Plan, dict[int, float]]:
     """The plan that drops layers and nothing else; places of their gates by identity, below any importance."""
     base = dense_model(model)
-    layout = locate(base)
-    full = Plan.keep_all(layout.dense, layout.tower)
-    keep = [layer for layer in full.layers if layer not in dropped]
-    plan = replace(full, layers=tuple(keep), heads=full.heads[: len(keep)], channels=full.channels[: len(keep)])
-    layers = layers_of(base, layout, model.active_adapters)
-    places = {
-        id(gate): float(place - len(dropped)) for place, layer in enumerate(dropped) for gate in layers[layer].whole
-    }
-    return plan, places
+    parts: list[Plan] = []
+    places: dict[int, float] = {}
+    for layout in locate_all(base):
+        gone = dropped.get(layout.tower, ())
+        parts.append(without_layers(layout, gone))
+        layers = layers_of(base, layout, model.active_adapters)
+        places |= {
+            id(gate): float(place - len(gone)) for place, layer in enumerate(gone) for gate in layers[layer].whole
+        }
+    return Plan.of_towers(parts), places

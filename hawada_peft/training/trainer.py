@@ -29,13 +29,13 @@ from ..latency.budget import LatencyBudget
 from ..latency.effort import Effort
 from ..latency.table import LatencyTable
 from ..planning.plan import Plan
+from ..planning.towers import Ratio, Sizes
 from ..processes import all_reduced, in_main_process
 from ..progress import Progress
 from ..search.budgeted import search_plan
 from ..search.directions import Found, with_directions
 from ..search.result import SearchResult
 from ..vanilla.batches import Batch, main_input
-from ..vanilla.shape import Shape
 from .arguments import GateTrainingArguments
 from .comparison import Comparison, StartingPoint, compare, set_aside
 from .goal import Goal
@@ -65,7 +65,8 @@ class HawAdaTrainer(PhasedTrainer):
     Args:
         model (`PeftModel`): made by `get_peft_model(base, HawAdaConfig(...))`.
         args (`GateTrainingArguments`): how gates are trained; plain `TrainingArguments` mean the defaults.
-        shape (`Shape`, *optional*): the sizes of the slim model. One of `shape`, `keep_ratio` and `budget` is given.
+        shape (`Shape` or `dict`, *optional*): the sizes of the slim model, as in `HawAdaModel.plan`. One of `shape`,
+            `keep_ratio` and `budget` is given.
         keep_ratio (`float` or `dict`, *optional*): instead of a shape, as in `HawAdaModel.plan`.
         budget (`LatencyBudget`, *optional*): instead of a shape.
         effort (`Effort`, *optional*): how hard latency is measured and the shape for a budget searched.
@@ -91,8 +92,8 @@ class HawAdaTrainer(PhasedTrainer):
         model: PeftModel,
         args: TrainingArguments | None = None,
         *,
-        shape: Shape | None = None,
-        keep_ratio: float | Mapping[str, float] | None = None,
+        shape: Sizes | None = None,
+        keep_ratio: Ratio | None = None,
         budget: LatencyBudget | None = None,
         effort: Effort | None = None,
         table: LatencyTable | None = None,
@@ -115,7 +116,7 @@ class HawAdaTrainer(PhasedTrainer):
         if budget is None:
             # A shape that is illegal or has no gates fails here, before any training.
             plan = cast(Any, model).plan(shape, keep_ratio=keep_ratio)
-            goal = Goal(model, plan.shape, plan.roundings)
+            goal = Goal(model, plan.target, plan.all_roundings)
         self.budget, self.effort, self.table = budget, effort or Effort(), table
         self.hidden_sizes, self.rotate, self.refit = hidden_sizes, rotate, refit
         self.search: SearchResult | None = None
@@ -148,7 +149,7 @@ class HawAdaTrainer(PhasedTrainer):
         if self._goal is None:
             self._goal, importance, plan = self._goal_of_budget(cast(LatencyBudget, self.budget), batches)
         if start:
-            shape = self.goal.shape if plan is None else None
+            shape = self.goal.target if plan is None else None
             init_gates(
                 self.gated,
                 batches,
@@ -185,7 +186,7 @@ class HawAdaTrainer(PhasedTrainer):
 
         search = partial(in_main_process, find_shape)  # gates come and go in every process
         self.search, importance = with_directions(self.gated, batches, self.rotate, search, progress=progress)
-        return Goal(self.gated, self.search.best.shape), importance, self.search.plan
+        return Goal(self.gated, self.search.plan.target), importance, self.search.plan
 
     def _calibration(self, *, together: bool = False) -> list[Batch]:
         """
@@ -223,7 +224,7 @@ class HawAdaTrainer(PhasedTrainer):
             self._start_gates()
             same_everywhere(self._whole)
         if self._start is None and self.set_aside is not None:
-            plan = self.gated.applied_plan() or self.phases.plan(self.goal.shape)
+            plan = self.gated.applied_plan() or self.phases.plan(self.goal.target)
             self._start = StartingPoint.of(self.gated, plan)
 
     def _end(self) -> None:
@@ -285,12 +286,6 @@ def _model_problems(model: Any) -> list[str]:
     if len(model.active_adapters) != 1:
         return [f"one adapter must be active, got {model.active_adapters}; see `model.set_adapter`"]
     (name,) = model.active_adapters
-    towers = model.peft_config[name].towers or ()
-    if len(towers) > 1:
-        return [
-            f"gates on several towers ({list(towers)}) are not trained towards sizes together: train those of one, "
-            "slim it, and gate the next in the slim model; or train all in a loop of your own, then `model.plan(...)`"
-        ]
     if any(gate.theta.requires_grad for gate in collect_gates(model, name).values()):
         return []
     return [

@@ -1,9 +1,11 @@
 """Models larger than memory, walked through layer by layer from their files: plans without gradients."""
 
+from .directions import checkpoint_basis
 from .plans import ActivityQuality, plan_checkpoint, walk_checkpoint
 
 __all__ = [
     "ActivityQuality",
+    "checkpoint_basis",
     "plan_checkpoint",
     "walk_checkpoint",
 ]

@@ -6,14 +6,11 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..errors import HawAdaError
 from ..files.checkpoint import Checkpoint
-from ..files.spill import Spill
 from ..gates.reading import UnitScores
 from ..latency.budget import LatencyBudget
 from ..latency.effort import Effort
@@ -22,18 +19,16 @@ from ..planning.plan import Plan
 from ..planning.ranking import rank
 from ..progress import Progress
 from ..refit.activity import Activity, activity_of
-from ..refit.layerwise import Keep, in_memory
-from ..refit.low_memory import start_stream
-from ..refit.on_demand import OnDemand
 from ..search.result import SearchResult
 from ..search.rounds import search
 from ..search.scores import channels_cut, heads_cut
 from ..search.space import SearchSpace, search_space
 from ..search.timed import Timer, check_regime, table_of
-from ..vanilla.batches import Batch, check_batch, without_labels
+from ..vanilla.batches import Batch
 from ..vanilla.family import Layout, locate
 from ..vanilla.legality import check_legal
 from ..vanilla.shape import FFN, HEADS, LAYERS, Shape
+from .walk import open_walk
 
 
 @dataclass(frozen=True)
@@ -133,17 +128,8 @@ def walk_checkpoint(
         BadDataError: if a batch holds what the model cannot take.
         UnsupportedModelError: as `Checkpoint` and `start_stream`; if a layer's outputs are no linear maps.
     """
-    checkpoint, where = Checkpoint(base), device or "cpu"
-    model, batches = checkpoint.skeleton, []
-    for batch in calibration:
-        check_batch(model, batch)
-        batches.append(without_labels(batch, where))
-    if not batches:
-        raise HawAdaError("no calibration batches were given; pass at least one")
-    layout = locate(model)
-    keep: Keep = in_memory if spill is None or torch.device(where).type != "cpu" else Spill(Path(spill))
-    with OnDemand(model, layout, checkpoint.whole, device=where) as weights, torch.no_grad():
-        return ActivityQuality(layout, activity_of(start_stream(weights, batches, keep), batches))
+    with open_walk(base, calibration, device=device, spill=spill) as walk:
+        return ActivityQuality(walk.layout, activity_of(walk.start(), walk.batches))
 
 
 def plan_checkpoint(
