@@ -1,124 +1,96 @@
 """
-Smaller heads against fewer heads, at the same inner size of attention, of a ViT: before any training, or after some.
+Narrower heads against fewer heads of a ViT: at the same inner size of attention, and at the same latency.
 
-Without rotary positions a head's queries and keys are known up to an invertible map, and its values and the projection
-that reads them too. Queries and keys: the truncated SVD of their product in the metric of the data; a key's mean adds
-the same to all scores of a query, which the softmax does not see. Values: that of what the head adds to the stream. At
-the full size both are exact. Heads are chosen by Fisher information; both are refitted by least squares if that helps.
+Narrower heads are `narrow_heads`; whole heads and FFN channels are chosen by Fisher information, refitted by least
+squares where that helps. With `--speedups` each attention has the FFN that makes the model so fast: processor time of
+one CPU core, or the wall clock of another device, timed in turns with the dense model.
 
     python benchmarks/head_dim.py --teacher TEACHER --data TRAIN.npz --evaluation EVAL.npz --batch-size 64 \\
-        --calibration 256 [--recover 300 --device cuda --seeds 0 1 2]
-
-References: MoDeGPT (Lin et al., 2024), for SVD in the metric of the data.
+        --calibration 256 [--speedups 1.18 1.5 2] [--recover 300 --device cuda --seeds 0 1 2]
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-from collections import defaultdict
-from functools import partial
-from typing import Any
+import time
+from collections.abc import Mapping
 
 import torch
 from peft import get_peft_model
 from transformers import PreTrainedModel
 from work import Batch, Bench, add_work_arguments
 
-from hawada_peft import HawAdaConfig, Shape, init_gates
+from hawada_peft import Effort, HawAdaConfig, Shape, init_gates
+from hawada_peft.basis import narrow_heads
+from hawada_peft.latency import Clock, Regime, measure_many
 from hawada_peft.processes import of_this_rank
 from hawada_peft.refit.reconstruction import refit_model
 from hawada_peft.vanilla.family import locate
 
-PAIRS = ((32, 6), (27, 5), (21, 4), (16, 3), (11, 2))
-"""Head sizes of all heads, and numbers of whole heads of nearly the same inner size."""
+PARTS = (1, 27 / 32, 21 / 32, 1 / 2, 11 / 32)
+"""Of the size of a head."""
+
+Sizes = tuple[int, int, int]
+"""Heads, features of each, FFN channels."""
 
 
-def root(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The symmetric square root of second moments, and its inverse."""
-    values, vectors = torch.linalg.eigh(moments)
-    roots = values.clamp(min=1e-10 * float(values[-1])).sqrt()
-    return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
-
-
-def _keep_output(rows: list[torch.Tensor], _module: Any, _args: Any, output: torch.Tensor) -> None:
-    rows.append(output.detach().flatten(0, 1))
-
-
-def _keep_input(rows: list[torch.Tensor], _module: Any, args: tuple[torch.Tensor, ...]) -> None:
-    rows.append(args[0].detach().flatten(0, 1))
-
-
-class Heads:
-    """Second moments of what a ViT's heads compute on calibration batches, and the same ViT with smaller heads."""
-
-    def __init__(self, model: PreTrainedModel, batches: list[Batch]) -> None:
-        self.model, self.layout = model, locate(model)
-        self.names = [name.rpartition(".")[0] for name in map(self.layout.attention_out, range(len(self.layers)))]
-        rows: dict[str, list[torch.Tensor]] = defaultdict(list)
-        hooks = []
-        for index, name in enumerate(self.names):
-            attention = model.get_submodule(name)
-            for each in ("q_proj", "k_proj"):
-                module = attention.get_submodule(each)
-                hooks.append(module.register_forward_hook(partial(_keep_output, rows[f"{index}.{each}"])))
-            out = model.get_submodule(self.layout.attention_out(index))
-            hooks.append(out.register_forward_pre_hook(partial(_keep_input, rows[f"{index}.out"])))
-        with torch.no_grad():
-            for batch in batches:
-                model(**batch)
-        for hook in hooks:
-            hook.remove()
-        self.rows = {key: torch.cat(found).double() for key, found in rows.items()}
-
-    @property
-    def layers(self) -> range:
-        return range(self.layout.dense.sizes()["num_hidden_layers"])
-
-    def cut(self, size: int) -> PreTrainedModel:
-        """The ViT with heads of a size."""
-        model, old = self.model, self.layout.head_dim
-        config = copy.deepcopy(model.config)
-        config.head_dim = size
-        small = type(model)(config).to(model.device).eval()
-        state = copy.deepcopy(model.state_dict())
-        count = self.layout.dense.sizes()["num_attention_heads"]
-        for index, name in enumerate(self.names):
-            out = self.layout.attention_out(index)
-            made: dict[str, list[torch.Tensor]] = defaultdict(list)
-            for head in range(count):
-                part = slice(head * old, (head + 1) * old)
-                q, k, a = (self.rows[f"{index}.{each}"][:, part] for each in ("q_proj", "k_proj", "out"))
-                (rq, iq), (rk, ik) = root(q.T @ q / len(q)), root(torch.cov(k.T))
-                u, s, v = torch.linalg.svd(rq @ rk)
-                scale = (size / old) ** 0.5  # the class divides by the root of the head's size
-                maps = {
-                    "q_proj": scale * iq @ (u[:, :size] * s[:size].sqrt()),
-                    "k_proj": ik @ (v[:size].T * s[:size].sqrt()),
-                }
-                ra, ia = root(a.T @ a / len(a))
-                block = state[f"{out}.weight"][:, part].double()
-                u, s, v = torch.linalg.svd(ra @ block.T, full_matrices=False)
-                maps["v_proj"] = ia @ u[:, :size]
-                for each, matrix in maps.items():
-                    made[f"{name}.{each}.weight"].append(matrix.T @ state[f"{name}.{each}.weight"][part].double())
-                    made[f"{name}.{each}.bias"].append(matrix.T @ state[f"{name}.{each}.bias"][part].double())
-                made[f"{out}.weight"].append((s[:size, None] * v[:size]).T)
-            for key, parts in made.items():
-                state[key] = torch.cat(parts, 1 if key == f"{out}.weight" else 0).float()
-        small.load_state_dict(state)
-        return small
-
-
-def fewer(bench: Bench, batches: list[Batch], heads: int) -> PreTrainedModel:
-    """The ViT with the heads that count most, refitted."""
-    gated = get_peft_model(bench.load(), HawAdaConfig(gates=("heads",)))
+def cut(model: PreTrainedModel, batches: list[Batch], heads: int, ffn: int) -> PreTrainedModel:
+    """A ViT with its heads and FFN channels that count most, refitted."""
+    shape = Shape(num_attention_heads=heads, num_key_value_heads=heads, intermediate_size=ffn)
+    if shape.complete(locate(model).dense) == locate(model).dense:
+        return model
+    gated = get_peft_model(copy.deepcopy(model), HawAdaConfig(gates=("heads", "ffn")))
     init_gates(gated, batches)
-    plan = gated.plan(Shape(num_attention_heads=heads, num_key_value_heads=heads))
+    plan = gated.plan(shape)
     gated.apply_plan(plan)
     small = gated.merge_and_unload()
-    refit_model(bench.model, small, plan, batches, reduce=of_this_rank)
+    refit_model(model, small, plan, batches, reduce=of_this_rank)
     return small
+
+
+class Latencies:
+    """
+    What models of a ViT's class take.
+
+    Args:
+        model: the dense ViT.
+        images: of a call.
+    """
+
+    def __init__(self, model: PreTrainedModel, images: int) -> None:
+        self.model = model
+        device = str(model.device)
+        self.regime = Regime(mode="forward", batch_size=images, dtype="float32", backend="eager", device=device)
+        clock = Clock(time.thread_time) if device == "cpu" else Clock()
+        self.effort = Effort(clock=clock, max_rounds=200, max_seconds=60, tolerance=0.003)
+
+    def build(self, sizes: Sizes) -> PreTrainedModel:
+        """A model of other sizes, weights at random."""
+        config = copy.deepcopy(self.model.config)
+        config.num_attention_heads, config.head_dim, config.intermediate_size = sizes
+        return type(self.model)(config).to(self.model.device).eval()
+
+    def measure(self, wanted: set[Sizes]) -> dict[Sizes, float]:
+        """Milliseconds, all in turns."""
+        timings = measure_many({each: self.build(each) for each in sorted(wanted)}, self.regime, effort=self.effort)
+        return {each: timing.median_ms for each, timing in timings.items()}
+
+
+def as_fast(
+    dense: Sizes, attentions: list[tuple[int, int]], latencies: Latencies, speedups: list[float]
+) -> list[Sizes]:
+    """Of each attention, heads and features of each, the FFN that gives the speedups, where there is one."""
+    ffn, found = dense[2], list[Sizes]()
+    ends = ffn, ffn // 4
+    ms = latencies.measure({dense} | {(*each, width) for each in attentions for width in ends})
+    for speedup in speedups:
+        for each in attentions:
+            wide, narrow = (ms[(*each, width)] for width in ends)
+            width = ends[1] + (ms[dense] / speedup - narrow) * (ends[0] - ends[1]) / (wide - narrow)
+            if 16 <= width <= 1.02 * ffn:
+                found.append((*each, min(ffn, round(width / 8) * 8)))
+    return found
 
 
 def main() -> None:
@@ -128,7 +100,12 @@ def main() -> None:
     parser.add_argument("--eval-examples", type=int)
     parser.add_argument("--recover", type=int, default=0, help="steps of distillation")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--sizes", type=int, nargs="+", help="of narrower heads; parts of the dense one if left out")
+    parser.add_argument("--speedups", type=float, nargs="+", help="the FFN of each attention gives these")
+    parser.add_argument("--images", type=int, default=4, help="of a timed call")
     options = parser.parse_args()
+    if options.device == "cpu":
+        torch.set_num_threads(1)
     bench = Bench(
         options.teacher,
         options.data,
@@ -137,20 +114,33 @@ def main() -> None:
         batch_size=options.batch_size,
         eval_examples=options.eval_examples,
     )
+    layout = locate(bench.model)
+    heads, ffn = (layout.dense.sizes()[name] for name in ("num_attention_heads", "intermediate_size"))
+    dense = heads, layout.head_dim, ffn
+    sizes = options.sizes or [round(part * layout.head_dim) for part in PARTS]
+    ms: Mapping[Sizes, float] = {}
+    if options.speedups:
+        latencies = Latencies(bench.model, options.images)
+        attentions = [(heads, size) for size in sizes] + [(count, dense[1]) for count in range(heads, 1, -1)]
+        work = as_fast(dense, attentions, latencies, options.speedups)
+        ms = latencies.measure({dense, *work})
+    else:
+        fewer = [(round(heads * size / layout.head_dim), layout.head_dim, ffn) for size in sizes]
+        work = [(heads, size, ffn) for size in sizes] + fewer
     for seed in options.seeds:
         batches = bench.examples(options.calibration, seed)
-        heads = Heads(bench.model, batches)
-        for size, count in PAIRS:
-            for name, small in ((f"6 heads of {size}", heads.cut(size)), (f"{count} heads of 32", None)):
-                if small is None and count == 6:
-                    continue
-                model = fewer(bench, batches, count) if small is None else small
-                row = {"seed": seed, "heads": name, "parameters": model.num_parameters()}
-                row["before"] = bench.quality(model)
-                if options.recover:
-                    bench.distil(model, options.recover, None, seed)
-                    row["after"] = bench.quality(model)
-                print(row, flush=True)
+        narrow = {size: narrow_heads(bench.load(), batches, size) for size in sizes} | {layout.head_dim: bench.load()}
+        for each in dict.fromkeys(work):
+            count, size, width = each
+            model = copy.deepcopy(cut(narrow[size], batches, count, width))
+            row = {"seed": seed, "heads": f"{count} of {size}", "ffn": width, "parameters": model.num_parameters()}
+            if ms:
+                row |= {"ms": round(ms[each], 3), "speedup": round(ms[dense] / ms[each], 3)}
+            row["before"] = bench.quality(model)
+            if options.recover:
+                bench.distil(model, options.recover, None, seed)
+                row["after"] = bench.quality(model)
+            print(row, flush=True)
 
 
 if __name__ == "__main__":

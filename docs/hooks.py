@@ -50,6 +50,7 @@ EVERY = "every"
 
 TOP = "The package"
 FOLDERS = (
+    "basis",
     "gates",
     "latency",
     "planning",

@@ -1,8 +1,8 @@
 """
 Hardware-aware slimming of Hugging Face models, as a PEFT tuner. Importing it registers the tuner, nothing else.
 
-Here is what the main way needs. The folders hold more, each for an audience of its own: `gates`, `latency`,
-`discovery`, `planning`, `search`, `distil`, `surgery`, `refit`, `shipping`, `page`, `recipes`, `vanilla`.
+Here is what the main way needs. The folders hold more, each for an audience of its own: `basis`, `gates`,
+`latency`, `discovery`, `planning`, `search`, `distil`, `surgery`, `refit`, `shipping`, `page`, `recipes`, `vanilla`.
 """
 
 import sys

@@ -27,7 +27,7 @@ import torch
 import transformers
 import typer
 import yaml
-from conftest import LM_ROW, build, gate, scattered_plan
+from conftest import LM_ROW, VISION_ROW, build, gate, scattered_plan
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -57,7 +57,9 @@ FENCE = re.compile(
 )
 
 
-FOLDERS = ("gates", "latency", "search", "distil", "surgery", "refit", "shipping", "page", "recipes", "vanilla")
+FOLDERS = (
+    "basis", "gates", "latency", "search", "distil", "surgery", "refit", "shipping", "page", "recipes", "vanilla"
+)  # fmt: skip
 PUBLIC = [*(importlib.import_module(f"hawada_peft.{name}") for name in FOLDERS), hawada_peft]
 """Where the names come from that pages use."""
 
@@ -228,6 +230,10 @@ def llava() -> PreTrainedModel:
 
 BY_PAGE: dict[str, Factories] = {
     "add-a-family.md": {"tiny_model": starcoder},
+    "basis.md": {
+        "vit": lambda: build(VISION_ROW),
+        "images": lambda: [{"pixel_values": torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(0))}],
+    },
     "families.md": {"llava": llava},
     "gates-and-adapters.md": {
         "model": Blocks,

@@ -84,7 +84,28 @@ def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None, layout: 
         config.tie_word_embeddings = False
     result = build_tied(type(model), config, dense)
     result.load_state_dict(dict(_sliced(dense, result, cutting, turn)), strict=True, assign=True)
-    materialise(model, result, cutting.source, plan.sizes)
+    slimmed = finish(model, result, cutting, plan.sizes)
+    logger.debug("%s: %d of %d parameters stay", plan, slimmed.num_parameters(), model.num_parameters())
+    return slimmed
+
+
+def finish(model: Model, result: PreTrainedModel, cutting: Cutting, sizes: Mapping[str, int]) -> Model:
+    """
+    Give a new model, in place, what its state dict does not hold: as `from_pretrained` would.
+
+    Args:
+        model: the dense model.
+        result: of the same class, with its state dict loaded, and the rest on the meta device.
+        cutting: of the dense model, with the plans that the new one was made by.
+        sizes: of the new model, for messages.
+
+    Returns:
+        The new model, in the dense one's mode.
+
+    Raises:
+        UnsupportedModelError: as `materialise`.
+    """
+    materialise(model, result, cutting.source, sizes)
     result.tie_weights()
     rename(result, "", origin_of(model))
     cutting.mark(result)
@@ -92,7 +113,6 @@ def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None, layout: 
         result.generation_config = copy.deepcopy(model.generation_config)
     for parameter in result.parameters():
         parameter.requires_grad_(True)
-    logger.debug("%s: %d of %d parameters stay", plan, result.num_parameters(), model.num_parameters())
     return result.train(model.training)
 
 

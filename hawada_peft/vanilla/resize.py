@@ -17,6 +17,9 @@ from .shape import Shape
 LEFT_OVER = ("auto_map", "quantization_config")
 """Config fields that say something of other files: of custom code, and of weights as they were stored."""
 
+HEAD_SIZE = "head_dim"
+"""Config field that most attention classes read the size of a head from, where it is there."""
+
 ORIGIN = "_hawada_origin"
 """Attribute of a model: what it was cut from."""
 
@@ -55,7 +58,9 @@ def _tied(model: PreTrainedModel) -> list[tuple[str, str]]:
     return [pair for pair in model.all_tied_weights_keys.items() if set(pair) <= names.keys()]
 
 
-def edit_config(layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None = None) -> PreTrainedConfig:
+def edit_config(
+    layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None = None, head_dim: int | None = None
+) -> PreTrainedConfig:
     """
     A new config of the same class with the sizes of `shape`.
 
@@ -63,6 +68,8 @@ def edit_config(layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None 
         layout: the dense model's; its config is left as it is.
         shape: the sizes wanted, complete.
         layers: the kept layers, by which per-layer lists are cut; the first ones if left out.
+        head_dim: features per head, where they are to be others; written by the name that most classes read it by if
+            the row knows none.
 
     Raises:
         StrictDataclassError, ValueError, TypeError: whatever the config class raises on sizes that it refuses.
@@ -91,7 +98,9 @@ def edit_config(layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None 
     for name in (family.layers_field, *family.layer_counts):
         put(name, sizes["num_hidden_layers"])
     put(family.kv_heads_field, sizes["num_key_value_heads"])
-    if family.head_dim_field and (
+    if head_dim is not None:
+        put(family.head_dim_field or HEAD_SIZE, head_dim)
+    elif family.head_dim_field and (
         sizes["num_attention_heads"] != dense["num_attention_heads"] or hidden != layout.hidden_size
     ):
         # Many configs derive it from these sizes. Not written when nothing changes: older versions of some families

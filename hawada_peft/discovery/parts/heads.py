@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from ...vanilla.resize import HEAD_SIZE
 from ..anatomy import HEADS
 from ..trial.config_tree import Number, Path, dotted, numbers_of, value_at
 from ..trial.found import Found, changes_of
@@ -18,9 +19,6 @@ HEADLIKE, NOT_HEADS = re.compile("head"), re.compile("dim|size|hidden|head_act|t
 """Names of fields that count heads, or groups of them."""
 
 GROUPS = re.compile("kv|key_value")
-
-HEAD_SIZE = "head_dim"
-"""The field that many attention classes read the size of a head from, where it is there."""
 
 WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim")
 """Fields of the residual stream's size, from which the head size follows otherwise."""
