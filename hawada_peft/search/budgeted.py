@@ -29,11 +29,11 @@ from ..progress import Progress, in_steps, progress_bar
 from ..vanilla.batches import Batch, check_batch
 from ..vanilla.family import locate
 from ..vanilla.shape import HIDDEN
-from .all_sizes import search_all_sizes
 from .directions import Found, may_add_directions, with_directions
 from .masked import ASKED, DEPTH, JUDGED_SHAPES, MaskedQuality
 from .refitted import REFITS, RefittedQuality, obstacle
 from .result import SearchResult
+from .rounds import search_all_sizes
 from .space import narrower_sizes
 from .timed import TIMING, check_regime, dense_model, regime_of, table_of, table_sizes
 

@@ -14,8 +14,8 @@ from ..latency.budget import LatencyBudget
 from ..latency.effort import Effort
 from ..progress import Progress
 from ..refit.activity import activity_of
-from ..search.all_sizes import search_all_sizes
 from ..search.result import SearchResult
+from ..search.rounds import search_all_sizes
 from ..search.space import narrower_sizes
 from ..search.timed import check_regime, table_of
 from ..vanilla.batches import Batch
