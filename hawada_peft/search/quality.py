@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -10,19 +10,26 @@ from ..planning.plan import Plan
 from ..vanilla.shape import Shape
 from .space import SearchSpace
 
+S = TypeVar("S", contravariant=True)
+"""A shape, or those of several towers."""
 
-class Quality(Protocol):
-    """What the search asks about quality. Losses are in what `meaning` says; 0 is the dense model."""
+
+class Losses(Protocol[S]):
+    """What the search measures. Losses are in what `meaning` says; 0 is the dense model."""
 
     @property
     def meaning(self) -> str:
         """What the losses are, for people."""
 
-    def predict(self, space: SearchSpace) -> np.ndarray:
-        """The predicted loss over the space: (layers, heads, FFN sizes)."""
-
-    def evaluate(self, shape: Shape) -> float | None:
+    def evaluate(self, shape: S) -> float | None:
         """The measured loss of a shape before any recovery; None if it cannot be measured."""
 
-    def plan(self, shape: Shape) -> Plan:
+    def plan(self, shape: S) -> Plan:
         """What stays at a shape."""
+
+
+class Quality(Losses[Shape], Protocol):
+    """What the search asks about quality."""
+
+    def predict(self, space: SearchSpace) -> np.ndarray:
+        """The predicted loss over the space: (layers, heads, FFN sizes)."""

@@ -11,11 +11,12 @@ import numpy as np
 from ..latency.budget import LatencyBudget
 from ..latency.effort import Effort
 from ..latency.table import LatencyTable
+from ..vanilla.shape import Shape
 from .answer import check_feasible, result_of, settle
-from .quality import Quality
+from .quality import Losses, Quality
 from .result import SearchResult
 from .space import SearchSpace
-from .state import Realise, SearchState
+from .state import Realise, S, SearchState, State
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ def search(
     table: LatencyTable,
     quality: Quality,
     budget: LatencyBudget,
-    realise: Realise,
+    realise: Realise[Shape],
     *,
     effort: Effort | None = None,
     narrower: Sequence[tuple[SearchSpace, LatencyTable]] = (),
@@ -49,11 +50,26 @@ def search(
     Raises:
         InfeasibleBudgetError: if no shape meets the budget, with the range that can be reached and what binds.
     """
-    effort = effort or Effort()
-    state = SearchState(space, table, budget, effort, narrower)
+    state = SearchState(space, table, budget, effort or Effort(), narrower)
     check_feasible(state)
     state = state.of_worthwhile_depth()
     state.predict(quality)
+    return best_of(state, quality, realise)
+
+
+def best_of(state: State[S], quality: Losses[S], realise: Realise[S]) -> SearchResult:
+    """
+    The shape of least loss that meets the budget, of those of which losses are predicted.
+
+    Args:
+        state: what is known of them.
+        quality: measures their losses.
+        realise: builds and times them.
+
+    Raises:
+        InfeasibleBudgetError: if none that was timed met the budget.
+    """
+    effort = state.effort
     confirmed: set[int] = set()
     for number in range(1, effort.search_rounds + 1):
         fits = np.flatnonzero(state.fits())
@@ -65,14 +81,14 @@ def search(
         if best in confirmed:
             return result_of(state, best, quality, number)
         if best in state.times or math.isinf(state.limit):
-            logger.info("round %d: timing %s once more", number, state.shape(best).to_dict())
+            logger.info("round %d: timing %s once more", number, state.shape(best))
             state.time([best], realise, final=True)
             state.evaluate([best], quality)
             confirmed.add(best)
             continue
         # Later ones lie close together, near what the first have corrected.
         chosen = state.choose(ranked, math.ceil(effort.candidates / 2) if state.times else effort.candidates)
-        logger.info("round %d: realising %s", number, [state.shape(index).to_dict() for index in chosen])
+        logger.info("round %d: realising %s", number, [state.shape(index) for index in chosen])
         state.evaluate(chosen, quality)
         state.time(chosen, realise)
     return settle(state, quality, effort.search_rounds)

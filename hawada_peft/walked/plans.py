@@ -173,7 +173,7 @@ def plan_checkpoint(
     quality = walk_checkpoint(base, calibration, device=device, spill=spill)
     table = table_of(skeleton, regime, effort, progress=progress)
     space = search_space(layout, regime, multiple=table.multiple, free=quality.free)
-    timer = Timer(skeleton, regime, effort.confirming(), progress=progress)
+    timer: Timer[Shape] = Timer(skeleton, regime, effort.confirming(), progress=progress)
     result = search(space, table, quality, budget, timer, effort=effort)
     warn_unsettled(table.unsettled, timer.unsettled)
     return result
