@@ -6,6 +6,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
+from ..gates.reading import UnitScores
 from ..planning.plan import Plan
 from ..vanilla.shape import Shape
 from .space import SearchSpace
@@ -33,3 +34,15 @@ class Quality(Losses[Shape], Protocol):
 
     def predict(self, space: SearchSpace) -> np.ndarray:
         """The predicted loss over the space: (layers, heads, FFN sizes)."""
+
+
+class RankedQuality(Quality, Protocol):
+    """A quality that also says what may be cut, and by which scores."""
+
+    @property
+    def free(self) -> tuple[str, ...]:
+        """What may be cut."""
+
+    @property
+    def scores(self) -> UnitScores:
+        """Of the units."""
