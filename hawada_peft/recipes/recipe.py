@@ -1,4 +1,8 @@
-"""The recipe: a whole slimming as data, checked before any of it is done."""
+"""
+The recipe: a whole slimming as data, checked before any of it is done.
+
+Long because each section becomes the arguments of another class.
+"""
 
 from __future__ import annotations
 

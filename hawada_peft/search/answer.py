@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import InfeasibleBudgetError
-from .quality import Losses
 from .result import Candidate, SearchResult
-from .state import S, State
+from .state import Losses, S, State
 
 logger = logging.getLogger(__name__)
 

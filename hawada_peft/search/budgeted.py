@@ -1,4 +1,8 @@
-"""From a gated model and a budget to a plan: the table, the search and the timing tied together."""
+"""
+From a gated model and a budget to a plan: the table, the search and the timing tied together.
+
+Long because what a search takes is documented and checked in full.
+"""
 
 from __future__ import annotations
 

@@ -20,10 +20,9 @@ from ..vanilla.family import locate
 from ..vanilla.shape import Shape
 from .answer import check_feasible, result_of, settle
 from .narrow import NarrowTables, worthwhile_sizes
-from .quality import Losses, Quality, RankedQuality
 from .result import SearchResult
 from .space import SearchSpace, search_space
-from .state import Realise, S, SearchState, State
+from .state import Losses, Quality, RankedQuality, Realise, S, SearchState, State
 from .timed import Timer
 
 logger = logging.getLogger(__name__)

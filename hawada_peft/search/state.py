@@ -1,26 +1,35 @@
-"""What is known while shapes are searched."""
+"""
+What is known while shapes are searched, and what is asked about their quality: predicted for all of them, measured for
+the ones that matter.
+
+Long because what all searches know, and what one over the space of a model does, are told apart here.
+"""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 
+from ..gates.reading import UnitScores
 from ..latency.budget import LatencyBudget
 from ..latency.effort import Effort
 from ..latency.interpolate import smooth
 from ..latency.table import LatencyTable, Realised
 from ..latency.timing import Timing
+from ..planning.plan import Plan
 from ..vanilla.shape import Shape
-from .quality import Losses, Quality
 from .space import SearchSpace
 
 S = TypeVar("S", bound=Hashable)
 """A shape, or those of several towers."""
+
+Asked = TypeVar("Asked", contravariant=True)
+"""The same, as an argument."""
 
 Realise = Callable[[Sequence[S]], Mapping[S, Timing]]
 """Builds shapes with random weights and times them side by side, the dense shape among them."""
@@ -30,6 +39,39 @@ SLACK = (0.02, 0.1)
 
 KERNEL_WIDTH, KERNEL_PRIOR = 0.15, 0.3
 """How far a measured loss reaches, in parts of the dense sizes, and how much it is trusted."""
+
+
+class Losses(Protocol[Asked]):
+    """What the search measures. Losses are in what `meaning` says; 0 is the dense model."""
+
+    @property
+    def meaning(self) -> str:
+        """What the losses are, for people."""
+
+    def evaluate(self, shape: Asked) -> float | None:
+        """The measured loss of a shape before any recovery; None if it cannot be measured."""
+
+    def plan(self, shape: Asked) -> Plan:
+        """What stays at a shape."""
+
+
+class Quality(Losses[Shape], Protocol):
+    """What the search asks about quality."""
+
+    def predict(self, space: SearchSpace) -> np.ndarray:
+        """The predicted loss over the space: (layers, heads, FFN sizes)."""
+
+
+class RankedQuality(Quality, Protocol):
+    """A quality that also says what may be cut, and by which scores."""
+
+    @property
+    def free(self) -> tuple[str, ...]:
+        """What may be cut."""
+
+    @property
+    def scores(self) -> UnitScores:
+        """Of the units."""
 
 
 class State(ABC, Generic[S]):

@@ -1,4 +1,8 @@
-"""Tables and timings of the models that a search asks for."""
+"""
+Tables and timings of the models that a search asks for.
+
+Long because what can be timed is checked, and said, before it is.
+"""
 
 from __future__ import annotations
 
