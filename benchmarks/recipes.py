@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
@@ -49,6 +49,8 @@ class Recipe:
 
 def gated(bench: Bench, recipe: Recipe, shape: Shape, batches: Sequence[Batch], seed: int) -> tuple[PeftModel, int]:
     """A gated teacher under the plan of a recipe at a shape, and the training steps that it took."""
+    # As `find_plan` does: a basis only where the stream is cut. Soft gates in one turn the model and untie embeddings.
+    recipe = replace(recipe, rotate=recipe.rotate and shape.hidden_size is not None)
     rank = recipe.lora_rank
     model = recipe.model(bench.load(), batches)
     init_gates(model, batches, shape=shape if recipe.aimed else None)

@@ -152,7 +152,7 @@ def test_a_budget_is_searched_without_the_model(tmp_path: Path) -> None:
     model = build(LM_ROW)
     model.save_pretrained(tmp_path / "base")
     budget, batches = LatencyBudget(speedup=1.5, batch_size=1, seq_len=8), batches_of(LM_ROW)
-    found = plan_checkpoint(tmp_path / "base", budget, batches, spill=tmp_path, effort=once())
+    found = plan_checkpoint(tmp_path / "base", budget, batches, judge=False, spill=tmp_path, effort=once())
     assert found.speedup >= 1.5
     assert found.best.measured_loss is None
     assert found.best.predicted_loss > 0
@@ -163,7 +163,7 @@ def test_a_budget_is_searched_without_the_model(tmp_path: Path) -> None:
     )
     assert written.parameters == found.best.parameters
     with pytest.raises(InfeasibleBudgetError):
-        plan_checkpoint(tmp_path / "base", LatencyBudget(speedup=1e6, seq_len=8), batches, effort=once())
+        plan_checkpoint(tmp_path / "base", LatencyBudget(speedup=1e6, seq_len=8), batches, judge=False, effort=once())
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
@@ -177,21 +177,28 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("toy_machine")
-def test_commands_plan_and_slim_without_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", [("--no-judge",), ("--no-rotate",), ("--rotate",)], ids=" ".join)
+def test_commands_plan_and_slim_without_loading(
+    how: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = build(LM_ROW)
     model.save_pretrained(tmp_path / "base")
     save_file(examples_of(LM_ROW), tmp_path / "data.safetensors")
     monkeypatch.chdir(tmp_path)
     words = ["plan", "base", "data.safetensors", "--low-memory", "--speedup", "1.4", "--seq-len", "8", "--json"]
-    for refused in ("--hidden", "--rotate", "--no-refit"):
+    for refused in ("--hidden", "--no-refit"):
         done = CliRunner().invoke(app, [*words, refused])
         assert done.exit_code == 2
         assert "does not go with --low-memory" in done.output
-    done = CliRunner().invoke(app, [*words, "--effort", "quick"])
+    done = CliRunner().invoke(app, [*words, "--no-judge", "--rotate"])
+    assert done.exit_code == 2
+    assert "leave out --no-judge" in done.output
+    done = CliRunner().invoke(app, [*words, "--effort", "quick", *how])
     assert done.exit_code == 0, done.output
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["speedup"] >= 1.4
-    assert said["measured_loss"] is None
+    assert (said["measured_loss"] is None) == ("--no-judge" in how)
+    assert (said["basis"] is not None) == (said["shape"].get("hidden_size", 64) < 64)
     plan = Plan.from_json((tmp_path / "plan.json").read_text())
     assert said["shape"] == plan.shape.to_dict()
     done = CliRunner().invoke(

@@ -14,7 +14,7 @@ from conftest import LM_ROW, VISION_ROW, Row, assert_same_state, build, state_of
 from torch import nn
 from toys import once
 
-from hawada_peft import Plan, slim
+from hawada_peft import Plan, Shape, slim
 from hawada_peft.search.timed import measure_table
 from hawada_peft.vanilla.family import locate
 
@@ -25,6 +25,7 @@ from frontier_bench.entries import entries_of
 from frontier_bench.page import comparison, out_of_reach, plain_commands
 from frontier_bench.shapes import parse_regime
 from peers.peer import Peer, Prepared, Work
+from recipes import Recipe, gated
 from rows import read_rows
 from sizing import SHORT, Fit, Timed, fit_amount, sizes_of
 from work import Bench, whole
@@ -199,6 +200,16 @@ def test_recovery_is_the_same_for_the_same_seed_and_leaves_the_teacher(tmp_path:
     states = [state_of(student) for student in students]
     assert_same_state(states[0], states[1])
     assert any(not torch.equal(states[0][name], states[2][name]) for name in before)
+
+
+@pytest.mark.parametrize("hidden", [None, 48])
+def test_a_basis_is_found_only_for_what_cuts_the_stream(tmp_path: Path, hidden: int | None) -> None:
+    options = work_of(LM_ROW, tmp_path)
+    bench = Bench(options[1], options[3], length=16, batch_size=4)
+    shape = Shape(num_hidden_layers=3, hidden_size=hidden)
+    model, _ = gated(bench, Recipe(rotate=True), shape, bench.examples(16, 0), 0)
+    assert ("hidden" in model.peft_config["default"].gates) == (hidden is not None)
+    assert locate(model.merge_and_unload()).hidden_size == (hidden or 64)
 
 
 def test_the_comparison_counts_only_models_that_meet_the_budget() -> None:

@@ -133,9 +133,17 @@ def plan_turn(model: PreTrainedModel, plan: Plan, basis: Basis | None) -> Turn |
     return turn_of(model, locate(model), basis, torch.tensor(plan.hidden))
 
 
-def rows_untied(model: PreTrainedModel, layout: Layout) -> int:
-    """The rows of the output projection that a turned model has and the dense one has not; 0 if nothing is untied."""
-    weight = cast(torch.Tensor, stream_norms(model, layout)[-1].weight)
+def rows_untied(model: PreTrainedModel, layout: Layout, lookup: Lookup | None = None) -> int:
+    """
+    The rows of the output projection that a turned model has and the dense one has not; 0 if nothing is untied.
+
+    Args:
+        model: the dense model.
+        layout: its family row and sizes.
+        lookup: gives the model's tensors by name, if it has none itself.
+    """
+    norm = cast(torch.Tensor, stream_norms(model, layout)[-1].weight)
+    weight = norm if lookup is None else lookup(f"{layout.norms[-1]}.weight")
     if not is_tied(model) or bool((weight == weight[0]).all()):
         return 0
     return len(cast(torch.Tensor, model.get_output_embeddings().weight))

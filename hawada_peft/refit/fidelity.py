@@ -77,13 +77,29 @@ def mean_divergence(
     """
     name, sums = "kl", torch.zeros(2, dtype=torch.float64)
     for batch, expected, found in pairs:
-        sums = sums.to(found.device)
-        head = head_of(model, expected)
-        name, loss = head.metric, head.loss()
-        mask, dtype = position_mask(batch, expected.shape[:-1]), torch.promote_types(expected.dtype, torch.float32)
-        for row in range(len(expected)):  # wider copies of a whole batch's logits could be larger than the model
-            values = loss.value(found[row], expected[row], dtype).clamp(min=0)
-            weights = torch.ones_like(values) if mask is None else mask[row].to(values.dtype)
-            sums += torch.stack([(values * weights).sum(), weights.sum()]).double()
+        name, more = batch_divergence(model, batch, expected, found)
+        sums = sums.to(more.device) + more
     total, count = reduce(sums).tolist()
     return name, total / count
+
+
+def batch_divergence(
+    model: nn.Module, batch: Batch, expected: torch.Tensor, found: torch.Tensor
+) -> tuple[str, torch.Tensor]:
+    """
+    `divergence` on one batch, as a sum over positions and their number: the metric, and (2,), float64.
+
+    Args:
+        model: whose outputs they are, by its class.
+        batch: its inputs.
+        expected: the dense model's outputs.
+        found: the other one's.
+    """
+    head = head_of(model, expected)
+    loss, sums = head.loss(), torch.zeros(2, dtype=torch.float64, device=found.device)
+    mask, dtype = position_mask(batch, expected.shape[:-1]), torch.promote_types(expected.dtype, torch.float32)
+    for row in range(len(expected)):  # wider copies of a whole batch's logits could be larger than the model
+        values = loss.value(found[row], expected[row], dtype).clamp(min=0)
+        weights = torch.ones_like(values) if mask is None else mask[row].to(values.dtype)
+        sums += torch.stack([(values * weights).sum(), weights.sum()]).double()
+    return head.metric, sums

@@ -24,7 +24,6 @@ from ..latency.budget import LatencyBudget
 from ..latency.build import TABLE
 from ..latency.effort import Effort
 from ..latency.table import LatencyTable
-from ..latency.timing import warn_unsettled
 from ..planning.importance import gate_importance
 from ..progress import Progress, in_steps, progress_bar
 from ..vanilla.batches import Batch, check_batch
@@ -32,13 +31,11 @@ from ..vanilla.family import locate
 from ..vanilla.shape import HIDDEN
 from .directions import Found, may_add_directions, with_directions
 from .masked import ASKED, DEPTH, JUDGED_SHAPES, MaskedQuality
-from .narrow import NarrowTables, worthwhile_sizes
 from .refitted import REFITS, RefittedQuality, obstacle
 from .result import SearchResult
-from .rounds import search
-from .space import SearchSpace, narrower_sizes, search_space
-from .state import SearchState
-from .timed import TIMING, Timer, check_regime, dense_model, regime_of, table_of, table_sizes
+from .rounds import search_all_sizes
+from .space import narrower_sizes
+from .timed import TIMING, check_regime, dense_model, regime_of, table_of, table_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -178,8 +175,8 @@ def _search(
     progress: Progress | None,
     kept: Kept,
 ) -> Found:
-    base, regime = dense_model(model), regime_of(model, budget)
-    layout, tables = locate(base), [table]
+    base = dense_model(model)
+    layout = locate(base)
     importance = None
     if are_fresh(model):
         watched = progress_bar(progress, iterable=calibration, desc=IMPORTANCE, unit="batch", leave=False)
@@ -190,42 +187,19 @@ def _search(
         sizes = narrower_sizes(layout, multiple=table.multiple, group_size=quality.scores.hidden_group)
         sizes = sizes if hidden_sizes is None else hidden_sizes
     untied = rows_untied(base, layout) if quality.scores.rotated and sizes else 0
-
-    def space_of(size: int | None, multiple: int) -> SearchSpace:
-        return search_space(
-            layout,
-            regime,
-            multiple=multiple,
-            group_size=quality.scores.group_size,
-            free=quality.free,
-            hidden_size=size,
-            untied=0 if size is None else untied,
-        )
-
-    spaces, given = [space_of(None, table.multiple)], len(sizes)
-    if sizes:
-        narrow = NarrowTables(model, table, sizes, effort, progress=progress, kept=kept)
-        spaces_of = {size: space_of(size, narrow.multiple(size)) for size in sizes}
-        if hidden_sizes is None:
-            state = SearchState(spaces[0], table, budget, effort)
-            sizes = worthwhile_sizes(state, quality, sizes, lambda size: narrow.meets(budget, spaces_of[size]))
-        tables += [narrow(size) for size in sizes]
-        spaces += [spaces_of[size] for size in sizes]
-    if table.poor:
-        logger.warning("%s; twice as many shapes are timed directly", table.poor)
-        effort = replace(effort, candidates=2 * effort.candidates, search_rounds=2 * effort.search_rounds)
-    timer = Timer(base, regime, effort.confirming(), progress=progress, kept=kept)
-    narrower = list(zip(spaces[1:], tables[1:], strict=True))
-    result = search(spaces[0], table, quality, budget, timer, effort=effort, narrower=narrower)
-    result = replace(result, depth=quality.depth)
-    if given:
-        kind = "directions of a basis" if quality.scores.rotated else "channels"
-        words = f"{len(sizes) + 1} of {given + 1} sizes, by {kind}"
-        if len(sizes) < given:
-            words += "; the smaller ones cut more than the budget asks for"
-        result = replace(result, steps={**result.steps, "hidden_size": words})
-    warn_unsettled(*(each.unsettled for each in tables), timer.unsettled)
-    return result, importance
+    result = search_all_sizes(
+        base,
+        budget,
+        quality,
+        table,
+        sizes,
+        choose=hidden_sizes is None,
+        untied=untied,
+        effort=effort,
+        progress=progress,
+        kept=kept,
+    )
+    return replace(result, depth=quality.depth), importance
 
 
 def _all_that_counts(

@@ -31,7 +31,7 @@ from ..vanilla.legality import depth_of
 from ..vanilla.mode import evaluating
 from ..vanilla.shape import BY_NAME, FFN, HEADS, HIDDEN, LAYERS, Shape
 from .reference import Reference, first_of, ranked_predictions
-from .scores import channels_cut, heads_cut, unit_scores
+from .scores import channels_cut, heads_cut, loss_curve, unit_scores
 from .space import SearchSpace
 
 logger = logging.getLogger(__name__)
@@ -273,8 +273,8 @@ class MaskedQuality:
 
     def _measured_curve(self, cut: np.ndarray, shapes: Sequence[Shape], field: str, limit: float) -> Any:
         """
-        From sums of scores to nats: straight lines between measured points, both axes logarithmic. Widths below the
-        first one that loses more than a limit are not measured.
+        From sums of scores to nats, by measured points (`loss_curve`). Widths below the first one that loses more than
+        a limit are not measured.
         """
         dense = self.layout.dense.sizes()[field]
         values = np.array([getattr(shape, field) for shape in shapes])
@@ -285,18 +285,7 @@ class MaskedQuality:
                 points[float(cut[at])] = max(self.evaluate(shapes[at]), 1e-9)
                 if points[float(cut[at])] > limit:
                     break
-        if not points:
-            return lambda sums: np.asarray(sums, dtype=float)
-        knots = np.log(sorted(points))
-        heights = np.maximum.accumulate([np.log(points[key]) for key in sorted(points)])
-
-        def curve(sums: np.ndarray) -> np.ndarray:
-            logs = np.log(np.maximum(sums, 1e-30))
-            # Beyond the measured points loss is proportional to the sum.
-            outside = np.minimum(logs - knots[0], 0) + np.maximum(logs - knots[-1], 0)
-            return np.where(sums > 0, np.exp(np.interp(logs, knots, heights) + outside), 0.0)
-
-        return curve
+        return loss_curve(points)
 
     @contextmanager
     def _masked(self, plan: Plan) -> Iterator[None]:

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ..gates.reading import UnitScores
 from ..planning.plan import Plan
 from ..vanilla.shape import Shape
 from .space import SearchSpace
@@ -26,3 +27,15 @@ class Quality(Protocol):
 
     def plan(self, shape: Shape) -> Plan:
         """What stays at a shape."""
+
+
+class RankedQuality(Quality, Protocol):
+    """A quality that also says what may be cut, and by which scores."""
+
+    @property
+    def free(self) -> tuple[str, ...]:
+        """What may be cut."""
+
+    @property
+    def scores(self) -> UnitScores:
+        """Of the units."""

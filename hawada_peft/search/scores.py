@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -98,3 +98,25 @@ def channels_cut(scores: torch.Tensor | None, sizes: Sequence[int]) -> np.ndarra
         return np.zeros(len(sizes))
     kept = scores.sort(descending=True).values.cumsum(0)
     return np.maximum([float(kept[-1] - kept[size - 1]) for size in sizes], 0.0)
+
+
+def loss_curve(points: Mapping[float, float]) -> Callable[[np.ndarray], np.ndarray]:
+    """
+    From sums of scores to losses: straight lines between measured points, both axes logarithmic; the sums themselves
+    without any.
+
+    Args:
+        points: losses by the sum of scores, both above 0.
+    """
+    if not points:
+        return lambda sums: np.asarray(sums, dtype=float)
+    knots = np.log(sorted(points))
+    heights = np.maximum.accumulate([np.log(points[key]) for key in sorted(points)])
+
+    def curve(sums: np.ndarray) -> np.ndarray:
+        logs = np.log(np.maximum(sums, 1e-30))
+        # Beyond the measured points loss is proportional to the sum.
+        outside = np.minimum(logs - knots[0], 0) + np.maximum(logs - knots[-1], 0)
+        return np.where(sums > 0, np.exp(np.interp(logs, knots, heights) + outside), 0.0)
+
+    return curve

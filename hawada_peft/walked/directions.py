@@ -159,12 +159,7 @@ def _moments(walk: Walk, progress: Progress | None) -> Moments:
 
 def _scales(walk: Walk, vectors: torch.Tensor, centred: bool, progress: Progress | None) -> torch.Tensor:
     """As `fit_scales`: the narrow models go through a layer after the dense one."""
-    walk = walk.of(walk.batches[::PART])
-    stream = walk.start()
-    positions = [len(counted(each, batch)) for each, batch in zip(stream.hidden, walk.batches, strict=True)]
-    count = next((end for end in range(1, len(positions)) if sum(positions[:end]) >= ENOUGH), len(positions))
-    walk = walk.of(walk.batches[:count])
-    stream = replace(stream, hidden=stream.hidden[:count], calls=stream.calls[:count])
+    walk, stream = walk.up_to(ENOUGH, PART)
     dtype = torch.promote_types(walk.weights.model.dtype, torch.float32)
     fits = NormFits(vectors, walk.weights.device, dtype, sites=len(walk.layout.norms), centred=centred)
     narrow = [replace(stream, hidden=list(stream.hidden)) for _ in range(len(fits))]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..basis.moments import counted
 from ..errors import HawAdaError
 from ..files.checkpoint import Checkpoint
 from ..files.spill import Spill
@@ -43,9 +44,22 @@ class Walk:
         """The stream of all batches before the first layer."""
         return start_stream(self.weights, self.batches, self.keep)
 
-    def of(self, batches: Sequence[Batch]) -> Walk:
-        """The same with other batches."""
-        return replace(self, batches=batches)
+    def up_to(self, positions: int, every: int = 1) -> tuple[Walk, Stream]:
+        """
+        The same with as few batches as hold so many positions, all if they are fewer; and their stream.
+
+        Args:
+            positions: that are no padding.
+            every: one in so many batches is taken.
+        """
+        walk, total = replace(self, batches=self.batches[::every]), 0
+        stream = walk.start()
+        for count, (hidden, batch) in enumerate(zip(stream.hidden, walk.batches, strict=True), 1):
+            total += len(counted(hidden, batch))
+            if total >= positions:
+                stream = replace(stream, hidden=stream.hidden[:count], calls=stream.calls[:count])
+                return replace(walk, batches=walk.batches[:count]), stream
+        return walk, stream
 
 
 @contextmanager

@@ -55,10 +55,12 @@ def run(
     ] = None,
     low_memory: Annotated[
         bool,
-        typer.Option(
-            "--low-memory", help="Do not load the model: walk through it once, layer by layer; no gradients."
-        ),
+        typer.Option("--low-memory", help="Do not load the model: walk through it layer by layer, without gradients."),
     ] = False,
+    judge: Annotated[
+        bool | None,
+        typer.Option(help="With --low-memory: judge shapes by their loss, in further walks, or predict it from one."),
+    ] = None,
     effort: Level = Effort.normal,
     fresh: Fresh = False,
     clock_command: ClockCommand = None,
@@ -71,8 +73,8 @@ def run(
     cuts the hidden size in a basis, the basis is written beside the plan, and `hawada slim --plan` finds it there.
     What was found so far is in plan.work meanwhile: the same command goes on from there after an interruption.
 
-    With --low-memory layers, heads and channels are ranked by what they do to the residual stream, and hidden sizes
-    are not searched.
+    With --low-memory heads and channels are ranked by what they do to the residual stream, and shapes are judged with
+    the rest closed, nothing refitted.
 
     Give one of --speedup, --latency-ms and --fraction, or --max-parameters or --max-memory, or both.
     """
@@ -99,12 +101,17 @@ def run(
     if low_memory:
         from ...walked.plans import plan_checkpoint
 
+        walking: dict[str, Any] = {"device": str(device), "spill": to.parent, "progress": progress}
+        directions = _basis_of(model, batches, rotate, walking) if judge is not False else None
         found = plan_checkpoint(
-            model, limits, batches, device=str(device), spill=to.parent, effort=hard, progress=progress
+            model, limits, batches, basis=directions, judge=judge is not False, effort=hard, **walking
         )
+        beside = to.with_suffix(SUFFIX) if found.plan.rotated else None
+        if beside is not None and directions is not None:
+            save_basis(directions, beside)
         made = {"model": model, "data": calibration, "seq_len": limits.length, "examples": examples, "refitted": False}
         then = f"hawada slim {model} slim --plan {to} --calibration {calibration} --low-memory"
-        return _written(found, skeleton, to, made, None, then)
+        return _written(found, skeleton, to, made, beside, then)
     gated = gates_of(load_model(model, device), adapter, hidden=hidden)
     refitted = not obstacle(gated, batches) if refit is None else refit
     if progress is not None:
@@ -131,6 +138,22 @@ def run(
     said = _written(found, skeleton, to, made, basis, words)
     clear_kept(work)
     return said
+
+
+def _basis_of(model: str, batches: list[Any], rotate: bool | None, walking: dict[str, Any]) -> Basis | None:
+    """The basis of a model that is not loaded; None if it is not asked for, or there is none and nobody insists."""
+    from ...errors import HawAdaError
+    from ...walked.directions import checkpoint_basis
+
+    if rotate is False:
+        return None
+    try:
+        return checkpoint_basis(model, batches, **walking)
+    except HawAdaError as error:
+        if rotate:
+            raise
+        say(f"no hidden size is searched: {error}")
+        return None
 
 
 def _written(
@@ -188,9 +211,13 @@ def check(model: str, calibration: str, **options: Any) -> None:
 
     check_data(calibration)
     if options["low_memory"]:
-        names = {"adapter": "--adapter", "rotate": "--rotate", "refit": "--refit"}
+        names = {"adapter": "--adapter", "refit": "--refit"}
         given = {words: options[name] for name, words in names.items()} | {"--hidden": options["hidden"] or None}
-        refuse(given, "does not go with --low-memory, which loads no model, takes no gradients and evaluates no shape")
+        refuse(given, "does not go with --low-memory, which loads no model, takes no gradients and refits no shape")
+        if options["judge"] is False:
+            refuse({"--rotate": options["rotate"] or None}, "needs shapes that are judged: leave out --no-judge")
+    else:
+        refuse({"--judge": options["judge"]}, "goes with --low-memory")
     LatencyBudget(**{name: each for name, each in options.items() if name in LatencyBudget.__dataclass_fields__})
     check_source(model)
 
