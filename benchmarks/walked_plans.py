@@ -70,13 +70,13 @@ def main() -> None:
         activity = step(
             "activity",
             options.device,
-            lambda: ActivityQuality(layout, activity_of(walk.start(), walk.batches)),
+            lambda: ActivityQuality(layout, activity_of(walk.start(), walk.batches), basis),
             lambda _: {},
         )
         quality = step(
             "layers alone, hidden sizes",
             options.device,
-            lambda: JudgedQuality(walk, activity, basis, sizes),
+            lambda: JudgedQuality(walk, activity, sizes),
             lambda made: {
                 "plans": len(made.losses),
                 "hidden": {size: round(made.evaluate(Shape(hidden_size=size)), 4) for size in sizes},

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import KINDS, LM_ROW, ROWS, VISION_ROW, Row, build, difference, logits_of, scattered_plan
+from conftest import KINDS, LM_ROW, ROWS, VISION_ROW, Row, build, difference, logits_of
 from test_low_memory import batches_of
 from transformers import PreTrainedModel
 
-from hawada_peft import Plan, slim_checkpoint
+from hawada_peft import slim_checkpoint
 from hawada_peft.basis.basis import Basis
 from hawada_peft.basis.find import directions_of
 from hawada_peft.basis.marks import is_centred, stream_norms, weight_marks
@@ -20,7 +20,7 @@ from hawada_peft.basis.moments import collect_moments
 from hawada_peft.basis.scales import fit_scales
 from hawada_peft.errors import HawAdaError, UnsupportedModelError
 from hawada_peft.vanilla.family import locate
-from hawada_peft.walked import checkpoint_basis
+from hawada_peft.walked import checkpoint_basis, walk_checkpoint
 
 Batches = list[dict[str, torch.Tensor]]
 WALKED = {"llama": LM_ROW, "vit": VISION_ROW} | {name: (ROWS | KINDS)[name] for name in ("dinov2", "llama-bare")}
@@ -58,8 +58,10 @@ def test_a_narrower_model_comes_from_the_files_alone(tmp_path: Path) -> None:
     model, batches = build(LM_ROW), batches_of(LM_ROW)
     model.save_pretrained(tmp_path / "base")
     basis = checkpoint_basis(tmp_path / "base", batches)
-    cut = scattered_plan(model, LM_ROW.slim)
-    plan = Plan(locate(model).full, cut.layers, cut.heads, cut.channels, hidden=tuple(range(56)), rotated=True)
+    plan = walk_checkpoint(tmp_path / "base", batches, basis=basis).plan(replace(LM_ROW.slim, hidden_size=56))
+    assert plan.rotated
+    assert plan.hidden == tuple(range(56))
+    assert plan.shape == replace(LM_ROW.slim, hidden_size=56)
     options: Any = {"plan": plan, "basis": basis, "calibration": batches}
     walked = slim_checkpoint(tmp_path / "base", None, tmp_path / "walked", low_memory=True, **options)
     assert walked.reconstruction

@@ -67,7 +67,7 @@ def test_losses_of_one_walk_are_those_of_the_slim_models(name: str, padded: bool
 
 
 def judged(walk: Walk, basis: Basis | None = None, sizes: tuple[int, ...] = ()) -> JudgedQuality:
-    return JudgedQuality(walk, ActivityQuality(walk.layout, activity_of(walk.start(), walk.batches)), basis, sizes)
+    return JudgedQuality(walk, ActivityQuality(walk.layout, activity_of(walk.start(), walk.batches), basis), sizes)
 
 
 def test_depth_goes_by_what_is_measured(tmp_path: Path) -> None:

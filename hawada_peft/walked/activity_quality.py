@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from ..basis.basis import Basis
 from ..gates.reading import UnitScores
 from ..planning.plan import Plan
 from ..planning.ranking import rank
@@ -35,10 +36,13 @@ class ActivityQuality:
     Args:
         layout: of the dense model.
         activity: what its parts do on calibration batches.
+        basis: of its residual stream, if plans may keep directions of it; the first ones stay. What that costs is not
+            predicted.
     """
 
     layout: Layout
     activity: Activity
+    basis: Basis | None = None
 
     @property
     def meaning(self) -> str:
@@ -49,7 +53,14 @@ class ActivityQuality:
     def scores(self) -> UnitScores:
         """What cutting each unit costs."""
         layers = tuple(torch.tensor(each, dtype=torch.float64) for each in self.activity.influence)
-        return UnitScores(self._parts(self.activity.heads), self._parts(self.activity.channels), layers)
+        units = torch.arange(self.layout.hidden_size, 0, -1, dtype=torch.float64)
+        return UnitScores(
+            self._parts(self.activity.heads),
+            self._parts(self.activity.channels),
+            layers,
+            hidden=None if self.basis is None else units,
+            rotated=self.basis is not None,
+        )
 
     def _parts(self, energies: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
         """Energies in parts of twice the stream's; None where a layer's projection is not known."""
@@ -99,6 +110,7 @@ def walk_checkpoint(
     base: str | os.PathLike[str],
     calibration: Iterable[Batch],
     *,
+    basis: Basis | None = None,
     device: str | None = None,
     spill: str | os.PathLike[str] | None = None,
 ) -> ActivityQuality:
@@ -108,6 +120,7 @@ def walk_checkpoint(
     Args:
         base: folder or Hub id of the dense model, with safetensors files.
         calibration: batches, keyword arguments of its forward pass. Labels are not used, padding does not count.
+        basis: of the residual stream (`checkpoint_basis`), for plans of narrower ones.
         device: where layers are computed; the CPU if left out.
         spill: a folder on a disk for hidden states, in files without a name; they stay in memory if left out, and on
             an accelerator in its own.
@@ -121,4 +134,4 @@ def walk_checkpoint(
         UnsupportedModelError: as `Checkpoint` and `start_stream`; if a layer's outputs are no linear maps.
     """
     with open_walk(base, calibration, device=device, spill=spill) as walk:
-        return ActivityQuality(walk.layout, activity_of(walk.start(), walk.batches))
+        return ActivityQuality(walk.layout, activity_of(walk.start(), walk.batches), basis)

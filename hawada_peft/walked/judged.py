@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..basis.basis import Basis
 from ..planning.plan import Plan
 from ..planning.ranking import rank
 from ..progress import Progress
@@ -41,8 +40,7 @@ class JudgedQuality:
 
     Args:
         walk: through the dense model.
-        quality: of the same model, by its activity.
-        basis: of the stream, if hidden sizes are judged.
+        quality: of the same model, by its activity; with a basis, if hidden sizes are judged.
         hidden_sizes: those.
         progress: makes progress bars.
     """
@@ -51,18 +49,16 @@ class JudgedQuality:
         self,
         walk: Walk,
         quality: ActivityQuality,
-        basis: Basis | None = None,
         hidden_sizes: Sequence[int] = (),
         progress: Progress | None = None,
     ) -> None:
-        self.layout, self._basis, self._progress = quality.layout, basis, progress
+        self.layout, self._basis, self._progress = quality.layout, quality.basis, progress
         self._walk, self._stream = walk.up_to(RANKED)
         self.losses: dict[Plan, float] = {}
         self._metric = ""
         self._influence = quality.scores.layers
-        units = None if basis is None else torch.arange(self.layout.hidden_size, 0, -1, dtype=torch.float64)
-        self.scores = replace(quality.scores, hidden=units, rotated=basis is not None)
-        self.free = (*quality.free, HIDDEN) if basis is not None else quality.free
+        self.scores = quality.scores
+        self.free = (*quality.free, HIDDEN) if quality.scores.rotated else quality.free
         self._depths: dict[int, Plan] = {}
         self._curves: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
         layers = self._droppable()

@@ -74,14 +74,14 @@ def plan_checkpoint(
     regime = budget.regime(generates=skeleton.can_generate(), dtype=skeleton.dtype, device=where)
     check_regime(skeleton, regime)
     with open_walk(base, calibration, device=device, spill=spill) as walk:
-        activity = ActivityQuality(layout, activity_of(walk.start(), walk.batches))
+        activity = ActivityQuality(layout, activity_of(walk.start(), walk.batches), basis)
         table = table_of(skeleton, regime, effort, progress=progress)
         sizes = [] if basis is None else narrower_sizes(layout, multiple=table.multiple)
         untied = rows_untied(skeleton, layout, walk.checkpoint.whole) if sizes else 0
         return search_all_sizes(
             skeleton,
             budget,
-            JudgedQuality(walk, activity, basis, sizes, progress) if judge else activity,
+            JudgedQuality(walk, activity, sizes, progress) if judge else activity,
             table,
             sizes,
             choose=True,
