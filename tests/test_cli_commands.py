@@ -88,6 +88,24 @@ def test_measure_takes_whole_answers_and_a_program_that_times(made: Path) -> Non
     assert (there.device_name, round(there.dense_ms)) == (command, 250)
 
 
+def test_narrow_makes_a_base_for_the_other_commands(made: Path, tmp_path: Path) -> None:
+    data, folder = tmp_path / "images.safetensors", tmp_path / "narrow"
+    save_file({"pixel_values": torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(3))}, data)
+    found = said("narrow", made / "vit", data, folder, head_dim=4, examples=24)
+    assert (found["head_dim"], found["dense_head_dim"]) == (4, 8)
+    assert found["parameters"] < found["dense"]
+    assert said("verify", folder, base=made / "vit")["ok"]
+    card = (folder / "README.md").read_text()
+    assert "| features per head | 8 | 4 | 50% |" in card
+    assert f"| parameters | {found['dense']:,} | {found['parameters']:,} |" in card
+    assert said("evaluate", folder, base=made / "vit", data=data, examples=8, latency=False)
+    assert said("inspect", folder)
+    told = refused("narrow", made / "base", made / "data.safetensors", tmp_path / "other", head_dim=4)
+    assert "a shift of all keys" in told
+    assert not (tmp_path / "other").exists()
+    assert "from 1 to 8" in refused("narrow", made / "vit", data, tmp_path / "other", head_dim=9)
+
+
 @pytest.mark.parametrize("refit", [None, False])
 @pytest.mark.parametrize("gates", ["fresh", "trained"])
 def test_a_plan_is_what_slim_takes(made: Path, tmp_path: Path, gates: str, refit: bool | None) -> None:

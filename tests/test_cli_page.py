@@ -39,7 +39,7 @@ def test_every_command_of_the_page_can_be_replayed(tmp_path: Path, monkeypatch: 
         gated = gate(build(row))
         gated.apply_plan(scattered_plan(gated, row.slim))
         gated.save_pretrained(f"{name}/adapter")
-    pixels, labels = torch.randn(12, 3, 16, 16, generator=draw), torch.randint(3, (12,), generator=draw)
+    pixels, labels = torch.randn(16, 3, 16, 16, generator=draw), torch.randint(3, (16,), generator=draw)
     save_file({"pixel_values": pixels}, "digits/examples.safetensors")
     save_file({"pixel_values": pixels, "labels": labels}, "digits/test.safetensors")
     save_file({"input_ids": torch.randint(3, 128, (12, 16), generator=draw)}, "topics/examples.safetensors")

@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from .commands import demo, evaluate, init, inspect, measure, plan, push, report, slim, train, verify
+from .commands import demo, evaluate, init, inspect, measure, narrow, plan, push, report, slim, train, verify
 from .errors import EXIT_CODES
 from .options import add, listed
 
 WHOLE_WAY = (
     "hawada inspect ./teacher                                   what can be removed",
     "hawada measure ./teacher --batch-size 8 --seq-len 256      what sizes cost here",
+    "hawada narrow ./vit ./photos ./narrow --head-dim 32        less in each head, for a start",
     "hawada plan ./teacher text.txt --speedup 1.5 --seq-len 256 the best shape so fast",
     "hawada slim ./teacher ./slim --plan plan.json              without training; or",
     "hawada init ./teacher text.txt --speedup 1.5 --seq-len 256 a recipe, to train by",
@@ -57,6 +58,7 @@ for module, check in (
     (inspect, None),
     (init, init.check),
     (measure, measure.check),
+    (narrow, narrow.check),
     (plan, plan.check),
     (slim, slim.check),
     (train, None),

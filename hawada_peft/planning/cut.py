@@ -17,10 +17,13 @@ SIZES = PLURALS | {BY_NAME[HIDDEN].field: "hidden size"}
 SHORT = {name: word.split()[0] for name, word in SIZES.items()} | {BY_NAME[HEADS].field: HEADS}
 """The same at the head of a column."""
 
+OF_HEADS = {"head_dim": "features per head"}
+"""A size that no plan cuts."""
+
 BESIDE = "beside"
 """Where the sizes of further towers stand beside those of the first."""
 
-EACH = (BY_NAME[HEADS].field, BY_NAME[EXPERTS].field, BY_NAME[FFN].field)
+EACH = (BY_NAME[HEADS].field, BY_NAME[EXPERTS].field, BY_NAME[FFN].field, *OF_HEADS)
 """Sizes that every kept layer has."""
 
 
@@ -53,7 +56,7 @@ def cuts(dense: Mapping[str, Any], slim: Mapping[str, Any]) -> list[Cut]:
         dense, slim: the fields of a `Shape`, `head_dim` and `parameters`; what the slim model lacks is left out. Those
             of further towers stand under `beside`, by their names.
     """
-    words = SIZES | {"head_dim": "features per head", "parameters": "parameters"}
+    words = SIZES | OF_HEADS | {"parameters": "parameters"}
     found = [Cut(word, dense.get(name), slim[name]) for name, word in words.items() if name in slim]
     for tower, sizes in slim.get(BESIDE, {}).items():
         for cut in cuts(dense.get(BESIDE, {}).get(tower, {}), sizes):
@@ -79,6 +82,6 @@ def sentence(dense: Mapping[str, Any], slim: Mapping[str, Any]) -> str:
 def _gone(dense: Mapping[str, Any], slim: Mapping[str, Any]) -> list[str]:
     return [
         f"{dense[name] - slim[name]:,} of {dense[name]:,} {word}" + (" in every kept layer" if name in EACH else "")
-        for name, word in PLURALS.items()
+        for name, word in (PLURALS | OF_HEADS).items()
         if name != BY_NAME[KV_GROUPS].field and name in dense and dense[name] > slim[name]
     ]

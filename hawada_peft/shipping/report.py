@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,6 @@ def report_of(model: PreTrainedModel, facts: ExportFacts, verification: Verifica
                 "that it was made with"
             )
     base = base_facts(facts)
-    dense = facts.plan.dense if facts.plan is not None else _sizes_of(facts.base)
     beside = [(each, part.dense) for each, part in towers[1:] if part is not None]
     timing = None if facts.latency is None else latency_facts(facts.latency, layout.full)
     compiled = timing is not None and timing["measured"] and timing["regime"]["backend"] == "compile"
@@ -74,11 +73,7 @@ def report_of(model: PreTrainedModel, facts: ExportFacts, verification: Verifica
         "repo_id": facts.repo_id,
         "base": base or None,
         "model": _model_facts(model, layout) | _beside({each.tower: each.dense for each, _ in beside}),
-        "dense": None
-        if dense is None
-        else dense.to_dict()
-        | {"parameters": parameters_at(layout, dense, *beside)}
-        | _beside({each.tower: shape for each, shape in beside}),
+        "dense": _base_sizes(facts.base) if facts.plan is None else _plan_sizes(layout, facts.plan.dense, beside),
         "plan": None if facts.plan is None else facts.plan.to_dict(),
         "verification": None if verification is None else verification.figures(),
         "latency": timing,
@@ -121,11 +116,19 @@ def _model_facts(model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _sizes_of(base: str | os.PathLike[str] | None) -> Shape | None:
+def _plan_sizes(layout: Layout, dense: Shape, beside: Sequence[tuple[Layout, Shape]]) -> dict[str, Any]:
+    """The sizes of the model that a plan was made for."""
+    sizes = dense.to_dict() | {"parameters": parameters_at(layout, dense, *beside)}
+    return sizes | _beside({each.tower: shape for each, shape in beside})
+
+
+def _base_sizes(base: str | os.PathLike[str] | None) -> dict[str, int] | None:
     """The sizes of a base model whose folder is at hand."""
     if base is None or not (Path(base) / "config.json").is_file():
         return None
-    return locate(skeleton_of(AutoConfig.from_pretrained(base))).full
+    model = skeleton_of(AutoConfig.from_pretrained(base))
+    layout = locate(model)
+    return layout.full.to_dict() | {"head_dim": layout.head_dim, "parameters": model.num_parameters()}
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:
