@@ -38,11 +38,10 @@ from hawada_peft.latency.table import LatencyTable
 from hawada_peft.planning.importance import gate_importance
 from hawada_peft.search.answer import frontier
 from hawada_peft.search.masked import MaskedQuality
-from hawada_peft.search.quality import Quality
 from hawada_peft.search.result import SearchResult
 from hawada_peft.search.rounds import search
 from hawada_peft.search.space import SearchSpace, search_space
-from hawada_peft.search.state import Realise
+from hawada_peft.search.state import Quality, Realise
 from hawada_peft.search.timed import Timer, measure_table
 from hawada_peft.vanilla.family import locate
 

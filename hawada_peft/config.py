@@ -67,8 +67,8 @@ class HawAdaConfig(PeftConfig):
             belongs to the same adapter: switched off, saved and merged with it. Kept as the fields that differ from
             PEFT's defaults.
         towers (`list[str]`, *optional*): of a model made of several, which to gate, by the paths of their sub-configs:
-            `("text_config", "vision_config")`. The first is the one that a budget is searched in. If left out, the
-            model itself, or the tower with the most parameters in its layers.
+            `("text_config", "vision_config")`; of two stacks `("encoder", "decoder")`. If left out, all of which
+            something can go, that with the most parameters in its layers first; with `"hidden"` that one alone.
         plan (`dict`, *optional*): the applied plan; written by `apply_plan`, saved with the adapter.
         plan_in_training (`bool`, *optional*, defaults to `False`): whether the plan closes gates in training as well.
         base_sizes (`dict`, *optional*): the sizes of the base model whose family row placed the gates; written at

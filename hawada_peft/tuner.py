@@ -56,10 +56,10 @@ from .vanilla.family import (
     base_sizes,
     locate,
     locate_all,
+    locate_every,
     locate_stream,
     mark,
     together,
-    tower_names,
 )
 from .vanilla.modules import check_loaded, check_own_weights, check_unquantized, quantized_weight
 from .vanilla.shape import EXPERTS, FFN, HEADS, HIDDEN, KV_GROUPS
@@ -154,7 +154,10 @@ class GateTuner(BaseTuner):
         if sizes is not None and len(asked) == 1:
             asked = (sizes.get("tower", ""),)
         find = locate_stream if HIDDEN in peft_config.gates else locate
-        layouts = list(together([find(self.model, each) for each in asked]))
+        if asked == (None,) and HIDDEN not in peft_config.gates:
+            layouts = list(together(self._proved(peft_config.gates)))
+        else:
+            layouts = list(together([find(self.model, each) for each in asked]))
         layout = layouts[0]
         if sizes is None or len(layouts) > 1:
             self._choose_gates(peft_config, layouts)
@@ -166,9 +169,8 @@ class GateTuner(BaseTuner):
         if sizes is None and layout.known is not None and layout.known.ungated:
             logger.info("of what could go there are no gates on %s", "; ".join(layout.known.ungated.values()))
         if layout.tower and asked == (None,):
-            others = [name for name in tower_names(cast(PreTrainedModel, self.model)) if name != layout.tower]
-            more = f"; others: towers={others}" if others else ""
-            logger.info("gates are placed in %r of %s%s", layout.tower, type(self.model).__name__, more)
+            placed = ", ".join(repr(each.tower) for each in layouts)
+            logger.info("gates are placed in %s of %s; `towers` says in which", placed, type(self.model).__name__)
         check_loaded(self.model)
         check_constructor(layout.model_class)
         if quantized_weight(self.model) is None:
@@ -176,6 +178,21 @@ class GateTuner(BaseTuner):
         grouped = {KV_GROUPS} if HEADS in peft_config.gates else set()
         self._unit_norms = {each.tower: check_readers(each, {*self._kinds[each.tower]} | grouped) for each in layouts}
         return layouts
+
+    def _proved(self, asked: Sequence[str]) -> list[Layout]:
+        """Every tower of which something can go, the one that figures of one tower are about first."""
+        every = locate_every(self.model)
+        grouped = {KV_GROUPS} if HEADS in asked else set()
+        found = []
+        for layout in every if len(every) > 1 else ():
+            try:
+                kinds = {kind for kind in asked if not why_not(layout, kind, asked)}
+                check_readers(layout, kinds | grouped)
+            except UnsupportedModelError as error:
+                logger.info("no gates are placed in %r: %s", layout.tower, error)
+                continue
+            found += [layout] if kinds else []
+        return found or every[:1]
 
     def _place_of(self, name: str) -> Layout:
         """The tower that a module is in, or whose norm it is."""

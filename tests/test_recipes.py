@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import LM_ROW, VISION_ROW, assert_same_state, build, logits_of
+from conftest import LM_ROW, TOKENS, VISION_ROW, Row, assert_same_state, build, logits_of
 from pairs import in_two
 from PIL import Image
 from safetensors.torch import save_file
@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, ViTImageProcessorPil
 from typer.testing import CliRunner
 
-from hawada_peft import train_recipe
+from hawada_peft import Shape, train_recipe
 from hawada_peft.cli.program import app
 from hawada_peft.errors import HawAdaError
 from hawada_peft.latency.regime import Regime
@@ -49,6 +49,10 @@ SEARCH = {
     "effort": {"cache": False, "candidates": 1, "search_rounds": 1, "margin": 0.0, "min_rounds": 1, "max_rounds": 1},
 }
 run = CliRunner().invoke
+BART = Row("BartForConditionalGeneration", "BartConfig", TOKENS | {
+    "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 8,
+    "decoder_attention_heads": 8, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96,
+}, Shape(8, 8, 48, 1))  # fmt: skip
 
 
 def language(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -303,6 +307,31 @@ def test_values_are_judged_by_the_classes_that_they_go_to(
     with pytest.raises(HawAdaError) as error:
         done(language(tmp_path, **{section: value}))
     assert message in str(error.value)
+
+
+def test_sizes_of_several_towers_are_named_by_their_paths(tmp_path: Path) -> None:
+    sizes = {"text_config.intermediate_size": 40, "decoder.layers": 3}
+    given = {"model": "m", "output": str(tmp_path), "data": {"files": "x.npy"}}
+    assert Recipe.from_dict(given | {"shape": sizes}).goal() == {"shape": sizes}
+    ratios = {"vision_config.ffn": 0.5, "heads": 0.5}
+    assert Recipe.from_dict(given | {"keep_ratio": ratios}).goal() == {"keep_ratio": ratios}
+    with pytest.raises(HawAdaError, match=r"shape.decoder.layers must be a whole number of at least 1, got 0"):
+        Recipe.from_dict(given | {"shape": {"decoder.layers": 0}})
+    with pytest.raises(HawAdaError, match="unknown axis 'width'"):
+        Recipe.from_dict(given | {"keep_ratio": {"vision_config.width": 0.5}})
+
+
+def test_a_race_for_a_budget_of_several_towers_is_refused_before_any_training(tmp_path: Path) -> None:
+    build(BART).save_pretrained(tmp_path / "teacher")
+    np.save(tmp_path / "tokens.npy", (np.arange(12 * 40) % 100 + 5).astype(np.uint16))
+    recipe = {
+        "model": str(tmp_path / "teacher"), "output": str(tmp_path / "out"),
+        "data": {"files": str(tmp_path / "tokens.npy"), "seq_len": 12, "held_out": 8},
+        "budget": {"speedup": 1.5, "seq_len": 12}, "search": SEARCH, "training": SHORT, "recovery": SHORT,
+        "race": {"plans": 2},
+    }  # fmt: skip
+    with pytest.raises(HawAdaError, match=r"plans of one tower, and the budget is shared by \['decoder', 'encoder'\]"):
+        done(recipe)
 
 
 def test_overrides_replace_add_and_leave_out(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from hawada_peft import (
     collect_gates,
     find_plan,
     init_gates,
+    recover,
     save_slim,
     slim_checkpoint,
     verify_slim,
@@ -46,10 +48,13 @@ from hawada_peft.errors import (
 from hawada_peft.gates.reading import layers_of
 from hawada_peft.latency import Effort, Regime, ToyClock
 from hawada_peft.latency.runner import check_call, prepare
+from hawada_peft.page import write_report
+from hawada_peft.search.result import SearchResult
 from hawada_peft.search.timed import measure_table, regime_of, table_sizes
 from hawada_peft.vanilla.batches import Batch
-from hawada_peft.vanilla.family import locate, locate_all
+from hawada_peft.vanilla.family import FAMILIES, Part, locate, locate_all, lookup
 from hawada_peft.vanilla.outputs import output_of, outputs_of
+from hawada_peft.vanilla.towers import towers_of
 
 IMAGE, PATCHES = 120, 16
 EYES = VISION | {"patch_size": 4}
@@ -82,6 +87,11 @@ DEPTH = {
     "head_hidden_size": 8,
 }  # fmt: skip
 HALF, THIN, NARROW = Shape(4, 2, 40, 3), Shape(8, 8, 40, 3), Shape(4, 4, 64, 6)
+BART = TOKENS | {
+    "d_model": 64, "encoder_layers": 4, "decoder_layers": 4,
+    "encoder_attention_heads": 8, "decoder_attention_heads": 8, "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96, "forced_eos_token_id": None,
+}  # fmt: skip
 CASES: dict[str, tuple[Row, str]] = {
     "llava text": (Row("LlavaForConditionalGeneration", "LlavaConfig", LLAVA, HALF), "text_config"),
     "llava vision": (Row("LlavaForConditionalGeneration", "LlavaConfig", LLAVA, THIN), "vision_config"),
@@ -90,6 +100,8 @@ CASES: dict[str, tuple[Row, str]] = {
     "clip vision": (Row("CLIPModel", "CLIPConfig", CLIP, THIN), "vision_config"),
     "depth": (Row("DepthAnythingForDepthEstimation", "DepthAnythingConfig", DEPTH, NARROW), "backbone_config"),
 }
+
+STACKS = Row("BartForConditionalGeneration", "BartConfig", BART, THIN)
 
 
 def build(row: Row, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
@@ -191,13 +203,45 @@ def test_one_tower_after_the_other() -> None:
     assert difference(output_of(both, inputs), masked["logits"]) <= 1e-12
 
 
-def test_the_largest_tower_is_gated_and_named(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("row", "towers"),
+    [
+        (CASES["llava text"][0], ["text_config", "vision_config"]),  # by rows that are written
+        (CASES["clip text"][0], ["vision_config", "text_config"]),
+        (STACKS, ["decoder", "encoder"]),  # by rows that are found
+        (CASES["depth"][0], ["backbone_config"]),
+    ],
+    ids=["llava", "clip", "bart", "depth"],
+)
+def test_all_towers_are_gated_and_named(row: Row, towers: list[str], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="hawada_peft"):
-        model = get_peft_model(build(CASES["llava text"][0]), HawAdaConfig())
-    assert "'text_config' of LlavaForConditionalGeneration; others: towers=['vision_config']" in caplog.text
-    names = [name for name in model.state_dict() if "hawada_" in name]
-    assert names
-    assert all("language_model" in name for name in names)
+        model = get_peft_model(build(row), HawAdaConfig())
+    assert f"gates are placed in {', '.join(map(repr, towers))} of {row.model}; `towers` says in which" in caplog.text
+    assert [layout.tower for layout in locate_all(model.get_base_model())] == towers
+    assert all(gates_in(model, tower) for tower in towers)
+    assert model.peft_config["default"].towers == (towers if len(towers) > 1 else None)
+
+
+def test_what_is_found_is_gated_beside_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(CASES["gemma3 text"][0])
+    eyes = towers_of(model)[2]
+    assert eyes.path == "vision_config"
+    vision = replace(FAMILIES["clip_vision_model"], layers="encoder.layers")
+    part = Part(eyes.path, eyes.path, f"{eyes.root}.encoder.layers", vision)
+    monkeypatch.setattr(lookup, "FINDERS", [lambda model: [part]])
+    assert [layout.tower for layout in lookup.locate_every(model)] == ["text_config", "vision_config"]
+
+    def refuse(model: Any) -> Any:
+        raise UnsupportedModelError("no tiny copy runs")
+
+    monkeypatch.setattr(lookup, "FINDERS", [refuse])
+    assert [layout.tower for layout in lookup.locate_every(model)] == ["text_config"]
+
+
+def test_a_second_adapter_gates_what_the_first_does() -> None:
+    model = get_peft_model(build(CASES["clip text"][0]), HawAdaConfig(towers=("vision_config",)))
+    model.add_adapter("other", HawAdaConfig())
+    assert not [name for name in model.state_dict() if "hawada_" in name and "text_model" in name]
 
 
 @pytest.mark.parametrize("layers", [None, [1, 2]])
@@ -284,11 +328,6 @@ def test_a_budget_for_sound_is_refused(name: str) -> None:
 
 # ------------------------------------------------------------------ timed on all that a model takes
 
-BART = TOKENS | {
-    "d_model": 64, "encoder_layers": 4, "decoder_layers": 4,
-    "encoder_attention_heads": 8, "decoder_attention_heads": 8, "encoder_ffn_dim": 96,
-    "decoder_ffn_dim": 96, "forced_eos_token_id": None,
-}  # fmt: skip
 WHOLE = {
     "clip": Row("CLIPModel", "CLIPConfig", CLIP, THIN),
     "bart": Row("BartForConditionalGeneration", "BartConfig", BART, THIN),
@@ -496,7 +535,6 @@ def test_plans_beside_each_other_name_their_towers() -> None:
 
 # ------------------------------------------------------------------ trained together
 
-STACKS = Row("BartForConditionalGeneration", "BartConfig", BART, THIN)
 TRAINED = {
     "llava": (CASES["llava text"][0], {"text_config": HALF, "vision_config.layers": 3}),
     "clip": (CASES["clip text"][0], {"text_config.layers": 2, "vision_config": Shape(8, 8, 30, 2)}),
@@ -580,6 +618,21 @@ def test_layers_that_go_start_below_all_others_in_each_tower() -> None:
         assert max(set(values) - set(kept)) < min(kept)
 
 
+def test_a_tower_that_the_data_does_not_run_is_not_cut_blindly() -> None:
+    row, _ = TRAINED["llava"]
+    model = get_peft_model(build(row), HawAdaConfig())
+    text = {"input_ids": example_of(row)["input_ids"][:, :3].repeat(2, 4)}
+    said = r"runs no layer of \['vision_config'\].*towers=\('text_config',\)"
+    with pytest.raises(HawAdaError, match=said):
+        init_gates(model, [text], shape={"text_config.layers": 3, "vision_config.layers": 3})
+    init_gates(model, [text], shape={"text_config.intermediate_size": 48})
+    model.apply_plan(model.plan({"vision_config.layers": 3}))
+    with pytest.raises(HawAdaError, match=r"\['input_ids'\] runs no layer of .*vision.*, which is to be refitted"):
+        model.slim(calibration=[text, text])
+    model.apply_plan(model.plan({"text_config.intermediate_size": 48}))
+    assert len(model.slim(calibration=[text, text]).reconstruction.refits) == 8  # of the tower that is cut
+
+
 # ------------------------------------------------------------------ the command line
 
 
@@ -626,15 +679,91 @@ def said(*given: Any) -> dict[str, Any]:
 # ------------------------------------------------------------------ one tower at a time
 
 
-def test_gates_of_several_towers_are_no_search_of_one() -> None:
+T5 = Row("T5ForConditionalGeneration", "T5Config", {
+    "vocab_size": 128, "d_model": 64, "d_kv": 8, "d_ff": 96, "num_heads": 8, "num_layers": 4, "num_decoder_layers": 4,
+    "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
+}, THIN)  # fmt: skip
+
+
+def weight_law(model: transformers.PreTrainedModel, regime: Regime) -> float:
+    """Neither of two towers of one size takes so much of the time that it would do alone for a speedup above 2."""
+    return 1e-6 * model.num_parameters(exclude_embeddings=True)
+
+
+def shared_budget(row: Row, towers: Any, folder: Path, **options: Any) -> tuple[SearchResult, Any, Batch]:
+    """What is found for a budget that one of two towers alone cannot meet, and the slim model of it."""
+    base = build(row)
+    inputs = example_inputs(base, rows=4, length=12)
+    model = get_peft_model(base, HawAdaConfig(towers=towers))
+    budget = LatencyBudget(speedup=2.2, batch_size=2, seq_len=12)
+    effort = Effort.quick(clock=ToyClock(weight_law))
+    found = find_plan(model, budget, [inputs], effort=effort, work=folder, **options)
+    assert found.speedup >= 2.2
+    assert SearchResult.from_dict(json.loads(json.dumps(found.to_dict()))).figures() == found.figures()
+    target = dict(found.plan.target)
+    assert set(target) == set(towers)
+    assert found.best.shape == target[towers[0]]
+    assert found.best.beside == ((towers[1], target[towers[1]]),)
+    assert found.best.measured_loss is not None
+    cut = {tower for tower, part in zip(towers, found.plan.parts, strict=True) if not part.keeps_all}
+    assert cut == set(towers)
+    model.apply_plan(found.plan)
+    masked = outputs_of(model, inputs)
+    small = model.merge_and_unload(inputs=inputs)
+    got = outputs_of(small, inputs)
+    assert max(difference(got[key], masked[key]) for key in masked) <= 1e-4
+    assert {layout.tower: layout.dense for layout in locate_all(small)} == target
+    assert small.num_parameters() == found.best.parameters
+    return found, small, inputs
+
+
+@pytest.mark.parametrize(
+    ("row", "towers"), [(WHOLE["clip"], BOTH), (WHOLE["bart"], ("encoder", "decoder"))], ids=["clip", "bart"]
+)
+def test_a_budget_is_shared_by_two_towers(row: Row, towers: Any, tmp_path: Path) -> None:
+    shared_budget(row, towers, tmp_path)
+
+
+def test_a_budget_is_shared_by_towers_of_common_numbers_and_shown(tmp_path: Path) -> None:
+    found, small, inputs = shared_budget(T5, ("encoder", "decoder"), tmp_path, refit=False)
+    save_slim(small, tmp_path / "slim", inputs=inputs, card=ExportFacts(plan=found.plan, latency=found, search=found))
+    page = write_report(tmp_path / "slim").page.read_text()
+    layers = found.plan.parts[1].shape.num_hidden_layers
+    assert re.search(rf">layers of decoder</t.>\s*<td[^>]*>{layers}</td>", page)
+    assert "FFN channels of decoder" not in page.split("What the search could choose from")[1].split("</table>")[0]
+
+
+def test_a_tower_that_is_not_timed_stays_and_the_other_is_searched() -> None:
+    row, _ = CASES["llava text"]
+    model = get_peft_model(build(row), HawAdaConfig(towers=BOTH[::-1]))
+    effort = Effort.quick(clock=ToyClock())
+    found = find_plan(model, LatencyBudget(speedup=1.5, seq_len=16), [example_of(row)], effort=effort)
+    text, vision = found.plan.parts
+    assert (text.tower, text.keeps_all, vision.keeps_all) == ("text_config", False, True)
+    assert found.speedup >= 1.5
+    assert "stays" in found.steps["vision_config"]
+    assert found.best.shape == text.shape
+
+
+def test_a_race_is_between_plans_of_one_tower() -> None:
+    model, inputs, _ = pair("llava")
+    calibration = [inputs]
+    with pytest.raises(HawAdaError, match=r"plans of one tower, and the plan cuts \['text_config', 'vision_config'\]"):
+        recover(model, train_dataset=[], race=True, calibration=calibration)
+
+
+def test_what_is_about_one_tower_is_refused_for_several() -> None:
     row, _ = CASES["llava text"]
     model = get_peft_model(build(row), HawAdaConfig(towers=BOTH))
     budget, data = LatencyBudget(speedup=1.5, seq_len=16), [example_of(row)]
-    wrong = r"gates are on several towers \['text_config', 'vision_config'\].*towers=\('text_config',\)"
-    with pytest.raises(InvalidPlanError, match=wrong):
-        find_plan(model, budget, data, effort=Effort.quick(clock=ToyClock()))
-    with pytest.raises(InvalidPlanError, match=wrong):
-        measure_table(model, Regime(seq_len=16), effort=Effort.quick(clock=ToyClock()))
+    effort = Effort.quick(clock=ToyClock())
+    with pytest.raises(InvalidPlanError, match=r"several towers, and rotate is about one.*towers=\('text_config',\)"):
+        find_plan(model, budget, data, effort=effort, rotate=True)
+    clip = get_peft_model(build(WHOLE["clip"]), HawAdaConfig(towers=BOTH))
+    with pytest.raises(InvalidPlanError, match=r"name one of \['text_config', 'vision_config'\] as `tower`, got None"):
+        measure_table(clip, Regime(seq_len=12), effort=effort)
+    found = measure_table(clip, Regime(seq_len=12), effort=effort, tower="vision_config")
+    assert found.dense == locate(clip.get_base_model(), "vision_config").dense
 
 
 def test_the_next_tower_is_searched_in_the_slim_model() -> None:

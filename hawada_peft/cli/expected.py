@@ -11,7 +11,7 @@ import torch
 from ..latency.clock import Clock
 from ..search.masked import RESCORED
 from ..search.reference import judged_predictions, ranked_predictions
-from ..search.timed import regime_of
+from ..search.timed import check_regime, regime_of
 from ..search.timed_models import realiser
 from ..vanilla.batches import on_device
 from ..vanilla.family import locate
@@ -49,10 +49,12 @@ def expected_of(model: PeftModel, batches: Batches, budget: LatencyBudget, effor
         refit: whether shapes are judged by refitted models.
     """
     base: Any = model.get_base_model()
-    layers = locate(base).dense.sizes()["num_hidden_layers"]
+    towers = check_regime(base, regime_of(model, budget))
     part = 1 - 1 / budget.speedup if budget.speedup else 1 - (budget.fraction or 0.5)
-    dropped = min(layers - 1, math.ceil(SPARE * part * layers))
-    passes = layers + RESCORED * max(0, dropped - 1)
+    passes = 0
+    for layers in (layout.dense.sizes()["num_hidden_layers"] for layout in towers):
+        dropped = min(layers - 1, math.ceil(SPARE * part * layers))
+        passes += layers + RESCORED * max(0, dropped - 1)
     batch = on_device(batches[0], base.device)
     with torch.inference_mode():
         model(**batch)
@@ -70,7 +72,9 @@ def expected_of(model: PeftModel, batches: Batches, budget: LatencyBudget, effor
         f"to judge {SHAPES} shapes or so": judging * once,
     }
     if not effort.clock.elsewhere:
-        spent["to measure latencies (less once the tables of this model are kept)"] = _latencies(model, budget)
+        spent["to measure latencies (less once the tables of this model are kept)"] = len(towers) * _latencies(
+            model, budget
+        )
     weights = sum(each.numel() * each.element_size() for each in base.parameters())
     examples = sum(len(next(iter(batch.values()))) for batch in batches)
     parts = ", ".join(f"{spoken(seconds)} {what}" for what, seconds in spent.items())

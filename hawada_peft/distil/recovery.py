@@ -25,7 +25,7 @@ from ..shipping.save import Slimmed
 from ..surgery.dense import put_back
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch
-from ..vanilla.family import locate
+from ..vanilla.family import locate, only
 from ..vanilla.heads import is_bare
 from ..vanilla.mode import dropout_off
 from .arguments import rate_problems
@@ -122,6 +122,11 @@ def recover(
         problems.append("the plan keeps everything: there is nothing to recover from")
     if not isinstance(race, Race | bool):
         problems.append(f"race must be a Race, True or False, got a {type(race).__name__}")
+    elif racing is not None and isinstance(chosen, Plan) and len(cut := chosen.cut_parts) > 1:
+        problems.append(
+            f"a race is between plans of one tower, and the plan cuts {[part.tower for part in cut]}: recover without "
+            f"a race, or gate one, as HawAdaConfig(towers=({cut[0].tower!r},))"
+        )
     elif racing is not None and calibration is None:
         problems.append("a race needs `calibration`: batches that plans are judged and compared on")
     if lora is not None and not isinstance(lora, LoraConfig):
@@ -173,6 +178,8 @@ def recover(
         trained: Any = target
         return trained if lora is None else trained.merge_and_unload()
 
+    if racing is not None and chosen is not None:
+        chosen = next(iter(chosen.cut_parts))
     gated_basis = _basis_of(model) if racing is not None and isinstance(model, PeftModel) else None
     with put_back(base, always=False):  # until the end the gates may still be needed
         slimmed: Slimmed | None = None
@@ -200,7 +207,8 @@ def recover(
                 optimizer,
                 gated_basis,
             )
-            record, small = raced.run()
+            with only(base, locate(base).tower if chosen is None else chosen.tower):
+                record, small = raced.run()
             args = copy.copy(cast(TrainingArguments, args))
             args.max_steps = raced.steps_left(record)
             best = cast(Entrant, record.best).plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -45,6 +46,7 @@ class Kept:
         self.folder: Path | None = None
         self._found: dict[str, Any] = {}
         self._asked: Counter[str] = Counter()
+        self._before = ""
         if folder is not None:
             self.folder = Path(folder) / f"work-{digest_of_key(key or {})}"
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -54,6 +56,12 @@ class Kept:
     def count(self) -> int:
         """Results that are there, besides tensors."""
         return len(self._found)
+
+    def under(self, name: str) -> Kept:
+        """The same, for a part of the work whose names others have as well: they go with the part's name before."""
+        part = copy.copy(self)
+        part._before = f"{self._before}{name} " if name else self._before
+        return part
 
     def value(self, name: str, make: Callable[[], T]) -> T:
         """
@@ -95,6 +103,7 @@ class Kept:
         return made
 
     def _next(self, name: str) -> str:
+        name = self._before + name
         self._asked[name] += 1
         count = self._asked[name]
         return name if count == 1 else f"{name} {count}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..planning.cut import SHORT, SIZES
+from ..planning.cut import BESIDE, SHORT, SIZES
 from .drawing import Picture
 from .known import SlimFacts
 from .parts import Part, figure, folded, number, table, text
@@ -26,7 +26,7 @@ def frontier(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterator[Part
         yield figure(pictures["frontier"], f"{pictures['frontier'].text} Loss: {search['loss']}.")
     ordered = sorted(timed, key=lambda point: float(point["measured_ms"]))
     evaluated = any(point["measured_loss"] is not None for point in points)
-    columns = [SHORT[name] for name in SIZES if name in points[0]["shape"]]
+    columns = [word for word, _ in _shape(points[0])]
     yield table(
         f"Shapes that were timed, the fastest first. Loss: {search['loss']}.",
         (
@@ -50,7 +50,7 @@ def frontier(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterator[Part
                 (*columns, "ms", "loss", "parameters", "why not"),
                 (
                     (
-                        *_shape(point["shape"]),
+                        *(size for _, size in _shape(point)),
                         number(point["estimate_ms"]),
                         number(point["predicted_loss"]),
                         number(point["parameters"], ","),
@@ -82,7 +82,7 @@ def milliseconds(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterator[
 def _candidate(point: Mapping[str, Any], evaluated: bool) -> tuple[Any, ...]:
     loss = point["predicted_loss"] if point["expected_loss"] is None else point["expected_loss"]
     return (
-        *_shape(point["shape"]),
+        *(size for _, size in _shape(point)),
         number(point["expected_ms"]),
         number(point["measured_ms"]),
         number(loss),
@@ -96,5 +96,12 @@ def _chosen(points: list[Mapping[str, Any]]) -> int | None:
     return next((place for place, point in enumerate(points) if point["rejected"] is None), None)
 
 
-def _shape(shape: Mapping[str, int]) -> list[str]:
-    return [number(shape[name], ",") for name in SIZES if name in shape]
+def _shape(point: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The sizes of a point, each with the head of its column; those of further towers after them."""
+    towers = {"": point["shape"], **point.get(BESIDE, {})}
+    return [
+        (f"{SHORT[name]} of {tower}" if tower else SHORT[name], number(shape[name], ","))
+        for tower, shape in towers.items()
+        for name in SIZES
+        if name in shape
+    ]

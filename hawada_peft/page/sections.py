@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..planning.cut import SIZES, cuts
+from ..planning.cut import BESIDE, SIZES, cuts
 from .drawing import Picture
 from .known import WEIGHT_BYTES, SlimFacts
 from .parts import Part, figure, folded, number, table, text
@@ -139,10 +139,7 @@ def roundings(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterator[Par
         yield table(
             "What the search could choose from.",
             ("size", "chosen", "out of"),
-            (
-                (SIZES[name], number(sizes["shape"].get(name, facts.report["model"].get(name)), ","), why)
-                for name, why in search["steps"].items()
-            ),
+            ((*_step(name, sizes, facts.report["model"]), why) for name, why in search["steps"].items()),
         )
     if search["limit_ms"] is not None:
         yield text(
@@ -221,3 +218,13 @@ def passport(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterator[Part
             for name, each in sizes.items()
         ),
     )
+
+
+def _step(name: str, point: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[str, str]:
+    """What a search could choose, of further towers with the tower's name before it; and what it chose."""
+    tower, _, size = name.rpartition(".")
+    if size not in SIZES:  # a whole tower
+        return name, number(None)
+    shape, slim = (facts.get(BESIDE, {}).get(tower, {}) if tower else facts for facts in (point, model))
+    chosen = (shape if tower else point["shape"]).get(size, slim.get(size))
+    return f"{SIZES[size]} of {tower}" if tower else SIZES[size], number(chosen, ",")

@@ -186,6 +186,11 @@ class Plan:
         return (replace(self, beside=()), *self.beside) if self.beside else (self,)
 
     @property
+    def cut_parts(self) -> tuple[Plan, ...]:
+        """The plan of each tower that loses something."""
+        return tuple(part for part in self.parts if not part.keeps_all)
+
+    @property
     def target(self) -> Shape | dict[str, Shape]:
         """The sizes that are left, as `HawAdaModel.plan` takes them: a shape; of several towers one for each."""
         return {part.tower: part.shape for part in self.parts} if self.beside else self.shape

@@ -53,7 +53,7 @@ def plan_towers(
             parts.append(legal_plan(layout, scores(layout), wanted, ratio))
         else:
             parts.append(Plan.keep_all(layout.dense, layout.tower))
-    for size, sharing in _shared(layouts).items():
+    for size, sharing in shared_sizes(layouts).items():
         # One number for all of them: the largest that one needs.
         most = max(getattr(parts[each].shape, size) for each in sharing)
         for each in sharing:
@@ -63,7 +63,7 @@ def plan_towers(
     return Plan.of_towers(parts)
 
 
-def _shared(layouts: Sequence[Layout]) -> dict[str, list[int]]:
+def shared_sizes(layouts: Sequence[Layout]) -> dict[str, list[int]]:
     """The fields of a `Shape` that one number of the config says of several towers: which ones."""
     paths = [paths_of(layout) for layout in layouts]
     places = {path: [each for each, known in enumerate(paths) if path in known] for found in paths for path in found}
@@ -102,7 +102,7 @@ def check_towers(layouts: Sequence[Layout], plan: Plan) -> list[tuple[Layout, Pl
     found = [(layout, part) for layout, part in every if part is not None]
     for layout, part in found:
         check_plan(layout, part)
-    for size, sharing in _shared(layouts).items():
+    for size, sharing in shared_sizes(layouts).items():
         sizes = {
             every[each][0].tower: getattr((every[each][1] or Plan.keep_all(every[each][0].dense)).shape, size)
             for each in sharing
@@ -139,7 +139,8 @@ def shapes_of(layouts: Sequence[Layout], sizes: Sizes) -> dict[str, Shape]:
             raise InvalidPlanError(
                 f"a Shape is about one tower, and gated are {[each.tower for each in layouts]}: give one for each by "
                 f"its name, as {{{layouts[0].tower!r}: Shape(...)}}, or sizes by their paths, as "
-                f"{{'{layouts[0].tower}.{SIZES[2].field}': ...}}"
+                f"{{'{layouts[0].tower}.{SIZES[2].field}': ...}}; or gate one alone, as "
+                f"HawAdaConfig(towers=({layouts[0].tower!r},))"
             )
         return {layouts[0].tower: sizes}
     whole = {tower: shape for tower, shape in sizes.items() if isinstance(shape, Shape)}

@@ -118,7 +118,7 @@ def fits_of(
     layout, regime = locate(dense), regime_of(dense, budget)
     time: Stopwatch | None = None
     if math.isfinite(budget.limit_ms(1.0)):
-        timer = Timer(dense, regime, effort or Effort(), progress=progress)
+        timer: Timer[Shape] = Timer(dense, regime, effort or Effort(), progress=progress)
 
         def time(shapes: Sequence[Shape]) -> Mapping[Shape, float]:
             return {shape: each.median_ms for shape, each in timer(shapes).items()}

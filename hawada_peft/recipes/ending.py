@@ -18,11 +18,12 @@ from ..latency.budget import LatencyBudget
 from ..latency.measuring import measure_many
 from ..latency.regime import Regime
 from ..latency.timing import Timing
+from ..planning.cut import BESIDE
 from ..planning.plan import Plan
 from ..search.timed import regime_of
 from ..shipping.facts import ExportFacts
 from ..shipping.save import save_slim
-from ..vanilla.family import locate
+from ..vanilla.family import locate_all
 from ..vanilla.loading import processor_of
 from .examples import Example, batches_from
 from .facts import Facts
@@ -73,8 +74,8 @@ def finish(
         )
         result = RecipeResult(
             folder=str(record.slim),
-            dense=locate(dense).full.to_dict(),
-            slim=locate(slim).full.to_dict(),
+            dense=_sizes(dense),
+            slim=_sizes(slim),
             dense_parameters=dense.num_parameters(),
             slim_parameters=slim.num_parameters(),
             losses=facts.losses,
@@ -85,6 +86,13 @@ def finish(
         record.finish(result.to_dict())
     state.wait_for_everyone()
     return result or RecipeResult.from_dict(cast(dict[str, Any], record.result()))
+
+
+def _sizes(model: PreTrainedModel) -> dict[str, Any]:
+    """Of the first tower that is gated or cut, and of further ones beside it."""
+    first, *others = locate_all(model)
+    beside = {layout.tower: layout.full.to_dict() for layout in others}
+    return first.full.to_dict() | ({BESIDE: beside} if beside else {})
 
 
 def _time(recipe: Recipe, dense: PreTrainedModel, slim: PreTrainedModel) -> dict[str, Timing] | None:

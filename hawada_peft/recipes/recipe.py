@@ -1,4 +1,8 @@
-"""The recipe: a whole slimming as data, checked before any of it is done."""
+"""
+The recipe: a whole slimming as data, checked before any of it is done.
+
+Long because each section becomes the arguments of another class.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +47,7 @@ class Recipe:
         output (`str`): folder for everything that is made.
         data (`dict`): fields of `DataSource`: files or a dataset, tokens per window, examples held out.
         budget (`dict`, *optional*): fields of `LatencyBudget`. One of `budget`, `shape` and `keep_ratio` is given.
-        shape (`dict`, *optional*): fields of `Shape`.
+        shape (`dict`, *optional*): fields of `Shape`; of several towers by their paths, as in `HawAdaModel.plan`.
         keep_ratio (`float` or `dict`, *optional*): as in `HawAdaModel.plan`.
         plan (`str`, *optional*): file of a plan to cut by, without training gates; with a `budget`, timed under that.
         search (`dict`, *optional*): how a budget becomes a shape: `effort` (fields of `Effort`), `quick` (what it
@@ -149,7 +153,10 @@ class Recipe:
         """The argument of `HawAdaTrainer` that says what the gates are trained towards."""
         if self.budget is not None:
             return {"budget": LatencyBudget(**self.budget)}
-        return {"keep_ratio": self.keep_ratio} if self.shape is None else {"shape": Shape(**self.shape)}
+        if self.shape is None:
+            return {"keep_ratio": self.keep_ratio}
+        several = any("." in name for name in self.shape)
+        return {"shape": dict(self.shape) if several else Shape(**self.shape)}
 
     def config(self) -> HawAdaConfig:
         """The gates' configuration."""
@@ -225,7 +232,7 @@ class Recipe:
 
     def _makers(self) -> dict[str, Callable[[], Any]]:
         return {
-            "recipe": lambda: _refuse([] if self.keep_ratio is None else ratio_problems(self.keep_ratio)),
+            "recipe": lambda: _refuse([] if self.keep_ratio is None else _ratio_problems(self.keep_ratio)),
             "data": self.source,
             "budget" if self.budget is not None else "shape": self.goal,
             "search": self.effort,
@@ -239,6 +246,14 @@ class Recipe:
             "recovery loss": lambda: _objective(self.options()),
             "race": self.racing,
         }
+
+
+def _ratio_problems(keep_ratio: Any) -> list[str]:
+    """What is wrong with a ratio; before a dot may stand a tower, which only the model knows."""
+    if not isinstance(keep_ratio, Mapping) or not any("." in str(name) for name in keep_ratio):
+        return ratio_problems(keep_ratio)
+    each = [{str(name).rpartition(".")[2]: ratio} for name, ratio in keep_ratio.items()]
+    return [problem for ratio in each for problem in ratio_problems(ratio)]
 
 
 def _refuse(problems: list[str]) -> None:

@@ -121,13 +121,27 @@ def validated(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     idle = [name for name in ("training", "search") if name in given and "plan" in given]
     problems += [f"recipe: {name} is for gates that find a plan, and a plan is given" for name in idle]
     problems += [f"{name} must not be empty" for name in ("model", "output") if given.get(name) == ""]
+    paths = _paths(given.get("shape"))
+    problems += [
+        f"shape.{name} must be a whole number of at least 1, got {shown(size)}"
+        for name, size in paths.items()
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1
+    ]
+    if paths:
+        given = given | {"shape": {name: size for name, size in given["shape"].items() if name not in paths}}
     try:
-        return _adapter().validate_python(given), problems
+        found = _adapter().validate_python(given)
+        return found | ({"shape": found["shape"] | paths} if paths else {}), problems
     except ValidationError as error:
-        found: dict[Place, list[Any]] = {}
+        wrong: dict[Place, list[Any]] = {}
         for each in error.errors(include_url=False):
-            found.setdefault(_place(each, given), []).append(each)
-    return given, [*_problems(found), *problems]
+            wrong.setdefault(_place(each, given), []).append(each)
+    return given, [*_problems(wrong), *problems]
+
+
+def _paths(shape: Any) -> dict[str, Any]:
+    """The sizes of towers, as `text_config.intermediate_size` or `decoder.layers`: only the model knows which."""
+    return {name: size for name, size in shape.items() if "." in str(name)} if isinstance(shape, Mapping) else {}
 
 
 def _place(error: Any, given: Any) -> Place:

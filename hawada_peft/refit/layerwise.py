@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..errors import HawAdaError
 from ..vanilla.batches import Batch, has_rows, main_input, rows_of
 from ..vanilla.family import Layout
 from ..vanilla.outputs import prediction_of
@@ -125,6 +126,11 @@ class Stream:
                 hooks.callback(layer.register_forward_hook(passed).remove)
             with suppress(_EnoughError):
                 cast(nn.Module, self.model.base_model)(**(options | dict(batch)))
+        if not inputs:
+            raise HawAdaError(
+                f"a calibration batch of {sorted(batch)} runs no layer of {self.layout.stack!r}, which is to be "
+                "refitted: give batches with what it sees, or leave the calibration out"
+            )
         return inputs[0], calls
 
     @property

@@ -96,7 +96,8 @@ def reconstruct(
         dense: the teacher; left as it is.
         slim: what `slim(dense, plan)` gave, trained since or not, re-homed or not, on the same device. The weights of
             its output projections change in place.
-        plan: the one it was made with; of several towers they are refitted one after the other, as they are run.
+        plan: the one it was made with; of several towers those that lose something are refitted one after the
+            other, as they are run.
         calibration: batches, keyword arguments of the forward pass: a list, a DataLoader. Labels are not used, and
             positions where `attention_mask` is 0 do not count.
         dampings: how close to stay to the weights of `slim`; chosen per projection by held-out error.
@@ -163,7 +164,7 @@ def refit_model(
     if plan.beside:
         batches, order = list(calibration), [name for name, _ in slim.named_modules()]
         places = {part.tower: order.index(locate(slim, part.tower).stack) for part in plan.parts}
-        ordered = sorted(plan.parts, key=lambda part: places[part.tower])  # as they are run
+        ordered = sorted(plan.cut_parts or plan.parts, key=lambda part: places[part.tower])  # as they are run
         refit = partial(refit_model, dampings=dampings, held_out=held_out, correction=correction)
         return _together([refit(dense, slim, each, batches, progress=progress, reduce=reduce) for each in ordered])
     teacher_layout, layout = locate(dense, plan.tower or None), locate(slim, plan.tower or None)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Any
 
 import numpy as np
 
 from ..errors import InfeasibleBudgetError
-from .quality import Quality
 from .result import Candidate, SearchResult
-from .state import SearchState
+from .state import Losses, S, State
 
 logger = logging.getLogger(__name__)
 
 
-def check_feasible(state: SearchState) -> None:
+def check_feasible(state: State[Any]) -> None:
     """
     Raises:
         InfeasibleBudgetError: if no shape meets the budget by the table, with the range and what binds.
@@ -42,7 +42,7 @@ def check_feasible(state: SearchState) -> None:
     )
 
 
-def settle(state: SearchState, quality: Quality, rounds: int) -> SearchResult:
+def settle(state: State[S], quality: Losses[S], rounds: int) -> SearchResult:
     """
     The rounds are used up: the best of the shapes that were timed and met the budget.
 
@@ -61,16 +61,17 @@ def settle(state: SearchState, quality: Quality, rounds: int) -> SearchResult:
     )
 
 
-def result_of(state: SearchState, index: int, quality: Quality, rounds: int) -> SearchResult:
+def result_of(state: State[S], index: int, quality: Losses[S], rounds: int) -> SearchResult:
     """What is returned for a shape."""
     ms, loss = state.ms(), state.loss()
     scale = state.dense_ms / state.table.dense_ms
 
     def candidate(place: int) -> Candidate:
-        timed, (part, local) = state.times.get(place), state.place(place)
-        expected, space = state.expected_ms.get(place), state.spaces[part]
+        timed, expected = state.times.get(place), state.expected_ms.get(place)
+        shape, beside = state.sizes(place)
         return Candidate(
-            shape=space.shape(local),
+            shape=shape,
+            beside=tuple(beside.items()),
             estimate_ms=float(ms[place]) * scale,
             predicted_loss=float(loss[place]),
             parameters=int(state.parameters[place]),
@@ -94,14 +95,14 @@ def result_of(state: SearchState, index: int, quality: Quality, rounds: int) -> 
         rounds=rounds,
         margin=state.effort.margin,
         shapes=state.shapes,
-        steps=state.spaces[0].steps,
+        steps=state.steps,
         loss=quality.meaning,
     )
     logger.info("%s", result)
     return result
 
 
-def _rejected(state: SearchState, index: int, loss: np.ndarray, best: int) -> str:
+def _rejected(state: State[Any], index: int, loss: np.ndarray, best: int) -> str:
     """Why another shape was chosen."""
     ms, parameters, memory = state.ms()[index], state.budget.max_parameters, state.budget.max_memory
     room = state.room()[index]

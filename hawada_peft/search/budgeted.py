@@ -1,4 +1,8 @@
-"""From a gated model and a budget to a plan: the table, the search and the timing tied together."""
+"""
+From a gated model and a budget to a plan: the table, the search and the timing tied together.
+
+Long because what a search takes is documented and checked in full.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from ..basis.basis import rows_untied
 from ..basis.moments import MOMENTS
 from ..basis.refine import REFINING
 from ..basis.scales import FACTORS
-from ..errors import HawAdaError
+from ..errors import HawAdaError, InvalidPlanError
 from ..files.kept import Kept, digest_of_tensors
 from ..gates.reading import are_fresh
 from ..latency.budget import LatencyBudget
@@ -25,9 +29,10 @@ from ..latency.build import TABLE
 from ..latency.effort import Effort
 from ..latency.table import LatencyTable
 from ..planning.importance import gate_importance
+from ..planning.plan import Plan
 from ..progress import Progress, in_steps, progress_bar
 from ..vanilla.batches import Batch, check_batch
-from ..vanilla.family import locate
+from ..vanilla.family import locate, locate_all
 from ..vanilla.shape import HIDDEN
 from .directions import Found, may_add_directions, with_directions
 from .masked import ASKED, DEPTH, JUDGED_SHAPES, MaskedQuality
@@ -36,6 +41,7 @@ from .result import SearchResult
 from .rounds import search_all_sizes
 from .space import narrower_sizes
 from .timed import TIMING, check_regime, dense_model, regime_of, table_of, table_sizes
+from .together import search_together
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +74,9 @@ def find_plan(
     over the calibration batches and, the first time on a machine, a second, smaller latency table (`NarrowTables`);
     `rotate=False` spares it.
 
+    Of several gated towers all that run in the calls that are timed are searched together (`search_together`), each
+    with a latency table of its own; one that does not run stays as it is, as nothing is saved by cutting it.
+
     Args:
         model (`PeftModel`): with gates placed by a family row. Units are ranked by the gates' values; by their
             importance on the calibration batches (`gate_importance`) while all gates are as they were made.
@@ -97,7 +106,7 @@ def find_plan(
         IllegalShapeError: if no model of one of the hidden sizes exists.
         IncompatibleTableError: if the table is for another device, regime or model.
         InvalidPlanError: if not one adapter is active, its gates were not placed by a family row, or they are on
-            several towers.
+            several towers, and an argument is about one.
         HawAdaError: if there are no batches, or models are to be refitted and cannot be, or there are no two rows to
             do so.
         BadDataError: before anything is measured, if a batch holds what the model cannot take.
@@ -142,19 +151,23 @@ def search_plan(
     effort = effort or Effort()
     base = dense_model(model)
     regime = regime_of(model, budget)
-    check_regime(base, regime)
+    towers = [layout.tower for layout in check_regime(base, regime)]
+    several = len(locate_all(base)) > 1
+    _check_several(towers, several, table=table, hidden_sizes=hidden_sizes, rotate=rotate)
     if not calibration:
         raise HawAdaError("no calibration batches were given; pass at least one")
     for batch in calibration:
         check_batch(model, batch)  # before anything is measured
-    refit = not obstacle(model, calibration) if refit is None else refit
+    refit = not obstacle(model, calibration, towers) if refit is None else refit
     kept = Kept()
     if work is not None:
         asked = {"table": table, "hidden_sizes": hidden_sizes, "rotate": rotate, "refit": refit}
         kept = Kept(work, _all_that_counts(model, budget, calibration, effort) | asked)
-    steps = [TABLE] * (table is None) + [MOMENTS, REFINING, FACTORS] * may_add_directions(model, rotate)
-    steps += [IMPORTANCE] * are_fresh(model)
+    turned = not several and may_add_directions(model, rotate)
+    steps = [TABLE] * (table is None) + [MOMENTS, REFINING, FACTORS] * turned + [IMPORTANCE] * are_fresh(model)
     progress = in_steps(progress, [*steps, ASKED, DEPTH, *[REFITS] * refit, JUDGED_SHAPES, TIMING])
+    if several:
+        return _search_towers(model, budget, calibration, towers, refit, effort, progress, kept)
     table = table_of(model, regime, effort, progress=progress, kept=kept) if table is None else table
     table.check(regime=regime, base_sizes=table_sizes(base), device_name=effort.clock.device_name(regime))
 
@@ -177,10 +190,7 @@ def _search(
 ) -> Found:
     base = dense_model(model)
     layout = locate(base)
-    importance = None
-    if are_fresh(model):
-        watched = progress_bar(progress, iterable=calibration, desc=IMPORTANCE, unit="batch", leave=False)
-        importance = kept.tensors(IMPORTANCE, lambda: gate_importance(model, watched))
+    importance = _importance_of(model, calibration, progress, kept)
     quality = (RefittedQuality if refit else MaskedQuality)(model, calibration, importance, progress, kept=kept)
     sizes: Sequence[int] = ()
     if HIDDEN in quality.free:
@@ -200,6 +210,54 @@ def _search(
         kept=kept,
     )
     return replace(result, depth=quality.depth), importance
+
+
+def _check_several(towers: Sequence[str], several: bool, **given: Any) -> None:
+    """Refuse what is about one tower where several are gated."""
+    about = sorted(name for name, value in given.items() if value)
+    if several and about:
+        raise InvalidPlanError(
+            f"gates are on several towers, and {', '.join(about)} is about one: leave it out, or gate one, as "
+            f"HawAdaConfig(towers=({towers[0]!r},))"
+        )
+
+
+def _search_towers(
+    model: PeftModel,
+    budget: LatencyBudget,
+    calibration: Sequence[Batch],
+    towers: Sequence[str],
+    refit: bool,
+    effort: Effort,
+    progress: Progress | None,
+    kept: Kept,
+) -> Found:
+    """The search over those of several gated towers that a call runs; the others stay."""
+    base, regime = dense_model(model), regime_of(model, budget)
+    layouts = locate_all(base)
+    running = [layout for layout in layouts if layout.tower in towers]
+    importance = _importance_of(model, calibration, progress, kept)
+
+    def quality_of(tower: str, first: MaskedQuality | None) -> MaskedQuality:
+        references = None if first is None else first.references
+        quality = RefittedQuality if refit else MaskedQuality
+        return quality(model, calibration, importance, progress, kept=kept, tower=tower, references=references)
+
+    result = search_together(base, running, regime, budget, quality_of, effort=effort, progress=progress, kept=kept)
+    idle = [layout for layout in layouts if layout.tower not in towers]
+    whole = [Plan.keep_all(layout.dense, layout.tower) for layout in idle]
+    steps = {**result.steps, **{layout.tower: "does not run in the calls that are timed: stays" for layout in idle}}
+    return replace(result, plan=Plan.of_towers([*result.plan.parts, *whole]), steps=steps), importance
+
+
+def _importance_of(
+    model: PeftModel, calibration: Sequence[Batch], progress: Progress | None, kept: Kept
+) -> dict[str, torch.Tensor] | None:
+    """How much the loss depends on each gate, where the gates themselves do not say it yet."""
+    if not are_fresh(model):
+        return None
+    watched = progress_bar(progress, iterable=calibration, desc=IMPORTANCE, unit="batch", leave=False)
+    return kept.tensors(IMPORTANCE, lambda: gate_importance(model, watched))
 
 
 def _all_that_counts(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
@@ -73,6 +73,12 @@ class MaskedQuality:
         kept (`Kept`, *optional*): where losses are kept as they come.
         tower (`str`, *optional*): of several gated towers whose shapes are meant, the others being dense; the first
             if left out.
+        references (`Sequence[Reference]`, *optional*): what the dense model says on the batches, where it was asked
+            before.
+
+    Attributes:
+        also: the plans of other towers that a shape of this one means, because one number of the config is about both;
+            none if it is not set.
 
     Raises:
         HawAdaError: if there are no batches.
@@ -96,6 +102,7 @@ class MaskedQuality:
         kept: Kept | None = None,
         *,
         tower: str | None = None,
+        references: Sequence[Reference] | None = None,
     ) -> None:
         if not batches:
             raise HawAdaError("no calibration batches were given; pass at least one")
@@ -108,12 +115,14 @@ class MaskedQuality:
         layouts: Sequence[Layout] = self.tuner.layouts_of(self.names)
         self.layout = next(each for each in layouts if tower in (None, each.tower))
         self.scores = unit_scores(model, self.layout, self.names, importance)
-        watched = progress_bar(progress, iterable=batches, desc=ASKED, unit="batch", leave=False)
-        self.references: list[Reference] = []
-        for index, batch in enumerate(watched):
-            self.references.append(Reference.of(model, batch, index))
-            if self._is_enough():
-                break
+        self.also: Callable[[Shape], Sequence[Plan]] = lambda shape: ()
+        self.references: list[Reference] = [] if references is None else list(references)
+        if references is None:
+            watched = progress_bar(progress, iterable=batches, desc=ASKED, unit="batch", leave=False)
+            for index, batch in enumerate(watched):
+                self.references.append(Reference.of(model, batch, index))
+                if self._is_enough():
+                    break
         self.measured: dict[Plan, float] = {}
         ranking = first_of(self.references, ranked_predictions(model))
         left = torch.tensor([len(self.references) - len(ranking)], device=self.references[0].mask.device)
@@ -141,6 +150,10 @@ class MaskedQuality:
 
     def plan(self, shape: Shape) -> Plan:
         """What stays at a shape: layers by the order of dropping, units by their scores."""
+        return Plan.of_towers([self.part(shape), *self.also(shape)])
+
+    def part(self, shape: Shape) -> Plan:
+        """What of this tower stays at a shape."""
         scores = self.scores
         if self._order:
             total = len(scores.layers)
@@ -152,8 +165,12 @@ class MaskedQuality:
 
     def evaluate(self, shape: Shape) -> float:
         """The measured loss of a shape before any recovery, in what `meaning` says."""
+        return self.judge(self.plan(shape))
+
+    def judge(self, plan: Plan) -> float:
+        """The measured loss of a plan before any recovery, in what `meaning` says."""
         with progress_bar(self._progress, total=1, desc=JUDGED_SHAPES, unit="shape", leave=False) as bar:
-            loss = self._judged(self.plan(shape))
+            loss = self._judged(plan)
             bar.update(1)
         return loss
 

@@ -29,9 +29,8 @@ from ..vanilla.family import locate
 from ..vanilla.legality import legal_head_shapes
 from ..vanilla.shape import Shape
 from .masked import DOUBT
-from .quality import Quality
 from .space import SearchSpace
-from .state import SearchState
+from .state import Quality, SearchState
 from .timed import dense_model, sizes_at, table_of
 from .timed_models import realiser
 

@@ -21,10 +21,10 @@ from ..refit.reconstruction import refit_model
 from ..surgery.dense import dense_view
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch, main_input
-from ..vanilla.family import locate
+from ..vanilla.family import locate_all
 from ..vanilla.legality import check_legal
 from .masked import MaskedQuality, name_of
-from .reference import judged_predictions
+from .reference import Reference, judged_predictions
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,8 @@ class RefittedQuality(MaskedQuality):
         importance (`Mapping[str, Tensor]`, *optional*): as for `MaskedQuality`.
         progress (*optional*): makes progress bars, as `tqdm.tqdm`; none are shown if left out.
         kept (`Kept`, *optional*): where losses are kept as they come.
+        tower (`str`, *optional*): as for `MaskedQuality`.
+        references (`Sequence[Reference]`, *optional*): as for `MaskedQuality`.
 
     Raises:
         HawAdaError: if there are no batches, or nothing can be refitted in the model (`obstacle`).
@@ -72,12 +74,15 @@ class RefittedQuality(MaskedQuality):
         importance: Mapping[str, torch.Tensor] | None = None,
         progress: Progress | None = None,
         kept: Kept | None = None,
+        *,
+        tower: str | None = None,
+        references: Sequence[Reference] | None = None,
     ) -> None:
-        reason = obstacle(model, batches)
+        reason = obstacle(model, batches, None if tower is None else [tower])
         if reason:
             raise HawAdaError(f"shapes cannot be judged by refitted models: {reason}. Pass refit=False")
         self._given, self._most = len(batches), judged_predictions(model)
-        super().__init__(model, batches, importance, progress, kept=kept)
+        super().__init__(model, batches, importance, progress, kept=kept, tower=tower, references=references)
         self.dense = dense_view(cast(PreTrainedModel, model.get_base_model()))
         self._refitted: dict[Plan, float] = {}
         gate = basis_gate(model.get_base_model(), self.layout, self.names[0])
@@ -134,21 +139,26 @@ class RefittedQuality(MaskedQuality):
         return min(report.before, report.after)
 
 
-def obstacle(model: PeftModel, batches: Sequence[Batch]) -> str:
+def obstacle(model: PeftModel, batches: Sequence[Batch], towers: Sequence[str] | None = None) -> str:
     """
     Why a gated model's shapes cannot be judged by refitted models; empty if they can.
 
     Args:
         model: with gates placed by a family row.
         batches: calibration batches.
+        towers: the gated ones that are cut; all if left out.
     """
     if any(LORA_OUT & set(name.split(".")) and parameter.any() for name, parameter in model.named_parameters()):
         return "what LoRA has learned is not in the dense weights"
     if not all(parameter.is_floating_point() for parameter in model.parameters()):
         return "quantized weights cannot be sliced"
-    layout = locate(model.get_base_model())
-    layers = range(layout.dense.sizes()["num_hidden_layers"])
-    if not all(layout.attention_out(layer) and layout.ffn_out(layer) for layer in layers):
+    layers = [
+        (layout, layer)
+        for layout in locate_all(model.get_base_model())
+        if towers is None or layout.tower in towers
+        for layer in range(layout.dense.sizes()["num_hidden_layers"])
+    ]
+    if not all(layout.attention_out(layer) and layout.ffn_out(layer) for layout, layer in layers):
         return "the outputs of attention and FFN are not known, which are what is refitted"
     if len(batches) == 1 and len(main_input(model.get_base_model(), batches[0])) < 2:
         return "one row of calibration data is too little: none can be held out"

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import HawAdaError
 from ..latency.budget import LatencyBudget
 from ..latency.table import LatencyTable
+from ..planning.cut import BESIDE
 from ..planning.plan import Plan
 from ..vanilla.shape import Shape
 
@@ -26,7 +27,7 @@ class Candidate:
     A shape and what is known about it.
 
     Args:
-        shape (`Shape`): the sizes.
+        shape (`Shape`): the sizes; where several towers are searched, those of the first.
         estimate_ms (`float`): by the table, corrected by all that was timed.
         predicted_loss (`float`): nats per prediction over the dense model's, before any recovery, corrected likewise.
         parameters (`int`): of the slim model.
@@ -35,6 +36,7 @@ class Candidate:
         measured_loss (`float`, *optional*): of the refitted slim model, or by closing the gates of what goes.
         expected_ms, expected_loss (`float`, *optional*): what was expected before it was timed and evaluated.
         rejected (`str`, *optional*): why another shape was chosen; None for the chosen one.
+        beside (`tuple[tuple[str, Shape], ...]`): further towers that are searched, each with its sizes.
     """
 
     shape: Shape
@@ -47,10 +49,17 @@ class Candidate:
     expected_ms: float | None = None
     expected_loss: float | None = None
     rejected: str | None = None
+    beside: tuple[tuple[str, Shape], ...] = ()
+
+    @property
+    def sizes(self) -> tuple[Shape, ...]:
+        """Of all towers that are searched."""
+        return (self.shape, *(shape for _, shape in self.beside))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self) | {"shape": self.shape.to_dict()}
+        beside = {tower: shape.to_dict() for tower, shape in self.beside}
+        return asdict(self) | {"shape": self.shape.to_dict(), BESIDE: beside}
 
     def figures(self) -> dict[str, Any]:
         """For a report: as `to_dict`, numbers to six digits."""
@@ -59,7 +68,8 @@ class Candidate:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Candidate:
         """The inverse of `to_dict`."""
-        return cls(**{**data, "shape": Shape.from_dict(data["shape"])})
+        beside = tuple((tower, Shape.from_dict(sizes)) for tower, sizes in data[BESIDE].items())
+        return cls(**{**data, "shape": Shape.from_dict(data["shape"]), BESIDE: beside})
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,8 @@ class SearchResult:
         frontier (`tuple[Candidate, ...]`): for every latency the shape of least predicted loss, slowest first;
             none of fewer layers than the budget may need.
         measured (`tuple[Candidate, ...]`): every shape that was timed.
-        table (`LatencyTable`): of the dense hidden size, corrected by all of it that was timed.
+        table (`LatencyTable`): of the dense hidden size, corrected by all of it that was timed; of several towers that
+            of the first.
         rounds (`int`): rounds it took.
         margin (`float`): how far below the budget it stayed: `Effort.margin`.
         shapes (`int`): how many there were to choose from.
@@ -154,8 +165,11 @@ class SearchResult:
             raise HawAdaError(f"the search is damaged: {error}; search again") from None
 
     def parts(self) -> dict[str, dict[str, float]]:
-        """Where the milliseconds of the dense model and of the best shape go, by the table; empty for other widths."""
-        if self.best.shape.hidden_size not in (None, self.table.base_sizes["hidden_size"]):
+        """
+        Where the milliseconds of the dense model and of the best shape go, by the table; empty for other widths, and
+        where several towers are searched.
+        """
+        if self.best.beside or self.best.shape.hidden_size not in (None, self.table.base_sizes["hidden_size"]):
             return {}
         shapes = {"dense": self.table.dense, "slim": self.best.shape}
         found = {name: self.table.parts(shape) for name, shape in shapes.items()}
@@ -166,10 +180,10 @@ class SearchResult:
         For a report, without the plan and the table: at most `MOST_POINTS` candidates under `points`, `frontier` says
         which of them no other beats.
         """
-        on_frontier = {candidate.shape for candidate in self.frontier}
-        timed = {each.shape: each for each in self.measured if each.shape != self.best.shape}
-        timed[self.best.shape] = self.best  # the last one: what is too many goes from the front
-        further = [candidate for candidate in self.frontier if candidate.shape not in timed]
+        on_frontier = {candidate.sizes for candidate in self.frontier}
+        timed = {each.sizes: each for each in self.measured if each.sizes != self.best.sizes}
+        timed[self.best.sizes] = self.best  # the last one: what is too many goes from the front
+        further = [candidate for candidate in self.frontier if candidate.sizes not in timed]
         room = max(0, MOST_POINTS - len(timed))
         if len(further) > room:
             further = [further[round(place * (len(further) - 1) / max(1, room - 1))] for place in range(room)]
@@ -190,13 +204,14 @@ class SearchResult:
             "loss": self.loss,
             "parts": self.parts(),
             "depth": _short(self.depth),
-            "points": [point.figures() | {"frontier": point.shape in on_frontier} for point in points],
+            "points": [point.figures() | {"frontier": point.sizes in on_frontier} for point in points],
         }
 
     def __str__(self) -> str:
         loss = self.best.predicted_loss if self.best.measured_loss is None else self.best.measured_loss
+        sizes = "; ".join(str(shape.to_dict()) for shape in self.best.sizes)
         return (
-            f"{self.best.shape.to_dict()}: {self.ms:.3f} ms measured, budget {self.limit_ms:.3f} ms, "
+            f"{sizes}: {self.ms:.3f} ms measured, budget {self.limit_ms:.3f} ms, "
             f"dense {self.dense_ms:.3f} ms ({self.speedup:.2f}x); {loss:.4f} nats before recovery; "
             f"{self.best.parameters:,} parameters"
         )

@@ -17,12 +17,12 @@ from ..latency.table import LatencyTable
 from ..latency.timing import warn_unsettled
 from ..progress import Progress
 from ..vanilla.family import locate
+from ..vanilla.shape import Shape
 from .answer import check_feasible, result_of, settle
 from .narrow import NarrowTables, worthwhile_sizes
-from .quality import Quality, RankedQuality
 from .result import SearchResult
 from .space import SearchSpace, search_space
-from .state import Realise, SearchState
+from .state import Losses, Quality, RankedQuality, Realise, S, SearchState, State
 from .timed import Timer
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def search(
     table: LatencyTable,
     quality: Quality,
     budget: LatencyBudget,
-    realise: Realise,
+    realise: Realise[Shape],
     *,
     effort: Effort | None = None,
     narrower: Sequence[tuple[SearchSpace, LatencyTable]] = (),
@@ -57,11 +57,26 @@ def search(
     Raises:
         InfeasibleBudgetError: if no shape meets the budget, with the range that can be reached and what binds.
     """
-    effort = effort or Effort()
-    state = SearchState(space, table, budget, effort, narrower)
+    state = SearchState(space, table, budget, effort or Effort(), narrower)
     check_feasible(state)
     state = state.of_worthwhile_depth()
     state.predict(quality)
+    return best_of(state, quality, realise)
+
+
+def best_of(state: State[S], quality: Losses[S], realise: Realise[S]) -> SearchResult:
+    """
+    The shape of least loss that meets the budget, of those of which losses are predicted.
+
+    Args:
+        state: what is known of them.
+        quality: measures their losses.
+        realise: builds and times them.
+
+    Raises:
+        InfeasibleBudgetError: if none that was timed met the budget.
+    """
+    effort = state.effort
     confirmed: set[int] = set()
     for number in range(1, effort.search_rounds + 1):
         fits = np.flatnonzero(state.fits())
@@ -73,14 +88,14 @@ def search(
         if best in confirmed:
             return result_of(state, best, quality, number)
         if best in state.times or math.isinf(state.limit):
-            logger.info("round %d: timing %s once more", number, state.shape(best).to_dict())
+            logger.info("round %d: timing %s once more", number, state.shape(best))
             state.time([best], realise, final=True)
             state.evaluate([best], quality)
             confirmed.add(best)
             continue
         # Later ones lie close together, near what the first have corrected.
         chosen = state.choose(ranked, math.ceil(effort.candidates / 2) if state.times else effort.candidates)
-        logger.info("round %d: realising %s", number, [state.shape(index).to_dict() for index in chosen])
+        logger.info("round %d: realising %s", number, [state.shape(index) for index in chosen])
         state.evaluate(chosen, quality)
         state.time(chosen, realise)
     return settle(state, quality, effort.search_rounds)
@@ -146,7 +161,7 @@ def search_all_sizes(
     if table.poor:
         logger.warning("%s; twice as many shapes are timed directly", table.poor)
         effort = replace(effort, candidates=2 * effort.candidates, search_rounds=2 * effort.search_rounds)
-    timer = Timer(base, regime, effort.confirming(), progress=progress, kept=kept)
+    timer: Timer[Shape] = Timer(base, regime, effort.confirming(), progress=progress, kept=kept)
     narrower = list(zip(spaces[1:], tables[1:], strict=True))
     result = search(spaces[0], table, quality, budget, timer, effort=effort, narrower=narrower)
     if given:

@@ -131,13 +131,29 @@ def search_space(
     bytes_each = regime.torch_dtype.itemsize
     cache = 2.0 * tokens * layout.head_dim * bytes_each * np.array([p.num_key_value_heads for p in pairs])
     plain = replace(dense, num_hidden_layers=1)
-    per_pair = [parameters_at(layout, p.complete(plain)) for p in pairs]
-    one, two = (parameters_at(layout, replace(plain, num_hidden_layers=count)) for count in (1, 2))
-    low = parameters_at(layout, replace(plain, intermediate_size=ffn[0]))
-    per_channel = (one - low) / (size - ffn[0]) if len(ffn) > 1 else 0.0
+
+    def first_two(shape: Shape) -> tuple[int, int]:
+        """The parameters with one layer and with two."""
+        one, two = (parameters_at(layout, replace(shape, num_hidden_layers=count)) for count in (1, 2))
+        return one, two
+
+    one, two = first_two(plain)
+    low = first_two(replace(plain, intermediate_size=ffn[0]))
+    channels = max(1, size - ffn[0])
+    outer_channel = (2 * one - two - (2 * low[0] - low[1])) / channels  # of other stacks, where one number is of both
+    per_channel = (two - one - (low[1] - low[0])) / channels
+    least = first_two(min(pairs, key=lambda pair: pair.num_attention_heads or 0).complete(plain))
+    alone = 2 * least[0] - least[1] == 2 * one - two
+    per_pair = [
+        (first, 2 * one - two) if alone else (first, 2 * first - second)
+        for first, second in (
+            (parameters_at(layout, p.complete(plain)), 0) if alone else first_two(p.complete(plain)) for p in pairs
+        )
+    ]
     count, width = np.array(layers, dtype=float)[:, None, None], np.array(ffn, dtype=float)[None, None, :]
-    fixed = 2 * one - two + untied * (dense.hidden_size or layout.hidden_size)
-    layer = np.array(per_pair, dtype=float)[None, :, None] - (2 * one - two) + per_channel * (width - size)
+    first, outer = np.array(per_pair, dtype=float).T[:, None, :, None]
+    fixed = outer + outer_channel * (width - size) + untied * (dense.hidden_size or layout.hidden_size)
+    layer = first - outer + per_channel * (width - size)
     return SearchSpace(
         dense=layout.dense,
         layers=layers,

@@ -1,23 +1,37 @@
-"""What is known while shapes are searched."""
+"""
+What is known while shapes are searched, and what is asked about their quality: predicted for all of them, measured for
+the ones that matter.
+
+Long because what all searches know, and what one over the space of a model does, are told apart here.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 
+from ..gates.reading import UnitScores
 from ..latency.budget import LatencyBudget
 from ..latency.effort import Effort
 from ..latency.interpolate import smooth
 from ..latency.table import LatencyTable, Realised
 from ..latency.timing import Timing
+from ..planning.plan import Plan
 from ..vanilla.shape import Shape
-from .quality import Quality
 from .space import SearchSpace
 
-Realise = Callable[[Sequence[Shape]], Mapping[Shape, Timing]]
+S = TypeVar("S", bound=Hashable)
+"""A shape, or those of several towers."""
+
+Asked = TypeVar("Asked", contravariant=True)
+"""The same, as an argument."""
+
+Realise = Callable[[Sequence[S]], Mapping[S, Timing]]
 """Builds shapes with random weights and times them side by side, the dense shape among them."""
 
 SLACK = (0.02, 0.1)
@@ -27,53 +41,102 @@ KERNEL_WIDTH, KERNEL_PRIOR = 0.15, 0.3
 """How far a measured loss reaches, in parts of the dense sizes, and how much it is trusted."""
 
 
-class SearchState:
+class Losses(Protocol[Asked]):
+    """What the search measures. Losses are in what `meaning` says; 0 is the dense model."""
+
+    @property
+    def meaning(self) -> str:
+        """What the losses are, for people."""
+
+    def evaluate(self, shape: Asked) -> float | None:
+        """The measured loss of a shape before any recovery; None if it cannot be measured."""
+
+    def plan(self, shape: Asked) -> Plan:
+        """What stays at a shape."""
+
+
+class Quality(Losses[Shape], Protocol):
+    """What the search asks about quality."""
+
+    def predict(self, space: SearchSpace) -> np.ndarray:
+        """The predicted loss over the space: (layers, heads, FFN sizes)."""
+
+
+class RankedQuality(Quality, Protocol):
+    """A quality that also says what may be cut, and by which scores."""
+
+    @property
+    def free(self) -> tuple[str, ...]:
+        """What may be cut."""
+
+    @property
+    def scores(self) -> UnitScores:
+        """Of the units."""
+
+
+class State(ABC, Generic[S]):
     """
-    What is known about the space while it is searched, by the position in it. It is made of the spaces of all hidden
-    sizes, one after the other. Latencies are on the scale of the first table's dense model.
+    What is known about the shapes of a search while it goes on, by their positions. Latencies are on the scale of the
+    table's dense model.
+
+    Args:
+        dense: the dense shape.
+        table: whose scale, regime and device it is.
+        budget: the limits.
+        effort: how hard to look.
+        parameters: of the slim models: (positions,).
+        memory: bytes of their weights and KV caches: (positions,).
     """
 
     def __init__(
         self,
-        space: SearchSpace,
+        dense: S,
         table: LatencyTable,
         budget: LatencyBudget,
         effort: Effort,
-        narrower: Sequence[tuple[SearchSpace, LatencyTable]] = (),
+        parameters: np.ndarray,
+        memory: np.ndarray,
     ) -> None:
-        self.budget, self.effort = budget, effort
-        self.spaces, self.tables = [space, *(each for each, _ in narrower)], [table, *(each for _, each in narrower)]
-        self.ends = np.cumsum([len(each) for each in self.spaces])
-        self.dense = space.dense
-        self.parameters = np.concatenate([each.parameters.ravel() for each in self.spaces])
-        self.memory = np.concatenate([each.memory.ravel() for each in self.spaces])
-        self.predicted = np.zeros(len(self.parameters))
+        self.dense, self.budget, self.effort = dense, budget, effort
+        self.parameters, self.memory = parameters, memory
+        self.predicted = np.zeros(len(parameters))
         self.times: dict[int, float] = {}
         self.losses: dict[int, float] = {}
         self.expected_ms: dict[int, float] = {}  # of what was timed, before that
         self.expected_loss: dict[int, float] = {}
         self.dense_ms = table.dense_ms
         self._estimates: np.ndarray | None = None
-        self.shapes = len(self.parameters)  # that there were to choose from
+        self.shapes = len(parameters)  # that there were to choose from
 
     @property
+    @abstractmethod
     def table(self) -> LatencyTable:
-        """The table of the dense hidden size."""
-        return self.tables[0]
+        """Whose scale, regime and device it is."""
 
-    def place(self, index: int) -> tuple[int, int]:
-        """Which of the spaces a position lies in, and where there."""
-        part = int(np.searchsorted(self.ends, index, side="right"))
-        return part, index - int(self.ends[part]) + len(self.spaces[part])
+    @property
+    @abstractmethod
+    def steps(self) -> Mapping[str, str]:
+        """By size, which values there were to choose from, and why."""
 
-    def shape(self, index: int) -> Shape:
+    @abstractmethod
+    def shape(self, index: int) -> S:
         """The shape at a position."""
-        part, local = self.place(index)
-        return self.spaces[part].shape(local)
 
-    def predict(self, quality: Quality) -> None:
-        """Ask for the predicted losses."""
-        self.predicted = np.concatenate([quality.predict(space).ravel() for space in self.spaces])
+    @abstractmethod
+    def sizes(self, index: int) -> tuple[Shape, Mapping[str, Shape]]:
+        """The same as sizes: those of the tower that figures of one tower are about, and of further ones."""
+
+    @abstractmethod
+    def estimates(self) -> np.ndarray:
+        """The latencies that are expected: (positions,)."""
+
+    @abstractmethod
+    def correct(self, ratios: Mapping[int, float]) -> None:
+        """Take in what shapes take, of what the dense one does, by the position."""
+
+    @abstractmethod
+    def places(self) -> torch.Tensor:
+        """The shapes in parts of the dense sizes: (positions, sizes)."""
 
     @property
     def limit(self) -> float:
@@ -83,11 +146,7 @@ class SearchState:
     def ms(self) -> np.ndarray:
         """Over the space: measured where it was timed, estimated elsewhere."""
         if self._estimates is None:
-            parts = [
-                table.estimate_sizes(*space.axes).numpy().ravel() * (self.table.dense_ms / table.dense_ms)
-                for space, table in zip(self.spaces, self.tables, strict=True)
-            ]
-            self._estimates = np.concatenate(parts)
+            self._estimates = self.estimates()
             self._estimates[list(self.times)] = list(self.times.values())
         return self._estimates
 
@@ -95,7 +154,7 @@ class SearchState:
         """Over the space: measured where it was evaluated, else predicted, corrected by what was measured nearby."""
         if not self.losses:
             return self.predicted
-        where = self._places()
+        where = self.places()
         known = list(self.losses)
         measured = np.maximum([self.losses[index] for index in known], 1e-9)
         left = np.log(measured / np.maximum(self.predicted[known], 1e-9))
@@ -128,44 +187,17 @@ class SearchState:
             fits &= self.memory <= memory
         return fits
 
-    def surely(self) -> np.ndarray:
-        """Over the space: whether all limits hold, also if the tables are off by `SLACK`."""
-        ms = self.ms() / np.repeat([1 - _slack(table) for table in self.tables], [len(each) for each in self.spaces])
-        return self.small() & (ms <= self.limit * (1 - self.effort.margin))
-
-    def of_worthwhile_depth(self) -> SearchState:
-        """
-        The same without the shapes that are shallower than any budget of these sizes asks for.
-
-        Of two shapes of the same widths the deeper one loses less. So no shape matters that has fewer layers than the
-        deepest one of its widths that meets the budget, by the table and `SLACK`; the widest shapes need fewest. That
-        spares measuring the loss of depths which are not needed.
-        """
-        parts, start = [], 0
-        fits, surely = self.fits(), self.surely()
-        for space, end in zip(self.spaces, self.ends, strict=True):
-            layers = np.array(space.layers)[:, None]
-            some = fits[start:end].reshape(len(layers), -1)
-            sure = surely[start:end].reshape(len(layers), -1)
-            deepest = np.where(sure, layers, 0).max(axis=0)[some.any(axis=0)]
-            parts.append(space.of_depth(max(int(deepest.min(initial=layers.max())), min(space.layers))))
-            start = end
-        narrower = list(zip(parts[1:], self.tables[1:], strict=True))
-        state = SearchState(parts[0], self.table, self.budget, self.effort, narrower)
-        state.shapes = self.shapes
-        return state
-
     def choose(self, ranked: np.ndarray, count: int) -> list[int]:
         """The best shapes that were not timed yet: first the best of each of several depths, then the best at all."""
         untimed = [int(index) for index in ranked if int(index) not in self.times]
         if self.times:
             return untimed[:count]
-        seen: dict[int, int] = {}
+        seen: dict[tuple[int | None, ...], int] = {}
         for index in untimed:
-            seen.setdefault(self.shape(index).num_hidden_layers or 0, index)
+            seen.setdefault(self.depths(index), index)
         return list(dict.fromkeys([*list(seen.values())[:count], *untimed]))[:count]
 
-    def evaluate(self, indices: Sequence[int], quality: Quality) -> None:
+    def evaluate(self, indices: Sequence[int], quality: Losses[S]) -> None:
         """Measure the loss of shapes, where it can be."""
         new = [index for index in indices if index not in self.losses]
         expected = self.loss() if new else self.predicted
@@ -174,9 +206,14 @@ class SearchState:
             if loss is not None:
                 self.losses[index], self.expected_loss[index] = loss, float(expected[index])
 
-    def time(self, indices: Sequence[int], realise: Realise, *, final: bool = False) -> None:
+    def depths(self, index: int) -> tuple[int | None, ...]:
+        """The numbers of layers at a position."""
+        first, beside = self.sizes(index)
+        return (first.num_hidden_layers, *(each.num_hidden_layers for each in beside.values()))
+
+    def time(self, indices: Sequence[int], realise: Realise[S], *, final: bool = False) -> None:
         """
-        Realise and time shapes; correct their tables by them. What counts is the ratio to the dense model beside them.
+        Realise and time shapes; correct estimates by them. What counts is the ratio to the dense model beside them.
         A final timing is made of several instances and replaces an earlier one.
         """
         shapes = [self.shape(index) for index in indices]
@@ -185,18 +222,113 @@ class SearchState:
         runs = [realise(shapes) for _ in range(self.effort.instances if final else 1)]
         dense = [timings[self.dense].median_ms for timings in runs]
         self.dense_ms = float(np.median(dense))
-        points: dict[int, list[Realised]] = {}
+        found: dict[int, float] = {}
         for index, shape in zip(indices, shapes, strict=True):
             ratios = [timings[shape].median_ms / beside for timings, beside in zip(runs, dense, strict=True)]
-            ratio, part = float(np.median(ratios)), self.place(index)[0]
-            self.times[index] = ratio * self.table.dense_ms
+            found[index] = float(np.median(ratios))
+            self.times[index] = found[index] * self.table.dense_ms
+        self.correct(found)
+        self._estimates = None
+
+
+class SearchState(State[Shape]):
+    """
+    What is known about the space of a model. It is made of the spaces of all hidden sizes, one after the other.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        table: LatencyTable,
+        budget: LatencyBudget,
+        effort: Effort,
+        narrower: Sequence[tuple[SearchSpace, LatencyTable]] = (),
+    ) -> None:
+        self.spaces, self.tables = [space, *(each for each, _ in narrower)], [table, *(each for _, each in narrower)]
+        self.ends = np.cumsum([len(each) for each in self.spaces])
+        parameters = np.concatenate([each.parameters.ravel() for each in self.spaces])
+        memory = np.concatenate([each.memory.ravel() for each in self.spaces])
+        super().__init__(space.dense, table, budget, effort, parameters, memory)
+
+    @property
+    def table(self) -> LatencyTable:
+        """The table of the dense hidden size."""
+        return self.tables[0]
+
+    @property
+    def steps(self) -> Mapping[str, str]:
+        """Of the dense hidden size."""
+        return self.spaces[0].steps
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Which of the spaces a position lies in, and where there."""
+        part = int(np.searchsorted(self.ends, index, side="right"))
+        return part, index - int(self.ends[part]) + len(self.spaces[part])
+
+    def shape(self, index: int) -> Shape:
+        """The shape at a position."""
+        part, local = self.place(index)
+        return self.spaces[part].shape(local)
+
+    def sizes(self, index: int) -> tuple[Shape, Mapping[str, Shape]]:
+        """The shape; there are no further towers."""
+        return self.shape(index), {}
+
+    def predict(self, quality: Quality) -> None:
+        """Ask for the predicted losses."""
+        self.predicted = np.concatenate([quality.predict(space).ravel() for space in self.spaces])
+
+    def surely(self) -> np.ndarray:
+        """Over the space: whether all limits hold, also if the tables are off by `SLACK`."""
+        ms = self.ms() / np.repeat([1 - _slack(table) for table in self.tables], [len(each) for each in self.spaces])
+        return self.small() & (ms <= self.limit * (1 - self.effort.margin))
+
+    def of_worthwhile_depth(self, *, alone: bool = True) -> SearchState:
+        """
+        The same without the shapes that are shallower than any budget of these sizes asks for.
+
+        Of two shapes of the same widths the deeper one loses less. So no shape matters that has fewer layers than the
+        deepest one of its widths that meets the budget, by the table and `SLACK`; the widest shapes need fewest. That
+        spares measuring the loss of depths which are not needed.
+
+        Args:
+            alone: widths that meet the budget at no depth do not count; of several towers they do, as the others may
+                meet it.
+        """
+        parts, start = [], 0
+        fits, surely = self.fits(), self.surely()
+        for space, end in zip(self.spaces, self.ends, strict=True):
+            layers = np.array(space.layers)[:, None]
+            some = fits[start:end].reshape(len(layers), -1)
+            sure = surely[start:end].reshape(len(layers), -1)
+            deepest = np.where(sure, layers, 0).max(axis=0)
+            deepest = deepest[some.any(axis=0)] if alone else deepest
+            parts.append(space.of_depth(max(int(deepest.min(initial=layers.max())), min(space.layers))))
+            start = end
+        narrower = list(zip(parts[1:], self.tables[1:], strict=True))
+        state = SearchState(parts[0], self.table, self.budget, self.effort, narrower)
+        state.shapes = self.shapes
+        return state
+
+    def estimates(self) -> np.ndarray:
+        """By the tables."""
+        parts = [
+            table.estimate_sizes(*space.axes).numpy().ravel() * (self.table.dense_ms / table.dense_ms)
+            for space, table in zip(self.spaces, self.tables, strict=True)
+        ]
+        return np.concatenate(parts)
+
+    def correct(self, ratios: Mapping[int, float]) -> None:
+        """Correct the tables."""
+        points: dict[int, list[Realised]] = {}
+        for index, ratio in ratios.items():
+            shape, part = self.shape(index), self.place(index)[0]
             mine = [] if shape == self.dense else [Realised(shape, ratio * self.tables[part].dense_ms)]
             points.setdefault(part, []).extend(mine)
         for part, realised in points.items():
             self.tables[part] = self.tables[part].with_realised(realised)
-        self._estimates = None
 
-    def _places(self) -> torch.Tensor:
+    def places(self) -> torch.Tensor:
         """(space, 4) in parts of the dense sizes; (space, 5) where there are several hidden sizes."""
         rows = []
         for space, table in zip(self.spaces, self.tables, strict=True):

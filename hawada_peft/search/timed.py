@@ -1,9 +1,14 @@
-"""Tables and timings of the models that a search asks for."""
+"""
+Tables and timings of the models that a search asks for.
+
+Long because what can be timed is checked, and said, before it is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
+from typing import Generic, TypeVar, cast
 
 from peft import PeftModel
 from torch import nn
@@ -23,11 +28,14 @@ from ..latency.runner import check_call, check_memory, takes_several
 from ..latency.table import LatencyTable, Realised
 from ..latency.timing import Timing, unsettled, warn_unsettled
 from ..progress import Progress
-from ..vanilla.family import locate, locate_all
+from ..vanilla.family import Layout, locate, locate_all
 from ..vanilla.legality import check_legal, legal_head_shapes
 from ..vanilla.loading import checked_device
 from ..vanilla.shape import Shape
 from .timed_models import realiser
+
+S = TypeVar("S", bound=Hashable)
+"""A shape, or those of several towers."""
 
 TIMING = "building and timing shapes"
 """What a search shows its timings as."""
@@ -39,6 +47,7 @@ def measure_table(
     *,
     effort: Effort | None = None,
     hidden_size: int | None = None,
+    tower: str | None = None,
     progress: Progress | None = None,
 ) -> LatencyTable:
     """
@@ -49,19 +58,26 @@ def measure_table(
         regime: the conditions.
         effort: what is measured, how long and by which clock, and where tables are kept.
         hidden_size: of all that is timed, for a table of a narrower residual stream; the dense one if left out.
+        tower: of several gated towers that whose sizes vary, the rest being dense.
         progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
 
     Raises:
         UnsupportedModelError: if the model has no family row.
         IllegalShapeError: if no model of the hidden size exists.
-        InvalidPlanError: if it is gated in several towers.
-        InvalidRegimeError: if the model cannot run that way.
+        InvalidPlanError: if several towers are gated and none is named.
+        InvalidRegimeError: if the model cannot run that way, or the call does not reach the tower.
 
     Warns:
         UnsettledTimingWarning: if timers did not settle; such a table is not kept.
         UncachedTableWarning: if it cannot be kept.
     """
-    table = table_of(model, regime, effort or Effort(), hidden_size=hidden_size, progress=progress)
+    towers = [layout.tower for layout in check_regime(dense_model(model), regime)]
+    if tower not in (None, *towers) or (tower is None and len(towers) > 1):
+        raise InvalidPlanError(
+            f"a latency table is of the sizes of one tower; name one of {towers} as `tower`, got {tower!r}"
+        )
+    tower = tower or towers[0]
+    table = table_of(model, regime, effort or Effort(), hidden_size=hidden_size, tower=tower, progress=progress)
     warn_unsettled(table.unsettled)
     return table
 
@@ -72,6 +88,7 @@ def table_of(
     effort: Effort,
     *,
     hidden_size: int | None = None,
+    tower: str | None = None,
     multiple: int | None = None,
     progress: Progress | None = None,
     kept: Kept | None = None,
@@ -81,15 +98,21 @@ def table_of(
     `multiple` of FFN sizes is not looked for where it is given.
     """
     base = dense_model(model)
-    check_regime(base, regime)
-    layout = locate(base)
-    widest, base_sizes = sizes_at(base, hidden_size)
+    layout = locate(base, tower)
+    widest, base_sizes = sizes_at(base, hidden_size, tower)
     heads = legal_head_shapes(layout, widest.hidden_size)
     parts = regime.parts()
 
     def mixed() -> LatencyTable:
         of_part = partial(
-            table_of, model, effort=effort, hidden_size=hidden_size, multiple=multiple, progress=progress, kept=kept
+            table_of,
+            model,
+            effort=effort,
+            hidden_size=hidden_size,
+            tower=tower,
+            multiple=multiple,
+            progress=progress,
+            kept=kept,
         )
         each = [(times, of_part(part)) for times, part in parts]
         found = mixed_table(regime, each)
@@ -98,7 +121,8 @@ def table_of(
         if not missing:
             return found
         # The parts have timed other shapes, because other sizes are fast for them.
-        timings = Timer(base, regime, effort, progress=progress, kept=kept)(missing)
+        timer: Timer[Shape] = Timer(base, regime, effort, tower=tower, progress=progress, kept=kept)
+        timings = timer(missing)
         scale = found.dense_ms / timings[layout.dense].median_ms
         return found.with_realised([Realised(shape, timings[shape].median_ms * scale) for shape in missing])
 
@@ -121,28 +145,30 @@ def table_of(
     return cached_table(make, table_key(regime, base_sizes, heads, effort), effort)
 
 
-def sizes_at(model: PreTrainedModel, hidden_size: int | None) -> tuple[Shape, dict[str, int | str]]:
+def sizes_at(
+    model: PreTrainedModel, hidden_size: int | None, tower: str | None = None
+) -> tuple[Shape, dict[str, int | str]]:
     """
     The largest shape of a hidden size, the dense one if left out, and what a table of it is for.
 
     Raises:
         IllegalShapeError: if no model of the hidden size exists.
     """
-    layout = locate(model)
-    widest, sizes = layout.narrowed(hidden_size), table_sizes(model)
+    layout = locate(model, tower)
+    widest, sizes = layout.narrowed(hidden_size), table_sizes(model, tower)
     if widest.hidden_size is not None:
         check_legal(layout, widest)
         sizes |= widest.to_dict() | {"dense_hidden_size": layout.hidden_size}
     return widest, sizes
 
 
-def table_sizes(model: PreTrainedModel) -> dict[str, int | str]:
+def table_sizes(model: PreTrainedModel, tower: str | None = None) -> dict[str, int | str]:
     """What a model's table is for: its sizes; where a call runs all that it is made of, of the rest, too."""
-    sizes = locate(model).base_sizes()
+    sizes = locate(model, tower).base_sizes()
     return sizes | {"whole": digest_of_key(sizes_of(model.config.to_dict()))} if takes_several(model) else sizes
 
 
-class Timer:
+class Timer(Generic[S]):
     """
     Builds shapes with random weights and times them side by side, the dense shape among them.
 
@@ -150,6 +176,8 @@ class Timer:
         base: the dense model; only its class and config are used.
         regime: the conditions.
         effort: how long, and by which clock.
+        tower: whose shapes; those of the one that is gated, or the first, if left out.
+        of: instead the dense shape, and what builds a shape, where these are of several towers.
         progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
         kept: where timings are kept as they come.
     """
@@ -160,15 +188,18 @@ class Timer:
         regime: Regime,
         effort: Effort,
         *,
+        tower: str | None = None,
+        of: tuple[S, Callable[[S], PreTrainedModel]] | None = None,
         progress: Progress | None = None,
         kept: Kept | None = None,
     ) -> None:
         self.regime, self.effort, self.progress, self._kept = regime, effort, progress, kept
-        layout = locate(base)
-        self.dense, self.build = layout.dense, realiser(layout, regime)
+        layout = locate(base, tower)
+        alone = cast(tuple[S, Callable[[S], PreTrainedModel]], (layout.dense, realiser(layout, regime)))
+        self.dense, self.build = of or alone
         self.timings: list[Timing] = []
 
-    def __call__(self, shapes: Sequence[Shape]) -> Mapping[Shape, Timing]:
+    def __call__(self, shapes: Sequence[S]) -> Mapping[S, Timing]:
         """The timings of shapes and of the dense one."""
         found = measure_built(
             self.build,
@@ -196,42 +227,40 @@ def regime_of(model: PreTrainedModel | PeftModel, budget: LatencyBudget) -> Regi
     return budget.regime(generates=generates, dtype=base.dtype, device=base.device)
 
 
-def check_regime(model: PreTrainedModel, regime: Regime) -> None:
+def check_regime(model: PreTrainedModel, regime: Regime) -> tuple[Layout, ...]:
     """
-    Check that a model can be called under a regime on its device, before any work, and that what is cut of it then
-    runs. Its weights may be anywhere.
+    Check that a model can be called under a regime on its device, before any work, and that something that is cut of
+    it then runs. Its weights may be anywhere.
+
+    Returns:
+        The gated towers that run: where a model is timed on its main input alone, those that see it.
 
     Raises:
-        InvalidPlanError: if it is gated in several towers.
-        InvalidRegimeError: if it cannot.
+        InvalidRegimeError: if it cannot, or none runs.
         UnsupportedModelError: if the model has no family row.
     """
-    towers = [layout.tower for layout in locate_all(model)]
-    if len(towers) > 1:
-        raise InvalidPlanError(
-            f"gates are on several towers {towers}, and a latency table and a search are of the sizes of one: gate "
-            f"HawAdaConfig(towers=({towers[0]!r},)), slim it, and gate the next in the slim model; or give the sizes "
-            "of all, as `model.plan({...})`"
-        )
     checked_device(regime.device)
     check_call(model, regime)
-    _check_tower(model)
+    layouts, main = locate_all(model), model.main_input_name
+    seen = {layout.tower: _seen_by(model, layout) for layout in layouts}
+    running = tuple(each for each in layouts if seen[each.tower] in ("", main))
+    if not running:
+        tower, other = next(iter(seen.items()))
+        raise InvalidRegimeError(
+            f"{type(model).__name__} is timed on its {main} alone, and {tower!r} sees {other}: give the sizes that "
+            "are to stay, as a Shape, instead of a budget"
+        )
     check_memory(model, regime)
+    return running
 
 
-def _check_tower(model: PreTrainedModel) -> None:
-    """Where a model is timed on its main input alone, the tower that is cut has to see it."""
-    layout, main = locate(model), model.main_input_name
+def _seen_by(model: PreTrainedModel, layout: Layout) -> str:
+    """The input that a tower sees; empty if it runs whatever is given."""
     if not layout.tower or takes_several(model):
-        return
+        return ""
     names = layout.stack.split(".")
     owners = (model.get_submodule(".".join(names[:end])) for end in range(len(names), -1, -1))
-    tower = next(each for each in owners if isinstance(each, PreTrainedModel))
-    if tower.main_input_name != main:
-        raise InvalidRegimeError(
-            f"{type(model).__name__} is timed on its {main} alone, and {layout.tower!r} sees {tower.main_input_name}: "
-            "give the sizes that are to stay, as a Shape, instead of a budget"
-        )
+    return next(each for each in owners if isinstance(each, PreTrainedModel)).main_input_name
 
 
 def dense_model(model: nn.Module) -> PreTrainedModel:

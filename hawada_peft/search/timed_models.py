@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -34,20 +35,39 @@ def realiser(layout: Layout, regime: Regime) -> Callable[[Shape], PreTrainedMode
         A function of a complete `Shape`; it raises `IllegalShapeError` on sizes that the config class refuses. Random
         number generators are left as they were.
     """
-    device = torch.device(regime.device)
+    build = realiser_of([layout], regime)
+    return lambda shape: build([shape])
 
-    def build(shape: Shape) -> PreTrainedModel:
+
+def realiser_of(layouts: Sequence[Layout], regime: Regime) -> Callable[[Sequence[Shape]], PreTrainedModel]:
+    """
+    As `realiser`, for several towers of one model.
+
+    Args:
+        layouts: of the towers.
+        regime: where to.
+
+    Returns:
+        A function of a complete `Shape` for each of them.
+    """
+    device, model_class = torch.device(regime.device), layouts[0].model_class
+
+    def build(shapes: Sequence[Shape]) -> PreTrainedModel:
+        config = layouts[0].config
         try:
-            config = edit_config(layout, shape)
+            for layout, shape in zip(layouts, shapes, strict=True):
+                config = edit_config(replace(layout, config=config), shape)
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 with device, no_init_weights():
-                    built = layout.model_class._from_config(config, dtype=regime.torch_dtype)
+                    built = model_class._from_config(config, dtype=regime.torch_dtype)
                 for tensor in (*built.parameters(), *_saved_buffers(built)):
                     _fill(tensor.data)
         except (StrictDataclassError, ValueError, TypeError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
-            raise IllegalShapeError(f"{type(layout.config).__name__} refuses {shape.to_dict()}: {reason}") from None
-        mark(built, layout, range(shape.sizes()["num_hidden_layers"]))
+            sizes = "; ".join(str(shape.to_dict()) for shape in shapes)
+            raise IllegalShapeError(f"{type(config).__name__} refuses {sizes}: {reason}") from None
+        for number, (layout, shape) in enumerate(zip(layouts, shapes, strict=True)):
+            mark(built, layout, range(shape.sizes()["num_hidden_layers"]), beside=number > 0)
         return built.eval()
 
     return build

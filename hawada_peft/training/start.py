@@ -102,6 +102,7 @@ def init_gates(
         importance = gate_importance(model, watched, without, reduce=reduce)
         if isinstance(model, PeftModel) and any(name.split(".")[-2] == EXPERT_UNITS for name in gates):
             importance = {**importance, **expert_outputs(model, batches, reduce=reduce)}
+    _check_reached(cast(PeftModel, model), importance, shape, plan)
     pooled: dict[str, list[tuple[SigmoidGate, torch.Tensor]]] = {}
     for name, value in importance.items():
         slot, adapter = name.split(".")[-2:]
@@ -150,6 +151,27 @@ def _check_aim(model: nn.Module, shape: Sizes | None, plan: Plan | None) -> None
         if part is not None:
             part.check_base(layout.full)
             check_layers(layout, part.layers)
+
+
+def _check_reached(
+    model: PeftModel, importance: Mapping[str, torch.Tensor], shape: Sizes | None, plan: Plan | None
+) -> None:
+    """Refuse to cut one of several towers that no batch runs: nothing is known of its units."""
+    tower_of = _towers(model)
+    reached = {tower_of(name) for name, value in importance.items() if value.any()}
+    if "" in reached or (shape is None and plan is None):
+        return
+    layouts = locate_all(dense_model(model))
+    if plan is None:
+        wanted = shapes_of(layouts, cast(Sizes, shape))
+    else:
+        wanted = {part.tower: part.shape for part in plan.parts}
+    cut = [each for each in layouts if each.complete(wanted.get(each.tower, each.dense)) != each.dense]
+    if unknown := [layout.tower for layout in cut if layout.tower not in reached]:
+        raise HawAdaError(
+            f"the data runs no layer of {unknown}, of which something is to be cut: give batches with what it sees, "
+            f"say that it stays, or gate the others alone, as HawAdaConfig(towers={tuple(sorted(reached))})"
+        )
 
 
 def _dropped(

@@ -85,7 +85,7 @@ def run(
     from ...latency.budget import LatencyBudget
     from ...search.budgeted import find_plan
     from ...search.refitted import obstacle
-    from ...search.timed import check_regime, regime_of
+    from ...search.timed import check_regime, dense_model, regime_of
     from ...vanilla.family import locate
     from ...vanilla.loading import checked_device, load_model, load_skeleton
     from ..expected import expected_of
@@ -113,7 +113,8 @@ def run(
         then = f"hawada slim {model} slim --plan {to} --calibration {calibration} --low-memory"
         return _written(found, skeleton, to, made, beside, then)
     gated = gates_of(load_model(model, device), adapter, hidden=hidden)
-    refitted = not obstacle(gated, batches) if refit is None else refit
+    towers = [layout.tower for layout in check_regime(dense_model(gated), regime_of(gated, limits))]
+    refitted = not obstacle(gated, batches, towers) if refit is None else refit
     if progress is not None:
         say(expected_of(gated, batches, limits, hard, refit=refitted))
     work = to.with_suffix(WORK)
@@ -161,6 +162,7 @@ def _written(
 ) -> Said:
     """Write the plan and the search beside it, and say so."""
     from ...files.atomic import write_text
+    from ...planning.cut import BESIDE
     from ...search.result import FORMAT
 
     beside, best = search_file(to), found.best
@@ -168,6 +170,7 @@ def _written(
     write_text(beside, json.dumps({"format": FORMAT, MADE: made} | found.figures()) + "\n")
     data = {
         "shape": best.shape.to_dict(),
+        **({BESIDE: {tower: shape.to_dict() for tower, shape in best.beside}} if best.beside else {}),
         "measured_ms": best.measured_ms,
         "dense_ms": found.dense_ms,
         "speedup": found.speedup,
@@ -183,15 +186,18 @@ def _written(
 
 def _table(found: SearchResult, skeleton: PreTrainedModel) -> str:
     """The dense model and the shape."""
-    from ...vanilla.family import locate
-
-    best, dense, layout = found.best, locate(skeleton).dense.sizes(), locate(skeleton)
-    slim = best.shape.complete(layout.dense).sizes()
+    best = found.best
     rows: list[tuple[object, ...]] = [
         ("latency, ms (measured)", f"{found.dense_ms:.3f}", f"{found.ms:.3f}", f"{found.speedup:.2f}x faster"),
         ("parameters", f"{skeleton.num_parameters():,}", f"{best.parameters:,}", ""),
     ]
-    rows += [(name.replace("num_", "").replace("_", " "), dense[name], slim[name], "") for name in dense]
+    for part in found.plan.parts:
+        of = f" of {part.tower}" if found.plan.beside else ""
+        slim = part.shape.sizes()
+        rows += [
+            (name.replace("num_", "").replace("_", " ") + of, size, slim[name], "")
+            for name, size in part.dense.sizes().items()
+        ]
     if best.measured_loss is None:
         rows.append(("change of the residual stream", 0, f"{best.predicted_loss:.4f}", found.loss))
     else:

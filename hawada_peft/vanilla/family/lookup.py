@@ -6,7 +6,8 @@ Long because whatever is not there is said.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import cast
 
@@ -141,6 +142,19 @@ def mark(model: PreTrainedModel, layout: Layout, layers: Sequence[int] | None = 
         vars(model)[TOWERS] = {**(_marked(model) if beside else {}), layout.tower: part}
 
 
+@contextmanager
+def only(model: PreTrainedModel, tower: str) -> Iterator[None]:
+    """Within, `locate` and `locate_all` find this one of the towers that a model was gated or cut in, and no other."""
+    before = vars(model).get(TOWERS)
+    if before is not None and tower in before:
+        vars(model)[TOWERS] = {tower: before[tower]}
+    try:
+        yield
+    finally:
+        if before is not None:
+            vars(model)[TOWERS] = before
+
+
 def relocate(layout: Layout, model: PreTrainedModel) -> Layout:
     """
     The layout of a model of the same class and family, of other sizes.
@@ -155,6 +169,37 @@ def tower_names(model: PreTrainedModel) -> list[str]:
     """The towers of a model that a row is known for; the empty name is the model's own."""
     known = [each.path for each in written_for(model)]
     return known or [part.tower for find in FINDERS for part in find(model)]
+
+
+def locate_every(model: nn.Module) -> list[Layout]:
+    """
+    The layouts of every tower of which something can go, that with the most parameters in its layers first: with a row
+    that is written, or, where some tower has none, with one that is found. Of a model that was gated or cut before
+    those that were.
+
+    Raises:
+        UnsupportedModelError: as `locate`.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return [locate(model)]  # which says what is wrong
+    if marked := _marked(model):
+        return [locate(model, tower) for tower in marked]
+    known = written_for(model)
+    if any(not each.path for each in known):
+        return [locate(model)]
+    found = [locate(model, each.path) for each in known]
+    if not found or len(known) < len(towers_of(model)) - 1:
+        try:
+            parts = [part for find in FINDERS for part in find(model)]
+        except UnsupportedModelError:
+            parts = []
+        stacks = {layout.stack for layout in found}
+        found += [_measured(model, part, "") for part in parts if part.stack not in stacks and _loses(part)]
+
+    def weight(layout: Layout) -> int:
+        return sum(parameter.numel() for parameter in model.get_submodule(layout.stack).parameters())
+
+    return sorted(found, key=weight, reverse=True) or [locate(model)]
 
 
 def _weight(model: PreTrainedModel, tower: Tower) -> int:
