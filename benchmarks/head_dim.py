@@ -6,7 +6,8 @@ squares where that helps. With `--speedups` each attention has the FFN that make
 one CPU core, or the wall clock of another device, timed in turns with the dense model.
 
     python benchmarks/head_dim.py --teacher TEACHER --data TRAIN.npz --evaluation EVAL.npz --batch-size 64 \\
-        --calibration 256 [--speedups 1.18 1.5 2] [--recover 300 --device cuda --seeds 0 1 2]
+        --calibration 256 [--speedups 1.18 1.5 2 | --shapes 6x16x280 4x32x224] \\
+        [--recover 300 --device cuda --seeds 0 1 2]
 """
 
 from __future__ import annotations
@@ -93,6 +94,12 @@ def as_fast(
     return found
 
 
+def sizes_of(text: str) -> Sizes:
+    """Out of `"6x16x280"`."""
+    heads, size, ffn = map(int, text.split("x"))
+    return heads, size, ffn
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_work_arguments(parser)
@@ -102,6 +109,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--sizes", type=int, nargs="+", help="of narrower heads; parts of the dense one if left out")
     parser.add_argument("--speedups", type=float, nargs="+", help="the FFN of each attention gives these")
+    parser.add_argument(
+        "--shapes", nargs="+", type=sizes_of, help="these, as 6x16x280: heads, features, FFN; not timed"
+    )
     parser.add_argument("--images", type=int, default=4, help="of a timed call")
     options = parser.parse_args()
     if options.device == "cpu":
@@ -119,7 +129,9 @@ def main() -> None:
     dense = heads, layout.head_dim, ffn
     sizes = options.sizes or [round(part * layout.head_dim) for part in PARTS]
     ms: Mapping[Sizes, float] = {}
-    if options.speedups:
+    if options.shapes:
+        work, sizes = options.shapes, sorted({size for _, size, _ in options.shapes})
+    elif options.speedups:
         latencies = Latencies(bench.model, options.images)
         attentions = [(heads, size) for size in sizes] + [(count, dense[1]) for count in range(heads, 1, -1)]
         work = as_fast(dense, attentions, latencies, options.speedups)

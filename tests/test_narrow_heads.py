@@ -28,7 +28,8 @@ from zoo import ZOO
 
 from hawada_peft import Shape, rotate, save_slim
 from hawada_peft.basis import narrow_heads
-from hawada_peft.basis.heads.moments import collect_head_moments
+from hawada_peft.basis.heads.maps import narrow_attention
+from hawada_peft.basis.heads.moments import HeadMoments, collect_head_moments
 from hawada_peft.basis.heads.narrow import check_narrow, narrow_error
 from hawada_peft.basis.heads.projections import find_projections
 from hawada_peft.basis.proof import ROUNDING
@@ -121,6 +122,26 @@ def test_a_bias_takes_up_what_means_lose() -> None:
         attention.get_submodule("v_proj").bias.data += 1.0
     narrow = narrow_heads(model, batches_of(model), 4)
     assert difference(logits_of(narrow), logits_of(model)) <= 1e-8
+
+
+def test_what_all_heads_add_is_nearest_by_least_squares() -> None:
+    """No other projection behind the narrow heads leaves less: what is left has nothing to do with what they give."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    given = draw(200, 3) @ draw(3, 16) + 0.3 * draw(200, 16) + draw(16)  # 2 heads of 8 that have much in common
+    mean, square = given.mean(0), torch.eye(8, dtype=torch.float64).expand(1, 2, 8, 8)
+    output = torch.cov(given.T, correction=0)[None]
+    moments = HeadMoments(square, square, output, mean[None])
+    same, weight, bias = torch.eye(16, dtype=torch.float64), draw(24, 16), draw(24)
+    made = narrow_attention(moments, 0, [(same, None)] * 3 + [(weight, bias)], 3)
+    narrow, wanted = given @ made[2][0].T, given @ weight.T + bias
+    left = wanted - (narrow @ made[3][0].T + made[3][1])
+    assert narrow.shape == (200, 6)
+    assert left.mean(0).abs().max() < 1e-9
+    assert ((narrow - narrow.mean(0)).T @ left).norm() < 1e-4 * ((narrow - narrow.mean(0)).T @ wanted).norm()
 
 
 def test_directions_are_those_that_matter() -> None:
