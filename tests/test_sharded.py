@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from hawada_peft import HawAdaTrainer, LatencyBudget
-from hawada_peft.distil.sharded import check_version, gather_into, twin_of
+from hawada_peft.distil.sharded import check_version, check_zero, gather_into, twin_of
 from hawada_peft.errors import HawAdaError
 
 
@@ -105,6 +106,13 @@ def test_what_cannot_be_sharded_here_is_told(version: int, efficient: bool, fact
     accelerator = SimpleNamespace(is_fsdp2=version == 2, state=SimpleNamespace(fsdp_plugin=plugin))
     with pytest.raises(HawAdaError, match=fact):
         check_version(accelerator)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_weights_in_parts_are_refused(stage: int) -> None:
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage)))
+    with pytest.raises(HawAdaError, match="FSDP2") if stage == 3 else nullcontext():
+        check_zero(accelerator)
 
 
 def test_a_budget_is_refused_before_any_training(tmp_path: Path) -> None:

@@ -45,6 +45,18 @@ def check_version(accelerator: Any) -> None:
         )
 
 
+def check_zero(accelerator: Any) -> None:
+    """
+    Raises:
+        HawAdaError: if DeepSpeed would leave a part of each weight in each process, where gates could not be read.
+    """
+    if accelerator.state.deepspeed_plugin.zero_stage >= 3:
+        raise HawAdaError(
+            "DeepSpeed ZeRO-3 leaves a part of each weight in each process, and gates and weights are read in all: "
+            'shard by FSDP2 (fsdp=True, fsdp_config={"version": 2}), or take ZeRO stage 1 or 2'
+        )
+
+
 def keep_trained_whole(accelerator: Any, model: nn.Module) -> list[nn.Parameter]:
     """Let accelerate shard all of a model but what is trained, which is taken to the device and returned."""
     owners = [module for module in model.modules() if any(p.requires_grad for p in _own(module))]

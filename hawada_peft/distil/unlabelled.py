@@ -33,7 +33,7 @@ from .checkpointing import embeddings_with_gradients
 from .checkpoints import adapter_folder, check_complete, check_tensors, checkpoint_of, keeping_trainable
 from .events import Events, Told
 from .finite import check_finite
-from .sharded import average_gradients, check_version, keep_trained_whole
+from .sharded import average_gradients, check_version, check_zero, keep_trained_whole
 
 
 class UnlabelledTrainer(Trainer):
@@ -57,6 +57,8 @@ class UnlabelledTrainer(Trainer):
         self._step_loss: torch.Tensor | None = None
         super().__init__(model=model, args=args, **kwargs)
         self._whole: list[nn.Parameter] = []  # what is trained and not sharded, where the rest is
+        if self.is_deepspeed_enabled:
+            check_zero(self.accelerator)
         if self.is_fsdp_enabled:
             check_version(self.accelerator)
             if isinstance(model, PeftModel):
