@@ -31,7 +31,9 @@ from narrow_streams import ALL, HIDDEN, two_rows
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from hawada_peft import (
     HawAdaConfig,
@@ -210,6 +212,21 @@ def test_rotation_is_exact_in_float32(row: Row) -> None:
     assert difference(logits_of(turned), logits_of(model)) <= 1e-5
     weights = [turned.get_parameter(f"{name}.weight") for name in locate(turned).norms]
     assert all((weight == 1).all() for weight in weights)
+
+
+def test_the_copy_that_proves_it_does_not_run_the_models_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash attention takes numbers of half precision alone."""
+
+    def half_only(module: nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert query.dtype == torch.bfloat16
+        return sdpa_attention_forward(module, query, *args, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "half_only", half_only)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "half_only", sdpa_mask)
+    base = build(LM_ROW).to(torch.bfloat16)
+    base.set_attn_implementation("half_only")
+    rotated = rotate(base, calibration(base))
+    assert rotated.config._attn_implementation == base.config._attn_implementation == "half_only"
 
 
 def test_the_proof_would_notice_a_wrong_rotation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,7 @@ def tiny_copy(layout: Layout, dtype: torch.dtype = torch.float32, *, every_kind:
         config = copy.deepcopy(layout.config)
     else:
         config = _smallest(layout, every_kind)
+    config._attn_implementation = "eager"  # kernels of half precision, or of a GPU, do not run the copy
     with torch.random.fork_rng(devices=()), torch.device("cpu"):
         torch.manual_seed(0)
         tiny = layout.model_class(config)
