@@ -13,11 +13,23 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hawada_peft import Plan, Shape, collect_gates, init_gates, save_slim, slim_checkpoint
+from hawada_peft import (
+    Effort,
+    LatencyBudget,
+    Plan,
+    Shape,
+    collect_gates,
+    find_plan,
+    init_gates,
+    save_slim,
+    slim_checkpoint,
+)
 from hawada_peft.errors import HawAdaError, IllegalShapeError, InvalidPlanError, UnsupportedModelError
 from hawada_peft.gates.adapter import EXPERT_UNITS
 from hawada_peft.gates.concrete import RouterAdapter
 from hawada_peft.gates.kinds import ExpertGate
+from hawada_peft.gates.reading import are_fresh
+from hawada_peft.latency.toy import ToyClock
 from hawada_peft.planning import expert_outputs, gate_importance
 from hawada_peft.vanilla.family import locate
 
@@ -45,6 +57,7 @@ def test_a_fresh_adapter_changes_nothing(row: Row) -> None:
     model = mixture(row)
     dense = logits_of(model)
     gated = gate(model, shuffle=False, gates=ALL)
+    assert are_fresh(gated)
     assert torch.equal(logits_of(gated), dense)
     with gated.disable_adapter():
         assert torch.equal(logits_of(gated), dense)
@@ -221,3 +234,17 @@ def test_gates_on_experts_start_by_what_experts_add(row: Row) -> None:
     for name, found in collect_gates(model).items():
         ranks = found.theta.detach().argsort(stable=True)
         assert expected[name][ranks].diff().min() >= 0
+
+
+def test_a_budget_is_met_by_what_is_no_expert() -> None:
+    """Experts are no linear maps to refit, so shapes are judged by closed gates."""
+    base = build(MIXTURES["mixtral"])
+    batches = [{"input_ids": rows} for rows in inputs_of(base)["input_ids"].split(1)]
+    model = gate(base, shuffle=False, gates=ALL)
+    effort = Effort(clock=ToyClock(), cache=False, candidates=2, search_rounds=1)
+    found = find_plan(model, LatencyBudget(speedup=1.1, seq_len=8), batches, effort=effort)
+    assert found.speedup >= 1.1
+    assert found.plan.shape.num_experts in (None, locate(model.get_base_model()).dense.num_experts)
+    model.apply_plan(found.plan)
+    masked = logits_of(model)
+    assert difference(logits_of(model.merge_and_unload()), masked) < 1e-4

@@ -21,7 +21,7 @@ from .adapter import BLOCK, EXPERT_UNITS, HIDDEN_UNITS, LAYER, UNITS, GateAdapte
 from .attach import collect_gates
 from .kinds import BlockGate, ChannelGate, HeadGate, HiddenGate, SigmoidGate
 
-SLOTS = {HIDDEN_UNITS: HIDDEN, BLOCK: LAYERS, LAYER: LAYERS}
+SLOTS = {HIDDEN_UNITS: HIDDEN, BLOCK: LAYERS, LAYER: LAYERS, EXPERT_UNITS: EXPERTS}
 """The axis of what is gated in a slot of an adapter; `UNITS` are of the module that it wraps."""
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -38,6 +39,11 @@ class Refit:
     after: float
     damping: float | None
     residual: bool
+
+
+def is_projection(module: nn.Module) -> bool:
+    """Whether a module, or what an adapter wraps of it, is a linear map that can be refitted."""
+    return isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, (nn.Linear, Conv1D))
 
 
 def as_projection(module: nn.Module, name: str) -> Projection:

@@ -17,6 +17,7 @@ from ..files.kept import Kept
 from ..planning.plan import Plan
 from ..processes import of_this_rank
 from ..progress import Progress, progress_bar
+from ..refit.projections import is_projection
 from ..refit.reconstruction import refit_model
 from ..surgery.dense import dense_view
 from ..surgery.slimming import slim
@@ -158,8 +159,11 @@ def obstacle(model: PeftModel, batches: Sequence[Batch], towers: Sequence[str] |
         if towers is None or layout.tower in towers
         for layer in range(layout.dense.sizes()["num_hidden_layers"])
     ]
-    if not all(layout.attention_out(layer) and layout.ffn_out(layer) for layout, layer in layers):
+    ends = [name for layout, layer in layers for name in (layout.attention_out(layer), layout.ffn_out(layer))]
+    if not all(ends):
         return "the outputs of attention and FFN are not known, which are what is refitted"
+    if not all(is_projection(model.get_base_model().get_submodule(name)) for name in ends):
+        return "outputs of attention or FFN are no linear maps (experts are none), which are what is refitted"
     if len(batches) == 1 and len(main_input(model.get_base_model(), batches[0])) < 2:
         return "one row of calibration data is too little: none can be held out"
     return ""
