@@ -182,7 +182,7 @@ def test_a_search_that_fails_leaves_no_gates(monkeypatch: pytest.MonkeyPatch) ->
 
     model = fresh(LM_ROW)
     before = keys_of(model)
-    monkeypatch.setattr("hawada_peft.search.budgeted.search", fail)
+    monkeypatch.setattr("hawada_peft.search.budgeted.search_all_sizes", fail)
     with pytest.raises(KeyboardInterrupt):
         searched(model, calibration(model))
     assert keys_of(model) == before
