@@ -8,16 +8,15 @@ from dataclasses import replace
 from typing import TypeVar, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
-from ..errors import UnsupportedModelError, UntiedEmbeddingsWarning
+from ..errors import UntiedEmbeddingsWarning
 from ..planning.plan import Plan
 from ..progress import Progress
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch
 from ..vanilla.family import locate
-from ..vanilla.modules import check_unquantized
+from ..vanilla.modules import check_no_adapters, check_unquantized
 from .basis import Basis, is_tied, turn_of
 from .find import find_basis
 from .proof import check_exact
@@ -68,10 +67,7 @@ def rotate(
         Ashkboos et al., "SliceGPT: Compress Large Language Models by Deleting Rows and Columns" (2024).
     """
     layout = locate(model)
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise UnsupportedModelError(
-            "rotate() takes a vanilla model, and this one has adapters in it: `unload()` first"
-        )
+    check_no_adapters(model, "rotate")
     check_unquantized(model)
     check_exact(layout)
     basis = find_basis(model, calibration, seed=seed, progress=progress)

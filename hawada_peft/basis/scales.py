@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..gates.hidden import narrow_norm, plain_norm
+from ..gates.hidden import narrow_norm, plain_norm, widened
 from ..gates.stream_basis import WIDTHS
 from ..progress import Progress, progress_bar
 from ..vanilla.batches import Batch, without_labels
@@ -132,9 +132,7 @@ class NormFits:
         product, square = (flat * target).sum(), flat.square().sum()
         self._products[place, site] += product
         self._squares[place, site] += square
-        y = ((mine * (product / square).to(mine)) @ units.T) * norm.get_parameter("weight")
-        bias = norm._parameters.get("bias")
-        return y if bias is None else y + bias
+        return widened(norm, mine * (product / square).to(mine), units)
 
     @property
     def scales(self) -> torch.Tensor:

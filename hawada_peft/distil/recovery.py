@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -25,7 +26,7 @@ from ..shipping.save import Slimmed
 from ..surgery.dense import put_back
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch
-from ..vanilla.family import locate, only
+from ..vanilla.family import locate, locate_all, only
 from ..vanilla.heads import is_bare
 from ..vanilla.mode import dropout_off
 from .arguments import rate_problems
@@ -34,6 +35,8 @@ from .objective import Distillation
 from .raced import RacedRecovery
 from .sharded import gather_into, shards, twin_of
 from .trainer import DistillTrainer, needs_states
+
+logger = logging.getLogger(__name__)
 
 
 def recover(
@@ -207,7 +210,10 @@ def recover(
                 optimizer,
                 gated_basis,
             )
-            with only(base, locate(base).tower if chosen is None else chosen.tower):
+            tower = locate(base).tower if chosen is None else chosen.tower
+            if len(locate_all(base)) > 1:
+                logger.info("the race is between plans of %r; other towers stay as they are", tower)
+            with only(base, tower):
                 record, small = raced.run()
             args = copy.copy(cast(TrainingArguments, args))
             args.max_steps = raced.steps_left(record)

@@ -99,6 +99,19 @@ def narrow_norm(norm: nn.Module, x: torch.Tensor, directions: torch.Tensor) -> t
     return (narrow * (narrow.square().mean(-1, keepdim=True) + norm.eps).rsqrt()).to(x.dtype)
 
 
+def widened(norm: nn.Module, narrow: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """
+    The output of a norm of only some directions, with its weight and bias: (..., features).
+
+    Args:
+        norm: as in `norm_sizes`.
+        narrow: (..., units), of `narrow_norm`, scaled or not.
+        directions: (features, units).
+    """
+    y, bias = (narrow @ directions.T) * norm.get_parameter("weight"), norm._parameters.get("bias")
+    return y if bias is None else y + bias
+
+
 def norm_in_basis(
     norm: nn.Module, x: torch.Tensor, gate: BasisGate, site: int, *, hard: bool | None = None
 ) -> torch.Tensor:
@@ -119,15 +132,13 @@ def norm_in_basis(
     Returns:
         A tensor like x.
     """
-    weight, bias = norm.get_parameter("weight"), norm._parameters.get("bias")
     index, factor = gate.kept_features(hard=hard), gate.features(hard=hard).to(x.device)
     directions = gate.directions(index, x.dtype).to(x.device)
     if index is None:
         added = scaled(plain_norm(norm, x) @ directions, factor - 1) @ directions.T
-        return norm(x) + added * weight
+        return norm(x) + added * norm.get_parameter("weight")
     factor = factor.index_select(-1, index.to(x.device)) * gate.scale(site, len(index)).to(factor)
-    y = (scaled(narrow_norm(norm, x, directions), factor) @ directions.T) * weight
-    return y if bias is None else y + bias
+    return widened(norm, scaled(narrow_norm(norm, x, directions), factor), directions)
 
 
 class NormAdapter(GateAdapter):

@@ -43,7 +43,7 @@ class Refit:
 
 def is_projection(module: nn.Module) -> bool:
     """Whether a module, or what an adapter wraps of it, is a linear map that can be refitted."""
-    return isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, (nn.Linear, Conv1D))
+    return isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, Projection)
 
 
 def as_projection(module: nn.Module, name: str) -> Projection:
@@ -53,7 +53,7 @@ def as_projection(module: nn.Module, name: str) -> Projection:
     Raises:
         UnsupportedModelError: if it is not.
     """
-    if not isinstance(module, (nn.Linear, Conv1D)):
+    if not isinstance(module, Projection):
         raise UnsupportedModelError(
             f"{name!r} is a {type(module).__name__}; only torch.nn.Linear and transformers' Conv1D can be refitted"
         )

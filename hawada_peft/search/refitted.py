@@ -153,17 +153,18 @@ def obstacle(model: PeftModel, batches: Sequence[Batch], towers: Sequence[str] |
         return "what LoRA has learned is not in the dense weights"
     if not all(parameter.is_floating_point() for parameter in model.parameters()):
         return "quantized weights cannot be sliced"
+    base = cast(PreTrainedModel, model.get_base_model())
     layers = [
         (layout, layer)
-        for layout in locate_all(model.get_base_model())
+        for layout in locate_all(base)
         if towers is None or layout.tower in towers
         for layer in range(layout.dense.sizes()["num_hidden_layers"])
     ]
     ends = [name for layout, layer in layers for name in (layout.attention_out(layer), layout.ffn_out(layer))]
     if not all(ends):
         return "the outputs of attention and FFN are not known, which are what is refitted"
-    if not all(is_projection(model.get_base_model().get_submodule(name)) for name in ends):
+    if not all(is_projection(base.get_submodule(name)) for name in ends):
         return "outputs of attention or FFN are no linear maps (experts are none), which are what is refitted"
-    if len(batches) == 1 and len(main_input(model.get_base_model(), batches[0])) < 2:
+    if len(batches) == 1 and len(main_input(base, batches[0])) < 2:
         return "one row of calibration data is too little: none can be held out"
     return ""

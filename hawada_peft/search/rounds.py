@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -101,6 +101,15 @@ def best_of(state: State[S], quality: Losses[S], realise: Realise[S]) -> SearchR
     return settle(state, quality, effort.search_rounds)
 
 
+def enough_for(effort: Effort, tables: Iterable[LatencyTable]) -> Effort:
+    """The effort of a search by latency tables: twice as many shapes are timed where one of them is poor."""
+    poor = next((table.poor for table in tables if table.poor), "")
+    if not poor:
+        return effort
+    logger.warning("%s; twice as many shapes are timed directly", poor)
+    return replace(effort, candidates=2 * effort.candidates, search_rounds=2 * effort.search_rounds)
+
+
 def search_all_sizes(
     base: PreTrainedModel,
     budget: LatencyBudget,
@@ -158,9 +167,7 @@ def search_all_sizes(
             sizes = worthwhile_sizes(state, quality, sizes, lambda size: narrow.meets(budget, spaces_of[size]))
         tables += [narrow(size) for size in sizes]
         spaces += [spaces_of[size] for size in sizes]
-    if table.poor:
-        logger.warning("%s; twice as many shapes are timed directly", table.poor)
-        effort = replace(effort, candidates=2 * effort.candidates, search_rounds=2 * effort.search_rounds)
+    effort = enough_for(effort, [table])
     timer: Timer[Shape] = Timer(base, regime, effort.confirming(), progress=progress, kept=kept)
     narrower = list(zip(spaces[1:], tables[1:], strict=True))
     result = search(spaces[0], table, quality, budget, timer, effort=effort, narrower=narrower)

@@ -31,11 +31,11 @@ from ..planning.plan import Plan
 from ..planning.towers import shared_sizes
 from ..progress import Progress
 from ..vanilla.family import Layout
-from ..vanilla.shape import BY_FIELD, HEADS, KV_GROUPS, Shape
+from ..vanilla.shape import BY_NAME, HEADS, KV_GROUPS, Shape
 from .answer import check_feasible, frontier
 from .masked import MaskedQuality
 from .result import SearchResult
-from .rounds import best_of
+from .rounds import best_of, enough_for
 from .space import SearchSpace, search_space
 from .state import KERNEL_PRIOR, KERNEL_WIDTH, SearchState, State
 from .timed import Timer, table_of
@@ -80,7 +80,7 @@ class Numbers:
     def of(cls, layouts: Sequence[Layout]) -> Numbers:
         """What the towers of a model share."""
         shared = shared_sizes(layouts)
-        heads, groups = BY_FIELD_OF[HEADS], BY_FIELD_OF[KV_GROUPS]
+        heads, groups = BY_NAME[HEADS].field, BY_NAME[KV_GROUPS].field
         if heads in shared and not any(layout.family.kv_heads_field for layout in layouts):
             shared[groups] = shared[heads]  # plain multi-head attention, of which both are one number
         return cls({(later, size): each[0] for size, each in shared.items() for later in each[1:]})
@@ -104,15 +104,11 @@ class Numbers:
         """What of a tower is its to cut: no earlier one says it, and later ones that follow have gates on it, too."""
 
         def followed(axis: str) -> bool:
-            size = BY_FIELD_OF[axis]
+            size = BY_NAME[axis].field
             later = [each for (each, field), first in self.owners.items() if first == tower and field == size]
             return all(axis in free[each] for each in later)
 
-        return [axis for axis in free[tower] if (tower, BY_FIELD_OF[axis]) not in self.owners and followed(axis)]
-
-
-BY_FIELD_OF = {axis.name: field for field, axis in BY_FIELD.items()}
-"""The field of a `Shape` by the name of an axis."""
+        return [axis for axis in free[tower] if (tower, BY_NAME[axis].field) not in self.owners and followed(axis)]
 
 
 class TogetherState(State[Together]):
@@ -259,11 +255,7 @@ def search_together(
     names, numbers = [layout.tower for layout in layouts], Numbers.of(layouts)
     measured = partial(table_of, model, regime, effort, progress=progress)
     tables = [measured(tower=name, kept=kept.under(name)) for name in names]
-    for table in tables:
-        if table.poor:
-            logger.warning("%s; twice as many shapes are timed directly", table.poor)
-            effort = replace(effort, candidates=2 * effort.candidates, search_rounds=2 * effort.search_rounds)
-            break
+    effort = enough_for(effort, tables)
     qualities: list[MaskedQuality] = []
     for name in names:
         qualities.append(quality_of(name, qualities[0] if qualities else None))

@@ -139,7 +139,8 @@ def _check_aim(model: nn.Module, shape: Sizes | None, plan: Plan | None) -> None
         raise HawAdaError("give either `shape` or `plan`, not both")
     if not isinstance(shape, Shape | Mapping | None) or not isinstance(plan, Plan | None):
         raise HawAdaError(
-            f"shape must be a Shape and plan a Plan, got a {type(shape if plan is None else plan).__name__}"
+            "shape must be a Shape (of several towers one for each) and plan a Plan, got a "
+            f"{type(shape if plan is None else plan).__name__}"
         )
     if shape is None and plan is None:
         return

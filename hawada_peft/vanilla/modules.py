@@ -129,6 +129,19 @@ def quantized_weight(module: nn.Module) -> str | None:
     return None
 
 
+def check_no_adapters(model: nn.Module, caller: str) -> None:
+    """
+    Check that a model is a vanilla one.
+
+    Raises:
+        UnsupportedModelError: naming who wants it, if there are adapters in it.
+    """
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise UnsupportedModelError(
+            f"{caller}() takes a vanilla model, and this one has adapters in it: `unload()` first"
+        )
+
+
 def check_unquantized(module: nn.Module) -> None:
     """
     Refuse weights that do not hold plain numbers: they can be neither folded into nor sliced.

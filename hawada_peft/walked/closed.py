@@ -11,7 +11,7 @@ from torch import nn
 
 from ..basis.basis import Basis
 from ..basis.moments import watching
-from ..gates.hidden import narrow_norm
+from ..gates.hidden import narrow_norm, widened
 from ..gates.stream_basis import scale_at
 from ..planning.plan import Plan
 from ..progress import Progress, progress_bar
@@ -79,9 +79,7 @@ class Closed:
         if self.directions is None:
             return output
         units = self.directions.to(x.dtype)
-        narrow = narrow_norm(norm, x, units) * self.factors[site].to(x.dtype)
-        y, bias = (narrow @ units.T) * norm.get_parameter("weight"), norm._parameters.get("bias")
-        return y if bias is None else y + bias
+        return widened(norm, narrow_norm(norm, x, units) * self.factors[site].to(x.dtype), units)
 
 
 def closed_losses(

@@ -12,7 +12,7 @@ from torch import nn
 from ..basis.basis import Basis
 from ..basis.find import directions_of
 from ..basis.marks import check_unshared, is_centred, weight_marks
-from ..basis.moments import MOMENTS, Moments, counted, groups_of, watching
+from ..basis.moments import MOMENTS, Moments, counted, groups_of, kind_of, watching
 from ..basis.proof import check_exact
 from ..basis.scales import ENOUGH, FACTORS, PART, NormFits
 from ..errors import UnsupportedModelError
@@ -63,7 +63,7 @@ def checkpoint_basis(
     """
     with open_walk(base, calibration, device=device, spill=spill) as walk:
         model, layout = walk.weights.model, walk.layout
-        check_walkable(layout)
+        _check_walkable(layout)
         check_unshared(model)
         check_exact(layout)
         centred = is_centred(model, layout)
@@ -73,7 +73,7 @@ def checkpoint_basis(
     return Basis(vectors, scales, marks, centred).cpu()
 
 
-def check_walkable(layout: Layout) -> None:
+def _check_walkable(layout: Layout) -> None:
     """
     Check that a model's stream is read by norms in its layers, and one behind them.
 
@@ -88,7 +88,7 @@ def check_walkable(layout: Layout) -> None:
         )
 
 
-def go(
+def _go(
     walk: Walk,
     streams: Sequence[Stream],
     watch: Callable[[int, int, int, nn.Module, torch.Tensor, torch.Tensor], torch.Tensor],
@@ -140,7 +140,7 @@ def _moments(walk: Walk, progress: Progress | None) -> Moments:
     """As `collect_moments`, of the stream alone."""
     layout, groups = walk.layout, groups_of(walk.layout)
     stream = walk.start()
-    dtype = torch.promote_types(walk.weights.model.dtype, torch.float32)
+    dtype = kind_of(walk.weights.model)[1]
     sums = torch.zeros(groups, layout.hidden_size, layout.hidden_size, device=walk.weights.device, dtype=dtype)
     positions = 0
 
@@ -153,14 +153,14 @@ def _moments(walk: Walk, progress: Progress | None) -> Moments:
         positions += len(flat) if site == 0 else 0
         return output
 
-    go(walk, [stream], add, MOMENTS, progress)
+    _go(walk, [stream], add, MOMENTS, progress)
     return Moments(sums, None, positions).check()
 
 
 def _scales(walk: Walk, vectors: torch.Tensor, centred: bool, progress: Progress | None) -> torch.Tensor:
     """As `fit_scales`: the narrow models go through a layer after the dense one."""
     walk, stream = walk.up_to(ENOUGH, PART)
-    dtype = torch.promote_types(walk.weights.model.dtype, torch.float32)
+    dtype = kind_of(walk.weights.model)[1]
     fits = NormFits(vectors, walk.weights.device, dtype, sites=len(walk.layout.norms), centred=centred)
     narrow = [replace(stream, hidden=list(stream.hidden)) for _ in range(len(fits))]
     dense: dict[int, torch.Tensor] = {}
@@ -173,5 +173,5 @@ def _scales(walk: Walk, vectors: torch.Tensor, centred: bool, progress: Progress
             return output
         return fits.narrow(which - 1, site, norm, x, dense[site], walk.batches[number])
 
-    go(walk, [stream, *narrow], fit, FACTORS, progress)
+    _go(walk, [stream, *narrow], fit, FACTORS, progress)
     return fits.scales

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .moments import HeadMoments
+from .moments import HeadMoments, by_head
 
 CLAMP = 1e-10
 """Of the largest eigenvalue of second moments: smaller ones count as that, so that their roots have inverses."""
@@ -52,8 +52,7 @@ def narrow_attention(moments: HeadMoments, layer: int, attention: Sequence[Affin
     dense, mean, second = _wide(out[0]).T, _wide(moments.mean[layer]), _wide(moments.output[layer])
     if out[1] is None:  # nothing takes up the means
         second = second + mean[:, None] * mean
-    per_head = second.unflatten(0, (heads, old)).unflatten(2, (heads, old)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
-    root_v, inverse_v = _roots(per_head)
+    root_v, inverse_v = _roots(by_head(second, heads))
     added = root_v @ dense.unflatten(0, (heads, old))
     directions = torch.linalg.eigh(added @ added.mT).eigenvectors.flip(-1)[..., :size]
     to_value = inverse_v @ directions

@@ -41,6 +41,13 @@ class HeadMoments:
     mean: torch.Tensor
 
 
+def by_head(moments: torch.Tensor, heads: int) -> torch.Tensor:
+    """Of moments of heads side by side, (features, features), those of each: (heads, size, size)."""
+    size = len(moments) // heads
+    blocks = moments.unflatten(0, (heads, size)).unflatten(2, (heads, size))
+    return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+
+
 def collect_head_moments(
     model: nn.Module,
     layout: Layout,

@@ -7,11 +7,10 @@ from dataclasses import replace
 from typing import TypeVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from ...discovery.inputs import example_inputs
-from ...errors import IllegalShapeError, UnsupportedModelError
+from ...errors import IllegalShapeError
 from ...planning.plan import Plan
 from ...progress import Progress
 from ...surgery.conformity import check_conforms, vanilla_tensors
@@ -20,12 +19,12 @@ from ...surgery.slimming import finish
 from ...surgery.source import build_tied
 from ...vanilla.batches import Batch
 from ...vanilla.family import Layout, locate, relocate
-from ...vanilla.modules import check_loaded, check_unquantized
+from ...vanilla.modules import check_loaded, check_no_adapters, check_unquantized
 from ...vanilla.outputs import output_of
 from ..proof import ROUNDING
 from ..tiny import tiny_copy
 from .maps import narrow_attention
-from .moments import HeadMoments, collect_head_moments
+from .moments import HeadMoments, by_head, collect_head_moments
 from .projections import Projections, attentions, build_narrow, find_projections, refused
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -69,10 +68,7 @@ def narrow_heads(
         >>> narrow.config.head_dim, narrow.config.num_attention_heads
         (4, 4)
     """
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise UnsupportedModelError(
-            "narrow_heads() takes a vanilla model, and this one has adapters in it: `unload()` first"
-        )
+    check_no_adapters(model, "narrow_heads")
     check_loaded(model)
     check_unquantized(model)
     layout = locate(model)
@@ -142,11 +138,7 @@ def _reduce_rank(model: PreTrainedModel, layout: Layout, projections: Projection
             found.append((weight, torch.zeros_like(weight[:, 0]) if bias is None else bias.data))
         (query, query_bias), (key, _), (value, mean) = found
         whole = (query @ query.T + torch.outer(query_bias, query_bias), key @ key.T)
-        per_head = [
-            each.unflatten(0, (heads, size)).unflatten(2, (heads, size)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
-            for each in whole
-        ]
-        moments.append((*per_head, value @ value.T, mean))
+        moments.append((*(by_head(each, heads) for each in whole), value @ value.T, mean))
     return HeadMoments(*map(torch.stack, zip(*moments, strict=True)))
 
 
