@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..vanilla.batches import Batch, check_batch, position_mask, without_labels
 from ..vanilla.heads import Classes, Head, head_of, is_bare
@@ -99,7 +101,7 @@ def first_of(references: Sequence[Reference], predictions: int, *, least: int = 
 
 def _logits(model: PeftModel, batch: Batch) -> torch.Tensor:
     """Without a cache, which nobody reads, and which would be written into."""
-    base = model.get_base_model()
+    base = cast(PreTrainedModel, model.get_base_model())
     caches = base.can_generate() or (is_bare(base) and "use_cache" in base.config.to_dict())
     return get_student_logits(model, ({"use_cache": False} if caches else {}) | dict(batch))
 
