@@ -198,6 +198,14 @@ def test_the_judges_loss_is_near_the_divergence(judge: Judge) -> None:
     assert abs(sum(found) - sum(exact)) < 0.5 * sum(exact)
 
 
+def test_losses_are_computed_as_the_training_computes(judge: Judge) -> None:
+    rough = Judge(judge.dense, BATCHES, bf16=True)
+    plans = [judge.without([layer]) for layer in range(LAYERS)]
+    exact, found = ([each.loss(plan) for plan in plans] for each in (judge, rough))
+    assert found != exact
+    assert found == pytest.approx(exact, rel=0.3, abs=3e-3)
+
+
 def test_padding_does_not_count() -> None:
     model = model_of()
     tokens = BATCHES[0]["input_ids"]

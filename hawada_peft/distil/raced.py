@@ -186,7 +186,7 @@ class RacedRecovery:
             logger.info("the race goes on after %d runs", len(record.runs))
             return record
         started = time.perf_counter()
-        race, judge = self.race, Judge(self.dense, self.judged, self.basis)
+        race, judge = self.race, Judge(self.dense, self.judged, self.basis, bf16=bool(self.args.bf16))
         fits = self._fits()
         generators = dict(GENERATORS)
         if not race.rotate:

@@ -49,18 +49,22 @@ class Judge:
         dense (`PreTrainedModel`): vanilla, with a family row; left as it is.
         batches (`Sequence`): keyword arguments of the forward pass, on the model's device; labels are not used.
         basis (`Basis`, *optional*): of the residual stream, if plans may keep directions of it.
+        bf16 (`bool`): compute plans' losses under bfloat16 autocast, as a training with it does: several times quicker.
 
     Raises:
         HawAdaError: if there are no batches.
         UnsupportedModelError: if the model has no family row.
     """
 
-    def __init__(self, dense: PreTrainedModel, batches: Sequence[Batch], basis: Basis | None = None) -> None:
+    def __init__(
+        self, dense: PreTrainedModel, batches: Sequence[Batch], basis: Basis | None = None, *, bf16: bool = False
+    ) -> None:
         if not batches:
             raise HawAdaError("no calibration batches were given; pass at least one")
         self.dense, self.layout, self.basis = dense, locate(dense), basis
         self.batches = [without_labels(batch) for batch in batches]
         self._losses: dict[Plan, float] = {}
+        self._bf16 = bf16
 
     @property
     def layers(self) -> int:
@@ -82,7 +86,9 @@ class Judge:
         if plan not in self._losses:
             small = slim(self.dense, plan, turn=self.turn(plan), layout=self.layout).eval()
             drawn = isinstance(self.head, Classes)
-            self._losses[plan] = self._drawn(small) if drawn else self._expected.divergence(small, of_this_rank)[1]
+            with torch.autocast(self.dense.device.type, torch.bfloat16, enabled=self._bf16):
+                loss = self._drawn(small) if drawn else self._expected.divergence(small, of_this_rank)[1]
+            self._losses[plan] = loss
         return self._losses[plan]
 
     @cached_property
