@@ -198,7 +198,7 @@ class RacedRecovery:
         beside = neighbours(judge, fits) if race.neighbours else []
         total = self._total_steps() * race.share / self.share
         plans, others, neighbouring, lengths = race.affordable(len(field), len(beside), total)
-        entrants = entrants_of(field[:plans], race, beside[:neighbouring])
+        entrants = entrants_of(field[:plans], race, beside)
         timed = fits.time is not None
         record = RaceRecord(
             settings=dict(settings),
@@ -209,6 +209,7 @@ class RacedRecovery:
             limit_ms=fits.limit_ms if timed else None,
             share=self.share,
             latencies=dict(fits.measured),
+            beside=neighbouring > 0,
             seconds=round(time.perf_counter() - started, 3),
             path=path,
         )

@@ -19,7 +19,7 @@ from ..files.atomic import write_text
 from ..planning.plan import Plan
 from ..vanilla.shape import Shape
 
-FORMAT = 1
+FORMAT = 2
 NAME = "race.json"
 
 
@@ -111,6 +111,7 @@ class RaceRecord:
         share (`float`): of a step of the recovery that a step of the race costs: its batches may be smaller.
         seconds (`float`): what finding the entrants took.
         latencies (`dict[Shape, float]`): of all shapes that were timed, in milliseconds.
+        beside (`bool`): whether the neighbours run too; else it is only told what they lose as they are cut.
         winner (`str`, *optional*): its key, once the race is over.
         path (`Path`, *optional*): where it is written; nowhere if left out.
     """
@@ -125,6 +126,7 @@ class RaceRecord:
     share: float = 1.0
     seconds: float = 0.0
     latencies: dict[Shape, float] = field(default_factory=dict)
+    beside: bool = True
     winner: str | None = None
     path: Path | None = None
 
@@ -177,6 +179,7 @@ class RaceRecord:
             "entrants": [{"key": each.key, "name": each.name} | each.to_dict() for each in self.entrants],
             "runs": [asdict(run) | {"loss": None if math.isnan(run.loss) else run.loss} for run in self.runs],
             "latencies": [[shape.to_dict(), ms] for shape, ms in self.latencies.items()],
+            "beside": self.beside,
             "winner": self.winner,
             "cost": self.cost,
         }
@@ -191,7 +194,17 @@ class RaceRecord:
         """
         if not isinstance(data, Mapping) or data.get("format") != FORMAT or "entrants" not in data:
             raise HawAdaError(f"{path or 'this'} is not the record of a race in format {FORMAT}; remove it")
-        fields = ("settings", "preparations", "lengths", "dense_ms", "limit_ms", "share", "seconds", "winner")
+        fields = (
+            "settings",
+            "preparations",
+            "lengths",
+            "dense_ms",
+            "limit_ms",
+            "share",
+            "seconds",
+            "beside",
+            "winner",
+        )
         return cls(
             entrants=[
                 Entrant.from_dict({name: value for name, value in each.items() if name not in ("key", "name")})
@@ -200,7 +213,7 @@ class RaceRecord:
             runs=[Run(**(run | {"loss": math.nan if run["loss"] is None else run["loss"]})) for run in data["runs"]],
             latencies={Shape.from_dict(shape): ms for shape, ms in data["latencies"]},
             path=path,
-            **{name: data[name] for name in fields},
+            **{name: data[name] for name in (*fields, "beside", "winner")},
         )
 
     @classmethod
@@ -243,9 +256,10 @@ class RaceRecord:
                 lines.append(f"rung {rung + 1}, {steps} steps: {results}")
         for each in self.entrants:
             run = self.find(each, 0)
-            if each.neighbour and run is not None:
+            if each.neighbour:
                 latency = "" if each.ms is None else f" ({each.ms:.4g} ms)"
-                lines.append(f"beside the budget, {each.name}{latency}: {run.loss:.4f} after {run.steps} steps")
+                found = f"{each.start:.4f} as cut" if run is None else f"{run.loss:.4f} after {run.steps} steps"
+                lines.append(f"beside the budget, {each.name}{latency}: {found}")
         if self.winner is not None:
             lines.append(f"won: {self.entrant(self.winner).name}; the race cost {self.cost:.0f} steps of recovery")
         return lines
