@@ -12,7 +12,7 @@ from torch import nn
 
 from hawada_peft import Shape
 from hawada_peft.search.masked import MaskedQuality
-from hawada_peft.search.prefix import Prefix
+from hawada_peft.vanilla.prefix import Prefix
 
 BACKBONE = Row("Dinov2Backbone", "Dinov2Config", VISION_ROW.fields | {"mlp_ratio": 2, "out_indices": [1, 4]}, Shape())
 """Its outputs are gathered by hooks on its layers."""

@@ -20,6 +20,7 @@ from ..errors import HawAdaError
 from ..vanilla.batches import Batch, has_rows, main_input, rows_of
 from ..vanilla.family import Layout
 from ..vanilla.outputs import prediction_of
+from ..vanilla.prefix import Passed
 from .calls import Call
 
 Gains = tuple[torch.Tensor, torch.Tensor] | None
@@ -370,30 +371,6 @@ def _found_gains(stream: Stream, layer: int) -> Gains:
     expected = row + gains[0].to(wide) * attention + gains[1].to(wide) * ffn
     rounding = 8 * torch.finfo(row.dtype).eps
     return gains if (output - expected).norm() <= rounding * output.norm() else None
-
-
-class Passed(nn.Module):
-    """
-    In place of a layer, with its attributes.
-
-    Args:
-        layer: the layer.
-        output: what it would give; the hidden states that it is given, if left out.
-    """
-
-    def __init__(self, layer: nn.Module, output: Any = None) -> None:
-        super().__init__()
-        self.layer = layer
-        self._output = output
-
-    def __getattr__(self, name: str) -> Any:
-        return super().__getattr__(name) if name == "layer" else getattr(self.layer, name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The output."""
-        if self._output is not None:
-            return self._output
-        return args[0] if args else kwargs["hidden_states"]
 
 
 def _is_tensor(value: Any) -> bool:

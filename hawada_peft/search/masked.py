@@ -32,8 +32,8 @@ from ..vanilla.batches import Batch
 from ..vanilla.family import Layout
 from ..vanilla.legality import depth_of
 from ..vanilla.mode import evaluating
+from ..vanilla.prefix import Prefix
 from ..vanilla.shape import BY_NAME, FFN, HEADS, HIDDEN, LAYERS, Shape
-from .prefix import Prefix
 from .reference import Reference, first_of, ranked_predictions
 from .scores import channels_cut, heads_cut, loss_curve, unit_scores
 from .space import SearchSpace

@@ -9,13 +9,35 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..refit.layerwise import Passed
-
 HOOKS = {
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
 }  # fmt: skip
 """Where a module holds those on its forward pass."""
+
+
+class Passed(nn.Module):
+    """
+    In place of a layer, with its attributes.
+
+    Args:
+        layer: the layer.
+        output: what it would give; the hidden states that it is given, if left out.
+    """
+
+    def __init__(self, layer: nn.Module, output: Any = None) -> None:
+        super().__init__()
+        self.layer = layer
+        self._output = output
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name == "layer" else getattr(self.layer, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The output."""
+        if self._output is not None:
+            return self._output
+        return args[0] if args else kwargs["hidden_states"]
 
 
 class Prefix:
