@@ -1,4 +1,8 @@
-"""Least-squares reconstruction: the slim model's output projections refitted to the dense model's hidden states."""
+"""
+Least-squares reconstruction: the slim model's output projections refitted to the dense model's hidden states.
+
+Long because what a refit takes, holds and gives is documented in full.
+"""
 
 from __future__ import annotations
 
