@@ -30,10 +30,13 @@ SPARE = 1.3
 BACKWARD = 3
 """A pass with gradients, in passes without: importance takes one, and a basis another."""
 
-REFITTED, SHAPES = 6, 18
+ANEW = 0.6
+"""The part of a pass that is computed where a layer is tried: those before it are known (`Prefix`)."""
+
+REFITTED, SHAPES = 4, 16
 """A refitted model, in passes of the dense one, and how many a search judges."""
 
-CALLS = 450
+CALLS = 700
 """What tables, candidates and the last timings of a search take, in calls of the dense model."""
 
 
@@ -68,7 +71,7 @@ def expected_of(model: PeftModel, batches: Batches, budget: LatencyBudget, effor
     judging = SHAPES * (REFITTED * judged if refit else len(batches))
     spent = {
         "to rank units and find a basis": 2 * BACKWARD * len(batches) * once,
-        f"to rank layers ({passes} times {ranking} of {len(batches)} batches)": passes * ranking * once,
+        f"to rank layers ({passes} times {ranking} of {len(batches)} batches)": ANEW * passes * ranking * once,
         f"to judge {SHAPES} shapes or so": judging * once,
     }
     if not effort.clock.elsewhere:
