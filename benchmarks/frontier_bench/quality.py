@@ -19,7 +19,8 @@ from work import Bench
 
 from frontier_bench.shapes import PLAIN, ROTATED, work_of
 from hawada_peft import Plan, Shape
-from hawada_peft.basis.basis import basis_gate, gate_basis, plan_turn
+from hawada_peft.basis.bases import Bases, plan_turn
+from hawada_peft.basis.basis import basis_gate, gate_basis
 from hawada_peft.errors import UntiedEmbeddingsWarning
 from hawada_peft.refit import reconstruct
 from hawada_peft.vanilla.family import locate
@@ -129,7 +130,7 @@ def hawada(
     plan: Plan = model.applied_plan()
     base = model.get_base_model()
     gate = basis_gate(base, locate(base), "default")
-    turn = plan_turn(bench.model, plan, None if gate is None else gate_basis(gate))
+    turn = plan_turn(bench.model, plan, Bases(None if gate is None else gate_basis(gate)))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the slim model keeps its plain weights")  # the row says so
         warnings.simplefilter("ignore", UntiedEmbeddingsWarning)

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from work import Bench, kind_of
 
 from hawada_peft import Plan, Shape, slim
-from hawada_peft.basis.basis import basis_gate, gate_basis, plan_turn
+from hawada_peft.basis.bases import plan_turn
+from hawada_peft.basis.basis import basis_gate, gate_basis
 from hawada_peft.errors import InfeasibleBudgetError
 from hawada_peft.latency.budget import LatencyBudget
 from hawada_peft.latency.clock import Clock

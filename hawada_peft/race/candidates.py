@@ -189,7 +189,7 @@ def directions(judge: Judge, fits: Fits) -> Iterator[Plan]:
     References:
         Ashkboos et al., "SliceGPT" (2024), for cutting the stream in a basis.
     """
-    if judge.basis is None:
+    if judge.bases.stream is None:
         return
     kept, total = deepest(judge, fits), judge.layers
     shapes = [judge.layout.narrowed(size) for size in reversed(narrower_sizes(judge.layout))]
@@ -213,13 +213,13 @@ def searched(result: SearchResult) -> Generator:
     """The answer of a search, and the best of the other shapes that it timed, without the greedily chosen layers."""
 
     def generate(judge: Judge, fits: Fits) -> Iterator[Plan]:
-        if result.plan is not None and not (result.plan.rotated and judge.basis is None):
+        if result.plan is not None and judge.knows(result.plan.shape):
             yield result.plan
         timed = sorted(
             (each for each in result.measured if each.measured_loss is not None and each.shape != result.best.shape),
             key=lambda each: each.measured_loss or 0.0,
         )
-        timed = [each for each in timed if each.shape.hidden_size is None or judge.basis is not None]
+        timed = [each for each in timed if judge.knows(each.shape)]
         for each in [each for each in timed if fits(each.shape)][: SEARCHED - 1]:
             order = sorted(range(judge.layers), key=lambda layer: judge.influence[layer])
             gone = judge.layers - each.shape.sizes()["num_hidden_layers"]
