@@ -33,7 +33,7 @@ from ..basis.rotation import warn_untied
 from ..errors import HawAdaError, UnsupportedModelError
 from ..planning.plan import Plan
 from ..processes import in_main_process, of_this_rank
-from ..race.candidates import DIRECTIONS, GENERATORS, GIVEN, field_of, neighbours, searched
+from ..race.candidates import DIRECTIONS, GENERATORS, GIVEN, TOGETHER, field_of, neighbours, searched
 from ..race.fits import Fits, fits_of, no_larger
 from ..race.judge import Judge
 from ..race.preparations import PREPARATIONS
@@ -43,7 +43,7 @@ from ..refit.fidelity import divergence
 from ..search.reference import judged_predictions
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch
-from ..vanilla.family import Layout, locate
+from ..vanilla.family import Layout, locate, locate_all
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +122,8 @@ class RacedRecovery:
         if self.gated is not None or not self.race.rotate:
             return self.gated
         try:
+            if len(locate_all(self.dense)) > 1:
+                raise UnsupportedModelError("a basis is of one stream, and plans of several towers race")
             check_exact(self.layout)
             batches = first_of(self.fitted, self.dense.main_input_name)
             return in_main_process(lambda: find_basis(self.dense, batches))
@@ -188,13 +190,13 @@ class RacedRecovery:
         started = time.perf_counter()
         race, judge = self.race, Judge(self.dense, self.judged, self.basis, bf16=bool(self.args.bf16))
         fits = self._fits()
-        generators = dict(GENERATORS)
+        generators, together = dict(GENERATORS), dict(TOGETHER)
         if not race.rotate:
             del generators[DIRECTIONS]
         if race.search is not None:
-            generators["search"] = searched(race.search)
+            together["search"] = searched(race.search)
         given = () if self.given is None else (self.given,)
-        field = field_of(judge, fits, generators, given=given, most=race.plans, few=race.few)
+        field = field_of(judge, fits, generators, together=together, given=given, most=race.plans, few=race.few)
         beside = neighbours(judge, fits) if race.neighbours else []
         total = self._total_steps() * race.share / self.share
         plans, others, neighbouring, lengths = race.affordable(len(field), len(beside), total)
@@ -232,7 +234,7 @@ class RacedRecovery:
             return fits
         if self.given is None:
             raise HawAdaError("a race needs a budget, or a plan that sets the number of parameters")
-        return no_larger(self.dense, self.given.shape)
+        return no_larger(self.dense, self.given)
 
     def _total_steps(self) -> int:
         """Of the recovery; where it is bounded by epochs those are not known here, and a usual number is taken."""

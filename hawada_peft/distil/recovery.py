@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, cast
@@ -17,16 +18,18 @@ from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 from ..basis.basis import Basis, basis_gate, gate_basis
 from ..errors import HawAdaError
 from ..gates.adapter import GateAdapter
+from ..latency.budget import LatencyBudget
 from ..planning.plan import Plan
 from ..race.race import Race
 from ..race.record import Entrant
 from ..refit.reconstruction import reconstruct
+from ..search.timed import check_regime, regime_of
 from ..shipping.facts import calibration_facts
 from ..shipping.save import Slimmed
 from ..surgery.dense import put_back
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch
-from ..vanilla.family import locate, locate_all, only
+from ..vanilla.family import Layout, among, locate, locate_every, together
 from ..vanilla.heads import is_bare
 from ..vanilla.mode import dropout_off
 from .arguments import rate_problems
@@ -125,11 +128,6 @@ def recover(
         problems.append("the plan keeps everything: there is nothing to recover from")
     if not isinstance(race, Race | bool):
         problems.append(f"race must be a Race, True or False, got a {type(race).__name__}")
-    elif racing is not None and isinstance(chosen, Plan) and len(cut := chosen.cut_parts) > 1:
-        problems.append(
-            f"a race is between plans of one tower, and the plan cuts {[part.tower for part in cut]}: recover without "
-            f"a race, or gate one, as HawAdaConfig(towers=({cut[0].tower!r},))"
-        )
     elif racing is not None and calibration is None:
         problems.append("a race needs `calibration`: batches that plans are judged and compared on")
     if lora is not None and not isinstance(lora, LoraConfig):
@@ -181,8 +179,6 @@ def recover(
         trained: Any = target
         return trained if lora is None else trained.merge_and_unload()
 
-    if racing is not None and chosen is not None:
-        chosen = next(iter(chosen.cut_parts))
     gated_basis = _basis_of(model) if racing is not None and isinstance(model, PeftModel) else None
     with put_back(base, always=False):  # until the end the gates may still be needed
         slimmed: Slimmed | None = None
@@ -210,10 +206,7 @@ def recover(
                 optimizer,
                 gated_basis,
             )
-            tower = locate(base).tower if chosen is None else chosen.tower
-            if len(locate_all(base)) > 1:
-                logger.info("the race is between plans of %r; other towers stay as they are", tower)
-            with only(base, tower):
+            with among(base, racing_towers(base, racing, chosen)):
                 record, small = raced.run()
             args = copy.copy(cast(TrainingArguments, args))
             args.max_steps = raced.steps_left(record)
@@ -225,6 +218,23 @@ def recover(
     if racing is not None:
         raced.clean()
     return replace(slimmed, model=trained.train(training))
+
+
+def racing_towers(base: PreTrainedModel, race: Race, plan: Plan | None) -> Sequence[Layout]:
+    """
+    The towers that plans of a race may cut: those that a plan speaks of; else those with gates, of a model without
+    gates all, that run in the calls that are timed.
+    """
+    if plan is not None:
+        return together([locate(base, part.tower or None) for part in plan.parts])
+    every = together(locate_every(base))
+    budget = cast(LatencyBudget, race.budget)
+    if len(every) == 1 or not math.isfinite(budget.limit_ms(1.0)):
+        return every
+    with among(base, every):
+        running = check_regime(base, regime_of(base, budget))
+    logger.info("plans of %s race", [layout.tower for layout in running])
+    return running
 
 
 def _basis_of(model: PeftModel) -> Basis | None:
