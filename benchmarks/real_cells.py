@@ -12,14 +12,16 @@ from rows import Row
 OURS: dict[str, dict[str, Any]] = {
     "race": {},
     "searched": {"searched": True},
+    "race_tenth": {"share": 0.1},
     "race_short": {
+        "share": 0.1,
         "plans": 3,
         "preparations": ("none", "least squares", "least squares, close"),
         "neighbours": False,
     },
-    "race_anew": {"onward": "anew"},
-    "race_prepared": {"preparations": ("none", "least squares, close")},
-    "race_plain": {"preparations": ("none",)},
+    "race_anew": {"share": 0.1, "onward": "anew"},
+    "race_prepared": {"share": 0.1, "preparations": ("none", "least squares, close")},
+    "race_plain": {"share": 0.1, "preparations": ("none",)},
     "race_long": {"share": 0.3, "plans": 6},
     "no_race": {"plans": 1, "preparations": ("none",), "neighbours": False},
     "no_race_magnitude": {"plans": 1, "preparations": ("magnitude",), "neighbours": False},
@@ -30,8 +32,9 @@ OURS: dict[str, dict[str, Any]] = {
 """
 The package's own contestants: options of `Race`, its defaults where they say nothing.
 
-In `searched` the plan of `find_plan` races against others. `race_short` has fewer plans, and preparations race too, as
-in `race_prepared`, once the default. `race_plain` takes plans as they were cut, `race_anew` trains the winner anew.
+In `searched` the plan of `find_plan` races against others. `race_tenth` may cost a tenth of the steps, once the
+default, as may the next four: `race_short` has fewer plans, and preparations race too, as in `race_prepared`;
+`race_plain` takes plans as they were cut, `race_anew` trains the winner anew.
 `no_race*` take the depth plan of least loss, prepared in one way.
 """
 

@@ -36,6 +36,7 @@ DEFAULTS = ("searched", "race")
 TITLES = {
     "searched": "hawada (search and race)",
     "race": "hawada (race, the default)",
+    "race_tenth": "hawada, race of a tenth of the steps",
     "race_prepared": "hawada, preparations race too",
     "race_short": "hawada, short race",
     "race_plain": "hawada, race of plans as cut",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hawada_peft.processes import of_this_rank
-from hawada_peft.refit.least_squares import COLUMNS, ROWS, Fit, Moments
+from hawada_peft.refit.least_squares import COLUMNS, ROWS, Fit, Held, Moments
 
 CPU = torch.device("cpu")
 
@@ -106,3 +106,26 @@ def test_float32_gives_what_float64_gives() -> None:
 def test_inputs_that_are_all_zero_are_refused() -> None:
     _, y, weight, _ = data()
     assert Fit(moments_of(torch.zeros(len(y), 5), y), weight, None).step(0.1) is None
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_held_out_errors_are_those_of_the_moments(biased: bool) -> None:
+    """From fewer rows than inputs, from more, and from the rows of two ranks."""
+    x, y, weight, bias = data(rows=7)
+    shift, change = (bias, torch.randn_like(bias)) if biased else (None, None), torch.randn_like(weight)
+    for rows in (4, 7):
+        fit = Fit(moments_of(x[:rows], y[:rows]), weight, shift[0])
+        held = Held(waiting(x[:rows], y[:rows]), weight, shift[0])
+        assert held.total == pytest.approx(y[:rows].square().sum().item())
+        assert held.error == pytest.approx(fit.error)
+        assert held.error_after(change, shift[1]) == pytest.approx(fit.error_after(change, shift[1]))
+    twice = Held(waiting(x, y), weight, shift[0], lambda value: 2 * value)
+    assert twice.error == pytest.approx(2 * held.error)
+    assert twice.error_after(change, shift[1]) == pytest.approx(2 * held.error_after(change, shift[1]))
+
+
+def waiting(x: torch.Tensor, y: torch.Tensor) -> Moments:
+    moments = Moments(x.shape[1], y.shape[1], CPU)
+    for row in range(len(x)):
+        moments.add(x[row : row + 1], y[row : row + 1])
+    return moments

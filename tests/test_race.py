@@ -44,6 +44,15 @@ def test_a_neighbour_runs_once_and_cannot_win() -> None:
     assert any("beside the budget" in line for line in record.lines())
 
 
+def test_neighbours_that_do_not_run_are_told_as_they_were_cut(tmp_path: Path) -> None:
+    record = replace(record_of(RACE, tmp_path / "race.json"), beside=False)
+    run_race(record, Trials())
+    beside = entrant(6, neighbour=True)
+    assert beside.key not in {run.entrant for run in record.runs}
+    assert [line for line in record.lines() if f"{beside.start:.4f} as cut" in line]
+    assert RaceRecord.read(tmp_path / "race.json", RACE.settings()) == record
+
+
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
 @pytest.mark.parametrize("steps", [300, 1000])
 def test_a_race_costs_what_was_said(share: float, steps: int) -> None:

@@ -31,8 +31,10 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, 
 
 from hawada_peft import Plan, Shape, register_family, save_slim, slim
 from hawada_peft.errors import HawAdaError, IncompatibleBaseError, UnsupportedModelError
+from hawada_peft.processes import of_this_rank
 from hawada_peft.refit import reconstruct
 from hawada_peft.refit.layerwise import Stream, residual_gains
+from hawada_peft.refit.reconstruction import Teacher, refit_model
 from hawada_peft.vanilla import rehome
 from hawada_peft.vanilla.family import FAMILIES, locate
 
@@ -106,6 +108,28 @@ def test_never_worse_on_held_out_rows(row: Row, seed: int) -> None:
     assert result.applied == (result.after < result.before)
     if not result.applied:
         assert_same_state(state_of(small), plain)
+
+
+@pytest.mark.parametrize("room", [0, 2**14, 2**30])
+def test_several_models_are_refitted_to_one_teacher_as_each_alone(room: int) -> None:
+    model = build(LM_ROW)
+    batches, passes = batches_of(model), list[int]()
+    for layer in range(4):
+        model.model.layers[layer].register_forward_hook(lambda *_, layer=layer: passes.append(layer))
+    teacher = Teacher(model, batches, room=room, reduce=of_this_rank)
+    plans = [scattered_plan(model, shape) for shape in (Shape(4, 2, 40, 2), Shape(4, 2, 48, 4), Shape(8, 4, 40, 3))]
+    counts = []
+    for plan in plans:
+        alone, shared = slim(model, plan), slim(model, plan)
+        before = len(passes)
+        expected = refit_model(model, alone, plan, batches, reduce=of_this_rank)
+        between = len(passes)
+        assert teacher.refit(shared, plan) == expected
+        counts.append((between - before, len(passes) - between))
+        assert all(map(torch.equal, alone.state_dict().values(), shared.state_dict().values()))
+    assert counts[0][0] == counts[0][1]  # nothing is known yet
+    whole = 4 * len(batches) if room == 2**30 else 0  # all layers on all batches
+    assert all(alone - shared > whole for alone, shared in counts[1:])
 
 
 def test_the_whole_is_taken_back_if_it_is_worse() -> None:

@@ -34,7 +34,7 @@ from ..errors import HawAdaError, UnsupportedModelError
 from ..planning.plan import Plan
 from ..processes import in_main_process, of_this_rank
 from ..race.candidates import DIRECTIONS, GENERATORS, GIVEN, TOGETHER, field_of, neighbours, searched
-from ..race.fits import Fits, fits_of, no_larger
+from ..race.fits import Fits, fits_of, no_larger, sizes_of
 from ..race.judge import Judge
 from ..race.preparations import PREPARATIONS
 from ..race.race import Race, entrants_of, run_race
@@ -200,7 +200,7 @@ class RacedRecovery:
         beside = neighbours(judge, fits) if race.neighbours else []
         total = self._total_steps() * race.share / self.share
         plans, others, neighbouring, lengths = race.affordable(len(field), len(beside), total)
-        entrants = entrants_of(field[:plans], race, beside[:neighbouring])
+        entrants = entrants_of(field[:plans], race, beside)
         timed = fits.time is not None
         record = RaceRecord(
             settings=dict(settings),
@@ -211,6 +211,7 @@ class RacedRecovery:
             limit_ms=fits.limit_ms if timed else None,
             share=self.share,
             latencies=dict(fits.measured),
+            beside=neighbouring > 0,
             seconds=round(time.perf_counter() - started, 3),
             path=path,
         )
@@ -234,7 +235,7 @@ class RacedRecovery:
             return fits
         if self.given is None:
             raise HawAdaError("a race needs a budget, or a plan that sets the number of parameters")
-        return no_larger(self.dense, self.given)
+        return no_larger(self.dense, sizes_of(locate_all(self.dense), self.given))
 
     def _total_steps(self) -> int:
         """Of the recovery; where it is bounded by epochs those are not known here, and a usual number is taken."""

@@ -176,10 +176,11 @@ def fits_of(
     return Fits(whole, time, budget.limit_ms, tolerance, sizes, numbers=Numbers.of(layouts))
 
 
-def no_larger(dense: PreTrainedModel, plan: Plan) -> Fits:
-    """The shapes with no more parameters than those of a plan: what a race without a budget is about."""
+def no_larger(dense: PreTrainedModel, sizes: Sizes) -> Fits:
+    """The shapes with no more parameters than some sizes: what a race without a budget is about."""
     layouts = locate_all(dense)
-    most = _parameters(layouts, sizes_of(layouts, plan))
+    shapes = zip(layouts, shapes_of(sizes), strict=True)
+    most = _parameters(layouts, as_sizes([layout.complete(shape) for layout, shape in shapes]))
     limits = [(partial(_parameters, layouts), most)]
     whole = as_sizes([layout.dense for layout in layouts])
     return Fits(whole, sizes=limits, numbers=Numbers.of(layouts))

@@ -53,7 +53,7 @@ class Judge:
         dense (`PreTrainedModel`): vanilla, with a family row; left as it is.
         batches (`Sequence`): keyword arguments of the forward pass, on the model's device; labels are not used.
         basis (`Basis`, *optional*): of the residual stream, if plans may keep directions of it.
-        bf16 (`bool`): compute plans' losses under bfloat16 autocast, as a training with it does: many times quicker.
+        bf16 (`bool`): compute plans' losses under bfloat16 autocast, as a training with it does; that is quicker.
 
     Raises:
         HawAdaError: if there are no batches.

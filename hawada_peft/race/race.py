@@ -24,7 +24,7 @@ from .record import Entrant, RaceRecord, Run
 
 logger = logging.getLogger(__name__)
 
-LEAST = 5
+LEAST = 8
 """Steps of a run in the first rung; shorter ones decide nothing."""
 
 ONWARD = ("continued", "anew")
@@ -48,7 +48,7 @@ class Race:
         preparations (`tuple[str, ...]`): names in `PREPARATIONS`. All plans run with the first (as they were cut,
             where it cannot be done), the best of them with each of the others as well. Least squares lead every short
             run by what they give at once, so a plan with them says nothing about one without.
-        share (`float`): of the recovery's steps that the race may cost.
+        share (`float`): of the recovery's steps that the race may cost. What it takes, the winner's recovery lacks.
         steps (`int`, *optional*): of a run in the first rung; as many as the share allows if left out. Each further
             rung runs twice as long.
         batch_size (`int`, *optional*): per device, in the race; a quarter of the recovery's if left out. A step counts
@@ -56,7 +56,8 @@ class Race:
         learning_rate (`float`, *optional*): of the race; the recovery's if left out.
         onward (`str`): `"continued"`: each rung, and the recovery after the last one, starts from the weights that an
             entrant has; `"anew"`: from the cut and prepared ones.
-        neighbours (`bool`): also run the nearest numbers of whole layers on both sides of the budget once, to be told.
+        neighbours (`bool`): also tell of the nearest numbers of whole layers on both sides of the budget: what they
+            lose as they are cut and, if there are steps enough, after a run.
         tolerance (`float`): how far above the latency budget a plan may be timed, in parts.
         rotate (`bool`): let plans cut the residual stream along directions that the calibration batches name
             (`find_basis`), where that is exact.
@@ -79,7 +80,7 @@ class Race:
     plans: int = 4
     few: int = 2
     preparations: tuple[str, ...] = ("least squares, close",)
-    share: float = 0.1
+    share: float = 0.03
     steps: int | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
@@ -235,7 +236,10 @@ def run_race(
         record.write()
         return able[0]
     everyone = len(able) + sum(each not in {one.preparation for one in able} for each in further)
-    run([each for each in record.entrants if each.preparation == first], 0, math.ceil(everyone / 2))
+    starting = [
+        each for each in record.entrants if each.preparation == first and (record.beside or not each.neighbour)
+    ]
+    run(starting, 0, math.ceil(everyone / 2))
     leader = record.entrant(_finite(record, 0)[0].entrant)
     known = {each.key for each in record.entrants}
     again = [replace(leader, preparation=name) for name in further]
@@ -267,4 +271,4 @@ def _finite(record: RaceRecord, rung: int) -> list[Run]:
 
 def _runs_to_come(record: RaceRecord) -> float:
     """All runs of a race, in runs of the first rung, roughly."""
-    return len(record.entrants) * len(record.lengths)
+    return sum(record.beside or not each.neighbour for each in record.entrants) * len(record.lengths)

@@ -20,7 +20,7 @@ from ..planning.plan import Plan
 from ..vanilla.shape import Shape
 from .fits import Sizes, as_sizes
 
-FORMAT = 1
+FORMAT = 2
 NAME = "race.json"
 
 
@@ -105,6 +105,7 @@ class RaceRecord:
         seconds (`float`): what finding the entrants took.
         latencies (`dict[Sizes, float]`): of all shapes that were timed, in milliseconds; of several towers by
             `Together`.
+        beside (`bool`): whether the neighbours run too; else it is only told what they lose as they are cut.
         winner (`str`, *optional*): its key, once the race is over.
         path (`Path`, *optional*): where it is written; nowhere if left out.
     """
@@ -119,6 +120,7 @@ class RaceRecord:
     share: float = 1.0
     seconds: float = 0.0
     latencies: dict[Sizes, float] = field(default_factory=dict)
+    beside: bool = True
     winner: str | None = None
     path: Path | None = None
 
@@ -171,6 +173,7 @@ class RaceRecord:
             "entrants": [{"key": each.key, "name": each.name} | each.to_dict() for each in self.entrants],
             "runs": [asdict(run) | {"loss": None if math.isnan(run.loss) else run.loss} for run in self.runs],
             "latencies": [[_plain(sizes), ms] for sizes, ms in self.latencies.items()],
+            "beside": self.beside,
             "winner": self.winner,
             "cost": self.cost,
         }
@@ -185,7 +188,17 @@ class RaceRecord:
         """
         if not isinstance(data, Mapping) or data.get("format") != FORMAT or "entrants" not in data:
             raise HawAdaError(f"{path or 'this'} is not the record of a race in format {FORMAT}; remove it")
-        fields = ("settings", "preparations", "lengths", "dense_ms", "limit_ms", "share", "seconds", "winner")
+        fields = (
+            "settings",
+            "preparations",
+            "lengths",
+            "dense_ms",
+            "limit_ms",
+            "share",
+            "seconds",
+            "beside",
+            "winner",
+        )
         return cls(
             entrants=[
                 Entrant.from_dict({name: value for name, value in each.items() if name not in ("key", "name")})
@@ -194,7 +207,7 @@ class RaceRecord:
             runs=[Run(**(run | {"loss": math.nan if run["loss"] is None else run["loss"]})) for run in data["runs"]],
             latencies={_sizes(plain): ms for plain, ms in data["latencies"]},
             path=path,
-            **{name: data[name] for name in fields},
+            **{name: data[name] for name in (*fields, "beside", "winner")},
         )
 
     @classmethod
@@ -237,9 +250,10 @@ class RaceRecord:
                 lines.append(f"rung {rung + 1}, {steps} steps: {results}")
         for each in self.entrants:
             run = self.find(each, 0)
-            if each.neighbour and run is not None:
+            if each.neighbour:
                 latency = "" if each.ms is None else f" ({each.ms:.4g} ms)"
-                lines.append(f"beside the budget, {each.name}{latency}: {run.loss:.4f} after {run.steps} steps")
+                found = f"{each.start:.4f} as cut" if run is None else f"{run.loss:.4f} after {run.steps} steps"
+                lines.append(f"beside the budget, {each.name}{latency}: {found}")
         if self.winner is not None:
             lines.append(f"won: {self.entrant(self.winner).name}; the race cost {self.cost:.0f} steps of recovery")
         return lines

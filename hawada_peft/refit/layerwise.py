@@ -6,10 +6,11 @@ Long because a layer is called in several ways: whole, up to a projection, on ot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -19,9 +20,12 @@ from ..errors import HawAdaError
 from ..vanilla.batches import Batch, has_rows, main_input, rows_of
 from ..vanilla.family import Layout
 from ..vanilla.outputs import prediction_of
+from ..vanilla.prefix import Passed
 from .calls import Call
 
 Gains = tuple[torch.Tensor, torch.Tensor] | None
+
+Tensors = TypeVar("Tensors", bound=tuple[torch.Tensor, ...])
 
 Keep = Callable[[torch.Tensor], torch.Tensor]
 """Where a tensor is kept that is needed later: in memory, or in a file."""
@@ -51,6 +55,7 @@ class Stream:
         keep: where hidden states are kept.
         between: what the layers pass on beside the hidden states that the next one takes; empty if nothing.
         wrapped: whether they give tuples.
+        gains: of layers, as far as they were asked for (`residual_gains`).
     """
 
     model: PreTrainedModel
@@ -62,6 +67,7 @@ class Stream:
     keep: Keep = in_memory
     between: str = ""
     wrapped: bool = False
+    gains: dict[int, Gains] = field(default_factory=dict)
 
     @classmethod
     def start(cls, model: PreTrainedModel, layout: Layout, batches: Sequence[Batch], keep: Keep = in_memory) -> Stream:
@@ -266,10 +272,10 @@ class Stream:
     def _passed(self, number: int) -> Iterator[None]:
         """While no layer computes anything, and the last one gives a batch's stream."""
         layers = cast(nn.ModuleList, self.layers)
-        real = list(layers)
+        real, hidden = list(layers), self.hidden[number]
         try:
             for index, layer in enumerate(real):
-                layers[index] = _Passed(layer, self.hidden[number], wrapped=self.wrapped)
+                layers[index] = Passed(layer, (hidden,) if self.wrapped else hidden)
             yield
         finally:
             for index, layer in enumerate(real):
@@ -279,6 +285,55 @@ class Stream:
         """Take the stream through a layer."""
         for number in range(len(self.hidden)):
             self.hidden[number] = self.keep(self.call(layer, number))
+
+
+class Known:
+    """
+    Tensors that are computed once.
+
+    Args:
+        room: bytes of them that are kept, the first ones; further ones are made each time.
+    """
+
+    def __init__(self, room: int) -> None:
+        self._room, self._kept = room, dict[Any, tuple[torch.Tensor, ...]]()
+
+    def value(self, key: Hashable, make: Callable[[], Tensors]) -> Tensors:
+        """What `make` gives."""
+        if key in self._kept:
+            return cast(Tensors, self._kept[key])
+        found = make()
+        size = sum(each.nbytes for each in found)
+        if size <= self._room:
+            self._room -= size
+            self._kept[key] = found
+        return found
+
+
+@dataclass
+class KnownStream(Stream):
+    """
+    The stream of a model that is gone through several times, from the start: what its layers give is computed once.
+
+    Args:
+        model, layout, hidden, calls, rows, row_calls, keep, between, wrapped, gains: as of `Stream`.
+        known: the outputs of layers on the batches.
+    """
+
+    known: Known = field(default_factory=lambda: Known(0))
+
+    def again(self) -> KnownStream:
+        """The same, to be taken through the layers, while this one stays before the first."""
+        return replace(self, hidden=list(self.hidden))
+
+    def outputs(self, layer: int, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As of `Stream`."""
+        return self.known.value((self.layout.tower, layer, number), partial(super().outputs, layer, number))
+
+    def advance(self, layer: int) -> None:
+        """Take the stream through a layer."""
+        for number in range(len(self.hidden)):
+            self.hidden[number] = self.outputs(layer, number)[0]
 
 
 def residual_gains(stream: Stream, layer: int) -> Gains:
@@ -291,6 +346,12 @@ def residual_gains(stream: Stream, layer: int) -> Gains:
     Returns:
         Two tensors of (hidden_size,); None if the layer does not add its blocks up like this (a norm in between).
     """
+    if layer not in stream.gains:
+        stream.gains[layer] = _found_gains(stream, layer)
+    return stream.gains[layer]
+
+
+def _found_gains(stream: Stream, layer: int) -> Gains:
     ends, row = (stream.attention_out(layer), stream.ffn_out(layer)), stream.row
     zeros = torch.zeros_like(row)
 
@@ -310,22 +371,6 @@ def residual_gains(stream: Stream, layer: int) -> Gains:
     expected = row + gains[0].to(wide) * attention + gains[1].to(wide) * ffn
     rounding = 8 * torch.finfo(row.dtype).eps
     return gains if (output - expected).norm() <= rounding * output.norm() else None
-
-
-class _Passed(nn.Module):
-    """In place of a layer, with its attributes: gives what was computed before."""
-
-    def __init__(self, layer: nn.Module, output: torch.Tensor, *, wrapped: bool) -> None:
-        super().__init__()
-        self.layer = layer
-        self._output = (output,) if wrapped else output
-
-    def __getattr__(self, name: str) -> Any:
-        return super().__getattr__(name) if name == "layer" else getattr(self.layer, name)
-
-    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
-        """The output."""
-        return self._output
 
 
 def _is_tensor(value: Any) -> bool:

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from ..processes import Reduce
+from ..processes import Reduce, of_this_rank
 
 ROWS = 4096
 """Rows that are multiplied at a time."""
@@ -47,13 +47,22 @@ class Moments:
         if sum(len(x) for x, _ in self._waiting) >= ROWS:
             self._multiply()
 
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """All rows of x and y, in the dtype of products, where they are fewer than the inputs and still there."""
+        if not self._waiting or self.count or sum(len(x) for x, _ in self._waiting) >= len(self.xx):
+            return None
+        return self._joined()
+
+    def _joined(self) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        self.dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), self.dtype)
+        return x.to(self.dtype), y.to(self.dtype)
+
     def _multiply(self) -> None:
         if not self._waiting:
             return
-        x, y = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        x, y = self._joined()
         self._waiting.clear()
-        self.dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), self.dtype)
-        x, y = x.to(self.dtype), y.to(self.dtype)
         self.count += len(x)
         self.x += x.sum(0)
         self.y += y.sum(0)
@@ -71,6 +80,52 @@ class Moments:
         for tensor in (self.count, self.x, self.y, self.xx, self.yx, self.yy):
             reduce(tensor)
         return self
+
+
+class Held:
+    """
+    The error of a linear map, and of maps close to it, on data that nothing is fitted to.
+
+    It is taken from the rows themselves where they are fewer than the inputs, as they mostly are: moments would take
+    several times the products.
+
+    Args:
+        moments: of x (inputs) and the wanted y (outputs), not `reduced`: of this rank's rows.
+        weight: (outputs, inputs), the map.
+        bias: (outputs,), or None for a map without one.
+        reduce: sums over ranks.
+
+    Attributes:
+        total (`float`): the sum over rows of `|y|^2`.
+        error (`float`): the sum over rows of `|y - weight x - bias|^2`.
+    """
+
+    def __init__(
+        self, moments: Moments, weight: torch.Tensor, bias: torch.Tensor | None, reduce: Reduce = of_this_rank
+    ) -> None:
+        self._reduce, self._fit = reduce, None
+        rows = moments.rows()
+        if rows is None:
+            moments = moments.reduced(of_this_rank)
+            self._fit, total = Fit(moments, weight, bias), float(moments.yy)
+            error = self._fit.error
+        else:
+            self._x, y = rows
+            left = y - self._x @ weight.to(y.dtype).T
+            self._left = left if bias is None else left - bias.to(y.dtype)
+            total, error = _squares(y), _squares(self._left)
+        self._device = weight.device
+        self.total, self.error = self._summed(total), self._summed(error)
+
+    def error_after(self, change: torch.Tensor, shift: torch.Tensor | None) -> float:
+        """As `Fit.error_after`."""
+        if self._fit is not None:
+            return self._summed(self._fit.error_after(change, shift))
+        left = self._left - self._x @ change.to(self._x.dtype).T
+        return self._summed(_squares(left if shift is None else left - shift.to(left.dtype)))
+
+    def _summed(self, value: float) -> float:
+        return float(self._reduce(torch.tensor(value, dtype=torch.float64, device=self._device)))
 
 
 class Fit:
@@ -160,3 +215,7 @@ class Fit:
         if failed:
             return None
         return torch.cholesky_solve((left * scale).to(dtype).T, factor).T.double() * scale
+
+
+def _squares(values: torch.Tensor) -> float:
+    return float(values.square().sum(1).double().sum())

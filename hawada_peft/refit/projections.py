@@ -12,7 +12,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModelError
-from .least_squares import Fit, Moments
+from ..processes import Reduce, of_this_rank
+from .least_squares import Fit, Held, Moments
 
 Projection = nn.Linear | Conv1D
 
@@ -73,6 +74,7 @@ def choose(
     held_out: Moments,
     gain: torch.Tensor | None,
     dampings: Sequence[float],
+    reduce: Reduce = of_this_rank,
 ) -> Refit:
     """
     Give a projection the refit with the least error on held-out moments; its own weights, if none is better.
@@ -80,10 +82,11 @@ def choose(
     Args:
         name: of the module.
         module: changed in place: new tensors, of the same dtype.
-        fitted, held_out: moments of its inputs, and of targets in units of the residual stream.
+        fitted, held_out: moments of its inputs, and of targets in units of the residual stream, of this rank's rows.
         gain: (out_features,), what multiplies its output before it is added to the stream; None for targets in units
             of its own output.
         dampings: the candidates. They are looked through from the middle, for as long as it gets better.
+        reduce: sums over ranks.
 
     Returns:
         What was chosen.
@@ -92,8 +95,8 @@ def choose(
     inverse = torch.where(scale == 0, 0.0, 1 / scale)  # an output that is multiplied by zero stays as it is
     weight, bias = _map(module)
     prior = scale[:, None] * weight.double(), None if bias is None else scale * bias.double()
-    fit, held = Fit(fitted, *prior), Fit(held_out, *prior)
-    total = max(float(held_out.yy), torch.finfo(torch.float64).tiny)
+    fit, held = Fit(fitted.reduced(reduce), *prior), Held(held_out, *prior, reduce)
+    total = max(held.total, torch.finfo(torch.float64).tiny)
 
     def refitted(damping: float) -> _Candidate:
         step = fit.step(damping)

@@ -1,4 +1,8 @@
-"""Least-squares reconstruction: the slim model's output projections refitted to the dense model's hidden states."""
+"""
+Least-squares reconstruction: the slim model's output projections refitted to the dense model's hidden states.
+
+Long because what a refit takes, holds and gives is documented in full.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,13 @@ from ..planning.plan import Plan
 from ..processes import Reduce, all_reduced
 from ..progress import Progress, progress_bar
 from ..vanilla.batches import Batch
-from ..vanilla.family import locate
+from ..vanilla.family import Layout, locate
 from ..vanilla.mode import evaluating
 from ..vanilla.modules import parameters_of
 from .checks import check_options, coordinates_of, masks_of, projections_of
 from .fidelity import Expected
 from .held_out import HELD_OUT, split
-from .layerwise import Stream
+from .layerwise import Known, KnownStream, Stream
 from .projections import Refit
 from .sweep import refit_layers
 
@@ -156,47 +160,108 @@ def refit_model(
         reduce: sums over ranks.
     """
     check_options(dampings, held_out, correction)
-    if any(isinstance(module, BaseTunerLayer) for model in (dense, slim) for module in model.modules()):
+    teacher = Teacher(dense, calibration, held_out=held_out, reduce=reduce)
+    return teacher.refit(
+        slim, plan, dampings=dampings, correction=correction, coordinates=coordinates, progress=progress
+    )
+
+
+class Teacher:
+    """
+    A dense model on calibration batches, to which slim models are refitted.
+
+    Args:
+        dense: the model; left as it is.
+        calibration: batches, keyword arguments of its forward pass.
+        held_out: as in `reconstruct`.
+        room: bytes that may be kept of what its layers give, for where several models are refitted to it.
+        reduce: sums over ranks.
+
+    Raises:
+        HawAdaError: if there is too little calibration data to hold some out.
+        BadDataError: if a batch holds what the model cannot take.
+        UnsupportedModelError: if the model has adapters in it.
+    """
+
+    def __init__(
+        self,
+        dense: PreTrainedModel,
+        calibration: Iterable[Batch],
+        *,
+        held_out: float = HELD_OUT,
+        room: int = 0,
+        reduce: Reduce,
+    ) -> None:
+        _check_vanilla(dense)
+        self.dense, self._reduce, self._known = dense, reduce, Known(room)
+        self.fitted, self.held = split(calibration, dense, dense.device, held_out, reduce)
+        self._expected = Expected(dense, self.held)
+        self._streams: dict[str, KnownStream] = {}
+
+    def refit(
+        self,
+        slim: PreTrainedModel,
+        plan: Plan,
+        *,
+        dampings: Sequence[float] = DAMPINGS,
+        correction: float = CORRECTION,
+        coordinates: torch.Tensor | None = None,
+        progress: Progress | None = None,
+    ) -> Reconstruction:
+        """
+        `reconstruct` of a slim model, without its log and warning.
+
+        Args:
+            slim, plan, dampings, correction, coordinates, progress: as there.
+        """
+        _check_vanilla(slim)
+        if plan.beside:
+            order = [name for name, _ in slim.named_modules()]
+            places = {part.tower: order.index(locate(slim, part.tower).stack) for part in plan.parts}
+            ordered = sorted(plan.cut_parts or plan.parts, key=lambda part: places[part.tower])  # as they are run
+            refit = partial(self.refit, slim, dampings=dampings, correction=correction, progress=progress)
+            return _together([refit(each) for each in ordered])
+        dense, batches = self.dense, [*self.fitted, *self.held]
+        teacher_layout, layout = locate(dense, plan.tower or None), locate(slim, plan.tower or None)
+        coordinates = coordinates_of(teacher_layout, layout, plan, coordinates)
+        if coordinates is not None:
+            coordinates = coordinates.to(slim.device)
+        with evaluating(dense, slim), torch.no_grad():
+            metric, before = self._expected.divergence(slim, self._reduce)
+            teacher, student = self._stream(teacher_layout), Stream.start(slim, layout, batches)
+            projections = projections_of(student)
+            plain = {name: [p.data for p in parameters_of(module)] for name, module in projections.items()}
+            applied, masks = False, masks_of(student, batches)
+            try:
+                layers = refit_layers(
+                    teacher, student, plan, masks, len(self.fitted), dampings, correction, coordinates, self._reduce
+                )
+                refits = tuple(
+                    progress_bar(progress, iterable=layers, total=len(projections), desc="reconstructing", leave=False)
+                )
+                _, after = self._expected.divergence(slim, self._reduce)
+                applied = after < before
+            finally:  # also when a layer fails: never a model that is refitted in part
+                if not applied:
+                    for name, module in projections.items():
+                        for parameter, tensor in zip(parameters_of(module), plain[name], strict=True):
+                            parameter.data = tensor
+        return Reconstruction(refits, metric, before, after, applied)
+
+    def _stream(self, layout: Layout) -> Stream:
+        """The dense model's before the first layer of a tower."""
+        if layout.tower not in self._streams:
+            start = Stream.start(self.dense, layout, [*self.fitted, *self.held])
+            self._streams[layout.tower] = KnownStream(**vars(start), known=self._known)
+        return self._streams[layout.tower].again()
+
+
+def _check_vanilla(model: PreTrainedModel) -> None:
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise UnsupportedModelError(
             "reconstruct() takes vanilla models, and one of these has adapters in it: use "
             "`merge_and_unload(calibration=...)` on the PEFT model, or `unload()` or merge it first"
         )
-    if plan.beside:
-        batches, order = list(calibration), [name for name, _ in slim.named_modules()]
-        places = {part.tower: order.index(locate(slim, part.tower).stack) for part in plan.parts}
-        ordered = sorted(plan.cut_parts or plan.parts, key=lambda part: places[part.tower])  # as they are run
-        refit = partial(refit_model, dampings=dampings, held_out=held_out, correction=correction)
-        return _together([refit(dense, slim, each, batches, progress=progress, reduce=reduce) for each in ordered])
-    teacher_layout, layout = locate(dense, plan.tower or None), locate(slim, plan.tower or None)
-    coordinates = coordinates_of(teacher_layout, layout, plan, coordinates)
-    if coordinates is not None:
-        coordinates = coordinates.to(slim.device)
-    fitted, held = split(calibration, slim, slim.device, held_out, reduce)
-    with evaluating(dense, slim), torch.no_grad():
-        expected = Expected(dense, held)
-        metric, before = expected.divergence(slim, reduce)
-        teacher, student = (
-            Stream.start(model, row, [*fitted, *held]) for model, row in ((dense, teacher_layout), (slim, layout))
-        )
-        projections = projections_of(student)
-        plain = {name: [p.data for p in parameters_of(module)] for name, module in projections.items()}
-        applied = False
-        try:
-            masks = masks_of(student, [*fitted, *held])
-            layers = refit_layers(
-                teacher, student, plan, masks, len(fitted), dampings, correction, coordinates, reduce
-            )
-            refits = tuple(
-                progress_bar(progress, iterable=layers, total=len(projections), desc="reconstructing", leave=False)
-            )
-            _, after = expected.divergence(slim, reduce)
-            applied = after < before
-        finally:  # also when a layer fails: never a model that is refitted in part
-            if not applied:
-                for name, module in projections.items():
-                    for parameter, tensor in zip(parameters_of(module), plain[name], strict=True):
-                        parameter.data = tensor
-    return Reconstruction(refits, metric, before, after, applied)
 
 
 def tell(result: Reconstruction) -> None:

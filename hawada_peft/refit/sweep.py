@@ -56,7 +56,7 @@ def refit_layers(
                     kept.append((student.keep(inputs), student.keep(stream)))
             wanted.clear()
             gain = None if gains is None else gains[which]
-            yield choose(name, module, fit.reduced(reduce), held.reduced(reduce), gain, dampings)
+            yield choose(name, module, fit, held, gain, dampings, reduce)
             for number, (inputs, stream) in enumerate(kept):  # what the layer gives, without another pass through it
                 student.hidden[number] = student.keep(stream + gain * module(inputs))
         if gains is None:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import Any, cast
 
 import numpy as np
 import torch
 from peft import PeftModel
+from torch import nn
 
 from ..errors import HawAdaError, InvalidPlanError
 from ..files.kept import Kept, digest_of_key
@@ -25,10 +27,12 @@ from ..planning.plan import Plan
 from ..planning.ranking import rank
 from ..processes import Reduce, of_this_rank
 from ..progress import Progress, progress_bar
+from ..refit.fidelity import KEPT_BYTES
 from ..vanilla.batches import Batch
 from ..vanilla.family import Layout
 from ..vanilla.legality import depth_of
 from ..vanilla.mode import evaluating
+from ..vanilla.prefix import Prefix
 from ..vanilla.shape import BY_NAME, FFN, HEADS, HIDDEN, LAYERS, Shape
 from .reference import Reference, first_of, ranked_predictions
 from .scores import channels_cut, heads_cut, loss_curve, unit_scores
@@ -47,6 +51,10 @@ WIDTHS = (0.75, 0.5, 0.25)
 
 DOUBT = 1.5
 """By how much a predicted loss may be too small, as a factor."""
+
+
+Skip = Callable[[int], AbstractContextManager[None]]
+"""What a pass on a batch, given its number, need not compute."""
 
 
 class MaskedQuality:
@@ -183,12 +191,15 @@ class MaskedQuality:
             self.measured[plan] = self._mean(plan, self.references, "loss")
         return self.measured[plan]
 
-    def _mean(self, plan: Plan, references: Sequence[Reference], kind: str) -> float:
-        return self._kept.value(name_of(kind, plan), lambda: self._mean_of(plan, references))
+    def _mean(self, plan: Plan, references: Sequence[Reference], kind: str, skip: Skip | None = None) -> float:
+        return self._kept.value(name_of(kind, plan), lambda: self._mean_of(plan, references, skip))
 
-    def _mean_of(self, plan: Plan, references: Sequence[Reference]) -> float:
+    def _mean_of(self, plan: Plan, references: Sequence[Reference], skip: Skip | None) -> float:
+        parts = []
         with self._masked(plan), torch.no_grad():
-            parts = [reference.divergence(self.model) for reference in references]
+            for number, reference in enumerate(references):
+                with nullcontext() if skip is None else skip(number):
+                    parts.append(reference.divergence(self.model))
         device = references[0].mask.device
         total, count = self._reduce(torch.tensor(parts, dtype=torch.float64, device=device).sum(0)).tolist()
         return total / count
@@ -258,24 +269,33 @@ class MaskedQuality:
             return
         count = sum(min(RESCORED, each) if index else each for index, each in enumerate(kept))
         held = f"{len(self._ranking)} of {len(self.references)} calibration batches"
+        layers = self.model.get_base_model().get_submodule(self.layout.stack)
+        prefix = Prefix(cast(nn.ModuleList, layers), self._order, KEPT_BYTES)
         logger.info("dropping %d of %d layers takes %d evaluations of %s", len(kept), total, count, held)
         with progress_bar(self._progress, total=count, desc=DEPTH, unit="evaluation", leave=False) as bar:
             for _ in kept:
                 remaining = self._droppable([layer for layer in range(total) if layer not in self._order])
-                asked = sorted(remaining, key=lambda layer: last.get(layer, 0.0))
+                asked = sorted(remaining, key=lambda layer: last.get(layer, 0.0))[: RESCORED if last else None]
                 scores: dict[int, float] = {}
-                for layer in asked[:RESCORED] if last else asked:
-                    scores[layer] = self._ranking_loss(self._without([*self._order, layer]))
+                for layer in sorted(asked, reverse=True):  # the first pass finds what the others start from
+                    scores[layer] = self._ranking_loss(layer, prefix)
                     bar.update(1)
                 last |= scores
                 self._alone = self._alone or scores
-                cheapest = min(scores, key=scores.__getitem__)
+                cheapest = min(asked, key=scores.__getitem__)
+                prefix.drop(cheapest)
                 self._order.append(cheapest)
                 self._order_loss.append(scores[cheapest])
         logger.info("layers in the order of dropping: %s", self._order)
 
-    def _ranking_loss(self, plan: Plan) -> float:
-        return self.loss(plan) if self._ranking is self.references else self._mean(plan, self._ranking, "ranking")
+    def _ranking_loss(self, layer: int, prefix: Prefix) -> float:
+        """The loss of dropping one more layer, on the batches that rank them."""
+        plan, skip = self._without([*self._order, layer]), partial(prefix.passing, layer=layer)
+        if self._ranking is not self.references:
+            return self._mean(plan, self._ranking, "ranking", skip)
+        if plan not in self.measured:
+            self.measured[plan] = self._mean(plan, self.references, "loss", skip)
+        return self.measured[plan]
 
     def _droppable(self, remaining: Sequence[int]) -> list[int]:
         """Those that may go next: what must stay does, and the last layer before a backbone's stage."""

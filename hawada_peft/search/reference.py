@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..vanilla.batches import Batch, check_batch, position_mask, without_labels
-from ..vanilla.heads import Classes, Head, head_of
+from ..vanilla.heads import Classes, Head, head_of, is_bare
 from ..vanilla.mode import adapters_off, evaluating
 from ..vanilla.outputs import get_student_logits
 
@@ -67,7 +69,7 @@ class Reference:
         check_batch(model, batch)
         inputs = without_labels(batch, next(model.parameters()).device)
         with evaluating(model), torch.no_grad(), adapters_off(model):
-            logits = get_student_logits(model, inputs)
+            logits = _logits(model, inputs)
         head, given = head_of(model, logits), position_mask(inputs, logits.shape[:-1])
         mask = torch.ones(logits.shape[:-1], device=logits.device) if given is None else given.float()
         if not isinstance(head, Classes):
@@ -81,7 +83,7 @@ class Reference:
 
     def divergence(self, model: PeftModel) -> tuple[float, float]:
         """How far the model is from the dense one on the batch: a sum over predictions, and their number."""
-        logits, head = get_student_logits(model, self.batch), self.head
+        logits, head = _logits(model, self.batch), self.head
         if self.surprise is None:
             dtype, loss = torch.promote_types(logits.dtype, torch.float32), head.loss()
             divergence = loss.value(logits, self.dense, dtype) * self.mask
@@ -95,6 +97,13 @@ def first_of(references: Sequence[Reference], predictions: int, *, least: int = 
     """The first ones that hold so many predictions together, `least` of them or more; all, if they hold fewer."""
     sums = torch.tensor([float(each.mask.double().sum()) for each in references]).cumsum(0)
     return list(references[: max(least, int((sums < predictions).sum()) + 1)])
+
+
+def _logits(model: PeftModel, batch: Batch) -> torch.Tensor:
+    """Without a cache, which nobody reads, and which would be written into."""
+    base = cast(PreTrainedModel, model.get_base_model())
+    caches = base.can_generate() or (is_bare(base) and "use_cache" in base.config.to_dict())
+    return get_student_logits(model, ({"use_cache": False} if caches else {}) | dict(batch))
 
 
 def _surprise(head: Head, logits: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:

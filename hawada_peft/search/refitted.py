@@ -17,8 +17,9 @@ from ..files.kept import Kept
 from ..planning.plan import Plan
 from ..processes import of_this_rank
 from ..progress import Progress, progress_bar
+from ..refit.fidelity import KEPT_BYTES
 from ..refit.projections import is_projection
-from ..refit.reconstruction import refit_model
+from ..refit.reconstruction import Teacher
 from ..surgery.dense import dense_view
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch, main_input
@@ -85,6 +86,8 @@ class RefittedQuality(MaskedQuality):
         self._given, self._most = len(batches), judged_predictions(model)
         super().__init__(model, batches, importance, progress, kept=kept, tower=tower, references=references)
         self.dense = dense_view(cast(PreTrainedModel, model.get_base_model()))
+        batches = [reference.batch for reference in self.references]
+        self._teacher = Teacher(self.dense, batches, room=KEPT_BYTES, reduce=of_this_rank)
         self._refitted: dict[Plan, float] = {}
         gate = basis_gate(model.get_base_model(), self.layout, self.names[0])
         self._stream = None if gate is None else gate_basis(gate)
@@ -134,8 +137,7 @@ class RefittedQuality(MaskedQuality):
         turn = plan_turn(self.dense, plan, self._stream)
         small = slim(self.dense, plan, turn=turn)
         coordinates = None if turn is None else turn.write
-        batches = [reference.batch for reference in self.references]
-        report = refit_model(self.dense, small, plan, batches, coordinates=coordinates, reduce=of_this_rank)
+        report = self._teacher.refit(small, plan, coordinates=coordinates)
         logger.debug("%s: %s", plan, report)
         return min(report.before, report.after)
 

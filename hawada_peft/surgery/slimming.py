@@ -151,10 +151,10 @@ def _sliced(
     for name, place in result.state_dict(keep_vars=True).items():
         if id(place) not in done:
             source = cutting.source(name)
-            tensor = dense[source].data
-            sliced = tensor if turn is None else turn.tensor(source, dense.__getitem__)
+            whole = dense[source].data if turn is None else turn.tensor(source, dense.__getitem__)
+            sliced = whole
             for dim, rows in cutting.rows(name).items():
                 if not torch.equal(rows, torch.arange(sliced.shape[dim])):  # a copy is many times quicker
                     sliced = slice_tensor(sliced, dim, rows)
-            done[id(place)] = tensor.clone() if sliced.data_ptr() == tensor.data_ptr() else sliced
+            done[id(place)] = whole.detach().clone() if sliced is whole else sliced
         yield name, done[id(place)]
