@@ -41,7 +41,7 @@ from hawada_peft import (
 )
 from hawada_peft.cli.program import app
 from hawada_peft.discovery.inputs import example_inputs
-from hawada_peft.distil.recovery import racing_towers
+from hawada_peft.distil.raced import racing_towers
 from hawada_peft.errors import (
     HawAdaError,
     IncompatibleBaseError,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import PartialState  # type: ignore[import-untyped]
 from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
@@ -31,6 +31,7 @@ from ..basis.find import find_basis
 from ..basis.proof import check_exact
 from ..basis.rotation import warn_untied
 from ..errors import HawAdaError, UnsupportedModelError
+from ..latency.budget import LatencyBudget
 from ..planning.plan import Plan
 from ..processes import in_main_process, of_this_rank
 from ..race.candidates import DIRECTIONS, GENERATORS, GIVEN, TOGETHER, field_of, neighbours, searched
@@ -41,9 +42,10 @@ from ..race.race import Race, entrants_of, run_race
 from ..race.record import NAME, Entrant, RaceRecord
 from ..refit.fidelity import divergence
 from ..search.reference import judged_predictions
+from ..search.timed import check_regime, regime_of
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch
-from ..vanilla.family import Layout, locate, locate_all
+from ..vanilla.family import Layout, among, locate, locate_all, locate_every, together
 
 logger = logging.getLogger(__name__)
 
@@ -190,13 +192,13 @@ class RacedRecovery:
         started = time.perf_counter()
         race, judge = self.race, Judge(self.dense, self.judged, self.basis, bf16=bool(self.args.bf16))
         fits = self._fits()
-        generators, together = dict(GENERATORS), dict(TOGETHER)
+        generators, of_all = dict(GENERATORS), dict(TOGETHER)
         if not race.rotate:
             del generators[DIRECTIONS]
         if race.search is not None:
-            together["search"] = searched(race.search)
+            of_all["search"] = searched(race.search)
         given = () if self.given is None else (self.given,)
-        field = field_of(judge, fits, generators, together=together, given=given, most=race.plans, few=race.few)
+        field = field_of(judge, fits, generators, together=of_all, given=given, most=race.plans, few=race.few)
         beside = neighbours(judge, fits) if race.neighbours else []
         total = self._total_steps() * race.share / self.share
         plans, others, neighbouring, lengths = race.affordable(len(field), len(beside), total)
@@ -319,6 +321,23 @@ class RacedRecovery:
                 if file.name not in names:
                     file.unlink()
         PartialState().wait_for_everyone()
+
+
+def racing_towers(base: PreTrainedModel, race: Race, plan: Plan | None) -> Sequence[Layout]:
+    """
+    The towers that plans of a race may cut: those that a plan speaks of; else those with gates, of a model without
+    gates all, that run in the calls that are timed.
+    """
+    if plan is not None:
+        return together([locate(base, part.tower or None) for part in plan.parts])
+    every = together(locate_every(base))
+    budget = cast(LatencyBudget, race.budget)
+    if len(every) == 1 or not math.isfinite(budget.limit_ms(1.0)):
+        return every
+    with among(base, every):
+        running = check_regime(base, regime_of(base, budget))
+    logger.info("plans of %s race", [layout.tower for layout in running])
+    return running
 
 
 def rows_of(race: Race, args: TrainingArguments) -> tuple[int, float]:

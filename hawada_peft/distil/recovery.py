@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, cast
@@ -18,24 +17,22 @@ from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 from ..basis.basis import Basis, basis_gate, gate_basis
 from ..errors import HawAdaError
 from ..gates.adapter import GateAdapter
-from ..latency.budget import LatencyBudget
 from ..planning.plan import Plan
 from ..race.race import Race
 from ..race.record import Entrant
 from ..refit.reconstruction import reconstruct
-from ..search.timed import check_regime, regime_of
 from ..shipping.facts import calibration_facts
 from ..shipping.save import Slimmed
 from ..surgery.dense import put_back
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch
-from ..vanilla.family import Layout, among, locate, locate_every, together
+from ..vanilla.family import among, locate
 from ..vanilla.heads import is_bare
 from ..vanilla.mode import dropout_off
 from .arguments import rate_problems
 from .muon import optimizer_problems
 from .objective import Distillation
-from .raced import RacedRecovery
+from .raced import RacedRecovery, racing_towers
 from .sharded import gather_into, shards, twin_of
 from .trainer import DistillTrainer, needs_states
 
@@ -218,23 +215,6 @@ def recover(
     if racing is not None:
         raced.clean()
     return replace(slimmed, model=trained.train(training))
-
-
-def racing_towers(base: PreTrainedModel, race: Race, plan: Plan | None) -> Sequence[Layout]:
-    """
-    The towers that plans of a race may cut: those that a plan speaks of; else those with gates, of a model without
-    gates all, that run in the calls that are timed.
-    """
-    if plan is not None:
-        return together([locate(base, part.tower or None) for part in plan.parts])
-    every = together(locate_every(base))
-    budget = cast(LatencyBudget, race.budget)
-    if len(every) == 1 or not math.isfinite(budget.limit_ms(1.0)):
-        return every
-    with among(base, every):
-        running = check_regime(base, regime_of(base, budget))
-    logger.info("plans of %s race", [layout.tower for layout in running])
-    return running
 
 
 def _basis_of(model: PeftModel) -> Basis | None:

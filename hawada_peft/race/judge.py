@@ -1,4 +1,8 @@
-"""What is known of plans before any training: their loss, the layers' influence, what stays at a shape."""
+"""
+What is known of plans before any training: their loss, the layers' influence, what stays at a shape.
+
+Long because a judge of several towers is one of each of them.
+"""
 
 from __future__ import annotations
 
