@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForImageTextToText,
+    CLIPConfig,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -84,6 +86,25 @@ PRESETS = {
         text_config=LlamaConfig(**SMALL_TEXT),
         image_token_index=8191,
     ),
+    "clip-small": CLIPConfig(
+        projection_dim=256,
+        text_config={
+            "vocab_size": 8192,
+            "hidden_size": 256,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "eos_token_id": 2,
+        },
+        vision_config={
+            "hidden_size": 384,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 6,
+            "image_size": 64,
+            "patch_size": 8,
+        },
+    ),
     "llama-tiny": LlamaConfig(
         vocab_size=128,
         hidden_size=64,
@@ -109,7 +130,9 @@ PRESETS = {
 
 
 def auto_class(config: PreTrainedConfig) -> type:
-    """What builds the model of a config: one of images and text, an image classifier, or a causal language model."""
+    """What builds the model of a config: two encoders, images and text, an image classifier, or a causal model."""
+    if isinstance(config, CLIPConfig):
+        return AutoModel
     if hasattr(config, "vision_config"):
         return AutoModelForImageTextToText
     return AutoModelForImageClassification if hasattr(config, "patch_size") else AutoModelForCausalLM
@@ -161,9 +184,11 @@ class Case:
 def parse_case(text: str, device: str) -> Case:
     """
     `MODEL:MODE:BATCH[xSEQ]:DTYPE:BACKEND`, e.g. `llama-3.2-1b:prefill:8x1024:bfloat16:eager`; whole answers as
-    `llama-3.2-1b:generate:8x512+128:bfloat16:eager`, the tokens of prompt and answer.
+    `llama-3.2-1b:generate:8x512+128:bfloat16:eager`, the tokens of prompt and answer. With a static cache of so many
+    tokens: `llama-3.2-1b:decode:8x512@1024:bfloat16:eager`.
     """
     model, mode, size, dtype, backend = text.rsplit(":", 4)
+    size, _, static = size.partition("@")
     batch, _, tokens = size.partition("x")
     seq, _, output = tokens.partition("+")
     regime = Regime(
@@ -172,6 +197,7 @@ def parse_case(text: str, device: str) -> Case:
         seq_len=int(seq) if seq and not output else None,
         prompt=int(seq) if output else None,
         output=int(output) if output else None,
+        static_cache=int(static) if static else None,
         dtype=dtype,
         backend=backend,
         device=device,

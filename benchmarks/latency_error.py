@@ -11,6 +11,10 @@ Decode, whole answers, experts and the text tower of a model of images and text,
         llama-small:generate:1x64+16:float32:eager mixtral-small:prefill:1x64:float32:eager \
         llava-small:prefill:1x64:float32:eager --threads 1 --cpu-time --tie
 
+Of several towers that run in a call the shapes are combinations, and what each tower saves is added, as a search does:
+
+    python benchmarks/latency_error.py clip-small:forward:4x16:float32:eager --threads 1 --cpu-time --tie
+
 Of narrower residual streams too, by tables as a search has them: of the narrowest measured, of others between:
 
     python benchmarks/latency_error.py llama-3.2-1b:prefill:8x1024:bfloat16:eager vit-b16:forward:64:float32:eager \
@@ -23,9 +27,10 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,19 +42,22 @@ from hawada_peft.latency.clock import Clock
 from hawada_peft.latency.effort import Effort
 from hawada_peft.latency.measuring import measure_built
 from hawada_peft.latency.table import LatencyTable
+from hawada_peft.latency.timing import Timing
 from hawada_peft.planning.sizes import hidden_multiple
 from hawada_peft.search.narrow import NarrowTables
-from hawada_peft.search.timed import measure_table
-from hawada_peft.search.timed_models import realiser
+from hawada_peft.search.timed import check_regime, measure_table
+from hawada_peft.search.timed_models import realiser, realiser_of
+from hawada_peft.search.together import Numbers, Together
 from hawada_peft.vanilla.family import locate
 from hawada_peft.vanilla.legality import fit_hidden, legal_head_shapes
+from hawada_peft.vanilla.shape import Shape
 
 
 def tables_of(
-    options: argparse.Namespace, effort: Effort
+    options: argparse.Namespace, effort: Effort, cases: Sequence[str]
 ) -> Iterator[tuple[Case, str, PreTrainedModel, LatencyTable]]:
     """Of each case and each of its hidden sizes, in the order asked for: the table, and what it is of."""
-    for text in options.cases:
+    for text in cases:
         case = parse_case(text, options.device)
         model = case.load()
         layout, dense = locate(model), measure_table(model, case.regime, effort=effort)
@@ -60,6 +68,76 @@ def tables_of(
         narrow = NarrowTables(model, dense, narrower, effort) if narrower else None
         for size in sizes:
             yield case, text, model, narrow(size) if narrow and size in narrower else dense
+
+
+def sizes_of(shape: Shape | Together) -> list[dict[str, int]]:
+    """Of every tower, for JSON."""
+    return [each.to_dict() for each in (shape.shapes if isinstance(shape, Together) else (shape,))]
+
+
+def in_combination(options: argparse.Namespace, effort: Effort, checked: Effort, text: str) -> dict[str, Any]:
+    """Combinations of random shapes of all towers that run in a call: what is expected of them, and what they take."""
+    case = parse_case(text, options.device)
+    model = case.load()
+    layouts = check_regime(model, case.regime)
+    tables = [measure_table(model, case.regime, effort=effort, tower=layout.tower) for layout in layouts]
+    drawn = [
+        random_shapes(layout.dense, legal_head_shapes(layout), table.multiple, options.shapes, seed=12345 + number)
+        for number, (layout, table) in enumerate(zip(layouts, tables, strict=True))
+    ]
+    numbers, build = Numbers.of(layouts), realiser_of(layouts, case.regime)
+    found = [numbers.complete(shapes) for shapes in zip(*drawn, strict=True)]
+    dense = Together(tuple(layout.dense for layout in layouts))
+    timings = measure_built(lambda each: build(each.shapes), found, case.regime, reference=dense, effort=checked)
+    saved = [
+        sum(1 - table.estimate(shape) / table.dense_ms for table, shape in zip(tables, each.shapes, strict=True))
+        for each in found
+    ]
+    estimates = tables[0].dense_ms * (1 - np.array(saved))
+    return {
+        "case": f"{case}, {len(layouts)} towers",
+        "table": tables[0],
+        "seconds": sum(table.seconds for table in tables),
+        "shapes": found,
+        "dense": dense,
+        "timings": timings,
+        "estimates": estimates,
+        "affine": estimates,
+    }
+
+
+def alone(
+    options: argparse.Namespace, checked: Effort, case: Case, model: PreTrainedModel, table: LatencyTable
+) -> dict[str, Any]:
+    """Random shapes of a hidden size: what is expected of them, and what they take."""
+    layout, size = locate(model), None
+    if "dense_hidden_size" in table.base_sizes:
+        size = int(table.base_sizes["hidden_size"])
+    heads, build = legal_head_shapes(layout, size), realiser(layout, case.regime)
+    shapes = random_shapes(layout.narrowed(size), heads, table.multiple, options.shapes, seed=12345)
+    affine = replace(table, realised=())
+    return {
+        "case": str(case) if size is None else f"{case}, hidden {size}",
+        "table": table,
+        "seconds": table.seconds,
+        "shapes": shapes,
+        "dense": layout.dense,
+        "timings": measure_built(build, shapes, case.regime, reference=layout.dense, effort=checked),
+        "estimates": np.array([table.estimate(shape) for shape in shapes]),
+        "affine": np.array([affine.estimate(shape) for shape in shapes]),
+    }
+
+
+def checked_cases(options: argparse.Namespace, effort: Effort) -> Iterator[dict[str, Any]]:
+    """Everything that is asked for, in that order."""
+    checked = replace(effort, min_rounds=10, max_rounds=60, max_seconds=options.check_seconds, tolerance=0.005)
+    for text in options.cases:
+        case = parse_case(text, options.device)
+        if len(check_regime(case.load(), case.regime)) > 1:
+            yield in_combination(options, effort, checked, text) | {"text": text}
+        else:
+            for table_case, _, model, table in tables_of(options, effort, [text]):
+                yield alone(options, checked, table_case, model, table) | {"text": text}
 
 
 def main() -> None:
@@ -81,39 +159,32 @@ def main() -> None:
     raw = []
     clock = Clock(time.thread_time) if options.cpu_time else Clock()
     effort = Effort(min_rounds=7, max_rounds=40, max_seconds=options.table_seconds, cache=False, clock=clock)
-    for case, text, model, table in tables_of(options, effort):
-        layout, size, seconds = locate(model), None, table.seconds
-        if "dense_hidden_size" in table.base_sizes:
-            size = int(table.base_sizes["hidden_size"])
-        heads, build = legal_head_shapes(layout, size), realiser(layout, case.regime)
-        shapes = random_shapes(layout.narrowed(size), heads, table.multiple, options.shapes, seed=12345)
-        long = replace(effort, min_rounds=10, max_rounds=60, max_seconds=options.check_seconds, tolerance=0.005)
-        timings = measure_built(build, shapes, case.regime, reference=layout.dense, effort=long)
-        scale = table.dense_ms / timings[layout.dense].median_ms if options.tie else 1.0
+    for each in checked_cases(options, effort):
+        shapes, table, estimates = each["shapes"], each["table"], each["estimates"]
+        timings: Mapping[Any, Timing] = each["timings"]
+        again = timings[each["dense"]].median_ms
+        scale = table.dense_ms / again if options.tie else 1.0
         real = np.array([timings[shape].median_ms * scale for shape in shapes])
         spread = max(timing.error for timing in timings.values())
-        estimates = np.array([table.estimate(shape) for shape in shapes])
-        affine = replace(table, realised=())
-        plain = np.array([affine.estimate(shape) for shape in shapes])
-        error, rough = np.abs(estimates / real - 1), np.abs(plain / real - 1)
+        error, rough = np.abs(estimates / real - 1), np.abs(each["affine"] / real - 1)
         found = (np.median(error), np.percentile(error, 95), error.max(), np.median(estimates / real - 1))
         shares = " | ".join(f"{value:.2%}" for value in found)
-        name = str(case) if size is None else f"{case}, hidden {size}"
         print(
-            f"| {name} | {table.dense_ms:.3f} | {seconds:.0f} | {table.multiple} | {len(shapes)} | {shares} | "
-            f"{rank_correlation(estimates, real):.4f} | {np.median(rough):.2%} | {np.percentile(rough, 95):.2%} |",
+            f"| {each['case']} | {table.dense_ms:.3f} | {each['seconds']:.0f} | {table.multiple} | {len(shapes)} | "
+            f"{shares} | {rank_correlation(estimates, real):.4f} | {np.median(rough):.2%} | "
+            f"{np.percentile(rough, 95):.2%} |",
             flush=True,
         )
         print(f"timers known to {spread:.2%} at worst", file=sys.stderr, flush=True)
         points = [
-            {"shape": shape.to_dict(), "ms": ms, "estimate": e}
-            for shape, ms, e in zip(shapes, real, estimates, strict=True)
+            {"shape": sizes_of(shape), "ms": ms, "estimate": e}
+            for shape, ms, e in zip(shapes, real.tolist(), estimates.tolist(), strict=True)
         ]
         raw.append(
             {
-                "case": text,
-                "hidden_size": size,
-                "dense_again": timings[layout.dense].median_ms,
+                "case": each["text"],
+                "what": each["case"],
+                "dense_again": again,
                 "spread": spread,
                 "table": table.to_dict(),
                 "points": points,

@@ -444,6 +444,26 @@ def test_later_rounds_try_half_as_many_shapes() -> None:
     assert set(tried[1:]) == {2, 1}  # one at the end
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.2])
+@pytest.mark.parametrize("luck", [0.9, 1.0, 1.2])
+@pytest.mark.parametrize("speedup", [1.2, 1.5])
+def test_no_more_is_left_of_a_budget_than_steps_ask_for(speedup: float, luck: float, factor: float) -> None:
+    """Where the machine is slower than its table, the first shape that meets the budget may be far below it."""
+    table, asked = toy_table(DENSE, launch=0.1, arithmetic=1.0), list[Shape]()
+
+    class Lucky(ToyQuality):
+        def evaluate(self, shape: Shape) -> float | None:
+            asked.append(shape)
+            return luck * super().evaluate(shape)
+
+    machine, space = Machine(table, factor), toy_space(ffn=range(64, 1025, 8))
+    budget, effort = LatencyBudget(speedup=speedup), Effort(instances=1, search_rounds=20)
+    result = search(space, table, Lucky(), budget, machine, effort=effort)
+    assert 0.98 <= result.ms / result.limit_ms <= 1
+    limit = machine.ms(DENSE) / speedup
+    assert all(machine.ms(shape) <= limit for shape in asked)  # what is too slow is not judged
+
+
 def test_layers_that_no_budget_needs_are_not_judged() -> None:
     quality = quality_of(LM_ROW)
     dense = quality.layout.dense

@@ -16,8 +16,8 @@ from hawada_peft.vanilla.legality import head_shapes
 DENSE = Shape(16, 4, 1024, 8)
 
 
-def toy_space(dense: Shape = DENSE) -> SearchSpace:
-    heads, sizes = tuple(head_shapes(dense)), tuple(range(64, 1025, 64))
+def toy_space(dense: Shape = DENSE, ffn: Sequence[int] = range(64, 1025, 64)) -> SearchSpace:
+    heads, sizes = tuple(head_shapes(dense)), tuple(ffn)
     layers = tuple(range(1, 9))
     parameters = np.array([n * (p.num_attention_heads * 100 + f * 10) for n in layers for p in heads for f in sizes])
     shape = (len(layers), len(heads), len(sizes))

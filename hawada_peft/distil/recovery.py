@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -35,8 +34,6 @@ from .objective import Distillation
 from .raced import RacedRecovery, racing_towers
 from .sharded import gather_into, shards, twin_of
 from .trainer import DistillTrainer, needs_states
-
-logger = logging.getLogger(__name__)
 
 
 def recover(

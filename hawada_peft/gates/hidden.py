@@ -133,12 +133,20 @@ def norm_in_basis(
         A tensor like x.
     """
     index, factor = gate.kept_features(hard=hard), gate.features(hard=hard).to(x.device)
+    if index is None and _is_one(factor):
+        return norm(x)
     directions = gate.directions(index, x.dtype).to(x.device)
     if index is None:
         added = scaled(plain_norm(norm, x) @ directions, factor - 1) @ directions.T
         return norm(x) + added * norm.get_parameter("weight")
     factor = factor.index_select(-1, index.to(x.device)) * gate.scale(site, len(index)).to(factor)
     return widened(norm, scaled(narrow_norm(norm, x, directions), factor), directions)
+
+
+def _is_one(factor: torch.Tensor) -> bool:
+    """Whether factors are known to change nothing; on other devices than the CPU that costs more than it saves."""
+    known = not factor.requires_grad and factor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return known and bool((factor == 1).all())
 
 
 class NormAdapter(GateAdapter):

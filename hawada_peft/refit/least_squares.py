@@ -11,7 +11,7 @@ from ..processes import Reduce, of_this_rank
 ROWS = 4096
 """Rows that are multiplied at a time."""
 
-COLUMNS = 1024
+COLUMNS = 512
 """Of the inputs' moments, which are symmetric, the blocks of so many columns below the diagonal are computed."""
 
 

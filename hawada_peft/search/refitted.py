@@ -23,7 +23,7 @@ from ..refit.reconstruction import Teacher
 from ..surgery.dense import dense_view
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch, main_input
-from ..vanilla.family import locate_all
+from ..vanilla.family import locate, locate_all
 from ..vanilla.legality import check_legal
 from .masked import MaskedQuality, name_of
 from .reference import Reference, judged_predictions
@@ -86,6 +86,7 @@ class RefittedQuality(MaskedQuality):
         self._given, self._most = len(batches), judged_predictions(model)
         super().__init__(model, batches, importance, progress, kept=kept, tower=tower, references=references)
         self.dense = dense_view(cast(PreTrainedModel, model.get_base_model()))
+        self._dense_layout = locate(self.dense, tower)
         batches = [reference.batch for reference in self.references]
         self._teacher = Teacher(self.dense, batches, room=KEPT_BYTES, reduce=of_this_rank)
         self._refitted: dict[Plan, float] = {}
@@ -135,7 +136,7 @@ class RefittedQuality(MaskedQuality):
 
     def _refit(self, plan: Plan) -> float:
         turn = plan_turn(self.dense, plan, self._stream)
-        small = slim(self.dense, plan, turn=turn)
+        small = slim(self.dense, plan, turn=turn, layout=self._dense_layout)
         coordinates = None if turn is None else turn.write
         report = self._teacher.refit(small, plan, coordinates=coordinates)
         logger.debug("%s: %s", plan, report)

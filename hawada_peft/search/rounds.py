@@ -27,6 +27,9 @@ from .timed import Timer
 
 logger = logging.getLogger(__name__)
 
+GIVEN_BACK = 3
+"""Rounds at most in which shapes nearer to the budget are tried, where the answer leaves much of it."""
+
 
 def search(
     space: SearchSpace,
@@ -78,6 +81,7 @@ def best_of(state: State[S], quality: Losses[S], realise: Realise[S]) -> SearchR
     """
     effort = state.effort
     confirmed: set[int] = set()
+    given_back = 0
     for number in range(1, effort.search_rounds + 1):
         fits = np.flatnonzero(state.fits())
         if len(fits) == 0:
@@ -86,19 +90,31 @@ def best_of(state: State[S], quality: Losses[S], realise: Realise[S]) -> SearchR
         ranked = fits[np.lexsort((state.ms()[fits], loss[fits]))]
         best = int(ranked[0])
         if best in confirmed:
-            return result_of(state, best, quality, number)
+            chosen = state.nearer(best)[: math.ceil(effort.candidates / 2)]
+            if not chosen or given_back == GIVEN_BACK:
+                return result_of(state, best, quality, number)
+            given_back += 1
+            _measure(
+                state, chosen, quality, realise, f"round {number}: using more of the budget than {state.shape(best)}:"
+            )
+            continue
         if best in state.times or math.isinf(state.limit):
             logger.info("round %d: timing %s once more", number, state.shape(best))
             state.time([best], realise, final=True)
-            state.evaluate([best], quality)
+            state.evaluate(state.fitting([best]), quality)
             confirmed.add(best)
             continue
-        # Later ones lie close together, near what the first have corrected.
-        chosen = state.choose(ranked, math.ceil(effort.candidates / 2) if state.times else effort.candidates)
-        logger.info("round %d: realising %s", number, [state.shape(index) for index in chosen])
-        state.evaluate(chosen, quality)
-        state.time(chosen, realise)
+        # Once one has met the budget they lie close together, near what has been corrected.
+        chosen = state.choose(ranked, math.ceil(effort.candidates / 2) if state.met else effort.candidates)
+        _measure(state, chosen, quality, realise, f"round {number}: realising")
     return settle(state, quality, effort.search_rounds)
+
+
+def _measure(state: State[S], chosen: list[int], quality: Losses[S], realise: Realise[S], words: str) -> None:
+    """Time shapes, and measure the loss, which costs more, of those that meet the budget."""
+    logger.info("%s %s", words, [state.shape(index) for index in chosen])
+    state.time(chosen, realise)
+    state.evaluate(state.fitting(chosen), quality)
 
 
 def enough_for(effort: Effort, tables: Iterable[LatencyTable]) -> Effort:

@@ -37,6 +37,9 @@ Realise = Callable[[Sequence[S]], Mapping[S, Timing]]
 SLACK = (0.02, 0.1)
 """How far a table may be off where shapes are left out by it: twice its errors, within these parts of a latency."""
 
+LEFT = 0.02
+"""What an answer may leave of the budget, in parts of it, where larger shapes may meet it."""
+
 KERNEL_WIDTH, KERNEL_PRIOR = 0.15, 0.3
 """How far a measured loss reaches, in parts of the dense sizes, and how much it is trusted."""
 
@@ -188,14 +191,42 @@ class State(ABC, Generic[S]):
         return fits
 
     def choose(self, ranked: np.ndarray, count: int) -> list[int]:
-        """The best shapes that were not timed yet: first the best of each of several depths, then the best at all."""
+        """
+        The best shapes that were not timed yet: until one has met the budget first the best of each of several depths,
+        then the best at all.
+        """
         untimed = [int(index) for index in ranked if int(index) not in self.times]
-        if self.times:
+        if self.met:
             return untimed[:count]
         seen: dict[tuple[int | None, ...], int] = {}
         for index in untimed:
             seen.setdefault(self.depths(index), index)
         return list(dict.fromkeys([*list(seen.values())[:count], *untimed]))[:count]
+
+    def nearer(self, index: int) -> list[int]:
+        """
+        Where a shape that was timed leaves more than `LEFT` of the budget: shapes not timed yet that are expected to
+        use more of it, with half the margin, and to lose less, the best first. What keeps all that the shape keeps
+        loses no more than it, whatever is predicted: a measured loss may beat predicted ones by luck.
+        """
+        ms, loss, margin = self.ms(), self.loss(), self.effort.margin / 2
+        if not math.isfinite(self.limit) or ms[index] >= (1 - LEFT) * self.limit:
+            return []
+        places = self.places()
+        least = np.where((places >= places[index]).all(1).numpy(), np.minimum(loss, loss[index]), loss)
+        better = self.small() & (ms > ms[index]) & (ms <= (1 - margin) * self.limit) & (least <= loss[index])
+        found = [int(place) for place in np.flatnonzero(better) if place not in self.times]
+        return sorted(found, key=lambda place: (least[place], -ms[place]))
+
+    @property
+    def met(self) -> bool:
+        """Whether a shape that was timed meets all limits."""
+        return bool(self.fitting(list(self.times)))
+
+    def fitting(self, indices: Sequence[int]) -> list[int]:
+        """Those of some shapes that meet all limits, as far as is known."""
+        fits = self.fits()
+        return [index for index in indices if fits[index]]
 
     def evaluate(self, indices: Sequence[int], quality: Losses[S]) -> None:
         """Measure the loss of shapes, where it can be."""
