@@ -241,10 +241,7 @@ def needs_states(model: nn.Module) -> str:
 
 
 def _outputs(model: Model) -> int | None:
-    """
-    Size of the vocabulary that is predicted, or number of classes; of hidden states without a head. None where the
-    config does not say it (dual encoders): the first step compares the outputs themselves.
-    """
+    """Size of the vocabulary, number of classes, or of hidden states; None of dual encoders, as no config says it."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if is_bare(base):
         return getattr(base.config, "hidden_size", None)
