@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import logging
 import math
@@ -45,6 +46,7 @@ from hawada_peft.distil.raced import racing_towers
 from hawada_peft.errors import (
     HawAdaError,
     IncompatibleBaseError,
+    IncompatibleTableError,
     InvalidPlanError,
     InvalidRegimeError,
     UnsupportedModelError,
@@ -758,13 +760,42 @@ def test_what_is_about_one_tower_is_refused_for_several() -> None:
     model = get_peft_model(build(row), HawAdaConfig(towers=BOTH))
     budget, data = LatencyBudget(speedup=1.5, seq_len=16), [example_of(row)]
     effort = Effort.quick(clock=ToyClock())
-    with pytest.raises(InvalidPlanError, match=r"several towers, and rotate is about one.*towers=\('text_config',\)"):
+    with pytest.raises(
+        InvalidPlanError, match=r"towers, and rotate is about the residual .*towers=\('text_config',\)"
+    ):
         find_plan(model, budget, data, effort=effort, rotate=True)
-    clip = get_peft_model(build(WHOLE["clip"]), HawAdaConfig(towers=BOTH))
+
+
+def test_towers_are_searched_with_tables_that_are_given() -> None:
+    clip, effort = get_peft_model(build(WHOLE["clip"]), HawAdaConfig(towers=BOTH)), Effort.quick(clock=ToyClock())
+    regime = Regime(batch_size=2, seq_len=12)
     with pytest.raises(InvalidPlanError, match=r"name one of \['text_config', 'vision_config'\] as `tower`, got None"):
-        measure_table(clip, Regime(seq_len=12), effort=effort)
-    found = measure_table(clip, Regime(seq_len=12), effort=effort, tower="vision_config")
-    assert found.dense == locate(clip.get_base_model(), "vision_config").dense
+        measure_table(clip, regime, effort=effort)
+    tables = {tower: measure_table(clip, regime, effort=effort, tower=tower) for tower in BOTH}
+    assert tables["vision_config"].dense == locate(clip.get_base_model(), "vision_config").dense
+    inputs = [example_inputs(clip.get_base_model(), rows=4, length=12)]
+    search = functools.partial(
+        find_plan, clip, LatencyBudget(speedup=1.3, batch_size=2, seq_len=12), inputs, refit=False
+    )
+    timed: list[int] = []
+
+    def counted(model: transformers.PreTrainedModel, regime: Regime) -> float:
+        timed.append(1)
+        return weight_law(model, regime)
+
+    anew = Effort.quick(clock=ToyClock(counted), cache=False)
+    assert search(table=tables, effort=anew).speedup >= 1.3
+    spared = len(timed)
+    search(table={"vision_config": tables["vision_config"]}, effort=anew)
+    assert spared < len(timed) - spared
+    with pytest.raises(
+        InvalidPlanError, match=r"of one tower, and \['text_config', 'vision_config'\] are searched.*as table="
+    ):
+        search(table=tables["text_config"], effort=effort)
+    with pytest.raises(InvalidPlanError, match=r"tables of towers that are searched.*: \['vision'\]"):
+        search(table={"vision": tables["vision_config"]}, effort=effort)
+    with pytest.raises(IncompatibleTableError, match="measured for something else"):
+        search(table=dict(zip(BOTH, reversed(tables.values()), strict=True)), effort=effort)
 
 
 def test_the_next_tower_is_searched_in_the_slim_model() -> None:
