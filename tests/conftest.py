@@ -115,10 +115,11 @@ def families(rows: Mapping[str, Row]) -> list[Any]:
 LM_ROW, VISION_ROW = ROWS["llama"], ROWS["vit"]
 BARE_ROW, MIXED_ROW = ROWS["llama-bare"], ROWS["qwen2"]  # without a head; layers of several types
 LONGEST = (
-    "test_raced", "test_found_rows", "test_discovery", "test_trainer_runs", "test_compiled", "test_docs", "test_towers",
-    "test_stream", "test_several_processes", "test_demo", "test_sharded", "test_cli", "test_directions", "test_low_memory",
-    "test_search_export", "test_written_rows", "test_examples", "test_comparison", "test_race_candidates", "test_rows",
-    "test_reliable_training", "test_interop", "test_heads", "test_saved", "test_basis", "test_cli_commands",
+    "test_raced", "test_found_rows", "test_discovery", "test_trainer_runs", "test_compiled", "test_docs",
+    "test_towers", "test_stream", "test_several_processes", "test_demo", "test_sharded", "test_cli", "test_directions",
+    "test_low_memory", "test_search_export", "test_written_rows", "test_examples", "test_comparison",
+    "test_race_candidates", "test_rows", "test_reliable_training", "test_interop", "test_heads", "test_saved",
+    "test_basis", "test_cli_commands",
 )  # fmt: skip
 """The files that take ten seconds and more: begun last, one of them would leave the other processes without work."""
 EVERYTHING = ("heads", "ffn", "blocks", "layers")
