@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import PartialState  # type: ignore[import-untyped]
 from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
@@ -34,19 +34,21 @@ from ..basis.heads.projections import queries_of
 from ..basis.proof import check_exact
 from ..basis.rotation import warn_untied
 from ..errors import HawAdaError, UnsupportedModelError
+from ..latency.budget import LatencyBudget
 from ..planning.plan import Plan
 from ..processes import in_main_process, of_this_rank
-from ..race.candidates import DIRECTIONS, GENERATORS, GIVEN, field_of, neighbours, searched
-from ..race.fits import Fits, fits_of, no_larger
+from ..race.candidates import DIRECTIONS, GENERATORS, GIVEN, TOGETHER, field_of, neighbours, searched
+from ..race.fits import Fits, fits_of, no_larger, sizes_of
 from ..race.judge import Judge
 from ..race.preparations import PREPARATIONS
 from ..race.race import Race, entrants_of, run_race
 from ..race.record import NAME, Entrant, RaceRecord
 from ..refit.fidelity import divergence
 from ..search.reference import judged_predictions
+from ..search.timed import check_regime, regime_of
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch
-from ..vanilla.family import Layout, locate
+from ..vanilla.family import Layout, among, locate, locate_all, locate_every, together
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +130,8 @@ class RacedRecovery:
         batches = first_of(self.fitted, self.dense.main_input_name)
         try:
             if stream is None and self.race.rotate:
+                if len(locate_all(self.dense)) > 1:
+                    raise UnsupportedModelError("a basis is of one stream, and plans of several towers race")
                 check_exact(self.layout)
                 stream = in_main_process(lambda: find_basis(self.dense, batches))
         except HawAdaError as error:
@@ -199,13 +203,13 @@ class RacedRecovery:
         started = time.perf_counter()
         race, judge = self.race, Judge(self.dense, self.judged, self.bases, bf16=bool(self.args.bf16))
         fits = self._fits()
-        generators = dict(GENERATORS)
+        generators, of_all = dict(GENERATORS), dict(TOGETHER)
         if not race.rotate:
             del generators[DIRECTIONS]
         if race.search is not None:
-            generators["search"] = searched(race.search)
+            of_all["search"] = searched(race.search)
         given = () if self.given is None else (self.given,)
-        field = field_of(judge, fits, generators, given=given, most=race.plans, few=race.few)
+        field = field_of(judge, fits, generators, together=of_all, given=given, most=race.plans, few=race.few)
         beside = neighbours(judge, fits) if race.neighbours else []
         total = self._total_steps() * race.share / self.share
         plans, others, neighbouring, lengths = race.affordable(len(field), len(beside), total)
@@ -244,7 +248,7 @@ class RacedRecovery:
             return fits
         if self.given is None:
             raise HawAdaError("a race needs a budget, or a plan that sets the number of parameters")
-        return no_larger(self.dense, self.given.shape)
+        return no_larger(self.dense, sizes_of(locate_all(self.dense), self.given))
 
     def _total_steps(self) -> int:
         """Of the recovery; where it is bounded by epochs those are not known here, and a usual number is taken."""
@@ -328,6 +332,23 @@ class RacedRecovery:
                 if file.name not in names:
                     file.unlink()
         PartialState().wait_for_everyone()
+
+
+def racing_towers(base: PreTrainedModel, race: Race, plan: Plan | None) -> Sequence[Layout]:
+    """
+    The towers that plans of a race may cut: those that a plan speaks of; else those with gates, of a model without
+    gates all, that run in the calls that are timed.
+    """
+    if plan is not None:
+        return together([locate(base, part.tower or None) for part in plan.parts])
+    every = together(locate_every(base))
+    budget = cast(LatencyBudget, race.budget)
+    if len(every) == 1 or not math.isfinite(budget.limit_ms(1.0)):
+        return every
+    with among(base, every):
+        running = check_regime(base, regime_of(base, budget))
+    logger.info("plans of %s race", [layout.tower for layout in running])
+    return running
 
 
 def rows_of(race: Race, args: TrainingArguments) -> tuple[int, float]:

@@ -1,4 +1,8 @@
-"""What is known of plans before any training: their loss, the layers' influence, what stays at a shape."""
+"""
+What is known of plans before any training: their loss, the layers' influence, what stays at a shape.
+
+Long because a judge of several towers is one of each of them.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +26,11 @@ from ..processes import of_this_rank
 from ..refit.activity import column_norms
 from ..refit.fidelity import Expected
 from ..refit.layerwise import Stream
+from ..search.together import Numbers
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch, position_mask, without_labels
 from ..vanilla.draws import draw_classes
-from ..vanilla.family import locate
+from ..vanilla.family import locate_all
 from ..vanilla.heads import Classes, Head, head_of
 from ..vanilla.outputs import output_of
 from ..vanilla.shape import HEADS, Shape
@@ -45,6 +50,9 @@ class Judge:
     """
     Answers what generators of plans ask, from a dense model and calibration batches. Everything is computed once.
 
+    Of a model with several towers (`locate_all`) `towers` holds a judge of each, by the same measure: its layers are
+    that tower's, and its plans leave the others whole.
+
     Args:
         dense (`PreTrainedModel`): vanilla, with a family row; left as it is.
         batches (`Sequence`): keyword arguments of the forward pass, on the model's device; labels are not used.
@@ -61,7 +69,8 @@ class Judge:
     ) -> None:
         if not batches:
             raise HawAdaError("no calibration batches were given; pass at least one")
-        self.dense, self.layout, self.bases = dense, locate(dense), bases or Bases()
+        self.dense, self.layouts, self.bases = dense, locate_all(dense), bases or Bases()
+        self.layout = self.layouts[0]
         self.batches = [without_labels(batch) for batch in batches]
         self._losses: dict[Plan, float] = {}
         self._bf16 = bf16
@@ -70,6 +79,12 @@ class Judge:
     def layers(self) -> int:
         """Layers of the dense model."""
         return self.layout.dense.sizes()["num_hidden_layers"]
+
+    @cached_property
+    def towers(self) -> tuple[Judge, ...]:
+        """The judges of each tower; of one tower this one."""
+        several = len(self.layouts) > 1
+        return tuple(_OfTower(self, number) for number in range(len(self.layouts))) if several else (self,)
 
     def loss(self, plan: Plan) -> float:
         """
@@ -117,6 +132,10 @@ class Judge:
         return self.at(Shape(num_hidden_layers=self.layers - len(gone)), gone)
 
     def at(self, shape: Shape, dropped: Iterable[int]) -> Plan:
+        """As `part`, with what of further towers has to be as small, where one number of the config says so."""
+        return self.part(shape, dropped)
+
+    def part(self, shape: Shape, dropped: Iterable[int]) -> Plan:
         """
         The plan of a shape without certain layers, that keeps the heads and channels that carry most, and the first
         directions of the stream's basis.
@@ -224,6 +243,30 @@ class Judge:
                 yield Stream.start(self.dense, self.layout, self.batches)
         finally:
             self.dense.train(training)
+
+
+class _OfTower(Judge):
+    """A judge of one of several towers."""
+
+    def __init__(self, whole: Judge, number: int) -> None:
+        self.whole, self.number = whole, number
+        self.dense, self.batches, self.bases = whole.dense, whole.batches, Bases()
+        self.layout = whole.layouts[number]
+        self.layouts = (self.layout,)
+
+    def loss(self, plan: Plan) -> float:
+        """As of the whole model."""
+        return self.whole.loss(plan)
+
+    def at(self, shape: Shape, dropped: Iterable[int]) -> Plan:
+        """See `Judge.at`."""
+        dense = self.layout.dense.to_dict()
+        cut = Shape(**{name: size for name, size in shape.to_dict().items() if size != dense.get(name)})
+        said = Numbers.of(self.whole.layouts).said_of(self.number, cut)
+        towers = self.whole.towers
+        return Plan.of_towers(
+            [self.part(shape, dropped), *(towers[later].part(sizes, ()) for later, sizes in said.items())]
+        )
 
 
 def _log_odds(logits: torch.Tensor, outcomes: torch.Tensor) -> torch.Tensor:
