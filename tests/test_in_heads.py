@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import LM_ROW, VISION_ROW, assert_same_state, build, difference, logits_of, scattered_plan, state_of
+from gate_runs import trainer_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from test_narrow_heads import WITHOUT_ROTARY, batches_of, from_zoo, use_half
@@ -17,21 +19,35 @@ from test_stream import files_of
 from toys import by_shape, once
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
-from hawada_peft import HawAdaConfig, LatencyBudget, Plan, Shape, find_plan, init_basis, slim, slim_checkpoint
+from hawada_peft import (
+    HawAdaConfig,
+    LatencyBudget,
+    Plan,
+    SearchResult,
+    Shape,
+    find_plan,
+    init_basis,
+    slim,
+    slim_checkpoint,
+)
 from hawada_peft.basis.attach import attach_in_heads, detach_in_heads
 from hawada_peft.basis.bases import Bases, gated_bases, plan_turn
+from hawada_peft.basis.heads.find import find_in_heads
 from hawada_peft.basis.stored import load_basis, save_basis
 from hawada_peft.errors import HawAdaError, IllegalShapeError, InvalidPlanError, UnsupportedModelError
 from hawada_peft.gates.reading import head_maps
 from hawada_peft.latency.build import random_shapes
 from hawada_peft.latency.regime import Regime
+from hawada_peft.race.candidates import searched
+from hawada_peft.race.fits import no_larger
+from hawada_peft.race.judge import Judge
 from hawada_peft.search.narrow import NarrowTables
 from hawada_peft.search.space import narrower_heads
 from hawada_peft.search.timed import measure_table
 from hawada_peft.vanilla.family import locate
 from hawada_peft.vanilla.legality import legal_head_shapes
 
-IMAGES = Regime(mode="forward")
+CALL = Regime(mode="forward")
 
 
 def gated(base: PreTrainedModel, **fields: Any) -> PeftModel:
@@ -230,22 +246,38 @@ def by_all(shape: Shape) -> float:
 SMALL = {"attention_sizes": 2, "ffn_sizes": 2, "whole_shapes": 1, "depth": 2}
 
 
-@pytest.mark.parametrize("refit", [None, False])
-def test_a_search_finds_sizes_of_heads_by_itself(refit: bool | None) -> None:
+OPTIONS = {"effort": once(by_shape(by_features), **SMALL), "hidden_sizes": []}
+BUDGET = LatencyBudget(speedup=1.15)
+
+
+@pytest.fixture(scope="module")
+def searched_model() -> tuple[PeftModel, SearchResult]:
+    """Gates on FFN channels alone, and what a search for a budget that these cannot meet has found."""
     model = get_peft_model(build(VISION_ROW), HawAdaConfig(gates=("ffn",)))
-    config, dense, batches = model.peft_config["default"].to_dict(), logits_of(model), batches_of(build(VISION_ROW))
-    options = {"effort": once(by_shape(by_features), **SMALL), "refit": refit, "hidden_sizes": []}
-    result = find_plan(model, LatencyBudget(speedup=1.15), batches, **options)
+    return model, find_plan(model, BUDGET, batches_of(build(VISION_ROW)), **OPTIONS)
+
+
+def test_a_search_finds_sizes_of_heads_by_itself(searched_model: tuple[PeftModel, SearchResult]) -> None:
+    model, result = searched_model
     assert result.plan.head_dim == result.best.shape.head_dim == 6
     assert "basis inside each head" in result.steps["head_dim"]
+    dense = logits_of(build(VISION_ROW))
     assert difference(logits_of(model), dense) <= 1e-5
     model.apply_plan(result.plan)
     masked = logits_of(model)
     assert difference(masked, dense) > 1e-4
-    assert difference(logits_of(model.merge_and_unload()), masked) <= 1e-5
+    with model.base_model.beside() as (_, small):
+        assert difference(logits_of(small), masked) <= 1e-5
+
+
+def test_a_search_without_bases_leaves_the_adapter_as_it_is() -> None:
     model = get_peft_model(build(VISION_ROW), HawAdaConfig(gates=("ffn",)))
+    config = model.peft_config["default"].to_dict()
     with pytest.raises(HawAdaError, match="no legal shape"):
-        find_plan(model, LatencyBudget(speedup=1.15), batches, **options, rotate=False)
+        find_plan(model, BUDGET, batches_of(build(VISION_ROW)), **OPTIONS, rotate=False)
+    few = [{"pixel_values": batches_of(build(VISION_ROW))[0]["pixel_values"][:2]}]  # positions for no basis
+    with pytest.raises(HawAdaError, match="no legal shape"):
+        find_plan(model, BUDGET, few, **OPTIONS)
     assert model.peft_config["default"].to_dict() == config
 
 
@@ -255,7 +287,7 @@ def test_tables_of_narrower_heads_and_streams_are_as_good_as_others() -> None:
     one = [Shape(hidden_size=size) for size in (56, 48, 40)]
     other = [Shape(head_dim=size) for size in narrower_heads(locate(model))]
     assert other == [Shape(head_dim=size) for size in (6, 4, 2)]
-    tables = NarrowTables(model, measure_table(model, IMAGES, effort=effort), [*one, *other], effort)
+    tables = NarrowTables(model, measure_table(model, CALL, effort=effort), [*one, *other], effort)
     both = [replace(mine, head_dim=theirs.head_dim) for mine in one for theirs in other]
     layout = locate(model)
     for size in [*one, *other, *both]:
@@ -301,3 +333,46 @@ def test_plans_of_other_adapters_are_refused(adapted: Path) -> None:
         replace(plan, head_dim=None)
     with pytest.raises(HawAdaError, match="all layers"):
         HawAdaConfig(narrow_heads=True, layers_to_transform=[0])
+
+
+# ------------------------------------------------------------------- trained
+
+
+def test_a_training_for_a_budget_has_narrow_heads_and_goes_on(tmp_path: Path) -> None:
+    images = [{"pixel_values": image} for image in batches_of(build(VISION_ROW))[0]["pixel_values"][:16]]
+
+    def trainer() -> Any:
+        return trainer_of(
+            tmp_path,
+            get_peft_model(build(VISION_ROW), HawAdaConfig(gates=("ffn",))),
+            shape=None,
+            budget=LatencyBudget(speedup=1.15),
+            effort=once(by_shape(by_features), **SMALL),
+            hidden_sizes=[],
+            refit=False,
+            train_dataset=images,
+            eval_dataset=None,
+            args={"save_steps": 3, "save_strategy": "steps", "calibration_examples": 16},
+        )
+
+    first = trainer()
+    first.train()
+    plan = first.gated.applied_plan()
+    assert plan.head_dim == 6
+    second = trainer()
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert second.gated.applied_plan() == plan
+    found, expected = (get_peft_model_state_dict(each.gated) for each in (second, first))
+    assert_same_state(dict(found), dict(expected))
+
+
+def test_a_race_takes_what_a_search_has_found(searched_model: tuple[PeftModel, SearchResult]) -> None:
+    dense, batches = build(VISION_ROW), batches_of(build(VISION_ROW), 8)
+    result = searched_model[1]
+    judge = Judge(dense, batches, Bases(None, find_in_heads(dense, batches)))
+    plans = list(searched(result)(judge, no_larger(dense, locate(dense).dense)))
+    assert plans[0] == result.plan
+    assert plans[0].head_dim == 6
+    assert all(math.isfinite(judge.loss(plan)) for plan in plans)
+    blind = Judge(dense, batches)
+    assert all(plan.head_dim is None for plan in searched(result)(blind, no_larger(dense, locate(dense).dense)))

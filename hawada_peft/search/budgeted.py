@@ -18,6 +18,7 @@ from peft import PeftModel
 
 from .. import __version__
 from ..basis.basis import rows_untied
+from ..basis.heads.moments import MOMENTS as OF_HEADS
 from ..basis.moments import MOMENTS
 from ..basis.refine import REFINING
 from ..basis.scales import FACTORS
@@ -34,7 +35,7 @@ from ..progress import Progress, in_steps, progress_bar
 from ..vanilla.batches import Batch, check_batch
 from ..vanilla.family import locate, locate_all
 from ..vanilla.shape import HIDDEN
-from .directions import Found, may_add_directions, with_directions
+from .directions import Found, may_add_directions, may_narrow_heads, with_directions
 from .masked import ASKED, DEPTH, JUDGED_SHAPES, MaskedQuality
 from .refitted import REFITS, RefittedQuality, obstacle
 from .result import SearchResult
@@ -177,10 +178,9 @@ def search_plan(
     if work is not None:
         asked = {"table": table, "hidden_sizes": hidden_sizes, "rotate": rotate, "refit": refit}
         kept = Kept(work, _all_that_counts(model, budget, calibration, effort) | asked)
-    turned = not several and may_add_directions(model, rotate)
-    steps = (
-        [TABLE] * (len(tables) < len(towers)) + [MOMENTS, REFINING, FACTORS] * turned + [IMPORTANCE] * are_fresh(model)
-    )
+    turned = [MOMENTS, REFINING, FACTORS] if not several and may_add_directions(model, rotate) else []
+    turned += [OF_HEADS] if not several and may_narrow_heads(model, rotate) else []
+    steps = [TABLE] * (len(tables) < len(towers)) + turned + [IMPORTANCE] * are_fresh(model)
     progress = in_steps(progress, [*steps, ASKED, DEPTH, *[REFITS] * refit, JUDGED_SHAPES, TIMING])
     if several:
         return _search_towers(model, budget, calibration, towers, tables, refit, effort, progress, kept)

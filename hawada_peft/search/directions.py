@@ -15,6 +15,7 @@ from ..basis.attach import attach_directions, attach_in_heads, detach_directions
 from ..basis.basis import Basis, basis_gate
 from ..basis.find import ensure_basis, init_basis
 from ..basis.heads.find import find_in_heads
+from ..basis.heads.projections import queries_of
 from ..basis.heads.turn import HeadBasis, set_in_heads
 from ..errors import HawAdaError, UnsupportedModelError
 from ..files.kept import Kept
@@ -198,6 +199,18 @@ def add_in_heads(
             return ""
         raise
     return name
+
+
+def may_narrow_heads(model: PeftModel, rotate: bool | None = None) -> bool:
+    """Whether `add_in_heads` will look for bases."""
+    base, (name, *more) = model.get_base_model(), model.active_adapters
+    config = model.peft_config[name].to_dict()
+    if rotate is False or more or config["base_sizes"] is None or config["narrow_heads"]:
+        return False
+    try:
+        return bool(queries_of(locate(base)))
+    except UnsupportedModelError:
+        return False
 
 
 def may_add_directions(model: PeftModel, rotate: bool | None) -> bool:

@@ -117,7 +117,7 @@ def run(
     towers = [layout.tower for layout in check_regime(dense_model(gated), regime_of(gated, limits))]
     refitted = not obstacle(gated, batches, towers) if refit is None else refit
     if progress is not None:
-        say(expected_of(gated, batches, limits, hard, refit=refitted))
+        say(expected_of(gated, batches, limits, hard, refit=refitted, rotate=rotate))
     work = to.with_suffix(WORK)
     if fresh:
         clear_kept(work)
