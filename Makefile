@@ -40,7 +40,7 @@ PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PARALLEL)
 
-# What is tried on every family, on those as well that another one stands for (`STANDS_FOR` in tests/conftest.py).
+# All cases, those as well that another one stands for, most often a family (`further` in tests/conftest.py).
 test-families: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PARALLEL) --all-families
 

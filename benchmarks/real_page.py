@@ -235,7 +235,7 @@ def write(options: argparse.Namespace, peers: Mapping[str, Peer]) -> None:
                 peer = best_peer(here, stage)
                 cells.append(f"{_cell(peer, stage)} ({peer.title})" if peer else "")
             lines.append(f"| {budget:g}x | " + " | ".join(cells) + " |")
-        behind = [line.removeprefix("- ") for line in claims(first, lengths[0]) if "**Behind**" in line]
+        behind = [line.removeprefix("- ") for line in said if "**Behind**" in line]
         # The picture stands on the first screen already.
         replace_section(options.readme, "real-model", "\n\n".join(["\n".join(lines), *behind]))
 

@@ -6,7 +6,7 @@ import gc
 import os
 import random
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,11 @@ Experts, sinks, fused projections, speech, several towers, and encoders with dec
 """
 
 
+def first_of(names: Iterable[Any], *first: Any) -> list[Any]:
+    """Parameters, of which those that the first ones stand for are left out by default."""
+    return [pytest.param(name, marks=[] if name in first else [pytest.mark.further]) for name in names]
+
+
 def families(rows: Mapping[str, Row]) -> list[Any]:
     """Parameters: the names of rows, of which those without a trait of their own are left out by default."""
     return [pytest.param(name, marks=[pytest.mark.further] if row.like else []) for name, row in rows.items()]
@@ -110,9 +115,11 @@ def families(rows: Mapping[str, Row]) -> list[Any]:
 LM_ROW, VISION_ROW = ROWS["llama"], ROWS["vit"]
 BARE_ROW, MIXED_ROW = ROWS["llama-bare"], ROWS["qwen2"]  # without a head; layers of several types
 LONGEST = (
-    "test_raced", "test_stream", "test_docs", "test_towers", "test_compiled", "test_sharded", "test_several_processes",
-    "test_trainer_runs", "test_heads", "test_comparison", "test_merge", "test_discovery", "test_reliable_training",
-    "test_batches", "test_basis", "test_examples", "test_recipes", "test_found_rows", "test_demo",
+    "test_raced", "test_found_rows", "test_discovery", "test_trainer_runs", "test_compiled", "test_docs",
+    "test_towers", "test_stream", "test_several_processes", "test_demo", "test_sharded", "test_cli", "test_directions",
+    "test_low_memory", "test_search_export", "test_written_rows", "test_examples", "test_comparison",
+    "test_race_candidates", "test_rows", "test_reliable_training", "test_interop", "test_heads", "test_saved",
+    "test_basis", "test_cli_commands",
 )  # fmt: skip
 """The files that take ten seconds and more: begun last, one of them would leave the other processes without work."""
 EVERYTHING = ("heads", "ffn", "blocks", "layers")
@@ -136,7 +143,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """PEFT 0.21 reads a property that transformers 5.23 deprecates, in every `get_peft_model`."""
     message = r"`is_gradient_checkpointing` is deprecated"
     config.addinivalue_line("filterwarnings", f"ignore:{message}:FutureWarning")
-    config.addinivalue_line("markers", "further: on a family that another one stands for; run with --all-families")
+    config.addinivalue_line(
+        "markers", "further: what another case stands for, most often a family; run with --all-families"
+    )
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)

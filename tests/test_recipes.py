@@ -321,17 +321,19 @@ def test_sizes_of_several_towers_are_named_by_their_paths(tmp_path: Path) -> Non
         Recipe.from_dict(given | {"keep_ratio": {"vision_config.width": 0.5}})
 
 
-def test_a_race_for_a_budget_of_several_towers_is_refused_before_any_training(tmp_path: Path) -> None:
+def test_plans_of_several_towers_race_for_their_budget(tmp_path: Path) -> None:
     build(BART).save_pretrained(tmp_path / "teacher")
     np.save(tmp_path / "tokens.npy", (np.arange(12 * 40) % 100 + 5).astype(np.uint16))
     recipe = {
         "model": str(tmp_path / "teacher"), "output": str(tmp_path / "out"),
         "data": {"files": str(tmp_path / "tokens.npy"), "seq_len": 12, "held_out": 8},
-        "budget": {"speedup": 1.5, "seq_len": 12}, "search": SEARCH, "training": SHORT, "recovery": SHORT,
-        "race": {"plans": 2},
+        "budget": {"speedup": 1.5, "seq_len": 12}, "search": SEARCH, "training": SHORT,
+        "recovery": SHORT | {"max_steps": 8}, "race": {"plans": 3, "steps": 1, "share": 0.9, "neighbours": False},
     }  # fmt: skip
-    with pytest.raises(HawAdaError, match=r"plans of one tower, and the budget is shared by \['decoder', 'encoder'\]"):
-        done(recipe)
+    done(recipe)
+    race = json.loads((tmp_path / "out" / "slim" / "hawada_report.json").read_text())["race"]
+    assert race["winner"]
+    assert any("encoder: " in each["name"] and "decoder: " in each["name"] for each in race["entrants"])
 
 
 def test_overrides_replace_add_and_leave_out(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import logging
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ import transformers
 from conftest import LM, SIZES, TOKENS, VISION, Row, assert_same_state, difference, gate, shuffle_gates
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
-from transformers import AutoModelForImageTextToText, default_data_collator
+from transformers import AutoModelForImageTextToText, TrainingArguments, default_data_collator
 from typer.testing import CliRunner
 from zoo import ZOO
 
@@ -27,20 +29,24 @@ from hawada_peft import (
     HawAdaTrainer,
     LatencyBudget,
     Plan,
+    Race,
     Shape,
     collect_gates,
     find_plan,
     init_gates,
     recover,
     save_slim,
+    slim,
     slim_checkpoint,
     verify_slim,
 )
 from hawada_peft.cli.program import app
 from hawada_peft.discovery.inputs import example_inputs
+from hawada_peft.distil.raced import racing_towers
 from hawada_peft.errors import (
     HawAdaError,
     IncompatibleBaseError,
+    IncompatibleTableError,
     InvalidPlanError,
     InvalidRegimeError,
     UnsupportedModelError,
@@ -49,10 +55,14 @@ from hawada_peft.gates.reading import layers_of
 from hawada_peft.latency import Effort, Regime, ToyClock
 from hawada_peft.latency.runner import check_call, prepare
 from hawada_peft.page import write_report
+from hawada_peft.race import GIVEN, Judge, RaceRecord, field_of, fits_of, searched
+from hawada_peft.race.candidates import RUNS, neighbours
+from hawada_peft.refit.fidelity import divergence
 from hawada_peft.search.result import SearchResult
 from hawada_peft.search.timed import measure_table, regime_of, table_sizes
 from hawada_peft.vanilla.batches import Batch
-from hawada_peft.vanilla.family import FAMILIES, Part, locate, locate_all, lookup
+from hawada_peft.vanilla.family import FAMILIES, Part, among, locate, locate_all, lookup, together
+from hawada_peft.vanilla.family.lookup import TOWERS
 from hawada_peft.vanilla.outputs import output_of, outputs_of
 from hawada_peft.vanilla.towers import towers_of
 
@@ -745,25 +755,47 @@ def test_a_tower_that_is_not_timed_stays_and_the_other_is_searched() -> None:
     assert found.best.shape == text.shape
 
 
-def test_a_race_is_between_plans_of_one_tower() -> None:
-    model, inputs, _ = pair("llava")
-    calibration = [inputs]
-    with pytest.raises(HawAdaError, match=r"plans of one tower, and the plan cuts \['text_config', 'vision_config'\]"):
-        recover(model, train_dataset=[], race=True, calibration=calibration)
-
-
 def test_what_is_about_one_tower_is_refused_for_several() -> None:
     row, _ = CASES["llava text"]
     model = get_peft_model(build(row), HawAdaConfig(towers=BOTH))
     budget, data = LatencyBudget(speedup=1.5, seq_len=16), [example_of(row)]
     effort = Effort.quick(clock=ToyClock())
-    with pytest.raises(InvalidPlanError, match=r"several towers, and rotate is about one.*towers=\('text_config',\)"):
+    with pytest.raises(
+        InvalidPlanError, match=r"towers, and rotate is about the residual .*towers=\('text_config',\)"
+    ):
         find_plan(model, budget, data, effort=effort, rotate=True)
-    clip = get_peft_model(build(WHOLE["clip"]), HawAdaConfig(towers=BOTH))
+
+
+def test_towers_are_searched_with_tables_that_are_given() -> None:
+    clip, effort = get_peft_model(build(WHOLE["clip"]), HawAdaConfig(towers=BOTH)), Effort.quick(clock=ToyClock())
+    regime = Regime(batch_size=2, seq_len=12)
     with pytest.raises(InvalidPlanError, match=r"name one of \['text_config', 'vision_config'\] as `tower`, got None"):
-        measure_table(clip, Regime(seq_len=12), effort=effort)
-    found = measure_table(clip, Regime(seq_len=12), effort=effort, tower="vision_config")
-    assert found.dense == locate(clip.get_base_model(), "vision_config").dense
+        measure_table(clip, regime, effort=effort)
+    tables = {tower: measure_table(clip, regime, effort=effort, tower=tower) for tower in BOTH}
+    assert tables["vision_config"].dense == locate(clip.get_base_model(), "vision_config").dense
+    inputs = [example_inputs(clip.get_base_model(), rows=4, length=12)]
+    search = functools.partial(
+        find_plan, clip, LatencyBudget(speedup=1.3, batch_size=2, seq_len=12), inputs, refit=False
+    )
+    timed: list[int] = []
+
+    def counted(model: transformers.PreTrainedModel, regime: Regime) -> float:
+        timed.append(1)
+        return weight_law(model, regime)
+
+    anew = Effort.quick(clock=ToyClock(counted), cache=False)
+    assert search(table=tables, effort=anew).speedup >= 1.3
+    spared = len(timed)
+    search(table={"vision_config": tables["vision_config"]}, effort=anew)
+    assert spared < len(timed) - spared
+    with pytest.raises(
+        InvalidPlanError, match=r"of one tower, and \['text_config', 'vision_config'\] are searched.*as table="
+    ):
+        search(table=tables["text_config"], effort=effort)
+    with pytest.raises(InvalidPlanError, match=r"tables of towers that are searched.*: \['vision'\]"):
+        search(table={"vision": tables["vision_config"]}, effort=effort)
+    with pytest.raises(IncompatibleTableError, match="measured for something else"):
+        search(table=dict(zip(BOTH, reversed(tables.values()), strict=True)), effort=effort)
 
 
 def test_the_next_tower_is_searched_in_the_slim_model() -> None:
@@ -778,3 +810,93 @@ def test_the_next_tower_is_searched_in_the_slim_model() -> None:
     both = smaller.merge_and_unload(inputs=inputs)
     assert locate(both, "vision_config").dense == CASES["llava vision"][0].slim
     assert locate(both, tower).dense == found.plan.shape != locate(build(row), tower).dense
+
+
+# ------------------------------------------------------------------ a race between plans of several towers
+
+RACING: dict[str, tuple[Row, tuple[str, ...]]] = {
+    "clip": (WHOLE["clip"], BOTH),
+    "t5": (T5, ("encoder", "decoder")),
+}
+
+
+@pytest.mark.parametrize("name", RACING)
+def test_plans_of_every_tower_and_of_all_enter_a_race(name: str) -> None:
+    row, towers = RACING[name]
+    dense = build(row)
+    limit = 0.8 * dense.num_parameters()
+    with among(dense, together([locate(dense, tower) for tower in towers])):
+        judge = Judge(dense, [example_inputs(dense, rows=4, length=12)])
+        fits = fits_of(dense, LatencyBudget(max_parameters=int(limit), seq_len=12))
+        entered = field_of(judge, fits, most=20, few=20)
+        beside = neighbours(judge, fits)
+    assert len({each.plan for each in entered}) == len(entered)
+    for each in (*entered, *beside):
+        small = slim(dense, each.plan)
+        assert (small.num_parameters() <= limit) or each.source == "neighbour"
+    cut = [{part.tower for part in each.plan.cut_parts} for each in entered if each.depth_only]
+    assert all(some in cut for some in [{tower} for tower in towers if name == "clip"])
+    assert set(towers) in cut
+    together_cut = next(each for each in entered if {part.tower for part in each.plan.cut_parts} == set(towers))
+    lost = divergence(dense, slim(dense, together_cut.plan), judge.batches)[1]
+    assert together_cut.loss == pytest.approx(lost, rel=0.2)
+    assert {RUNS, "depth and width"} <= {each.source for each in entered}
+
+
+def test_plans_of_several_towers_race_as_whole_models(tmp_path: Path) -> None:
+    model, inputs, plan = pair("clip")
+    dense = copy.deepcopy(build(WHOLE["clip"]))
+    rows = [{name: value[index] for name, value in inputs.items()} for index in (0, 1)] * 4
+    args = TrainingArguments(
+        str(tmp_path), max_steps=8, per_device_train_batch_size=4, report_to="none", use_cpu=True, disable_tqdm=True,
+        save_strategy="no",
+    )  # fmt: skip
+    budget = LatencyBudget(speedup=1.3, batch_size=2, seq_len=12)
+    race = Race(
+        budget, plans=4, steps=1, share=0.9, effort=Effort.quick(clock=ToyClock(weight_law)), neighbours=False,
+        preparations=("none", "magnitude"),
+    )  # fmt: skip
+    batches = [example_inputs(dense, rows=4, length=12), inputs]
+    slimmed = recover(model, args, train_dataset=rows, calibration=batches, race=race)
+    record = slimmed.race
+    assert record.entrants[0].source == GIVEN
+    assert record.entrants[0].plan == plan
+    towers = {tuple(part.tower for part in each.plan.cut_parts) for each in record.entrants}
+    assert len(towers) > 1
+    assert all(each.ms <= record.limit_ms for each in record.entrants)
+    assert all(math.isfinite(run.loss) for run in record.runs)
+    assert {each.preparation for each in record.entrants} == {"none", "magnitude"}
+    assert RaceRecord.from_dict(json.loads(json.dumps(record.to_dict()))).latencies == record.latencies
+    expected = slim(dense, slimmed.plan)
+    assert {name: value.shape for name, value in slimmed.model.state_dict().items()} == {
+        name: value.shape for name, value in expected.state_dict().items()
+    }
+    assert "text_config: " in record.entrants[0].name
+    assert "vision_config: " in record.entrants[0].name
+
+
+def test_the_answers_of_a_search_over_several_towers_race(tmp_path: Path) -> None:
+    base = build(WHOLE["clip"])
+    inputs = example_inputs(base, rows=4, length=12)
+    model = get_peft_model(base, HawAdaConfig(towers=BOTH))
+    budget, effort = LatencyBudget(speedup=2.2, batch_size=2, seq_len=12), Effort.quick(clock=ToyClock(weight_law))
+    found = find_plan(model, budget, [inputs], effort=effort, refit=False)
+    dense = model.unload()
+    with among(dense, locate_all(dense)):
+        judge, fits = Judge(dense, [inputs]), fits_of(dense, budget, effort=effort)
+        entered = field_of(judge, fits, {}, together={"search": searched(found)}, most=9, few=9)
+    assert found.plan in [each.plan for each in entered]
+    timed = {(*dict(each.beside).values(), each.shape) for each in found.measured}
+    for each in entered:
+        text, vision = (part.shape for part in each.plan.parts)
+        assert (vision, text) in timed
+        assert each.ms <= fits.limit_ms
+
+
+def test_a_dense_model_races_in_all_towers_that_are_timed(tmp_path: Path) -> None:
+    dense = build(CASES["llava text"][0])
+    budget = LatencyBudget(speedup=1.5, seq_len=16)
+    assert [layout.tower for layout in racing_towers(dense, Race(budget), None)] == ["text_config"]
+    small = Race(LatencyBudget(max_parameters=1, seq_len=16))
+    assert {layout.tower for layout in racing_towers(dense, small, None)} == set(BOTH)
+    assert TOWERS not in vars(dense)

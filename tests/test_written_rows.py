@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
-from conftest import KINDS, ROWS, STANDS_FOR, build
+from conftest import KINDS, ROWS, STANDS_FOR, build, first_of
 from families import FURTHER, MIXTURES
 
 from hawada_peft.gates.branches import branches_at
@@ -57,9 +57,7 @@ def test_every_field_is_compared_or_said_by_one_alone() -> None:
 
 
 @pytest.mark.usefixtures("rows_of_families")
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in REPRESENTATIVES else [pytest.mark.further]) for name in ALL]
-)
+@pytest.mark.parametrize("name", first_of(ALL, *REPRESENTATIVES))
 def test_a_written_row_is_what_is_found(name: str) -> None:
     model = build(ALL[name])
     written = locate(model)

@@ -34,7 +34,7 @@ def test_the_most_telling_cells_come_first() -> None:
     assert {(cell.contestant, cell.steps) for cell in ours} == {("race", 300)}
     assert {(cell.budget, cell.seed) for cell in ours} == {(b, s) for b in (1.25, 1.5) for s in (0, 1)}
     names = {*OURS, *RIVALS, *(f"{name}+muon" for name in RIVALS)}
-    assert {cell.contestant for cell in cells} == names - {"race_long", "race_prepared", "searched"}
+    assert {cell.contestant for cell in cells} == names - {"race_long", "race_prepared", "race_tenth", "searched"}
     assert {cell.contestant for cell in cells if cell.steps == 1000} == {"race", RIVALS[0], f"{RIVALS[0]}+muon"}
     first, second, *rest = groups_of([1.5], [0], [300], ("searched", "race"))
     assert (first.contestants, second.contestants) == (("searched",), ("race",))

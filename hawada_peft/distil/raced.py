@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import PartialState  # type: ignore[import-untyped]
 from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
@@ -26,24 +26,29 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
-from ..basis.basis import Basis, is_tied, plan_turn
+from ..basis.bases import Bases, plan_turn
+from ..basis.basis import is_tied
 from ..basis.find import find_basis
+from ..basis.heads.find import find_in_heads
+from ..basis.heads.projections import queries_of
 from ..basis.proof import check_exact
 from ..basis.rotation import warn_untied
 from ..errors import HawAdaError, UnsupportedModelError
+from ..latency.budget import LatencyBudget
 from ..planning.plan import Plan
 from ..processes import in_main_process, of_this_rank
-from ..race.candidates import DIRECTIONS, GENERATORS, GIVEN, field_of, neighbours, searched
-from ..race.fits import Fits, fits_of, no_larger
+from ..race.candidates import DIRECTIONS, GENERATORS, GIVEN, TOGETHER, field_of, neighbours, searched
+from ..race.fits import Fits, fits_of, no_larger, sizes_of
 from ..race.judge import Judge
 from ..race.preparations import PREPARATIONS
 from ..race.race import Race, entrants_of, run_race
 from ..race.record import NAME, Entrant, RaceRecord
 from ..refit.fidelity import divergence
 from ..search.reference import judged_predictions
+from ..search.timed import check_regime, regime_of
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch
-from ..vanilla.family import Layout, locate
+from ..vanilla.family import Layout, among, locate, locate_all, locate_every, together
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +82,8 @@ class RacedRecovery:
         given (`Plan`, *optional*): a plan that enters.
         start (`PreTrainedModel`, *optional*): its slim model, if that is not what `slim(dense, given)` gives.
         optimizer (`str`): what `train` trains with; a race that goes on has to have the same.
-        gated (`Basis`, *optional*): of the residual stream, if the plan that is given may keep directions of it.
+        gated (`Bases`, *optional*): of the residual stream and inside of heads, if the plan that is given may keep
+            directions of them.
 
     Raises:
         HawAdaError: if the race would leave nothing of the recovery, or there is too little calibration data.
@@ -91,7 +97,7 @@ class RacedRecovery:
     given: Plan | None = None
     start: PreTrainedModel | None = None
     optimizer: str = "auto"
-    gated: Basis | None = None
+    gated: Bases | None = None
     fitted: list[Batch] = field(init=False)
     held_out: list[Batch] = field(init=False)
 
@@ -117,22 +123,31 @@ class RacedRecovery:
         return locate(self.dense)
 
     @cached_property
-    def basis(self) -> Basis | None:
-        """Of the residual stream, the gates' or the first process's; None where it cannot be cut along directions."""
-        if self.gated is not None or not self.race.rotate:
-            return self.gated
+    def bases(self) -> Bases:
+        """The gates', or the first process's; none of what cannot be cut along directions."""
+        given = self.gated or Bases()
+        stream, heads = given.stream, given.heads
+        batches = first_of(self.fitted, self.dense.main_input_name)
         try:
-            check_exact(self.layout)
-            batches = first_of(self.fitted, self.dense.main_input_name)
-            return in_main_process(lambda: find_basis(self.dense, batches))
+            if stream is None and self.race.rotate:
+                if len(locate_all(self.dense)) > 1:
+                    raise UnsupportedModelError("a basis is of one stream, and plans of several towers race")
+                check_exact(self.layout)
+                stream = in_main_process(lambda: find_basis(self.dense, batches))
         except HawAdaError as error:
             logger.info("no plan cuts the residual stream along directions: %s", error)
-            return None
+        try:
+            if heads is None and self.race.rotate and self.race.search is not None:  # plans of other sources cut none
+                queries_of(self.layout)
+                heads = in_main_process(lambda: find_in_heads(self.dense, batches))
+        except HawAdaError as error:
+            logger.info("no plan cuts inside of heads: %s", error)
+        return Bases(stream, heads)
 
     def run(self) -> tuple[RaceRecord, PreTrainedModel]:
         """The race, from where it stopped, and the winner's model, ready for the rest of the recovery."""
         state = PartialState()
-        self.basis  # noqa: B018  # every process takes part
+        self.bases  # noqa: B018  # every process takes part
         settings = self.race.settings() | {
             "seed": self.args.seed,
             "batch_size": self.rows * self.args.world_size,  # of all processes: another number of them may go on
@@ -150,9 +165,9 @@ class RacedRecovery:
         winner = run_race(record, self._trial, retire=self._retire)
         state.wait_for_everyone()
         last = max((run.rung for run in record.runs if run.entrant == winner.key), default=-1)
-        turn = plan_turn(self.dense, winner.plan, self.basis)
-        if turn is not None and is_tied(self.dense) and not turn.tied:
-            warn_untied(self.dense, turn.size)
+        turn = plan_turn(self.dense, winner.plan, self.bases)
+        if turn is not None and turn.write is not None and is_tied(self.dense) and not turn.tied:
+            warn_untied(self.dense, turn.write.shape[1])
         return record, self._after(winner, last)
 
     def clean(self) -> None:
@@ -186,15 +201,15 @@ class RacedRecovery:
             logger.info("the race goes on after %d runs", len(record.runs))
             return record
         started = time.perf_counter()
-        race, judge = self.race, Judge(self.dense, self.judged, self.basis, bf16=bool(self.args.bf16))
+        race, judge = self.race, Judge(self.dense, self.judged, self.bases, bf16=bool(self.args.bf16))
         fits = self._fits()
-        generators = dict(GENERATORS)
+        generators, of_all = dict(GENERATORS), dict(TOGETHER)
         if not race.rotate:
             del generators[DIRECTIONS]
         if race.search is not None:
-            generators["search"] = searched(race.search)
+            of_all["search"] = searched(race.search)
         given = () if self.given is None else (self.given,)
-        field = field_of(judge, fits, generators, given=given, most=race.plans, few=race.few)
+        field = field_of(judge, fits, generators, together=of_all, given=given, most=race.plans, few=race.few)
         beside = neighbours(judge, fits) if race.neighbours else []
         total = self._total_steps() * race.share / self.share
         plans, others, neighbouring, lengths = race.affordable(len(field), len(beside), total)
@@ -233,7 +248,7 @@ class RacedRecovery:
             return fits
         if self.given is None:
             raise HawAdaError("a race needs a budget, or a plan that sets the number of parameters")
-        return no_larger(self.dense, self.given.shape)
+        return no_larger(self.dense, sizes_of(locate_all(self.dense), self.given))
 
     def _total_steps(self) -> int:
         """Of the recovery; where it is bounded by epochs those are not known here, and a usual number is taken."""
@@ -275,11 +290,11 @@ class RacedRecovery:
         """The slim model of an entrant, as it was cut."""
         if self.start is not None and entrant.source == GIVEN:
             return copy.deepcopy(self.start).to(self.args.device)  # type: ignore[arg-type]
-        turn = plan_turn(self.dense, entrant.plan, self.basis)
+        turn = plan_turn(self.dense, entrant.plan, self.bases)
         return slim(self.dense, entrant.plan, turn=turn, layout=self.layout)
 
     def _prepared(self, entrant: Entrant) -> PreTrainedModel:
-        model, turn = self._built(entrant), plan_turn(self.dense, entrant.plan, self.basis)
+        model, turn = self._built(entrant), plan_turn(self.dense, entrant.plan, self.bases)
         coordinates = None if turn is None else turn.write
         try:
             PREPARATIONS[entrant.preparation](self.dense, model, entrant.plan, self.fitted, coordinates)
@@ -317,6 +332,23 @@ class RacedRecovery:
                 if file.name not in names:
                     file.unlink()
         PartialState().wait_for_everyone()
+
+
+def racing_towers(base: PreTrainedModel, race: Race, plan: Plan | None) -> Sequence[Layout]:
+    """
+    The towers that plans of a race may cut: those that a plan speaks of; else those with gates, of a model without
+    gates all, that run in the calls that are timed.
+    """
+    if plan is not None:
+        return together([locate(base, part.tower or None) for part in plan.parts])
+    every = together(locate_every(base))
+    budget = cast(LatencyBudget, race.budget)
+    if len(every) == 1 or not math.isfinite(budget.limit_ms(1.0)):
+        return every
+    with among(base, every):
+        running = check_regime(base, regime_of(base, budget))
+    logger.info("plans of %s race", [layout.tower for layout in running])
+    return running
 
 
 def rows_of(race: Race, args: TrainingArguments) -> tuple[int, float]:

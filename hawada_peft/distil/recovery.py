@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -14,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
-from ..basis.basis import Basis, basis_gate, gate_basis
+from ..basis.bases import Bases, gated_bases
 from ..errors import HawAdaError
 from ..gates.adapter import GateAdapter
 from ..planning.plan import Plan
@@ -26,17 +25,15 @@ from ..shipping.save import Slimmed
 from ..surgery.dense import put_back
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch
-from ..vanilla.family import locate, locate_all, only
+from ..vanilla.family import among, locate
 from ..vanilla.heads import is_bare
 from ..vanilla.mode import dropout_off
 from .arguments import rate_problems
 from .muon import optimizer_problems
 from .objective import Distillation
-from .raced import RacedRecovery
+from .raced import RacedRecovery, racing_towers
 from .sharded import gather_into, shards, twin_of
 from .trainer import DistillTrainer, needs_states
-
-logger = logging.getLogger(__name__)
 
 
 def recover(
@@ -125,11 +122,6 @@ def recover(
         problems.append("the plan keeps everything: there is nothing to recover from")
     if not isinstance(race, Race | bool):
         problems.append(f"race must be a Race, True or False, got a {type(race).__name__}")
-    elif racing is not None and isinstance(chosen, Plan) and len(cut := chosen.cut_parts) > 1:
-        problems.append(
-            f"a race is between plans of one tower, and the plan cuts {[part.tower for part in cut]}: recover without "
-            f"a race, or gate one, as HawAdaConfig(towers=({cut[0].tower!r},))"
-        )
     elif racing is not None and calibration is None:
         problems.append("a race needs `calibration`: batches that plans are judged and compared on")
     if lora is not None and not isinstance(lora, LoraConfig):
@@ -181,9 +173,7 @@ def recover(
         trained: Any = target
         return trained if lora is None else trained.merge_and_unload()
 
-    if racing is not None and chosen is not None:
-        chosen = next(iter(chosen.cut_parts))
-    gated_basis = _basis_of(model) if racing is not None and isinstance(model, PeftModel) else None
+    bases = _bases_of(model) if racing is not None and isinstance(model, PeftModel) else None
     with put_back(base, always=False):  # until the end the gates may still be needed
         slimmed: Slimmed | None = None
         if isinstance(model, PeftModel) and chosen is None:
@@ -208,12 +198,9 @@ def recover(
                 chosen,
                 None if slimmed is None else slimmed.model,
                 optimizer,
-                gated_basis,
+                bases,
             )
-            tower = locate(base).tower if chosen is None else chosen.tower
-            if len(locate_all(base)) > 1:
-                logger.info("the race is between plans of %r; other towers stay as they are", tower)
-            with only(base, tower):
+            with among(base, racing_towers(base, racing, chosen)):
                 record, small = raced.run()
             args = copy.copy(cast(TrainingArguments, args))
             args.max_steps = raced.steps_left(record)
@@ -227,11 +214,11 @@ def recover(
     return replace(slimmed, model=trained.train(training))
 
 
-def _basis_of(model: PeftModel) -> Basis | None:
-    """The basis of the residual stream whose directions a gated model's plan may keep."""
+def _bases_of(model: PeftModel) -> Bases | None:
+    """What a gated model's plan may keep directions of; None if the adapter has no basis."""
     base = model.get_base_model()
-    gates = [basis_gate(base, locate(base), name) for name in model.active_adapters]
-    return next((copy.deepcopy(gate_basis(gate)) for gate in gates if gate is not None), None)
+    found = gated_bases(base, locate(base), model.active_adapters)
+    return None if found == Bases() else copy.deepcopy(found)
 
 
 def _cut(dense: PreTrainedModel, plan: Plan, calibration: Iterable[Batch] | None) -> Slimmed:

@@ -240,10 +240,10 @@ def needs_states(model: nn.Module) -> str:
     )
 
 
-def _outputs(model: Model) -> int:
-    """Size of the vocabulary that is predicted, or number of classes; of hidden states without a head."""
+def _outputs(model: Model) -> int | None:
+    """Size of the vocabulary, number of classes, or of hidden states; None of dual encoders, as no config says it."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if is_bare(base):
-        return base.config.hidden_size
+        return getattr(base.config, "hidden_size", None)
     head = base.get_output_embeddings()
     return base.config.num_labels if head is None else len(head.weight)

@@ -13,14 +13,15 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..errors import IllegalShapeError, InfeasibleBudgetError
+from ..errors import IllegalShapeError, InfeasibleBudgetError, UnsupportedModelError
 from ..planning.plan import Plan
 from ..planning.sizes import ffn_multiple
+from ..planning.towers import check_towers
+from ..search.result import Candidate as Timed
 from ..search.result import SearchResult
 from ..search.space import narrower_sizes
-from ..vanilla.legality import check_legal
 from ..vanilla.shape import Shape
-from .fits import Fits, largest
+from .fits import Fits, as_sizes, largest, sizes_of
 from .judge import Judge
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,15 @@ class Candidate:
     @property
     def depth_only(self) -> bool:
         """Whether layers go, and nothing else."""
-        return replace(self.plan.shape, num_hidden_layers=None) == replace(self.plan.dense, num_hidden_layers=None)
+        return all(
+            replace(part.shape, num_hidden_layers=None) == replace(part.dense, num_hidden_layers=None)
+            for part in self.plan.parts
+        )
+
+
+def each_tower(judge: Judge, fits: Fits) -> list[tuple[Judge, Fits]]:
+    """Of every tower its judge, and what meets the budget while the others are dense."""
+    return [(tower, fits.of_tower(number)) for number, tower in enumerate(judge.towers)]
 
 
 def deepest(judge: Judge, fits: Fits) -> int:
@@ -189,7 +198,7 @@ def directions(judge: Judge, fits: Fits) -> Iterator[Plan]:
     References:
         Ashkboos et al., "SliceGPT" (2024), for cutting the stream in a basis.
     """
-    if judge.basis is None:
+    if judge.bases.stream is None:
         return
     kept, total = deepest(judge, fits), judge.layers
     shapes = [judge.layout.narrowed(size) for size in reversed(narrower_sizes(judge.layout))]
@@ -209,21 +218,61 @@ def _deeper(judge: Judge, fits: Fits, counts: Iterable[int], widths: Sequence[Sh
             yield judge.at(wide[place], gone)
 
 
+def runs_together(judge: Judge, fits: Fits) -> Iterator[Plan]:
+    """
+    Without a run of adjacent layers of every one of several towers, that of least loss: as many layers as must go if
+    all towers lose the same part of theirs, and if one loses twice the others' part. Nothing of one tower.
+    """
+    dense, count = [layout.dense for layout in judge.layouts], len(judge.layouts)
+    depths = [tower.layers for tower in judge.towers]
+    for first in range(count + 1) if count > 1 else ():
+        weights = [1.0 if first in (number, count) else 0.5 for number in range(count)]
+
+        def left(part: float, weights: list[float] = weights) -> tuple[int, ...]:
+            return tuple(
+                max(1, depth - round(weight * part * depth)) for weight, depth in zip(weights, depths, strict=True)
+            )
+
+        most = max(depths)
+        rising = list(dict.fromkeys(left(gone / most) for gone in range(most, 0, -1)))
+        sizes = [
+            fits.numbers.complete([replace(s, num_hidden_layers=n) for s, n in zip(dense, some, strict=True)])
+            for some in rising
+        ]
+        place = largest(range(len(sizes)), lambda place, sizes=sizes: fits(sizes[place]))  # type: ignore[misc]
+        some = () if place is None else rising[place]
+        parts = [
+            tower.without(best_run(tower, kept))
+            for tower, kept in zip(judge.towers, some, strict=False)
+            if kept < tower.layers
+        ]
+        if len(parts) > 1:
+            yield Plan.of_towers(parts)
+
+
 def searched(result: SearchResult) -> Generator:
     """The answer of a search, and the best of the other shapes that it timed, without the greedily chosen layers."""
 
+    def shapes(judge: Judge, each: Timed) -> list[Shape]:
+        if len(judge.layouts) == 1:
+            return [each.shape]
+        named = {result.plan.tower: each.shape, **dict(each.beside)}
+        return [named.get(layout.tower, layout.dense) for layout in judge.layouts]
+
     def generate(judge: Judge, fits: Fits) -> Iterator[Plan]:
-        if result.plan is not None and not (result.plan.rotated and judge.basis is None):
+        if result.plan is not None and judge.knows(result.plan.shape):
             yield result.plan
         timed = sorted(
-            (each for each in result.measured if each.measured_loss is not None and each.shape != result.best.shape),
+            (each for each in result.measured if each.measured_loss is not None and each.sizes != result.best.sizes),
             key=lambda each: each.measured_loss or 0.0,
         )
-        timed = [each for each in timed if each.shape.hidden_size is None or judge.basis is not None]
-        for each in [each for each in timed if fits(each.shape)][: SEARCHED - 1]:
-            order = sorted(range(judge.layers), key=lambda layer: judge.influence[layer])
-            gone = judge.layers - each.shape.sizes()["num_hidden_layers"]
-            yield judge.at(each.shape, order[:gone])
+        timed = [each for each in timed if judge.knows(each.shape)]
+        for some in [some for each in timed if fits(as_sizes(some := shapes(judge, each)))][: SEARCHED - 1]:
+            parts = []
+            for tower, shape in zip(judge.towers, some, strict=True):
+                order = sorted(range(tower.layers), key=lambda layer, tower=tower: tower.influence[layer])  # type: ignore[misc]
+                parts.append(tower.part(shape, order[: tower.layers - shape.sizes()["num_hidden_layers"]]))
+            yield Plan.of_towers(parts)
 
     return generate
 
@@ -241,12 +290,16 @@ GENERATORS: dict[str, Generator] = {
 }
 """Where the plans of a race come from. What recovers as if it were another's comes from the first of them."""
 
+TOGETHER: dict[str, Generator] = {RUNS: runs_together}
+"""Further plans of these sources, of a whole model; the others are asked about each of its towers."""
+
 
 def field_of(
     judge: Judge,
     fits: Fits,
     generators: Mapping[str, Generator] | None = None,
     *,
+    together: Mapping[str, Generator] | None = None,
     given: Sequence[Plan] = (),
     most: int = 6,
     few: int = 2,
@@ -257,12 +310,14 @@ def field_of(
     All plans that meet the budget, without duplicates and without those that another dominates: that keeps the same
     layers, is nowhere narrower and is not slower. Of each source the `few` of least loss; of these the best of each
     source, by their loss, then the second of each, `most` in all. Plans that are given, the best one by depth alone
-    and the best run of layers, which recovers better than its loss says, are always among them.
+    and the best run of layers, which recovers better than its loss says, are always among them. A source that cannot
+    tell of a model, or of a tower, gives no plans of it.
 
     Args:
         judge: of the model.
         fits: of the budget.
-        generators: sources by name; `GENERATORS` if left out.
+        generators: sources by name, asked about each tower, while the others stay whole; `GENERATORS` if left out.
+        together: sources asked about all towers at once; `TOGETHER` if left out.
         given: plans that the caller has; those that do not meet the budget do not enter.
         most: plans at most.
         few: plans of one source at most.
@@ -270,19 +325,20 @@ def field_of(
     Raises:
         InfeasibleBudgetError: if no plan meets the budget.
     """
-    sources = {GIVEN: given} | {
-        name: generate(judge, fits) for name, generate in (GENERATORS if generators is None else generators).items()
-    }
     seen: set[Plan] = set()
     found: dict[str, list[Candidate]] = {}
-    for source, plans in sources.items():
+    alone, together = GENERATORS if generators is None else generators, TOGETHER if together is None else together
+    for source in (GIVEN, *dict.fromkeys((*alone, *together))):
+        plans = [*given] if source == GIVEN else []
+        plans += [plan for each in each_tower(judge, fits) for plan in _made(source, alone, *each)]
+        plans += _made(source, together, judge, fits)
         new = [
             plan
             for plan in dict.fromkeys(plans)
             if plan not in seen and not plan.keeps_all and _enters(judge, fits, plan)
         ]
         seen.update(new)
-        ms = [None if fits.time is None else fits.ms(plan.shape) for plan in new]
+        ms = [None if fits.time is None else fits.ms(sizes_of(judge.layouts, plan)) for plan in new]
         entered = [Candidate(plan, source, each, judge.loss(plan)) for plan, each in zip(new, ms, strict=True)]
         found[source] = sorted(entered, key=lambda each: each.loss)
         logger.info("%s: %d plans meet the budget", source, len(new))
@@ -314,28 +370,55 @@ def neighbours(judge: Judge, fits: Fits) -> list[Candidate]:
     The nearest whole numbers of layers on both sides of the budget, each without its run of least loss: that of one
     layer more than meets the budget, and of one less.
     """
-    kept, found = deepest(judge, fits), []
-    for count in (kept + 1, kept - 1):
-        if 0 < count < judge.layers:
-            plan = judge.without(best_run(judge, count))
-            ms = None if fits.time is None else fits.ms(plan.shape)
-            found.append(Candidate(plan, "neighbour", ms, judge.loss(plan)))
+    found = []
+    for tower, alone in each_tower(judge, fits):
+        kept = deepest(tower, alone)
+        for count in (kept + 1, kept - 1) if kept or len(judge.layouts) == 1 else ():
+            if 0 < count < tower.layers:
+                plan = tower.without(best_run(tower, count))
+                ms = None if fits.time is None else fits.ms(sizes_of(judge.layouts, plan))
+                found.append(Candidate(plan, "neighbour", ms, judge.loss(plan)))
     return found
+
+
+def _made(source: str, generators: Mapping[str, Generator], judge: Judge, fits: Fits) -> list[Plan]:
+    """What a source gives, if it is among some, and can tell of the model."""
+    try:
+        return list(generators[source](judge, fits)) if source in generators else []
+    except UnsupportedModelError as error:
+        logger.info("%s: no plans of %s: %s", source, judge.layout.tower or "the model", error)
+        return []
 
 
 def _enters(judge: Judge, fits: Fits, plan: Plan) -> bool:
     try:
-        check_legal(judge.layout, plan.shape)
+        check_towers(judge.layouts, plan)
     except IllegalShapeError as error:
         logger.info("%s does not enter: %s", plan, error)
         return False
-    return fits(judge.layout.complete(plan.shape))
+    return fits(sizes_of(judge.layouts, plan))
 
 
 def _dominates(one: Candidate, other: Candidate) -> bool:
     """Whether one keeps the same layers, is nowhere narrower, somewhere wider, and not slower."""
-    if one.plan.layers != other.plan.layers:
+    if _layers(one.plan) != _layers(other.plan):
         return False
-    mine, theirs = ({"hidden_size": math.inf} | each.plan.shape.to_dict() for each in (one, other))  # of the dense
+    mine, theirs = _narrowed(one.plan), _narrowed(other.plan)
     slower = one.ms is not None and other.ms is not None and one.ms > other.ms
-    return all(mine[name] >= size for name, size in theirs.items()) and mine != theirs and not slower
+    return all(size >= theirs.get(name, math.inf) for name, size in mine.items()) and mine != theirs and not slower
+
+
+def _layers(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """The layers that stay, of every tower that loses some."""
+    depths = {part.tower: part.dense.sizes()["num_hidden_layers"] for part in plan.parts}
+    return {part.tower: part.layers for part in plan.parts if len(part.layers) < depths[part.tower]}
+
+
+def _narrowed(plan: Plan) -> dict[tuple[str, str], int]:
+    """The sizes that are smaller than the dense ones, of every tower."""
+    return {
+        (part.tower, name): size
+        for part in plan.parts
+        for name, size in part.shape.to_dict().items()
+        if size != part.dense.to_dict().get(name)
+    }

@@ -1,4 +1,8 @@
-"""What is known of plans before any training: their loss, the layers' influence, what stays at a shape."""
+"""
+What is known of plans before any training: their loss, the layers' influence, what stays at a shape.
+
+Long because a judge of several towers is one of each of them.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,8 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ..basis.basis import Basis, is_tied, plan_turn
-from ..basis.turn import Turn
+from ..basis.bases import Bases, Change, plan_turn
+from ..basis.basis import is_tied
 from ..errors import HawAdaError
 from ..gates.reading import Scores, UnitScores
 from ..planning.plan import Plan
@@ -22,10 +26,11 @@ from ..processes import of_this_rank
 from ..refit.activity import column_norms
 from ..refit.fidelity import Expected
 from ..refit.layerwise import Stream
+from ..search.together import Numbers
 from ..surgery.slimming import slim
 from ..vanilla.batches import Batch, position_mask, without_labels
 from ..vanilla.draws import draw_classes
-from ..vanilla.family import locate
+from ..vanilla.family import locate_all
 from ..vanilla.heads import Classes, Head, head_of
 from ..vanilla.outputs import output_of
 from ..vanilla.shape import HEADS, Shape
@@ -45,10 +50,13 @@ class Judge:
     """
     Answers what generators of plans ask, from a dense model and calibration batches. Everything is computed once.
 
+    Of a model with several towers (`locate_all`) `towers` holds a judge of each, by the same measure: its layers are
+    that tower's, and its plans leave the others whole.
+
     Args:
         dense (`PreTrainedModel`): vanilla, with a family row; left as it is.
         batches (`Sequence`): keyword arguments of the forward pass, on the model's device; labels are not used.
-        basis (`Basis`, *optional*): of the residual stream, if plans may keep directions of it.
+        bases (`Bases`, *optional*): of the residual stream and inside of heads, if plans may keep directions of them.
         bf16 (`bool`): compute plans' losses under bfloat16 autocast, as a training with it does; that is quicker.
 
     Raises:
@@ -57,11 +65,12 @@ class Judge:
     """
 
     def __init__(
-        self, dense: PreTrainedModel, batches: Sequence[Batch], basis: Basis | None = None, *, bf16: bool = False
+        self, dense: PreTrainedModel, batches: Sequence[Batch], bases: Bases | None = None, *, bf16: bool = False
     ) -> None:
         if not batches:
             raise HawAdaError("no calibration batches were given; pass at least one")
-        self.dense, self.layout, self.basis = dense, locate(dense), basis
+        self.dense, self.layouts, self.bases = dense, locate_all(dense), bases or Bases()
+        self.layout = self.layouts[0]
         self.batches = [without_labels(batch) for batch in batches]
         self._losses: dict[Plan, float] = {}
         self._bf16 = bf16
@@ -70,6 +79,12 @@ class Judge:
     def layers(self) -> int:
         """Layers of the dense model."""
         return self.layout.dense.sizes()["num_hidden_layers"]
+
+    @cached_property
+    def towers(self) -> tuple[Judge, ...]:
+        """The judges of each tower; of one tower this one."""
+        several = len(self.layouts) > 1
+        return tuple(_OfTower(self, number) for number in range(len(self.layouts))) if several else (self,)
 
     def loss(self, plan: Plan) -> float:
         """
@@ -96,9 +111,15 @@ class Judge:
         """What the outputs of the model stand for."""
         return head_of(self.dense, output_of(self.dense, self.batches[0]))
 
-    def turn(self, plan: Plan) -> Turn | None:
-        """The change of coordinates that a plan asks for, if it keeps directions of the stream."""
-        return plan_turn(self.dense, plan, self.basis)
+    def turn(self, plan: Plan) -> Change | None:
+        """The change of coordinates that a plan asks for, if it keeps directions of the stream, or inside of heads."""
+        return plan_turn(self.dense, plan, self.bases)
+
+    def knows(self, shape: Shape) -> bool:
+        """Whether there is a basis for what a shape cuts."""
+        wanted = self.layout.complete(shape)
+        stream, heads = wanted.hidden_size is None, wanted.head_dim is None
+        return (stream or self.bases.stream is not None) and (heads or self.bases.heads is not None)
 
     def unties(self, plan: Plan) -> bool:
         """Whether the output projection stops being the embedding, and needs memory of its own."""
@@ -111,6 +132,10 @@ class Judge:
         return self.at(Shape(num_hidden_layers=self.layers - len(gone)), gone)
 
     def at(self, shape: Shape, dropped: Iterable[int]) -> Plan:
+        """As `part`, with what of further towers has to be as small, where one number of the config says so."""
+        return self.part(shape, dropped)
+
+    def part(self, shape: Shape, dropped: Iterable[int]) -> Plan:
         """
         The plan of a shape without certain layers, that keeps the heads and channels that carry most, and the first
         directions of the stream's basis.
@@ -128,10 +153,11 @@ class Judge:
         gone = set(dropped)
         kept = tuple(torch.tensor(float(layer not in gone), dtype=torch.float64) for layer in range(self.layers))
         wanted, dense, none = self.layout.complete(shape), self.layout.dense, (None,) * self.layers
-        narrower = replace(wanted, num_hidden_layers=None, hidden_size=None) != replace(dense, num_hidden_layers=None)
+        inner = replace(wanted, num_hidden_layers=None, hidden_size=None, head_dim=None)
+        narrower = inner != replace(dense, num_hidden_layers=None)
         heads, channels, further = self._energies if narrower else (none, none, {})
         directions = -torch.arange(self.layout.hidden_size, dtype=torch.float64)  # they are in descending order
-        scores = UnitScores(heads, channels, kept, hidden=directions, rotated=True, further=further)
+        scores = UnitScores(heads, channels, kept, hidden=directions, rotated=True, in_heads=True, further=further)
         return rank(self.layout, scores, wanted)
 
     @cached_property
@@ -217,6 +243,30 @@ class Judge:
                 yield Stream.start(self.dense, self.layout, self.batches)
         finally:
             self.dense.train(training)
+
+
+class _OfTower(Judge):
+    """A judge of one of several towers."""
+
+    def __init__(self, whole: Judge, number: int) -> None:
+        self.whole, self.number = whole, number
+        self.dense, self.batches, self.bases = whole.dense, whole.batches, Bases()
+        self.layout = whole.layouts[number]
+        self.layouts = (self.layout,)
+
+    def loss(self, plan: Plan) -> float:
+        """As of the whole model."""
+        return self.whole.loss(plan)
+
+    def at(self, shape: Shape, dropped: Iterable[int]) -> Plan:
+        """See `Judge.at`."""
+        dense = self.layout.dense.to_dict()
+        cut = Shape(**{name: size for name, size in shape.to_dict().items() if size != dense.get(name)})
+        said = Numbers.of(self.whole.layouts).said_of(self.number, cut)
+        towers = self.whole.towers
+        return Plan.of_towers(
+            [self.part(shape, dropped), *(towers[later].part(sizes, ()) for later, sizes in said.items())]
+        )
 
 
 def _log_odds(logits: torch.Tensor, outcomes: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -16,6 +17,7 @@ from ..refit.cosine import refine_cosine
 from ..refit.magnitude import compensate_magnitude, stream_magnitudes
 from ..refit.reconstruction import DAMPINGS, refit_model
 from ..vanilla.batches import Batch
+from ..vanilla.family import among, locate
 
 logger = logging.getLogger(__name__)
 Preparation = Callable[[PreTrainedModel, PreTrainedModel, Plan, Sequence[Batch], torch.Tensor | None], None]
@@ -61,9 +63,11 @@ def _magnitude(
     batches: Sequence[Batch],
     coordinates: torch.Tensor | None,
 ) -> None:
-    """As `compensate_magnitude`."""
+    """As `compensate_magnitude`, in every tower that is cut."""
     _check_channels(plan, "magnitude")
-    compensate_magnitude(slim, plan, stream_magnitudes(dense, batches))
+    for part in plan.cut_parts:
+        with _alone(dense, part), _alone(slim, part):
+            compensate_magnitude(slim, part, stream_magnitudes(dense, batches))
 
 
 def _cosine(
@@ -73,13 +77,20 @@ def _cosine(
     batches: Sequence[Batch],
     coordinates: torch.Tensor | None,
 ) -> None:
-    """As `refine_cosine`."""
+    """As `refine_cosine`, in every tower that is cut."""
     _check_channels(plan, "cosine")
-    refine_cosine(dense, slim, plan, batches)
+    for part in plan.cut_parts:
+        with _alone(dense, part), _alone(slim, part):
+            refine_cosine(dense, slim, part, batches)
+
+
+def _alone(model: PreTrainedModel, part: Plan) -> AbstractContextManager[None]:
+    """Within, the tower of a plan is the one that `locate` finds."""
+    return among(model, [locate(model, part.tower or None)])
 
 
 def _check_channels(plan: Plan, name: str) -> None:
-    if plan.hidden is not None:
+    if any(part.hidden is not None for part in plan.parts):
         raise UnsupportedModelError(f"preparation {name!r} compares streams of one size, and the plan cuts the stream")
 
 

@@ -17,8 +17,8 @@ from ..errors import HawAdaError
 from ..latency.budget import LatencyBudget
 from ..latency.effort import Effort
 from ..search.result import SearchResult
-from ..vanilla.shape import Shape
 from .candidates import Candidate
+from .fits import Sizes
 from .preparations import PREPARATIONS
 from .record import Entrant, RaceRecord, Run
 
@@ -36,6 +36,9 @@ Trial = Callable[[Entrant, int, int], float]
 class Race:
     """
     How plans race. What looks best when it is cut is often not what recovers best; a short recovery tells.
+
+    Of a model whose gates are on several towers, plans of all of them and of each one alone race as whole models,
+    under one budget.
 
     Args:
         budget (`LatencyBudget`, *optional*): what the plans may cost. Without one they may not have more parameters
@@ -88,7 +91,7 @@ class Race:
     held_out: float = 0.25
     search: SearchResult | None = None
     effort: Effort | None = None
-    latencies: Mapping[Shape, float] | None = None
+    latencies: Mapping[Sizes, float] | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -120,7 +123,7 @@ class Race:
         return plain | {
             "budget": None if self.budget is None else str(self.budget),
             "preparations": list(self.preparations),
-            "searched": None if self.search is None else self.search.best.shape.to_dict(),
+            "searched": None if self.search is None else self.search.plan.sizes,
         }
 
     def lengths(self, plans: int, preparations: int, neighbours: int, steps: float) -> list[int]:

@@ -18,6 +18,7 @@ from ..errors import HawAdaError
 from ..files.atomic import write_text
 from ..planning.plan import Plan
 from ..vanilla.shape import Shape
+from .fits import Sizes, as_sizes
 
 FORMAT = 2
 NAME = "race.json"
@@ -53,16 +54,8 @@ class Entrant:
     @property
     def name(self) -> str:
         """For people: what goes, and the preparation."""
-        plan, parts = self.plan, []
-        gone = sorted(set(range(plan.dense.sizes()["num_hidden_layers"])) - set(plan.layers))
-        if gone:
-            parts.append(f"without layer{'s' if len(gone) > 1 else ''} {_ranges(gone)}")
-        dense = plan.dense.to_dict()
-        short = {"num_attention_heads": "heads", "num_key_value_heads": "KV groups", "intermediate_size": "FFN"}
-        short |= {"hidden_size": "hidden"}
-        sizes = plan.shape.to_dict()
-        parts += [f"{short[key]} {sizes[key]}/{dense[key]}" for key in short if sizes.get(key) != dense.get(key)]
-        return ", ".join(parts) + ("" if self.preparation == "none" else f"; {self.preparation}")
+        cut = [(f"{part.tower}: " if part.tower else "") + _told(part) for part in self.plan.cut_parts]
+        return " | ".join(cut) + ("" if self.preparation == "none" else f"; {self.preparation}")
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -110,7 +103,8 @@ class RaceRecord:
         limit_ms (`float`, *optional*): the budget's, on the same scale.
         share (`float`): of a step of the recovery that a step of the race costs: its batches may be smaller.
         seconds (`float`): what finding the entrants took.
-        latencies (`dict[Shape, float]`): of all shapes that were timed, in milliseconds.
+        latencies (`dict[Sizes, float]`): of all shapes that were timed, in milliseconds; of several towers by
+            `Together`.
         beside (`bool`): whether the neighbours run too; else it is only told what they lose as they are cut.
         winner (`str`, *optional*): its key, once the race is over.
         path (`Path`, *optional*): where it is written; nowhere if left out.
@@ -125,7 +119,7 @@ class RaceRecord:
     limit_ms: float | None = None
     share: float = 1.0
     seconds: float = 0.0
-    latencies: dict[Shape, float] = field(default_factory=dict)
+    latencies: dict[Sizes, float] = field(default_factory=dict)
     beside: bool = True
     winner: str | None = None
     path: Path | None = None
@@ -178,7 +172,7 @@ class RaceRecord:
             "seconds": self.seconds,
             "entrants": [{"key": each.key, "name": each.name} | each.to_dict() for each in self.entrants],
             "runs": [asdict(run) | {"loss": None if math.isnan(run.loss) else run.loss} for run in self.runs],
-            "latencies": [[shape.to_dict(), ms] for shape, ms in self.latencies.items()],
+            "latencies": [[_plain(sizes), ms] for sizes, ms in self.latencies.items()],
             "beside": self.beside,
             "winner": self.winner,
             "cost": self.cost,
@@ -211,7 +205,7 @@ class RaceRecord:
                 for each in data["entrants"]
             ],
             runs=[Run(**(run | {"loss": math.nan if run["loss"] is None else run["loss"]})) for run in data["runs"]],
-            latencies={Shape.from_dict(shape): ms for shape, ms in data["latencies"]},
+            latencies={_sizes(plain): ms for plain, ms in data["latencies"]},
             path=path,
             **{name: data[name] for name in (*fields, "beside", "winner")},
         )
@@ -263,6 +257,32 @@ class RaceRecord:
         if self.winner is not None:
             lines.append(f"won: {self.entrant(self.winner).name}; the race cost {self.cost:.0f} steps of recovery")
         return lines
+
+
+def _plain(sizes: Sizes) -> Any:
+    """For JSON: an object; of several towers a list of them."""
+    return sizes.to_dict() if isinstance(sizes, Shape) else [shape.to_dict() for shape in sizes.shapes]
+
+
+def _sizes(plain: Any) -> Sizes:
+    """The inverse of `_plain`."""
+    each = plain if isinstance(plain, list) else [plain]
+    return as_sizes([Shape.from_dict(shape) for shape in each])
+
+
+def _told(plan: Plan) -> str:
+    """What goes of a tower."""
+    parts = []
+    gone = sorted(set(range(plan.dense.sizes()["num_hidden_layers"])) - set(plan.layers))
+    if gone:
+        parts.append(f"without layer{'s' if len(gone) > 1 else ''} {_ranges(gone)}")
+    dense = plan.dense.to_dict()
+    short = {"num_attention_heads": "heads", "num_key_value_heads": "KV groups", "intermediate_size": "FFN"}
+    short |= {"hidden_size": "hidden"}
+    sizes = plan.shape.to_dict()
+    return ", ".join(
+        [*parts, *(f"{short[key]} {sizes[key]}/{dense[key]}" for key in short if sizes.get(key) != dense.get(key))]
+    )
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -21,10 +21,8 @@ from transformers import (
 
 from ..distil.recovery import recover
 from ..errors import HawAdaError
-from ..latency.budget import LatencyBudget
 from ..planning.plan import Plan
 from ..progress import Progress
-from ..search.timed import check_regime, regime_of
 from ..shipping.facts import calibration_facts
 from ..training.trainer import HawAdaTrainer
 from ..vanilla.loading import load_model
@@ -119,7 +117,6 @@ def _train_gates(
 ) -> dict[str, float]:
     """Train the gates and save the adapter. Returns the held-out loss under the plan."""
     model = get_peft_model(load_model(recipe.model, dtype=recipe.dtype), recipe.config())
-    _check_race(recipe, model)
     trainer = HawAdaTrainer(
         model,
         args,
@@ -133,19 +130,6 @@ def _train_gates(
     loss = trainer.evaluate()["eval_loss"]
     _save_gates(model, record)
     return {"gates": loss}
-
-
-def _check_race(recipe: Recipe, model: PeftModel) -> None:
-    """Refuse a race that is asked for where plans of several towers are to come, before any training."""
-    base = cast(PreTrainedModel, model.get_base_model())
-    if not recipe.race or recipe.budget is None:
-        return
-    towers = [layout.tower for layout in check_regime(base, regime_of(base, LatencyBudget(**recipe.budget)))]
-    if len(towers) > 1:
-        raise HawAdaError(
-            f"a race is between plans of one tower, and the budget is shared by {towers}: give race: false, or gate "
-            f"one, as gates: {{towers: [{towers[0]}]}}"
-        )
 
 
 def _close_gates(recipe: Recipe, record: Record, file: str) -> dict[str, float]:
@@ -180,11 +164,6 @@ def _cut(
     train, held_out = data
     base = cast(PreTrainedModel, model.get_base_model())
     calibration = _calibration(recipe, train, facts)
-
-    race, plan = recipe.racing(), cast(Any, model).applied_plan()
-    if race is not None and recipe.race is None and len(plan.cut_parts) > 1:
-        logger.info("no race: it is between plans of one tower, and the plan is of several")
-        race = None
     if recipe.recovery is None:
         slimmed = cast(Any, model).slim(safe_merge=True, calibration=calibration)
         facts.reconstruction = slimmed.reconstruction
@@ -197,7 +176,7 @@ def _cut(
         eval_dataset=held_out,
         lora=recipe.lora(),
         calibration=calibration,
-        race=race or False,
+        race=recipe.racing() or False,
         callbacks=[facts.evaluations()],
         resume_from_checkpoint=record.checkpoint("recovery"),
         **recipe.options(),

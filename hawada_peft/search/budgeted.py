@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from peft import PeftModel
 
 from .. import __version__
 from ..basis.basis import rows_untied
+from ..basis.heads.moments import MOMENTS as OF_HEADS
 from ..basis.moments import MOMENTS
 from ..basis.refine import REFINING
 from ..basis.scales import FACTORS
@@ -34,12 +35,12 @@ from ..progress import Progress, in_steps, progress_bar
 from ..vanilla.batches import Batch, check_batch
 from ..vanilla.family import locate, locate_all
 from ..vanilla.shape import HIDDEN
-from .directions import Found, may_add_directions, with_directions
+from .directions import Found, may_add_directions, may_narrow_heads, with_directions
 from .masked import ASKED, DEPTH, JUDGED_SHAPES, MaskedQuality
 from .refitted import REFITS, RefittedQuality, obstacle
 from .result import SearchResult
 from .rounds import search_all_sizes
-from .space import narrower_sizes
+from .space import narrower_heads, narrower_sizes
 from .timed import TIMING, check_regime, dense_model, regime_of, table_of, table_sizes
 from .together import search_together
 
@@ -47,6 +48,9 @@ logger = logging.getLogger(__name__)
 
 IMPORTANCE = "importance"
 """What it is shown as."""
+
+Tables = LatencyTable | Mapping[str, LatencyTable]
+"""A latency table; of several towers one for each."""
 
 NO_EFFECT = ("clock", "cache", "fresh")
 """Of the effort, what the results of a search do not depend on."""
@@ -57,7 +61,7 @@ def find_plan(
     budget: LatencyBudget,
     calibration: Sequence[Batch],
     *,
-    table: LatencyTable | None = None,
+    table: Tables | None = None,
     hidden_sizes: Sequence[int] | None = None,
     rotate: bool | None = None,
     refit: bool | None = None,
@@ -74,6 +78,11 @@ def find_plan(
     over the calibration batches and, the first time on a machine, a second, smaller latency table (`NarrowTables`);
     `rotate=False` spares it.
 
+    So are sizes of heads where attention knows no rotary positions (`narrow_heads`): all heads stay, each with the
+    features that matter most on the calibration batches. If the plan narrows them, the adapter gets the bases inside
+    of heads. This costs a pass over the calibration batches and a further, smaller table; `rotate=False` spares that,
+    too.
+
     Of several gated towers all that run in the calls that are timed are searched together (`search_together`), each
     with a latency table of its own; one that does not run stays as it is, as nothing is saved by cutting it.
 
@@ -82,12 +91,14 @@ def find_plan(
             importance on the calibration batches (`gate_importance`) while all gates are as they were made.
         budget (`LatencyBudget`): what the slim model may cost.
         calibration: batches, keyword arguments of the forward pass. Labels count for that importance only.
-        table: measured here before; measured or taken from the disk cache if left out.
+        table: measured here before; measured or taken from the disk cache if left out. Of several towers one for each
+            by its name, as `measure_table(..., tower=)` gives them; what is left out is measured.
         hidden_sizes: to search besides the dense one; if left out, of a few even steps down to 3/8 of it those that
             that may win (`worthwhile_sizes`).
-        rotate: `False` searches no hidden sizes unless the adapter has gates on `"hidden"`; `True` says by an error
-            what forbids a basis. If left out, they are searched where the rotation is exact for the family
-            and the calibration batches hold positions enough for a basis.
+        rotate: `False` searches no hidden sizes unless the adapter has gates on `"hidden"`, and no sizes of heads
+            unless it has bases inside of them; `True` says by an error what forbids a basis of the stream. If left
+            out, they are searched where that is exact for the family and the calibration batches hold positions
+            enough for a basis.
         refit: judge shapes by slim models that are refitted on the calibration batches (`RefittedQuality`), as
             `merge_and_unload(calibration=...)` gives them; this foretells best which shape recovers best. `False`
             judges them by closed gates alone, which is quicker and right for a merge without `calibration`. If left
@@ -134,7 +145,7 @@ def search_plan(
     budget: LatencyBudget,
     calibration: Sequence[Batch],
     *,
-    table: LatencyTable | None = None,
+    table: Tables | None = None,
     hidden_sizes: Sequence[int] | None = None,
     rotate: bool | None = None,
     refit: bool | None = None,
@@ -143,7 +154,7 @@ def search_plan(
     work: str | os.PathLike[str] | None = None,
 ) -> Found:
     """`find_plan`, and the importance that it took of fresh gates, by the names of `collect_gates`."""
-    for name, given, kind in (("budget", budget, LatencyBudget), ("table", table, LatencyTable | None)):
+    for name, given, kind in (("budget", budget, LatencyBudget), ("table", table, LatencyTable | Mapping | None)):
         if not isinstance(given, kind):
             raise HawAdaError(f"{name} must be a {kind}, got a {type(given).__name__}")
     if not isinstance(effort, Effort | None):
@@ -153,7 +164,11 @@ def search_plan(
     regime = regime_of(model, budget)
     towers = [layout.tower for layout in check_regime(base, regime)]
     several = len(locate_all(base)) > 1
-    _check_several(towers, several, table=table, hidden_sizes=hidden_sizes, rotate=rotate)
+    _check_several(towers, several, hidden_sizes=hidden_sizes, rotate=rotate)
+    tables = _tables_of(towers, table)
+    for tower, each in tables.items():
+        sizes = table_sizes(base, tower)
+        each.check(regime=regime, base_sizes=sizes, device_name=effort.clock.device_name(regime))
     if not calibration:
         raise HawAdaError("no calibration batches were given; pass at least one")
     for batch in calibration:
@@ -163,16 +178,16 @@ def search_plan(
     if work is not None:
         asked = {"table": table, "hidden_sizes": hidden_sizes, "rotate": rotate, "refit": refit}
         kept = Kept(work, _all_that_counts(model, budget, calibration, effort) | asked)
-    turned = not several and may_add_directions(model, rotate)
-    steps = [TABLE] * (table is None) + [MOMENTS, REFINING, FACTORS] * turned + [IMPORTANCE] * are_fresh(model)
+    turned = [MOMENTS, REFINING, FACTORS] if not several and may_add_directions(model, rotate) else []
+    turned += [OF_HEADS] if not several and may_narrow_heads(model, rotate) else []
+    steps = [TABLE] * (len(tables) < len(towers)) + turned + [IMPORTANCE] * are_fresh(model)
     progress = in_steps(progress, [*steps, ASKED, DEPTH, *[REFITS] * refit, JUDGED_SHAPES, TIMING])
     if several:
-        return _search_towers(model, budget, calibration, towers, refit, effort, progress, kept)
-    table = table_of(model, regime, effort, progress=progress, kept=kept) if table is None else table
-    table.check(regime=regime, base_sizes=table_sizes(base), device_name=effort.clock.device_name(regime))
+        return _search_towers(model, budget, calibration, towers, tables, refit, effort, progress, kept)
+    alone = tables.get(towers[0]) or table_of(model, regime, effort, progress=progress, kept=kept)
 
     def search_all() -> Found:
-        return _search(model, budget, calibration, table, hidden_sizes, refit, effort, progress, kept)
+        return _search(model, budget, calibration, alone, hidden_sizes, refit, effort, progress, kept)
 
     return with_directions(model, calibration, rotate, search_all, progress=progress, kept=kept)
 
@@ -196,6 +211,7 @@ def _search(
     if HIDDEN in quality.free:
         sizes = narrower_sizes(layout, multiple=table.multiple, group_size=quality.scores.hidden_group)
         sizes = sizes if hidden_sizes is None else hidden_sizes
+    heads = narrower_heads(layout) if quality.scores.in_heads else ()
     untied = rows_untied(base, layout) if quality.scores.rotated and sizes else 0
     result = search_all_sizes(
         base,
@@ -204,6 +220,7 @@ def _search(
         table,
         sizes,
         choose=hidden_sizes is None,
+        heads=heads,
         untied=untied,
         effort=effort,
         progress=progress,
@@ -213,13 +230,35 @@ def _search(
 
 
 def _check_several(towers: Sequence[str], several: bool, **given: Any) -> None:
-    """Refuse what is about one tower where several are gated."""
+    """Refuse what is about the residual stream of one tower where several are gated."""
     about = sorted(name for name, value in given.items() if value)
     if several and about:
         raise InvalidPlanError(
-            f"gates are on several towers, and {', '.join(about)} is about one: leave it out, or gate one, as "
-            f"HawAdaConfig(towers=({towers[0]!r},))"
+            f"gates are on several towers, and {', '.join(about)} is about the residual stream of one: leave it out, "
+            f"or gate one, as HawAdaConfig(towers=({towers[0]!r},))"
         )
+
+
+def _tables_of(towers: Sequence[str], table: Tables | None) -> dict[str, LatencyTable]:
+    """
+    The tables that are given, by the tower.
+
+    Raises:
+        InvalidPlanError: if one is of no tower that is searched, or one is given for several.
+    """
+    if table is None:
+        return {}
+    if isinstance(table, LatencyTable):
+        if len(towers) == 1:
+            return {towers[0]: table}
+        raise InvalidPlanError(
+            f"a latency table is of the sizes of one tower, and {list(towers)} are searched: give one for each by its "
+            f"name, as table={{{towers[0]!r}: measure_table(model, regime, tower={towers[0]!r}), ...}}"
+        )
+    wrong = [name for name, each in table.items() if name not in towers or not isinstance(each, LatencyTable)]
+    if wrong:
+        raise InvalidPlanError(f"table must hold latency tables of towers that are searched, {list(towers)}: {wrong}")
+    return dict(table)
 
 
 def _search_towers(
@@ -227,6 +266,7 @@ def _search_towers(
     budget: LatencyBudget,
     calibration: Sequence[Batch],
     towers: Sequence[str],
+    tables: Mapping[str, LatencyTable],
     refit: bool,
     effort: Effort,
     progress: Progress | None,
@@ -243,7 +283,9 @@ def _search_towers(
         quality = RefittedQuality if refit else MaskedQuality
         return quality(model, calibration, importance, progress, kept=kept, tower=tower, references=references)
 
-    result = search_together(base, running, regime, budget, quality_of, effort=effort, progress=progress, kept=kept)
+    result = search_together(
+        base, running, regime, budget, quality_of, tables=tables, effort=effort, progress=progress, kept=kept
+    )
     idle = [layout for layout in layouts if layout.tower not in towers]
     whole = [Plan.keep_all(layout.dense, layout.tower) for layout in idle]
     steps = {**result.steps, **{layout.tower: "does not run in the calls that are timed: stays" for layout in idle}}

@@ -229,6 +229,7 @@ def search_together(
     budget: LatencyBudget,
     quality_of: Callable[[str, MaskedQuality | None], MaskedQuality],
     *,
+    tables: Mapping[str, LatencyTable] | None = None,
     effort: Effort,
     progress: Progress | None = None,
     kept: Kept,
@@ -242,6 +243,7 @@ def search_together(
         regime: the conditions.
         budget: the limits.
         quality_of: makes the quality of a tower's shapes, given that of the first one.
+        tables: of towers, measured before; others are measured.
         effort: how hard to measure and to look.
         progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
         kept: where timings are kept as they come.
@@ -253,9 +255,9 @@ def search_together(
         UnsettledTimingWarning: if timers did not settle.
     """
     names, numbers = [layout.tower for layout in layouts], Numbers.of(layouts)
-    measured = partial(table_of, model, regime, effort, progress=progress)
-    tables = [measured(tower=name, kept=kept.under(name)) for name in names]
-    effort = enough_for(effort, tables)
+    measured, given = partial(table_of, model, regime, effort, progress=progress), tables or {}
+    found = [given.get(name) or measured(tower=name, kept=kept.under(name)) for name in names]
+    effort = enough_for(effort, found)
     qualities: list[MaskedQuality] = []
     for name in names:
         qualities.append(quality_of(name, qualities[0] if qualities else None))
@@ -265,11 +267,11 @@ def search_together(
         scores = qualities[tower].scores
         free = numbers.own(tower, [each.free for each in qualities])
         return search_space(
-            layouts[tower], regime, multiple=tables[tower].multiple, group_size=scores.group_size, free=free
+            layouts[tower], regime, multiple=found[tower].multiple, group_size=scores.group_size, free=free
         )
 
     states = {
-        name: SearchState(space_of(tower), tables[tower], budget, effort).of_worthwhile_depth(alone=len(names) == 1)
+        name: SearchState(space_of(tower), found[tower], budget, effort).of_worthwhile_depth(alone=len(names) == 1)
         for tower, name in enumerate(names)
     }
     together = partial(TogetherState, states, numbers=numbers, budget=budget, effort=effort)
@@ -286,7 +288,7 @@ def search_together(
         kept=kept,
     )
     result = best_of(combined, quality, timer)
-    warn_unsettled(*(table.unsettled for table in tables), timer.unsettled)
+    warn_unsettled(*(table.unsettled for table in found), timer.unsettled)
     return replace(result, depth=qualities[0].depth)
 
 

@@ -27,12 +27,11 @@ from ..gates.attach import collect_gates
 from ..gates.reading import are_fresh
 from ..latency.budget import LatencyBudget
 from ..latency.effort import Effort
-from ..latency.table import LatencyTable
 from ..planning.plan import Plan
 from ..planning.towers import Ratio, Sizes
 from ..processes import all_reduced, in_main_process
 from ..progress import Progress
-from ..search.budgeted import search_plan
+from ..search.budgeted import Tables, search_plan
 from ..search.directions import Found, with_directions
 from ..search.result import SearchResult
 from ..vanilla.batches import Batch, main_input
@@ -70,7 +69,8 @@ class HawAdaTrainer(PhasedTrainer):
         keep_ratio (`float` or `dict`, *optional*): instead of a shape, as in `HawAdaModel.plan`.
         budget (`LatencyBudget`, *optional*): instead of a shape.
         effort (`Effort`, *optional*): how hard latency is measured and the shape for a budget searched.
-        table (`LatencyTable`, *optional*): measured here before; measured or taken from the disk cache if left out.
+        table (`LatencyTable` or `dict`, *optional*): measured here before, of several towers one for each by its name;
+            measured or taken from the disk cache if left out.
         hidden_sizes (*optional*): as in `find_plan`.
         rotate (*optional*): as in `find_plan`.
         refit (*optional*): as in `find_plan`.
@@ -96,7 +96,7 @@ class HawAdaTrainer(PhasedTrainer):
         keep_ratio: Ratio | None = None,
         budget: LatencyBudget | None = None,
         effort: Effort | None = None,
-        table: LatencyTable | None = None,
+        table: Tables | None = None,
         hidden_sizes: Sequence[int] | None = None,
         rotate: bool | None = None,
         refit: bool | None = None,

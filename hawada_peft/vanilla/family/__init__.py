@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .layout import FINDERS, Known, Layout, Part, hidden_home
 from .lookup import (
+    among,
     base_sizes,
     find_module,
     locate,
@@ -11,7 +12,6 @@ from .lookup import (
     locate_every,
     locate_stream,
     mark,
-    only,
     relocate,
     together,
     tower_names,
@@ -26,6 +26,7 @@ __all__ = [
     "Known",
     "Layout",
     "Part",
+    "among",
     "base_sizes",
     "find_module",
     "hidden_home",
@@ -34,7 +35,6 @@ __all__ = [
     "locate_every",
     "locate_stream",
     "mark",
-    "only",
     "register_family",
     "relocate",
     "together",

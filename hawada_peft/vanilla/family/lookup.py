@@ -143,14 +143,15 @@ def mark(model: PreTrainedModel, layout: Layout, layers: Sequence[int] | None = 
 
 
 @contextmanager
-def only(model: PreTrainedModel, tower: str) -> Iterator[None]:
-    """Within, `locate` and `locate_all` find this one of the towers that a model was gated or cut in, and no other."""
-    before = vars(model).get(TOWERS)
-    if before is not None and tower in before:
-        vars(model)[TOWERS] = {tower: before[tower]}
+def among(model: PreTrainedModel, layouts: Sequence[Layout]) -> Iterator[None]:
+    """Within, `locate` and `locate_all` find these towers of a model, in their order, and no other."""
+    before = vars(model).pop(TOWERS, None)
     try:
+        for number, layout in enumerate(layouts):
+            mark(model, layout, beside=number > 0)
         yield
     finally:
+        vars(model).pop(TOWERS, None)
         if before is not None:
             vars(model)[TOWERS] = before
 
