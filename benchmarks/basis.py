@@ -119,7 +119,8 @@ class Cuts:
         self._bases: dict[str, Basis] = {}
 
     def cut(self, choice: str, size: int) -> PreTrainedModel:
-        plan = replace(Plan.keep_all(self.layout.dense), dense=self.layout.full, hidden=self.kept(choice, size))
+        dense = replace(self.layout.dense, hidden_size=self.layout.hidden_size)
+        plan = replace(Plan.keep_all(self.layout.dense), dense=dense, hidden=self.kept(choice, size))
         plan = replace(plan, rotated=choice != "channels")
         home: PreTrainedModel = self.model
         try:

@@ -143,7 +143,9 @@ def section(folder: str, cell: str) -> str:
         axes = ("num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_size")
         every = list(rows.values())
         before, after = ([row[part] for row in every if part in row] for part in ("before", "after"))
-        cut = ", ".join(str(sizes.get(each) or "all") for each in axes)
+        told = {each: str(sizes.get(each) or "all") for each in axes}
+        told["num_attention_heads"] += f" of {sizes['head_dim']}" if sizes.get("head_dim") else ""
+        cut = ", ".join(told.values())
         lines[-1] += (
             f"\n| {budget:g}x | {name} | {shape['speedup']:.2f}x{'' if shape['met'] else ' (unmet)'} | "
             f"{every[0]['parameters']:,} | {cut} | {len(every)} | {shown(before)} | {shown(after)} |"

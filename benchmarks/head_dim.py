@@ -3,11 +3,14 @@ Narrower heads against fewer heads of a ViT: at the same inner size of attention
 
 Narrower heads are `narrow_heads`; whole heads and FFN channels are chosen by Fisher information, refitted by least
 squares where that helps. With `--speedups` each attention has the FFN that makes the model so fast: processor time of
-one CPU core, or the wall clock of another device, timed in turns with the dense model.
+one CPU core, or the wall clock of another device, timed in turns with the dense model. With `--budgets` the package's
+search finds the shapes, as `find_plan` does: with hidden sizes and sizes of heads, and without both.
 
     python benchmarks/head_dim.py --teacher TEACHER --data TRAIN.npz --evaluation EVAL.npz --batch-size 64 \\
         --calibration 256 [--speedups 1.18 1.5 2 | --shapes 6x16x280 4x32x224] \\
         [--recover 300 --device cuda --seeds 0 1 2]
+    python benchmarks/head_dim.py --teacher TEACHER --data TRAIN.npz --evaluation EVAL.npz --batch-size 64 \\
+        --calibration 256 --budgets 1.5 2
 """
 
 from __future__ import annotations
@@ -15,14 +18,15 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from peft import get_peft_model
 from transformers import PreTrainedModel
 from work import Batch, Bench, add_work_arguments
 
-from hawada_peft import Effort, HawAdaConfig, Shape, init_gates
+from hawada_peft import Effort, HawAdaConfig, LatencyBudget, Shape, find_plan, init_gates
 from hawada_peft.basis import narrow_heads
 from hawada_peft.latency import Clock, Regime, measure_many
 from hawada_peft.processes import of_this_rank
@@ -94,6 +98,33 @@ def as_fast(
     return found
 
 
+def searched(bench: Bench, options: argparse.Namespace, seed: int) -> Iterator[dict[str, Any]]:
+    """By budget and by whether bases are searched: the plan's sizes, its speed timed in turns, the refitted model."""
+    batches, regime = bench.examples(options.calibration, seed), Latencies(bench.model, options.images).regime
+    clock = Clock(time.thread_time) if regime.device == "cpu" else Clock()
+    for budget in options.budgets:
+        for rotate in (None, False):
+            gated = get_peft_model(bench.load(), HawAdaConfig())
+            limits = LatencyBudget(speedup=budget, batch_size=options.images, dtype="float32", backend="eager")
+            started = time.perf_counter()
+            found = find_plan(gated, limits, batches, rotate=rotate, effort=Effort.quick(clock=clock))
+            seconds = time.perf_counter() - started
+            gated.apply_plan(found.plan)
+            small = gated.merge_and_unload(calibration=batches)
+            yield {
+                "seed": seed,
+                "budget": budget,
+                "bases": rotate is None,
+                "shape": found.best.shape.to_dict(),
+                "speedup": round(found.speedup, 3),
+                "loss": round(found.best.measured_loss or 0.0, 4),
+                "parameters": small.num_parameters(),
+                "search_s": round(seconds),
+                "steps": dict(found.steps),
+                "before": bench.quality(small),
+            }
+
+
 def sizes_of(text: str) -> Sizes:
     """Out of `"6x16x280"`."""
     heads, size, ffn = map(int, text.split("x"))
@@ -112,6 +143,7 @@ def main() -> None:
     parser.add_argument(
         "--shapes", nargs="+", type=sizes_of, help="these, as 6x16x280: heads, features, FFN; not timed"
     )
+    parser.add_argument("--budgets", type=float, nargs="+", help="speedups for which a search finds the shapes")
     parser.add_argument("--images", type=int, default=4, help="of a timed call")
     options = parser.parse_args()
     if options.device == "cpu":
@@ -124,6 +156,11 @@ def main() -> None:
         batch_size=options.batch_size,
         eval_examples=options.eval_examples,
     )
+    if options.budgets:
+        for seed in options.seeds:
+            for row in searched(bench, options, seed):
+                print(row, flush=True)
+        return
     layout = locate(bench.model)
     heads, ffn = (layout.dense.sizes()[name] for name in ("num_attention_heads", "intermediate_size"))
     dense = heads, layout.head_dim, ffn

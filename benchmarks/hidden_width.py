@@ -60,7 +60,11 @@ def main() -> None:
         raise SystemExit("the gates on hidden were not found")
 
     def at(kept: list[int]) -> float:
-        plan = replace(Plan.keep_all(layout.dense), dense=layout.full, hidden=tuple(sorted(kept)))
+        plan = replace(
+            Plan.keep_all(layout.dense),
+            dense=replace(layout.dense, hidden_size=layout.hidden_size),
+            hidden=tuple(sorted(kept)),
+        )
         model.apply_plan(plan)
         return perplexity(model, evaluation)
 

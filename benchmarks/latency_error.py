@@ -65,9 +65,10 @@ def tables_of(
         step = hidden_multiple(layout, 1)
         sizes = [layout.complete(fit_hidden(layout, wish, step=step)).hidden_size for wish in wishes]
         narrower = [size for size in sizes if size not in (None, layout.hidden_size)]
-        narrow = NarrowTables(model, dense, narrower, effort) if narrower else None
+        cut = [Shape(hidden_size=size) for size in narrower]
+        narrow = NarrowTables(model, dense, cut, effort) if narrower else None
         for size in sizes:
-            yield case, text, model, narrow(size) if narrow and size in narrower else dense
+            yield case, text, model, narrow(Shape(hidden_size=size)) if narrow and size in narrower else dense
 
 
 def sizes_of(shape: Shape | Together) -> list[dict[str, int]]:

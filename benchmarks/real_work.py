@@ -24,7 +24,8 @@ from turns import Turns
 from work import Batch, Bench, whole
 
 from hawada_peft import HawAdaConfig, Plan, Race, Shape, find_plan, recover, slim
-from hawada_peft.basis.basis import Basis, plan_turn
+from hawada_peft.basis.bases import Bases, plan_turn
+from hawada_peft.basis.basis import Basis
 from hawada_peft.basis.find import find_basis
 from hawada_peft.basis.proof import check_exact
 from hawada_peft.distil.raced import first_of, parts_of
@@ -296,7 +297,7 @@ class Ground:
                 raise HawAdaError("the race timed shapes that were not timed alone")
             winner = record.entrant(record.winner or "")
             after = bench.quality(small)
-            turn = plan_turn(bench.model, winner.plan, self._basis(cell.seed) if winner.plan.rotated else None)
+            turn = plan_turn(bench.model, winner.plan, Bases(self._basis(cell.seed) if winner.plan.rotated else None))
             plain = slim(bench.model, winner.plan, turn=turn).to(bench.device)
             cut = bench.quality(plain)
             fitted = self._fitted(cell.seed)

@@ -23,6 +23,7 @@ class Recipe:
     keep_better: of the trained gates and their start, as in `GateTrainingArguments`.
     lora_rank, lora_rate: of adapters that are trained with the gates; rank 0 for none.
     rotate: cut the hidden size too, along directions that the batches name.
+    narrow_heads: cut the size of heads too, in bases that the batches name.
     """
 
     relaxation: str | None = None
@@ -34,15 +35,15 @@ class Recipe:
     lora_rank: int = 0
     lora_rate: float = 2e-3
     rotate: bool = False
+    narrow_heads: bool = False
 
     def model(self, base: PreTrainedModel, batches: Sequence[Batch]) -> PeftModel:
-        """Fresh gates on a teacher of one's own, the basis of its stream found if there is to be one."""
+        """Fresh gates on a teacher of one's own, the bases found if there are to be some."""
         lora = LoraConfig(r=self.lora_rank, lora_alpha=2 * self.lora_rank, target_modules="all-linear")
         kinds = ("heads", "ffn", "layers", *(["hidden"] if self.rotate else []))
-        model = get_peft_model(
-            base, HawAdaConfig(gates=kinds, rotate=self.rotate, lora=lora if self.lora_rank else None)
-        )
-        if self.rotate:
+        bases = {"rotate": self.rotate, "narrow_heads": self.narrow_heads}
+        model = get_peft_model(base, HawAdaConfig(gates=kinds, **bases, lora=lora if self.lora_rank else None))
+        if self.rotate or self.narrow_heads:
             init_basis(model, batches)
         return model
 
@@ -50,7 +51,9 @@ class Recipe:
 def gated(bench: Bench, recipe: Recipe, shape: Shape, batches: Sequence[Batch], seed: int) -> tuple[PeftModel, int]:
     """A gated teacher under the plan of a recipe at a shape, and the training steps that it took."""
     # As `find_plan` does: a basis only where the stream is cut. Soft gates in one turn the model and untie embeddings.
-    recipe = replace(recipe, rotate=recipe.rotate and shape.hidden_size is not None)
+    recipe = replace(
+        recipe, rotate=recipe.rotate and shape.hidden_size is not None, narrow_heads=shape.head_dim is not None
+    )
     rank = recipe.lora_rank
     model = recipe.model(bench.load(), batches)
     init_gates(model, batches, shape=shape if recipe.aimed else None)

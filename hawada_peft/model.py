@@ -17,9 +17,10 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from .basis.bases import Change, heads_basis
 from .basis.basis import moved_stream, stream_basis
+from .basis.heads.turn import head_turn
 from .basis.rotation import exported_turn
-from .basis.turn import Turn
 from .errors import HawAdaError, InvalidPlanError
 from .gates.adapter import GateAdapter
 from .gates.placement import set_masks
@@ -320,7 +321,7 @@ class HawAdaModel(GateTuner):
         fold: bool,
         safe_merge: bool,
         progressbar: bool,
-        turn_of: Callable[[PreTrainedModel], Turn] | None = None,
+        turn_of: Callable[[PreTrainedModel], Change] | None = None,
     ) -> Gated:
         return Gated(
             base=cast(PreTrainedModel, self.model),
@@ -341,10 +342,19 @@ class HawAdaModel(GateTuner):
         """Whether all gates were placed by a family row."""
         return bool(names) and all(self.peft_config[name].base_sizes is not None for name in names)
 
-    def _turn_of(self, names: Sequence[str], plan: Plan, fold: bool) -> Callable[[PreTrainedModel], Turn] | None:
-        """What gives the residual stream the coordinates that a plan keeps, if these are of a basis."""
-        basis, factor = stream_basis(self.model, self.layout_of(names), names, plan, fold=fold)
-        return None if basis is None else partial(exported_turn, plan=plan, basis=basis, factor=factor)
+    def _turn_of(self, names: Sequence[str], plan: Plan, fold: bool) -> Callable[[PreTrainedModel], Change] | None:
+        """What gives the residual stream, and heads, the coordinates that a plan keeps, if these are of a basis."""
+        layout = self.layout_of(names)
+        basis, factor = stream_basis(self.model, layout, names, plan, fold=fold)
+        heads = heads_basis(self.model, layout, names, plan)
+        if basis is None and heads is None:
+            return None
+
+        def change(dense: PreTrainedModel) -> Change:
+            stream = None if basis is None else exported_turn(dense, plan, basis, factor=factor)
+            return Change(stream, head_turn(dense, plan, heads))
+
+        return change
 
     def _names(self, adapter_names: Sequence[str] | None) -> list[str]:
         if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence | None):

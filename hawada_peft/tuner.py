@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ._register import PREFIX
 from .basis.channels import check_channels
+from .basis.heads.projections import queries_of
 from .basis.marks import is_centred
 from .basis.proof import check_exact
 from .config import HawAdaConfig
@@ -32,6 +33,7 @@ from .gates.placement import (
     connect,
     follow_units,
     gates_at,
+    place_head_maps,
     router_of,
     set_masks,
     share_hidden,
@@ -123,8 +125,14 @@ class GateTuner(BaseTuner):
         ends = {HEADS: layout.family.attention_out, FFN: layout.family.ffn_out}
         names = {end for axis, end in ends.items() if axis in kinds}
         names |= whole_ends(layout, kinds) | self._unit_norms[layout.tower].keys()
+        if peft_config.narrow_heads:
+            names |= {layout.family.attention_out, queries_of(layout)}
         if EXPERTS in kinds:
             names.add(router_of(layout))
+        if len(self._places) > 1 and peft_config.narrow_heads:
+            raise UnsupportedModelError(
+                "narrow_heads is about the heads of one tower, and gates are placed in several: name one as `towers`"
+            )
         if HIDDEN in kinds:
             check_norms(self.model, layout)
             if peft_config.rotate:
@@ -245,6 +253,7 @@ class GateTuner(BaseTuner):
             start=peft_config.start(),
             centred=is_centred(self.model, layout) if layout is not None and peft_config.rotate else None,
             norms=() if layout is None else self._unit_norms[layout.tower],
+            queries=queries_of(layout) if layout is not None and peft_config.narrow_heads else "",
         )
         if layout is not None and any(
             adapter_name in getattr(each, LAYER) for each in siblings(self.model, layout, current_key)
@@ -285,6 +294,8 @@ class GateTuner(BaseTuner):
                 if HIDDEN in self._kinds[layout.tower]:
                     share_hidden(self.model, layout)
                     mask_readers(self.model, layout)
+                if config.narrow_heads:
+                    place_head_maps(self.model, layout, queries_of(layout), adapter_name)
         if config.plan is not None:
             towers = each_of(self.layouts_of([adapter_name]), Plan.from_dict(config.plan))
             set_masks(self.model, towers, adapter_name, in_training=config.plan_in_training)

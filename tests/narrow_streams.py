@@ -30,7 +30,9 @@ def hidden_plan(model: nn.Module, shape: Shape, size: int | None = None) -> Plan
     layout = locate(model.get_base_model() if isinstance(model, PeftModel) else model)
     kept = random.Random(5).sample(range(layout.hidden_size), size or shape.hidden_size)
     return replace(
-        scattered_plan(model, replace(shape, hidden_size=None)), dense=layout.full, hidden=tuple(sorted(kept))
+        scattered_plan(model, replace(shape, hidden_size=None)),
+        dense=replace(layout.dense, hidden_size=layout.hidden_size),
+        hidden=tuple(sorted(kept)),
     )
 
 

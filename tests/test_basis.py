@@ -61,8 +61,8 @@ from hawada_peft.errors import (
     UnsupportedModelError,
     UntiedEmbeddingsWarning,
 )
+from hawada_peft.gates.bases import WIDTHS, BasisGate, helmert, scale_at
 from hawada_peft.gates.hidden import HiddenAdapter, narrow_norm, plain_norm
-from hawada_peft.gates.stream_basis import WIDTHS, BasisGate, helmert, scale_at
 from hawada_peft.planning.importance import gate_importance
 from hawada_peft.refit.reconstruction import reconstruct
 from hawada_peft.search.masked import MaskedQuality
@@ -118,7 +118,12 @@ def basis_plan(model: nn.Module, shape: Shape, size: int) -> Plan:
     layout = locate(model.get_base_model() if isinstance(model, PeftModel) else model)
     kept = 1 + torch.randperm(layout.hidden_size - 1, generator=torch.Generator().manual_seed(5))[: size - 1]
     plan = scattered_plan(model, replace(shape, hidden_size=None))
-    return replace(plan, dense=layout.full, hidden=(0, *sorted(kept.tolist())), rotated=True)
+    return replace(
+        plan,
+        dense=replace(layout.dense, hidden_size=layout.hidden_size),
+        hidden=(0, *sorted(kept.tolist())),
+        rotated=True,
+    )
 
 
 # ------------------------------------------------------------------ helmert
@@ -382,7 +387,12 @@ def test_the_first_directions_of_a_trained_stream_keep_more_than_others() -> Non
     dense, layout = logits_of(model), locate(model)
 
     def at(kept: list[int]) -> float:
-        plan = replace(Plan.keep_all(layout.dense), dense=layout.full, hidden=tuple(kept), rotated=True)
+        plan = replace(
+            Plan.keep_all(layout.dense),
+            dense=replace(layout.dense, hidden_size=layout.hidden_size),
+            hidden=tuple(kept),
+            rotated=True,
+        )
         return difference(logits_of(slim_in_basis(model, plan, basis)), dense)
 
     assert at(list(range(24))) < 0.1
@@ -400,7 +410,11 @@ def test_a_rotated_model_is_cut_by_the_first_channels(row: Row) -> None:
     layout = locate(model)
     turned = slim_in_basis(model, Plan.keep_all(layout.dense), basis)
     for size in (32, 40):
-        plan = replace(Plan.keep_all(layout.dense), dense=layout.full, hidden=tuple(range(size)))
+        plan = replace(
+            Plan.keep_all(layout.dense),
+            dense=replace(layout.dense, hidden_size=layout.hidden_size),
+            hidden=tuple(range(size)),
+        )
         expected = logits_of(double_norms(slim_in_basis(model, replace(plan, rotated=True), basis)))
         assert difference(logits_of(double_norms(slim(turned, plan))), expected) <= 1e-12
 
@@ -523,7 +537,8 @@ def test_untrained_gates_keep_the_first_directions() -> None:
 
 def test_the_basis_is_saved_with_the_adapter_and_stays_float32(tmp_path: Path) -> None:
     model = gate(build(LM_ROW, torch.bfloat16), shuffle=False, gates=("hidden",), rotate=True)
-    basis = init_basis(model, calibration(model))
+    basis = init_basis(model, calibration(model)).stream
+    assert basis is not None
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     (vectors,) = [tensor for name, tensor in saved.items() if name.endswith(".vectors")]
@@ -649,7 +664,9 @@ def test_a_narrower_stream_is_refitted_to_the_dense_one(row: Row, rotate: bool) 
 
 def test_a_refit_that_would_not_help_is_not_kept_in_part() -> None:
     model = build(LM_ROW)
-    plan = replace(Plan.keep_all(locate(model).dense), dense=locate(model).full, hidden=tuple(range(32)), rotated=True)
+    layout = locate(model)
+    dense = replace(layout.dense, hidden_size=layout.hidden_size)
+    plan = replace(Plan.keep_all(layout.dense), dense=dense, hidden=tuple(range(32)), rotated=True)
     small = slim_in_basis(model, plan, random_basis(model))
     with pytest.raises(HawAdaError, match="coordinates"):
         reconstruct(model, small, plan, calibration(model))

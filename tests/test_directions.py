@@ -45,6 +45,10 @@ def searched(model: PeftModel, batches: Sequence[Any], **options: Any) -> Search
     return find_plan(model, LatencyBudget(speedup=1.15, seq_len=seq_len), batches, **given)
 
 
+def hidden(size: int) -> Shape:
+    return Shape(hidden_size=size)
+
+
 def keys_of(model: PeftModel) -> set[str]:
     return set(get_peft_model_state_dict(model))
 
@@ -256,9 +260,9 @@ def test_estimates_of_narrower_streams_are_as_good_as_others() -> None:
         return narrow_law(shape)
 
     layout, effort = locate(model), once(by_shape(law), whole_shapes=2)
-    tables = NarrowTables(model, measure_table(model, REGIME, effort=effort), sizes, effort)
+    tables = NarrowTables(model, measure_table(model, REGIME, effort=effort), [*map(hidden, sizes)], effort)
     for size in sizes:
-        for table in (tables.expected(size), tables(size)):
+        for table in (tables.expected(hidden(size)), tables(hidden(size))):
             heads = legal_head_shapes(layout, size)
             shapes = random_shapes(layout.narrowed(size), heads, table.multiple, 30, seed=7)
             assert {shape.hidden_size for shape in shapes} == {size}
@@ -282,7 +286,7 @@ def test_estimates_of_narrower_streams_are_as_good_as_others() -> None:
 )
 def test_hidden_sizes_that_meet_a_budget_by_themselves_are_known(budget: dict[str, Any], met: list[int]) -> None:
     sizes, model, effort = (56, 40, 24), build(LM_ROW), once(by_shape(narrow_law), whole_shapes=2)
-    tables = NarrowTables(model, measure_table(model, REGIME, effort=effort), sizes, effort)
+    tables = NarrowTables(model, measure_table(model, REGIME, effort=effort), [*map(hidden, sizes)], effort)
     spaces = [search_space(locate(model), REGIME, multiple=8, hidden_size=size) for size in sizes]
     found = [space.hidden_size for space in spaces if tables.meets(LatencyBudget(**budget), space)]
     assert found == met
@@ -292,10 +296,11 @@ def test_tables_of_narrower_streams_are_kept(tmp_path: Path) -> None:
     model = build(LM_ROW)
     effort = replace(once(by_shape(narrow_law), whole_shapes=2), cache=tmp_path)
     table = measure_table(model, REGIME, effort=effort)
-    first = NarrowTables(model, table, (48, 32), effort)
-    found = [first(size) for size in (48, 32)]
-    again = NarrowTables(model, table, (48, 32), replace(effort, clock=StoppedClock()))
-    assert [again(size) for size in (48, 32)] == found
+    sizes = [hidden(48), hidden(32)]
+    first = NarrowTables(model, table, sizes, effort)
+    found = [first(size) for size in sizes]
+    again = NarrowTables(model, table, sizes, replace(effort, clock=StoppedClock()))
+    assert [again(size) for size in sizes] == found
     assert [each.base_sizes["hidden_size"] for each in found] == [48, 32]
 
 
@@ -303,4 +308,4 @@ def test_a_narrower_stream_that_does_not_exist_is_refused_before_any_work() -> N
     model, effort = build(LM_ROW), once(StoppedClock())
     table = measure_table(model, REGIME, effort=once(by_shape(narrow_law)))
     with pytest.raises(IllegalShapeError, match="nearest"):
-        NarrowTables(model, table, (48, 44), effort)
+        NarrowTables(model, table, [hidden(48), hidden(44)], effort)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,8 @@ def test_directions_of_a_basis(row: Row, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base")
     basis = find_basis(model, batches)
     cut = scattered_plan(model, Shape(intermediate_size=48))
-    plan = Plan(locate(model).full, cut.layers, cut.heads, cut.channels, hidden=tuple(range(56)), rotated=True)
+    dense = replace(locate(model).dense, hidden_size=64)
+    plan = Plan(dense, cut.layers, cut.heads, cut.channels, hidden=tuple(range(56)), rotated=True)
     assert_as_in_memory(tmp_path, batches, plan=plan, basis=basis)
 
 
@@ -137,7 +139,9 @@ def test_channels_of_the_stream(tmp_path: Path) -> None:
     model = build(LM_ROW)
     model.save_pretrained(tmp_path / "base")
     layout, full = locate(model), Plan.keep_all(locate(model).full)
-    plan = Plan(layout.full, full.layers, full.heads, full.channels, hidden=tuple(range(0, 64, 2)))
+    plan = Plan(
+        replace(layout.dense, hidden_size=64), full.layers, full.heads, full.channels, hidden=tuple(range(0, 64, 2))
+    )
     assert_as_in_memory(tmp_path, batches_of(LM_ROW), plan=plan)
 
 

@@ -14,6 +14,7 @@ from heads import HEADS
 from transformers import PreTrainedModel
 
 from hawada_peft import LatencyBudget, Plan, Shape, slim
+from hawada_peft.basis.bases import Bases
 from hawada_peft.basis.find import find_basis
 from hawada_peft.errors import HawAdaError, InfeasibleBudgetError
 from hawada_peft.race import GENERATORS, GIVEN, Candidate, Fits, Judge, field_of, fits_of, no_larger, searched
@@ -121,7 +122,7 @@ def toy_hidden_ms(shape: Shape) -> float:
 
 @pytest.fixture(scope="module")
 def rotating(judge: Judge) -> Judge:
-    return Judge(judge.dense, BATCHES, find_basis(judge.dense, BATCHES))
+    return Judge(judge.dense, BATCHES, Bases(find_basis(judge.dense, BATCHES)))
 
 
 def test_directions_of_the_stream_are_cut_where_there_is_a_basis(judge: Judge, rotating: Judge) -> None:

@@ -256,15 +256,16 @@ def test_a_rotated_stream_races_is_prepared_and_wins(
         raced(tmp_path / "not", dense, **(options | {"race": replace(race, rotate=False)}))
 
 
-def test_the_plan_of_gates_on_directions_races_in_their_basis(tmp_path: Path) -> None:
+@pytest.mark.parametrize("narrower", [Shape(hidden_size=32), Shape(head_dim=4)], ids=["stream", "heads"])
+def test_the_plan_of_gates_in_a_basis_races_in_it(tmp_path: Path, narrower: Shape) -> None:
     dense, batches = build(VISION_ROW), PICTURES
-    model = gate(dense, shuffle=False, gates=("heads", "ffn", "layers", "hidden"), rotate=True)
+    model = gate(dense, shuffle=False, gates=("heads", "ffn", "layers", "hidden"), rotate=True, narrow_heads=True)
     init_basis(model, batches)
-    model.apply_plan(model.plan(Shape(hidden_size=dense.config.hidden_size // 2)))
+    model.apply_plan(model.plan(narrower))
     race = Race(plans=1, steps=1, preparations=("none", "least squares"), rotate=False)
     slim, record = raced(tmp_path, model, race=race, train_dataset=IMAGES, calibration=batches)
     (given,) = {each.plan for each in record.entrants if each.source == GIVEN}
-    assert given.rotated
+    assert given.in_bases
     assert all(math.isfinite(run.loss) for run in record.runs if record.entrant(run.entrant).plan == given)
     assert slim.num_parameters() <= parameters_at(locate(dense), given.shape)
 

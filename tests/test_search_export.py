@@ -40,7 +40,7 @@ from hawada_peft.search import reference, timed_models
 from hawada_peft.search.answer import frontier
 from hawada_peft.search.budgeted import find_plan
 from hawada_peft.search.masked import MaskedQuality
-from hawada_peft.search.narrow import DOUBT, worthwhile_sizes
+from hawada_peft.search.narrow import DOUBT, both_narrower, most_loss, worthwhile_sizes
 from hawada_peft.search.result import MOST_POINTS, SearchResult
 from hawada_peft.search.rounds import search
 from hawada_peft.search.space import SearchSpace, narrower_sizes, search_space
@@ -302,24 +302,39 @@ def test_hidden_sizes_that_cannot_win_get_no_table(speedup: float) -> None:
             self.evaluated.append(shape)
             return float((1 - shape.hidden_size / 64) ** 2)
 
+    sizes = [Shape(hidden_size=size) for size in (56, 48, 40, 32, 24, 16, 8)]
     table, space, quality = toy_table(DENSE, launch=0.5, arithmetic=1.0), toy_space(), Narrow()
     state = SearchState(space, table, LatencyBudget(speedup=speedup), Effort())
     best = quality.predict(space).ravel()[state.fits()].min()
-    asked: list[int] = []
+    asked: list[Shape] = []
 
-    def enough(size: int, least: int = 0) -> bool:
+    def enough(size: Shape, least: int = 0) -> bool:
         asked.append(size)
-        return size <= least
+        return (size.hidden_size or 0) <= least
 
-    found = worthwhile_sizes(state, quality, sizes := [56, 48, 40, 32, 24, 16, 8], enough)
-    losses = [(1 - size / 64) ** 2 for size in sizes]
+    limit = most_loss(state, quality)
+    found = worthwhile_sizes(limit, quality, sizes, enough)
+    losses = [((1 - (size.hidden_size or 0) / 64) ** 2) for size in sizes]
     assert found == [size for size, loss in zip(sizes, losses, strict=True) if loss <= DOUBT * best]
     assert len(found) < len(sizes)
     assert len(quality.evaluated) == len(found) + 1  # the first that is left out ends it
     assert asked == found
-    assert worthwhile_sizes(state, quality, sizes, lambda size: enough(size, 48)) == [s for s in found if s >= 48]
+    wide = [size for size in found if (size.hidden_size or 0) >= 48]
+    assert worthwhile_sizes(limit, quality, sizes, lambda size: enough(size, 48)) == wide
     hopeless = SearchState(space, table, LatencyBudget(speedup=1e6), Effort())
-    assert worthwhile_sizes(hopeless, quality, sizes, enough) == sizes
+    assert worthwhile_sizes(most_loss(hopeless, quality), quality, sizes, enough) == sizes
+
+
+def test_pairs_of_narrower_sizes_are_searched_where_both_may_win() -> None:
+    class Sum(ToyQuality):
+        def evaluate(self, shape: Shape) -> float | None:
+            return 0.1 if shape.hidden_size is None else (64 - shape.hidden_size) / 100
+
+    streams, heads = [Shape(hidden_size=56), Shape(hidden_size=48)], [Shape(head_dim=6), Shape(head_dim=4)]
+    found = both_narrower(0.2, Sum(), streams, heads, lambda size: size == Shape(head_dim=4))
+    assert found == [Shape(hidden_size=56, head_dim=6)]
+    assert both_narrower(0.2, Sum(), streams, heads[1:], lambda size: size == Shape(head_dim=4)) == []
+    assert both_narrower(0.2, Sum(), [], heads, lambda size: False) == []
 
 
 def test_the_gated_model_is_left_as_it_was() -> None:

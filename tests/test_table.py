@@ -104,7 +104,7 @@ def test_a_table_of_a_narrower_stream_is_on_the_scale_of_the_dense_model() -> No
     assert max(abs(table.estimate(shape) / law(shape) - 1) for shape in shapes) < 0.01
     assert table.dense_ms == pytest.approx(law(DENSE), rel=0.01)
     assert LatencyTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
-    with pytest.raises(IncompatibleTableError, match=r"hidden size of 32, asked 48.*hidden_size=48"):
+    with pytest.raises(IncompatibleTableError, match=r"hidden_size of 32, asked 48.*hidden_size=48"):
         table.estimate(Shape(hidden_size=48))
 
 

@@ -14,7 +14,8 @@ from test_walked_basis import loaded_basis
 from toys import REGIME, once
 
 from hawada_peft import LatencyBudget, Plan, Shape, slim, slim_checkpoint
-from hawada_peft.basis.basis import Basis, plan_turn, rows_untied
+from hawada_peft.basis.bases import Bases, plan_turn
+from hawada_peft.basis.basis import Basis, rows_untied
 from hawada_peft.errors import HawAdaError, IllegalShapeError
 from hawada_peft.refit.activity import activity_of
 from hawada_peft.refit.fidelity import divergence
@@ -39,7 +40,11 @@ def judged_plans(model: Any, row: Row, *, rotated: bool) -> list[Plan]:
     if rotated:
         for each in (full, units):
             kept = (each.layers, each.heads, each.channels)
-            plans.append(Plan(layout.full, *kept, hidden=tuple(range(40)), rotated=True))
+            plans.append(
+                Plan(
+                    replace(layout.dense, hidden_size=layout.hidden_size), *kept, hidden=tuple(range(40)), rotated=True
+                )
+            )
     return plans
 
 
@@ -55,7 +60,7 @@ def test_losses_of_one_walk_are_those_of_the_slim_models(name: str, padded: bool
         assert losses == closed_losses(walk, walk.start(), plans, basis)[1]
     assert losses[0] == 0
     for plan, loss in zip(plans[1:], losses[1:], strict=True):
-        turn = plan_turn(model, plan, basis)
+        turn = plan_turn(model, plan, Bases(basis))
         small = slim(model, plan, turn=turn)
         if turn is not None and name == "llama-bare":  # its states are in other coordinates
             continue

@@ -19,7 +19,7 @@ from work import Bench
 
 from frontier_bench.shapes import PLAIN, ROTATED, work_of
 from hawada_peft import Plan, Shape
-from hawada_peft.basis.basis import basis_gate, gate_basis, plan_turn
+from hawada_peft.basis.bases import gated_bases, plan_turn
 from hawada_peft.errors import UntiedEmbeddingsWarning
 from hawada_peft.refit import reconstruct
 from hawada_peft.vanilla.family import locate
@@ -128,8 +128,7 @@ def hawada(
     model, used = gated(bench, recipe, Shape.from_dict(row["shape"]), batches, seed)
     plan: Plan = model.applied_plan()
     base = model.get_base_model()
-    gate = basis_gate(base, locate(base), "default")
-    turn = plan_turn(bench.model, plan, None if gate is None else gate_basis(gate))
+    turn = plan_turn(bench.model, plan, gated_bases(base, locate(base), ["default"]))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the slim model keeps its plain weights")  # the row says so
         warnings.simplefilter("ignore", UntiedEmbeddingsWarning)

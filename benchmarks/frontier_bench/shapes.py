@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 from work import Bench, kind_of
 
 from hawada_peft import Plan, Shape, slim
-from hawada_peft.basis.basis import basis_gate, gate_basis, plan_turn
-from hawada_peft.errors import InfeasibleBudgetError
+from hawada_peft.basis.bases import gated_bases, plan_turn
+from hawada_peft.basis.heads.projections import queries_of
+from hawada_peft.errors import InfeasibleBudgetError, UnsupportedModelError
 from hawada_peft.latency.budget import LatencyBudget
 from hawada_peft.latency.clock import Clock
 from hawada_peft.latency.effort import Effort
@@ -32,15 +33,18 @@ from hawada_peft.planning.importance import gate_importance
 from hawada_peft.search.narrow import NarrowTables
 from hawada_peft.search.refitted import RefittedQuality
 from hawada_peft.search.rounds import search
-from hawada_peft.search.space import narrower_sizes, search_space
+from hawada_peft.search.space import narrower_heads, narrower_sizes, search_space
 from hawada_peft.search.timed import Timer, measure_table
-from hawada_peft.vanilla.family import locate
+from hawada_peft.vanilla.family import Layout, locate
 
 Find = Callable[[float], tuple[Plan, PreTrainedModel]]
 """From a speedup to a plan and its slim model."""
 
 PLAIN, ROTATED = "hawada", "hawada_rotated"
-"""The names of the sizes that the package's search finds: without the hidden size, and with it, cut in a basis."""
+"""
+The names of the sizes that the package's search finds: without the hidden size, and with it and the size of heads, cut
+in bases.
+"""
 
 STRICTER = (1.0, 1.01, 1.02, 1.03)
 """What the search is asked for, times the budget, where its answer missed the budget in the contestants' timing."""
@@ -170,23 +174,27 @@ def searcher(bench: Bench, regime: Regime, options: argparse.Namespace, *, rotat
     base = bench.model
     layout = locate(base)
     batches = bench.examples(options.calibration, options.seeds[0])
-    model = Recipe(rotate=rotate).model(bench.load(), batches)
+    in_heads = rotate and has_narrow_heads(layout)
+    model = Recipe(rotate=rotate, narrow_heads=in_heads).model(bench.load(), batches)
     quality = RefittedQuality(model, batches, gate_importance(model, batches))
     tables = [table_for(base, regime, options)]
-    sizes = narrower_sizes(layout, multiple=tables[0].multiple) if rotate else []
+    streams = narrower_sizes(layout, multiple=tables[0].multiple) if rotate else []
+    heads = narrower_heads(layout) if in_heads else []
+    pairs = [(stream, size) for stream in (None, *streams) for size in (None, *heads)][1:]
     spaces = [search_space(layout, regime, multiple=tables[0].multiple, free=quality.free)]
-    if sizes:
-        narrow = NarrowTables(base, tables[0], sizes, table_effort(options))
-        tables += [narrow(size) for size in sizes]
-        spaces += [
-            search_space(layout, regime, multiple=narrow.multiple(size), free=quality.free, hidden_size=size)
-            for size in sizes
-        ]
+    if pairs:
+        alone = [*(Shape(hidden_size=size) for size in streams), *(Shape(head_dim=size) for size in heads)]
+        narrow = NarrowTables(base, tables[0], alone, table_effort(options))
+        for stream, size in pairs:
+            both = Shape(hidden_size=stream, head_dim=size)
+            tables.append(narrow(both))
+            sizes = {"multiple": narrow.multiple(both), "hidden_size": stream, "head_dim": size}
+            spaces.append(search_space(layout, regime, free=quality.free, **sizes))
     realise = Timer(base, regime, effort_of(options))
 
     def cut(shape: Shape) -> tuple[Plan, PreTrainedModel]:
-        plan, gate = quality.plan(shape), basis_gate(model.get_base_model(), layout, "default")
-        return plan, slim(base, plan, turn=plan_turn(base, plan, None if gate is None else gate_basis(gate)))
+        plan, bases = quality.plan(shape), gated_bases(model.get_base_model(), layout, ["default"])
+        return plan, slim(base, plan, turn=plan_turn(base, plan, bases))
 
     def find(speedup: float) -> tuple[Plan, PreTrainedModel]:
         narrower = list(zip(spaces[1:], tables[1:], strict=True))
@@ -203,6 +211,14 @@ def searcher(bench: Bench, regime: Regime, options: argparse.Namespace, *, rotat
         return cut(result.best.shape)
 
     return find
+
+
+def has_narrow_heads(layout: Layout) -> bool:
+    """Whether a model's heads can be made narrower."""
+    try:
+        return bool(queries_of(layout))
+    except UnsupportedModelError:
+        return False
 
 
 def table_effort(options: argparse.Namespace) -> Effort:

@@ -11,19 +11,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import InvalidPlanError
+from ..gates.bases import BasisGate, helmert, scale_at
 from ..gates.placement import NO_BASIS, NO_CHANNELS
 from ..gates.reading import hidden_gate
-from ..gates.stream_basis import BasisGate, helmert, scale_at
 from ..planning.plan import Plan
-from ..vanilla.family import Layout, locate
+from ..vanilla.family import Layout
 from .marks import check_marks, stream_norms
 from .parts import stream_map
 from .turn import Lookup, Turn
-
-MISSING = (
-    "the plan keeps directions of a basis of the residual stream, and there is no basis: it is in the adapter that "
-    "the plan was made with, or in the file beside the plan; pass it as `basis`"
-)
 
 
 @dataclass(frozen=True)
@@ -108,29 +103,6 @@ def turn_of(
         write, read, factors = write @ flat, (write * gains[1:]) @ flat, scales.expand(-1, len(units))
         tied = tied and bool((gains == 1).all())
     return Turn(layout, stream_map(layout), write, read, factors, tied)
-
-
-def plan_turn(model: PreTrainedModel, plan: Plan, basis: Basis | None) -> Turn | None:
-    """
-    The change of coordinates that a plan asks for; None if it leaves the stream's coordinates as they are.
-
-    `slim(model, plan, turn=turn)` makes the model, `refit_model(..., coordinates=turn.write)` refits it. No warning is
-    given about embeddings that are untied: that is for what is shipped (`slim_in_basis`).
-
-    Args:
-        model: the dense vanilla model.
-        plan: what stays.
-        basis: of the model's stream, where the plan may keep directions of it.
-
-    Raises:
-        InvalidPlanError: if the plan keeps directions, and there is no basis.
-        IncompatibleBaseError, InvalidPlanError, UnsupportedModelError: as `turn_of`.
-    """
-    if not plan.rotated:
-        return None
-    if basis is None:
-        raise InvalidPlanError(MISSING)
-    return turn_of(model, locate(model), basis, torch.tensor(plan.hidden))
 
 
 def rows_untied(model: PreTrainedModel, layout: Layout, lookup: Lookup | None = None) -> int:

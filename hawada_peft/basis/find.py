@@ -10,13 +10,17 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..errors import HawAdaError, UnsupportedModelError
-from ..gates.stream_basis import helmert
+from ..gates.bases import helmert
+from ..gates.reading import head_maps
 from ..processes import in_main_process
 from ..progress import Progress
 from ..vanilla.batches import Batch
 from ..vanilla.family import Layout, locate
 from ..vanilla.mode import adapters_off
+from .bases import Bases
 from .basis import Basis, basis_gate
+from .heads.find import find_in_heads
+from .heads.turn import set_in_heads
 from .marks import check_unshared, is_centred, stream_norms, weight_marks
 from .moments import Moments, collect_moments
 from .refine import pooled, principal_directions, refined
@@ -70,46 +74,57 @@ def init_basis(
     seed: int = 0,
     adapter_name: str | None = None,
     progress: Progress | None = None,
-) -> Basis:
+) -> Bases:
     """
-    Give the gates on the residual stream the basis that they act in, found on calibration batches (`find_basis`).
+    Give an adapter its bases, found on calibration batches: the gates on the residual stream the one that they act in
+    (`find_basis`), and heads those in which their size is cut (`find_in_heads`).
 
     In a training of several processes each has to call this, and the first one's batches decide.
 
     Args:
-        model: with an adapter of `HawAdaConfig(gates=(..., "hidden"), rotate=True)`.
+        model: with an adapter of `HawAdaConfig(gates=(..., "hidden"), rotate=True)`, or `narrow_heads=True`, or both.
         calibration: as in `find_basis`.
         seed: as in `find_basis`.
         progress: as in `find_basis`.
         adapter_name: whose; that of the active adapter if left out.
 
     Returns:
-        `Basis`: which is saved with the adapter.
+        `Bases`: which are saved with the adapter.
 
     Raises:
-        HawAdaError: as `find_basis`, and if the adapter has no such gates.
+        HawAdaError: as `find_basis` and `find_in_heads`, and if the adapter has no place for a basis.
     """
     base = cast(PreTrainedModel, model.get_base_model())
-    name = adapter_name or model.active_adapter
-    gate = basis_gate(base, locate(base), name)
-    if gate is None:
+    name, batches, layout = adapter_name or model.active_adapter, list(calibration), locate(base)
+    gate, in_heads = basis_gate(base, layout, name), bool(head_maps(base, layout, name))
+    if gate is None and not in_heads:
         raise UnsupportedModelError(
-            f"adapter {name!r} has no gates in a basis of the residual stream: make it with "
-            'HawAdaConfig(gates=(..., "hidden"), rotate=True)'
+            f"adapter {name!r} has no gates in a basis of the residual stream, nor bases inside of heads: make it "
+            'with HawAdaConfig(gates=(..., "hidden"), rotate=True), or narrow_heads=True'
         )
+
+    def find() -> Bases:
+        stream = None if gate is None else find_basis(base, batches, seed=seed, progress=progress)
+        return Bases(stream, find_in_heads(base, batches, progress=progress) if in_heads else None).cpu()
+
     with adapters_off(model):
-        basis = in_main_process(lambda: find_basis(base, calibration, seed=seed, progress=progress).cpu())
-    gate.set_basis(basis.vectors, basis.scales, basis.marks)
-    return basis
+        bases = in_main_process(find)
+    if gate is not None and bases.stream is not None:
+        gate.set_basis(bases.stream.vectors, bases.stream.scales, bases.stream.marks)
+    if bases.heads is not None:
+        set_in_heads(base, layout, name, bases.heads)
+    return bases
 
 
 def ensure_basis(model: PeftModel, calibration: Iterable[Batch]) -> None:
-    """`init_basis` for the active adapters that gate directions of the stream and have no basis yet."""
+    """`init_basis` for the active adapters that have a place for a basis and none there yet."""
     base = cast(PreTrainedModel, model.get_base_model())
     for name in model.active_adapters:
         placed = model.peft_config[name].to_dict()["base_sizes"] is not None  # by a family row
-        gate = basis_gate(base, locate(base), name) if placed else None
-        if gate is not None and not gate.marks.any():
+        layout = locate(base)
+        gate = basis_gate(base, layout, name) if placed else None
+        maps = head_maps(base, layout, name) if placed else []
+        if (gate is not None and not gate.marks.any()) or (maps and not maps[0][1].found):
             init_basis(model, calibration, adapter_name=name)
 
 

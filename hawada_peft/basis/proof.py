@@ -6,7 +6,7 @@ import torch
 
 from ..discovery.inputs import example_inputs
 from ..errors import UnsupportedModelError
-from ..gates.stream_basis import WIDTHS, helmert
+from ..gates.bases import WIDTHS, helmert
 from ..planning.plan import Plan
 from ..surgery.slimming import slim
 from ..vanilla.family import Layout, locate

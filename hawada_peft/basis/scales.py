@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ..gates.bases import WIDTHS
 from ..gates.hidden import narrow_norm, plain_norm, widened
-from ..gates.stream_basis import WIDTHS
 from ..progress import Progress, progress_bar
 from ..vanilla.batches import Batch, without_labels
 from ..vanilla.family import Layout

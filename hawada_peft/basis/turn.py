@@ -40,6 +40,8 @@ class Turn:
     read: torch.Tensor
     factors: torch.Tensor
     tied: bool = False
+    in_heads = False
+    """It is about the stream alone."""
 
     @property
     def size(self) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..latency.clock import Clock
+from ..search.directions import may_narrow_heads
 from ..search.masked import RESCORED
 from ..search.reference import judged_predictions, ranked_predictions
 from ..search.timed import check_regime, regime_of
@@ -33,11 +34,22 @@ BACKWARD = 3
 REFITTED, SHAPES = 6, 18
 """A refitted model, in passes of the dense one, and how many a search judges."""
 
-CALLS = 450
-"""What tables, candidates and the last timings of a search take, in calls of the dense model."""
+CALLS, OF_HEADS = 450, 250
+"""
+What tables, candidates and the last timings of a search take, in calls of the dense model; and what tables of narrower
+heads take, where there can be some.
+"""
 
 
-def expected_of(model: PeftModel, batches: Batches, budget: LatencyBudget, effort: Effort, *, refit: bool) -> str:
+def expected_of(
+    model: PeftModel,
+    batches: Batches,
+    budget: LatencyBudget,
+    effort: Effort,
+    *,
+    refit: bool,
+    rotate: bool | None = None,
+) -> str:
     """
     About how long a search takes, by what it is spent on, and what is held in memory, in a line.
 
@@ -47,6 +59,7 @@ def expected_of(model: PeftModel, batches: Batches, budget: LatencyBudget, effor
         budget: how far layers may be dropped.
         effort: by which clock it is timed.
         refit: whether shapes are judged by refitted models.
+        rotate: as in `find_plan`.
     """
     base: Any = model.get_base_model()
     towers = check_regime(base, regime_of(model, budget))
@@ -65,6 +78,7 @@ def expected_of(model: PeftModel, batches: Batches, budget: LatencyBudget, effor
     ranking, judged = (
         min(len(batches), math.ceil(most(model) / each)) for most in (ranked_predictions, judged_predictions)
     )
+    narrowed = len(towers) == 1 and may_narrow_heads(model, rotate)
     judging = SHAPES * (REFITTED * judged if refit else len(batches))
     spent = {
         "to rank units and find a basis": 2 * BACKWARD * len(batches) * once,
@@ -72,9 +86,8 @@ def expected_of(model: PeftModel, batches: Batches, budget: LatencyBudget, effor
         f"to judge {SHAPES} shapes or so": judging * once,
     }
     if not effort.clock.elsewhere:
-        spent["to measure latencies (less once the tables of this model are kept)"] = len(towers) * _latencies(
-            model, budget
-        )
+        calls = CALLS * len(towers) + OF_HEADS * narrowed
+        spent["to measure latencies (less once the tables of this model are kept)"] = calls * _call(model, budget)
     weights = sum(each.numel() * each.element_size() for each in base.parameters())
     examples = sum(len(next(iter(batch.values()))) for batch in batches)
     parts = ", ".join(f"{spoken(seconds)} {what}" for what, seconds in spent.items())
@@ -84,8 +97,8 @@ def expected_of(model: PeftModel, batches: Batches, budget: LatencyBudget, effor
     )
 
 
-def _latencies(model: PeftModel, budget: LatencyBudget) -> float:
-    """Seconds."""
+def _call(model: PeftModel, budget: LatencyBudget) -> float:
+    """The seconds of a call of the dense model."""
     base, regime, clock = model.get_base_model(), regime_of(model, budget), Clock()
     layout = locate(base)
     built, seconds, took = realiser(layout, regime)(layout.dense), 0.0, 0.0
@@ -99,7 +112,7 @@ def _latencies(model: PeftModel, budget: LatencyBudget) -> float:
                 took = clock.now() - begun
                 runner.reset()
         seconds += times * took
-    return CALLS * seconds
+    return seconds
 
 
 def _predictions(output: Any) -> int:

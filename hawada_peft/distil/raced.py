@@ -26,8 +26,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
-from ..basis.basis import Basis, is_tied, plan_turn
+from ..basis.bases import Bases, plan_turn
+from ..basis.basis import is_tied
 from ..basis.find import find_basis
+from ..basis.heads.find import find_in_heads
+from ..basis.heads.projections import queries_of
 from ..basis.proof import check_exact
 from ..basis.rotation import warn_untied
 from ..errors import HawAdaError, UnsupportedModelError
@@ -79,7 +82,8 @@ class RacedRecovery:
         given (`Plan`, *optional*): a plan that enters.
         start (`PreTrainedModel`, *optional*): its slim model, if that is not what `slim(dense, given)` gives.
         optimizer (`str`): what `train` trains with; a race that goes on has to have the same.
-        gated (`Basis`, *optional*): of the residual stream, if the plan that is given may keep directions of it.
+        gated (`Bases`, *optional*): of the residual stream and inside of heads, if the plan that is given may keep
+            directions of them.
 
     Raises:
         HawAdaError: if the race would leave nothing of the recovery, or there is too little calibration data.
@@ -93,7 +97,7 @@ class RacedRecovery:
     given: Plan | None = None
     start: PreTrainedModel | None = None
     optimizer: str = "auto"
-    gated: Basis | None = None
+    gated: Bases | None = None
     fitted: list[Batch] = field(init=False)
     held_out: list[Batch] = field(init=False)
 
@@ -119,24 +123,31 @@ class RacedRecovery:
         return locate(self.dense)
 
     @cached_property
-    def basis(self) -> Basis | None:
-        """Of the residual stream, the gates' or the first process's; None where it cannot be cut along directions."""
-        if self.gated is not None or not self.race.rotate:
-            return self.gated
+    def bases(self) -> Bases:
+        """The gates', or the first process's; none of what cannot be cut along directions."""
+        given = self.gated or Bases()
+        stream, heads = given.stream, given.heads
+        batches = first_of(self.fitted, self.dense.main_input_name)
         try:
-            if len(locate_all(self.dense)) > 1:
-                raise UnsupportedModelError("a basis is of one stream, and plans of several towers race")
-            check_exact(self.layout)
-            batches = first_of(self.fitted, self.dense.main_input_name)
-            return in_main_process(lambda: find_basis(self.dense, batches))
+            if stream is None and self.race.rotate:
+                if len(locate_all(self.dense)) > 1:
+                    raise UnsupportedModelError("a basis is of one stream, and plans of several towers race")
+                check_exact(self.layout)
+                stream = in_main_process(lambda: find_basis(self.dense, batches))
         except HawAdaError as error:
             logger.info("no plan cuts the residual stream along directions: %s", error)
-            return None
+        try:
+            if heads is None and self.race.rotate and self.race.search is not None:  # plans of other sources cut none
+                queries_of(self.layout)
+                heads = in_main_process(lambda: find_in_heads(self.dense, batches))
+        except HawAdaError as error:
+            logger.info("no plan cuts inside of heads: %s", error)
+        return Bases(stream, heads)
 
     def run(self) -> tuple[RaceRecord, PreTrainedModel]:
         """The race, from where it stopped, and the winner's model, ready for the rest of the recovery."""
         state = PartialState()
-        self.basis  # noqa: B018  # every process takes part
+        self.bases  # noqa: B018  # every process takes part
         settings = self.race.settings() | {
             "seed": self.args.seed,
             "batch_size": self.rows * self.args.world_size,  # of all processes: another number of them may go on
@@ -154,9 +165,9 @@ class RacedRecovery:
         winner = run_race(record, self._trial, retire=self._retire)
         state.wait_for_everyone()
         last = max((run.rung for run in record.runs if run.entrant == winner.key), default=-1)
-        turn = plan_turn(self.dense, winner.plan, self.basis)
-        if turn is not None and is_tied(self.dense) and not turn.tied:
-            warn_untied(self.dense, turn.size)
+        turn = plan_turn(self.dense, winner.plan, self.bases)
+        if turn is not None and turn.write is not None and is_tied(self.dense) and not turn.tied:
+            warn_untied(self.dense, turn.write.shape[1])
         return record, self._after(winner, last)
 
     def clean(self) -> None:
@@ -190,7 +201,7 @@ class RacedRecovery:
             logger.info("the race goes on after %d runs", len(record.runs))
             return record
         started = time.perf_counter()
-        race, judge = self.race, Judge(self.dense, self.judged, self.basis, bf16=bool(self.args.bf16))
+        race, judge = self.race, Judge(self.dense, self.judged, self.bases, bf16=bool(self.args.bf16))
         fits = self._fits()
         generators, of_all = dict(GENERATORS), dict(TOGETHER)
         if not race.rotate:
@@ -279,11 +290,11 @@ class RacedRecovery:
         """The slim model of an entrant, as it was cut."""
         if self.start is not None and entrant.source == GIVEN:
             return copy.deepcopy(self.start).to(self.args.device)  # type: ignore[arg-type]
-        turn = plan_turn(self.dense, entrant.plan, self.basis)
+        turn = plan_turn(self.dense, entrant.plan, self.bases)
         return slim(self.dense, entrant.plan, turn=turn, layout=self.layout)
 
     def _prepared(self, entrant: Entrant) -> PreTrainedModel:
-        model, turn = self._built(entrant), plan_turn(self.dense, entrant.plan, self.basis)
+        model, turn = self._built(entrant), plan_turn(self.dense, entrant.plan, self.bases)
         coordinates = None if turn is None else turn.write
         try:
             PREPARATIONS[entrant.preparation](self.dense, model, entrant.plan, self.fitted, coordinates)

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
-from ..basis.basis import Basis, basis_gate, gate_basis
+from ..basis.bases import Bases, gated_bases
 from ..errors import HawAdaError
 from ..gates.adapter import GateAdapter
 from ..planning.plan import Plan
@@ -173,7 +173,7 @@ def recover(
         trained: Any = target
         return trained if lora is None else trained.merge_and_unload()
 
-    gated_basis = _basis_of(model) if racing is not None and isinstance(model, PeftModel) else None
+    bases = _bases_of(model) if racing is not None and isinstance(model, PeftModel) else None
     with put_back(base, always=False):  # until the end the gates may still be needed
         slimmed: Slimmed | None = None
         if isinstance(model, PeftModel) and chosen is None:
@@ -198,7 +198,7 @@ def recover(
                 chosen,
                 None if slimmed is None else slimmed.model,
                 optimizer,
-                gated_basis,
+                bases,
             )
             with among(base, racing_towers(base, racing, chosen)):
                 record, small = raced.run()
@@ -214,11 +214,11 @@ def recover(
     return replace(slimmed, model=trained.train(training))
 
 
-def _basis_of(model: PeftModel) -> Basis | None:
-    """The basis of the residual stream whose directions a gated model's plan may keep."""
+def _bases_of(model: PeftModel) -> Bases | None:
+    """What a gated model's plan may keep directions of; None if the adapter has no basis."""
     base = model.get_base_model()
-    gates = [basis_gate(base, locate(base), name) for name in model.active_adapters]
-    return next((copy.deepcopy(gate_basis(gate)) for gate in gates if gate is not None), None)
+    found = gated_bases(base, locate(base), model.active_adapters)
+    return None if found == Bases() else copy.deepcopy(found)
 
 
 def _cut(dense: PreTrainedModel, plan: Plan, calibration: Iterable[Batch] | None) -> Slimmed:

@@ -27,6 +27,7 @@ from ..vanilla.modules import (
     parameters_of,
     scales_through,
 )
+from .bases import HeadMap
 from .kinds import BlendGate, SigmoidGate
 from .scaling import scale, scale_rows
 
@@ -36,6 +37,9 @@ EXPERT_UNITS = "hawada_experts"
 The slots of an adapter: gates on the input's features, on the output, one that all of a layer's blocks share, one on
 the residual stream that all norms share; on the experts that a router chooses from.
 """
+
+HEAD_MAPS = "hawada_in_heads"
+"""Where an adapter has bases inside of heads, which are no gates."""
 
 
 class GateAdapter(nn.Module, BaseTunerLayer, ABC):
@@ -52,6 +56,7 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
     """
 
     adapter_layer_names: tuple[str, ...] = (UNITS, BLOCK, LAYER)
+    other_param_names: tuple[str, ...] = (HEAD_MAPS,)
     output_slots: tuple[str, ...] = (BLOCK, LAYER)
     sizes_of = staticmethod(feature_sizes)
 
@@ -67,7 +72,7 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
         super().__init__()
         self.in_features, self.out_features = self.sizes_of(base_layer)
         self.base_layer = base_layer
-        for slot in self.adapter_layer_names:
+        for slot in (*self.adapter_layer_names, *self.other_param_names):
             setattr(self, slot, nn.ModuleDict())
         self.training = base_layer.training
         self.merged_adapters: list[str] = []
@@ -97,6 +102,37 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
         homes = self._gate_homes.setdefault(slot, [])
         if home is not self and home not in homes:
             homes.append(home)
+
+    @property
+    def head_maps(self) -> nn.ModuleDict:
+        """Of the features of heads that pass here, by the name of the adapter."""
+        return cast(nn.ModuleDict, getattr(self, HEAD_MAPS))
+
+    def set_head_map(self, adapter_name: str, head_map: HeadMap) -> None:
+        """Let features of heads that pass here be narrowed under a plan."""
+        self.head_maps[adapter_name] = head_map
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def in_heads(self, x: torch.Tensor, rows: list[str] | None = None) -> torch.Tensor:
+        """
+        What is left of features of heads in the bases that plans narrow: (..., heads * features).
+
+        Args:
+            x: of the same shape.
+            rows: one adapter name per row, if they differ.
+        """
+        if self.disable_adapters or not self.head_maps:
+            return x
+        if rows is not None:
+            parts = [self._narrowed(row[None], [name]) for row, name in zip(x, rows, strict=True)]
+            return torch.cat(parts) if parts else x
+        return self._narrowed(x, self.merged_adapters if self.merged else self.active_adapters)
+
+    def _narrowed(self, x: torch.Tensor, adapter_names: Iterable[str]) -> torch.Tensor:
+        for name in adapter_names:
+            if name in self.head_maps:
+                x = self.head_maps[name](x)
+        return x
 
     def blend(self, layer: nn.Module) -> None:
         """Let the `BlendGate` in the layer's slot blend what the layer around this adapter gives, until `release`."""
@@ -225,7 +261,7 @@ class GateAdapter(nn.Module, BaseTunerLayer, ABC):
             UnsupportedModelError: if the weight is quantized.
         """
         for name in check_adapters_to_merge(self, adapter_names):
-            if not self.gates(name):
+            if not self.gates(name) and name not in self.head_maps:
                 continue
             base = cast(Base, self.get_base_layer())
             check_unquantized(base)

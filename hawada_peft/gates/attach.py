@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..vanilla.modules import gateable
 from .adapter import GateAdapter
+from .bases import HeadMap
 from .concrete import AttentionHeadAdapter
 from .kinds import SigmoidGate
 
@@ -118,6 +120,20 @@ def collect_gates(model: nn.Module, adapter_name: str | None = None) -> dict[str
         for key, gate in getattr(module, slot).items()
         if adapter_name in (None, key)
     }
+
+
+@contextmanager
+def masks_put_back(model: nn.Module) -> Iterator[None]:
+    """What plans close is afterwards what it was before."""
+    gates = [(gate, gate.kept, gate.hard_in_training) for gate in collect_gates(model).values()]
+    maps = [(module, module.kept) for module in model.modules() if isinstance(module, HeadMap)]
+    try:
+        yield
+    finally:
+        for gate, kept, hard in gates:
+            gate.set_plan(kept, in_training=hard)
+        for head_map, size in maps:
+            head_map.kept = size
 
 
 def _as_function(filter_fn: Filter) -> Callable[[str, nn.Module], bool]:

@@ -64,6 +64,32 @@ class AttentionHeadAdapter(GateAdapter):
         dim = feature_dim(self.base_layer)
         return {UNITS: HeadGate(self.in_features // head_dim, head_dim, dim=dim, start=start, relative=relative)}
 
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As in `GateAdapter`, of what a plan leaves inside of the heads."""
+        return super().forward(self.in_heads(x, kwargs.get("adapter_names")), *args, **kwargs)
+
+
+class QueryAdapter(GateAdapter):
+    """
+    Narrows what a projection to queries gives, inside of each head, under a plan. It has no gates.
+
+    Args:
+        base_layer, adapter_name, gates, inference_mode: as in `GateAdapter`.
+    """
+
+    adapter_layer_names = (UNITS,)
+    output_slots = ()
+    sizes_of = staticmethod(output_sizes)
+
+    def make_gates(self, **options: Any) -> dict[str, SigmoidGate]:
+        """None."""
+        return {}
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As in `GateAdapter`, with each head's features narrowed."""
+        rows = kwargs.get("adapter_names")
+        return self.in_heads(super().forward(x, *args, **kwargs), rows)
+
 
 class BlockAdapter(GateAdapter):
     """

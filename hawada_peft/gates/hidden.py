@@ -18,8 +18,8 @@ from torch.nn import functional
 from ..errors import UnsupportedModelError
 from ..vanilla.modules import output_sizes
 from .adapter import HIDDEN_UNITS, UNITS, GateAdapter, scaled
+from .bases import BasisGate
 from .kinds import GateStart, HiddenGate, SigmoidGate
-from .stream_basis import BasisGate
 
 
 def norm_sizes(module: nn.Module) -> tuple[int, int]:

@@ -18,12 +18,19 @@ from ..vanilla.legality import depth_of
 from ..vanilla.modules import channels_dim, feature_dim, feature_sizes
 from ..vanilla.shape import EXPERTS, FFN, HEADS, HIDDEN, KV_GROUPS
 from .adapter import BLOCK, EXPERT_UNITS, HIDDEN_UNITS, LAYER, UNITS, GateAdapter
+from .bases import BasisGate, HeadMap
 from .branches import branches_at, branches_of
-from .concrete import AttentionHeadAdapter, BlockAdapter, ChannelAdapter, ExpertsAdapter, RouterAdapter
+from .concrete import (
+    AttentionHeadAdapter,
+    BlockAdapter,
+    ChannelAdapter,
+    ExpertsAdapter,
+    QueryAdapter,
+    RouterAdapter,
+)
 from .hidden import HiddenAdapter, UnitNormAdapter, norm_sizes
 from .kinds import BlendGate, BlockGate, ChannelGate, ExpertGate, GateStart, HeadGate, HiddenGate, SigmoidGate
-from .reading import adapter_at, adapters_in, hidden_gate, whole_gates
-from .stream_basis import BasisGate
+from .reading import adapter_at, adapters_in, head_maps, hidden_gate, whole_gates
 
 BLOCKS, LAYERS = "blocks", "layers"
 """Gates on what a block adds to the stream, and on a layer."""
@@ -41,6 +48,12 @@ NO_CHANNELS = (
 )
 
 
+NO_MAPS = (
+    "the plan keeps features of a basis inside of each head, and the adapter has none: apply it to the adapter that "
+    "it was made with (HawAdaConfig(narrow_heads=True))"
+)
+
+
 class Kept(Protocol):
     """What masks need of a plan."""
 
@@ -51,6 +64,10 @@ class Kept(Protocol):
     @property
     def rotated(self) -> bool:
         """Whether these are directions of a basis."""
+
+    @property
+    def head_dim(self) -> int | None:
+        """The kept features of every head; None if all are."""
 
     def at(self, axis: str, module: str) -> tuple[int, ...] | None:
         """The kept units on `"heads"` or `"ffn"` at a module beside the ends of the layers; None if all stay."""
@@ -69,6 +86,7 @@ def gates_at(
     start: GateStart,
     centred: bool | None = None,
     norms: Collection[str] = (),
+    queries: str = "",
 ) -> tuple[type[GateAdapter], dict[str, SigmoidGate]]:
     """
     What a module is gated by.
@@ -82,6 +100,7 @@ def gates_at(
         start: how the gates start.
         centred: as in `stream_gate`.
         norms: the norms of a layer over units of it, relative to it.
+        queries: what makes queries, relative to a layer, where heads are narrowed.
 
     Returns:
         The adapter's class, and slot to new gate.
@@ -92,6 +111,8 @@ def gates_at(
     whole = {} if layout is None or inside is None else _whole(layout, *inside, kinds=kinds, start=start)
     if inside is not None and inside[1] in norms:
         return UnitNormAdapter, {}
+    if inside is not None and queries and inside[1] == queries:
+        return QueryAdapter, {}
     if layout is not None and further:
         position = (-1, further)
     if layout is not None and position is None:
@@ -338,9 +359,38 @@ def set_masks(
         InvalidPlanError: if one closes something without gates; no mask has been changed then.
     """
     masks = [(_masks(model, layout, plan, adapter_name), plan is not None) for layout, plan in towers]
+    sizes = [(_maps_of(model, layout, plan, adapter_name), plan) for layout, plan in towers]
     for each, closed in masks:
         for gate, mask in each:
             gate.set_plan(mask, in_training=in_training and closed)
+    for maps, plan in sizes:
+        for head_map in maps:
+            head_map.kept = None if plan is None else plan.head_dim
+
+
+def place_head_maps(model: nn.Module, layout: Layout, queries: str, adapter_name: str) -> None:
+    """
+    Put bases inside of heads where an adapter has none, the standard ones: what the model computes stays.
+
+    Args:
+        model: the base model with adapters at what makes queries, and behind heads.
+        layout: its family row and sizes.
+        queries: what makes queries, relative to a layer.
+        adapter_name: whose.
+    """
+    heads = layout.dense.sizes()["num_attention_heads"]
+    for layer in range(layout.dense.sizes()["num_hidden_layers"]):
+        for name in (f"{layout.stack}.{layer}.{queries}", layout.attention_out(layer)):
+            adapter = adapter_at(model, name)
+            if adapter is not None and adapter_name not in adapter.head_maps:
+                adapter.set_head_map(adapter_name, HeadMap(heads, layout.head_dim))
+
+
+def _maps_of(model: nn.Module, layout: Layout, plan: Kept | None, adapter_name: str) -> list[HeadMap]:
+    maps = [each for pair in head_maps(model, layout, adapter_name) for each in pair]
+    if not maps and plan is not None and plan.head_dim is not None:
+        raise InvalidPlanError(NO_MAPS)
+    return maps
 
 
 def _masks(model: nn.Module, layout: Layout, plan: Kept | None, adapter_name: str) -> Masks:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -19,6 +20,7 @@ from ..vanilla.family import Layout
 from ..vanilla.shape import BY_NAME, EXPERTS, FFN, HEADS, HIDDEN, LAYERS
 from .adapter import BLOCK, EXPERT_UNITS, HIDDEN_UNITS, LAYER, UNITS, GateAdapter
 from .attach import collect_gates
+from .bases import HeadMap
 from .kinds import BlockGate, ChannelGate, HeadGate, HiddenGate, SigmoidGate
 
 SLOTS = {HIDDEN_UNITS: HIDDEN, BLOCK: LAYERS, LAYER: LAYERS, EXPERT_UNITS: EXPERTS}
@@ -217,6 +219,7 @@ class UnitScores:
         hidden: (channels of the residual stream,).
         hidden_group: neighbouring ones of these that stay or go together.
         rotated: these are directions of a basis, not channels.
+        in_heads: there are bases inside of heads, of which the first features may stay.
         experts: per layer (experts,); empty if no layer has gates on them.
         further: (units,) of each module that holds units beside the ends of the layers, by its full dotted name.
     """
@@ -228,6 +231,7 @@ class UnitScores:
     hidden: torch.Tensor | None = None
     hidden_group: int = 1
     rotated: bool = False
+    in_heads: bool = False
     experts: Scores = ()
     further: Mapping[str, torch.Tensor | None] = field(default_factory=dict)
 
@@ -253,6 +257,7 @@ def gate_scores(model: nn.Module, layout: Layout, adapter_names: Sequence[str]) 
         hidden=None if hidden is None else stream[0].ranked(hidden),
         hidden_group=math.lcm(*(gate.group_size for gate in stream)),
         rotated=any(gate.in_basis for gate in stream),
+        in_heads=all(head_maps(model, layout, name) for name in adapter_names),
         experts=tuple(_product(layer.experts) for layer in layers) if any(layer.experts for layer in layers) else (),
         further={name: _product(gates) for name, gates in further.items()},
     )
@@ -270,6 +275,19 @@ def _product(gates: Sequence[SigmoidGate]) -> torch.Tensor | None:
             value = value.repeat_interleave(gate.group_size)
         product = value if product is None else product * value
     return product
+
+
+def head_maps(model: nn.Module, layout: Layout, adapter_name: str) -> list[tuple[HeadMap, HeadMap]]:
+    """
+    The bases inside of heads of an adapter, of each layer that has some those of queries and of what heads give; empty
+    if there are none.
+    """
+    found: list[tuple[HeadMap, HeadMap]] = []
+    for layer in range(layout.dense.sizes()["num_hidden_layers"]):
+        inside = adapters_in(model, layout, layer)
+        maps = [cast(HeadMap, each.head_maps[adapter_name]) for each in inside if adapter_name in each.head_maps]
+        found += [(maps[0], maps[-1])] if maps else []
+    return found
 
 
 def hidden_gate(model: nn.Module, layout: Layout, adapter_name: str) -> HiddenGate | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
 
 from .adapter import GateAdapter
-from .stream_basis import BasisGate
+from .bases import BasisGate, HeadMap
 
 
 def add_gates(model: nn.Module, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
@@ -27,6 +28,11 @@ def add_gates(model: nn.Module, adapters: Sequence[str], weights: Sequence[float
     for module in model.modules():
         if not isinstance(module, GateAdapter):
             continue
+        if adapter_name in module.head_maps:
+            maps = [cast(HeadMap, module.head_maps[name]) for name in adapters if name in module.head_maps]
+            if len(maps) < len(adapters) or any(not torch.equal(each.into, maps[0].into) for each in maps):
+                raise ValueError(f"the adapters {list(adapters)} have different bases inside of heads")
+            cast(HeadMap, module.head_maps[adapter_name]).set(maps[0].into, maps[0].back, maps[0].mean)
         sources = [module.gates(name) for name in adapters]
         for slot, gate in module.gates(adapter_name).items():
             bases = [each for source in sources if isinstance(each := source.get(slot), BasisGate)]

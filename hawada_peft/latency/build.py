@@ -125,7 +125,8 @@ def build_table(
     seen = [
         each
         for each in slopes.observations()
-        if each.shape.sizes()["intermediate_size"] in sizes and each.shape.hidden_size == dense.hidden_size
+        if each.shape.sizes()["intermediate_size"] in sizes
+        and (each.shape.hidden_size, each.shape.head_dim) == (dense.hidden_size, dense.head_dim)
     ]
     costs = fit_costs(seen, dense, groups, per_group, sizes)
     table = LatencyTable(
@@ -277,6 +278,7 @@ def random_shapes(dense: Shape, heads: Sequence[Shape], multiple: int, count: in
             intermediate_size=int(rng.choice(np.array(ffn))),
             num_hidden_layers=int(rng.choice(np.array(layers))),
             hidden_size=dense.hidden_size,
+            head_dim=dense.head_dim,
         )
         if shape != dense and len(shapes) < count:
             shapes[shape] = None

@@ -183,22 +183,24 @@ def mixed_table(regime: Regime, parts: Sequence[tuple[float, LatencyTable]]) -> 
 
 
 def table_between(
-    wide: LatencyTable, narrow: LatencyTable, base_sizes: Mapping[str, int | str], multiple: int
+    wide: LatencyTable, narrow: LatencyTable, base_sizes: Mapping[str, int | str], multiple: int, axis: str
 ) -> LatencyTable:
     """
-    The table of a hidden size between those of two tables.
+    The table of a hidden size, or a size of heads, between those of two tables.
 
     Every cost of a model is linear in its hidden size: products of weights in it and an inner size, whatever that is;
-    norms in itself; the core of attention not in it at all. So is each cost of a table, and the table of a size
+    norms in itself; the core of attention not in it at all. And in the size of heads: the core of attention and the
+    projections around it in that, all else not at all. So is each cost of a table, and the table of a size
     between is the mean of both, weighed by how near they are. What departs from that (sizes for which a device has no
     fast kernel) is for shapes that are timed as a whole to correct.
 
     Args:
-        wide, narrow: measured on one device under one regime, the first with the dense hidden size.
+        wide, narrow: on one device under one regime, the first with the larger size.
         base_sizes: what the new one is for.
         multiple: of its FFN sizes.
+        axis: `"hidden_size"` or `"head_dim"`: in which they differ.
     """
-    high, low, size = (int(sizes["hidden_size"]) for sizes in (wide.base_sizes, narrow.base_sizes, base_sizes))
+    high, low, size = (int(sizes[axis]) for sizes in (wide.base_sizes, narrow.base_sizes, base_sizes))
     part = (size - low) / (high - low)
     scale = wide.dense_ms / narrow.dense_ms
     mixed = mixed_table(wide.regime, [(part, wide), ((1 - part) * scale, narrow)])

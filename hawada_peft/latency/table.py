@@ -71,7 +71,7 @@ class LatencyTable:
         interaction_ms (`float`): what small attention and FFN together cost beyond the sum.
         multiple (`int`): FFN sizes that are not a multiple of it are slower than larger ones that are.
         dense_ms (`float`): the whole dense model; also in a table for a narrower residual stream, whose `model` states
-            that `hidden_size` and the dense one as `dense_hidden_size`.
+            that `hidden_size` and the dense one as `dense_hidden_size`; likewise `head_dim`, for narrower heads.
         scale (`float`): of the affine correction.
         offset_ms (`float`): of the affine correction.
         realised (`tuple[Realised, ...]`): shapes that were timed as a whole.
@@ -119,14 +119,15 @@ class LatencyTable:
             shape: the sizes; what it leaves out is dense.
 
         Raises:
-            IncompatibleTableError: if it has another hidden size than the table.
+            IncompatibleTableError: if it has another hidden size, or size of heads, than the table.
         """
-        if shape.hidden_size not in (None, self.base_sizes["hidden_size"]):
-            raise IncompatibleTableError(
-                f"the latency table is for a hidden size of {self.base_sizes['hidden_size']}, asked "
-                f"{shape.hidden_size}; "
-                f"measure one with `measure_table(..., hidden_size={shape.hidden_size})`"
-            )
+        for name in ("hidden_size", "head_dim"):
+            size = getattr(shape, name)
+            if size not in (None, self.base_sizes[name]):
+                raise IncompatibleTableError(
+                    f"the latency table is for a {name} of {self.base_sizes[name]}, asked {size}; measure one with "
+                    f"`measure_table(..., {name}={size})`"
+                )
         sizes = shape.complete(self.dense)
         _, groups, ffn, layers = sizes.sizes().values()
         return float(self.estimate_sizes(groups, sizes.heads_per_group, ffn, layers))

@@ -6,24 +6,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..vanilla.shape import BY_NAME, EXPERTS, FFN, HEADS, HIDDEN, KV_GROUPS, LAYERS
+from ..vanilla.shape import BY_NAME, EXPERTS, FFN, HEAD_DIM, HEADS, HIDDEN, KV_GROUPS, LAYERS
 
-PLURALS = {BY_NAME[name].field: BY_NAME[name].plural for name in (LAYERS, HEADS, KV_GROUPS, EXPERTS, FFN, HIDDEN)}
+_TOLD = (LAYERS, HEADS, KV_GROUPS, EXPERTS, FFN, HIDDEN, HEAD_DIM)
+
+PLURALS = {BY_NAME[name].field: BY_NAME[name].plural for name in _TOLD}
 """The units of a `Shape` in words, in the order in which they are told."""
 
 SIZES = PLURALS | {BY_NAME[HIDDEN].field: "hidden size"}
 """Its sizes."""
 
-SHORT = {name: word.split()[0] for name, word in SIZES.items()} | {BY_NAME[HEADS].field: HEADS}
+SHORT = {name: word.split()[0] for name, word in SIZES.items()} | {
+    BY_NAME[HEADS].field: HEADS,
+    BY_NAME[HEAD_DIM].field: "head size",
+}
 """The same at the head of a column."""
-
-OF_HEADS = {"head_dim": "features per head"}
-"""A size that no plan cuts."""
 
 BESIDE = "beside"
 """Where the sizes of further towers stand beside those of the first."""
 
-EACH = (BY_NAME[HEADS].field, BY_NAME[EXPERTS].field, BY_NAME[FFN].field, *OF_HEADS)
+EACH = (BY_NAME[HEADS].field, BY_NAME[EXPERTS].field, BY_NAME[FFN].field)
 """Sizes that every kept layer has."""
 
 
@@ -53,10 +55,10 @@ def cuts(dense: Mapping[str, Any], slim: Mapping[str, Any]) -> list[Cut]:
     The sizes of two models, and their parameters where those are given.
 
     Args:
-        dense, slim: the fields of a `Shape`, `head_dim` and `parameters`; what the slim model lacks is left out. Those
+        dense, slim: the fields of a `Shape`, and `parameters`; what the slim model lacks is left out. Those
             of further towers stand under `beside`, by their names.
     """
-    words = SIZES | OF_HEADS | {"parameters": "parameters"}
+    words = SIZES | {"parameters": "parameters"}
     found = [Cut(word, dense.get(name), slim[name]) for name, word in words.items() if name in slim]
     for tower, sizes in slim.get(BESIDE, {}).items():
         for cut in cuts(dense.get(BESIDE, {}).get(tower, {}), sizes):
@@ -82,6 +84,6 @@ def sentence(dense: Mapping[str, Any], slim: Mapping[str, Any]) -> str:
 def _gone(dense: Mapping[str, Any], slim: Mapping[str, Any]) -> list[str]:
     return [
         f"{dense[name] - slim[name]:,} of {dense[name]:,} {word}" + (" in every kept layer" if name in EACH else "")
-        for name, word in (PLURALS | OF_HEADS).items()
+        for name, word in PLURALS.items()
         if name != BY_NAME[KV_GROUPS].field and name in dense and dense[name] > slim[name]
     ]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import HawAdaError
-from ..gates.attach import collect_gates
+from ..gates.attach import collect_gates, masks_put_back
 from ..processes import Reduce, of_this_rank, rank_of
 from ..vanilla.batches import Batch, check_batch
 from ..vanilla.mode import evaluating
@@ -50,11 +50,10 @@ def gate_importance(
         raise HawAdaError("the model has no trainable gates; is an adapter active, and not in inference mode?")
     thetas = [gate.theta for gate in gates.values()]
     before = [theta.detach().clone() for theta in thetas]
-    plans = [(gate.kept, gate.hard_in_training) for gate in gates.values()]
     totals = [torch.zeros(theta.shape, dtype=torch.float64) for theta in thetas]
     generator = torch.Generator().manual_seed(rank_of(reduce))  # the caller's random state stays
     count = 0
-    with evaluating(model):
+    with evaluating(model), masks_put_back(model):
         try:
             for gate in gates.values():
                 gate.set_plan(None)
@@ -68,9 +67,8 @@ def gate_importance(
                     for total, gradient in zip(totals, gradients, strict=True):
                         total += gradient.double().square().sum(0).cpu()
         finally:
-            for theta, value, gate, (kept, hard) in zip(thetas, before, gates.values(), plans, strict=True):
+            for theta, value in zip(thetas, before, strict=True):
                 theta.data.copy_(value)
-                gate.set_plan(kept, in_training=hard)
     sums = [torch.tensor(float(count), dtype=torch.float64), *totals]
     examples, *totals = (reduce(each.to(thetas[0].device)).cpu() for each in sums)
     if examples == 0:

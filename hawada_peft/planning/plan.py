@@ -40,6 +40,8 @@ class Plan:
         experts (`tuple[tuple[int, ...], ...]`, *optional*): the kept experts, one entry per kept layer, of which
             `dense` states the number then; all if left out.
         rotated (`bool`): `hidden` are directions of a basis of the stream, which the adapter has, not channels.
+        head_dim (`int`, *optional*): the kept features of every head, the first ones of a basis inside each, which
+            the adapter has; `dense` states their number then; all if left out.
         tower (`str`): path of the sub-config in the model's config that the sizes are in, as `"text_config"`; empty if
             they are the config's own, or that of the one tower.
         further (`tuple[Further, ...]`): the kept heads and FFN channels at modules beside the ends of the layers; all
@@ -59,6 +61,7 @@ class Plan:
     channels: tuple[tuple[int, ...], ...]
     hidden: tuple[int, ...] | None = None
     rotated: bool = False
+    head_dim: int | None = None
     tower: str = ""
     experts: tuple[tuple[int, ...], ...] | None = None
     further: tuple[Further, ...] = ()
@@ -114,6 +117,10 @@ class Plan:
             yield "rotated is about kept directions of the residual stream, and hidden names none"
         elif self.hidden is not None:
             yield from _index_problems("hidden", self.hidden, self.dense.hidden_size or 0)
+        if (self.head_dim is None) != (self.dense.head_dim is None):
+            yield "the kept features of heads (head_dim) and dense.head_dim must be given together"
+        elif self.head_dim is not None and not 1 <= self.head_dim <= (self.dense.head_dim or 0):
+            yield f"head_dim must be 1 to {self.dense.head_dim}, got {self.head_dim}"
         yield from self._further_problems()
         per_group = self.dense.heads_per_group
         every = [*self.heads, *(each.kept for each in self.further if each.axis == HEADS)]
@@ -173,7 +180,13 @@ class Plan:
             num_hidden_layers=len(self.layers),
             hidden_size=None if self.hidden is None else len(self.hidden),
             num_experts=None if self.experts is None else len(self.experts[0]),
+            head_dim=self.head_dim,
         )
+
+    @property
+    def in_bases(self) -> bool:
+        """Whether it keeps directions of a basis, of the residual stream or inside of heads."""
+        return self.rotated or self.head_dim is not None
 
     @property
     def keeps_all(self) -> bool:
@@ -231,7 +244,7 @@ class Plan:
     @classmethod
     def keep_all(cls, dense: Shape, tower: str = "") -> Plan:
         """The plan that removes nothing of a model of these (complete) sizes."""
-        dense = replace(dense, hidden_size=None, num_experts=None)
+        dense = replace(dense, hidden_size=None, num_experts=None, head_dim=None)
         sizes = dense.sizes()
         layers = sizes["num_hidden_layers"]
         return cls(
@@ -285,6 +298,7 @@ class Plan:
         if self.hidden is not None:
             data["hidden"] = to_mask(self.hidden)
             data |= {"rotated": True} if self.rotated else {}
+        data |= {} if self.head_dim is None else {"head_dim": self.head_dim}
         data |= {"tower": self.tower} if self.tower else {}
         if self.experts is not None:
             data["experts"] = [to_mask(row) for row in self.experts]
@@ -320,6 +334,7 @@ class Plan:
             "experts",
             "further",
             "rotated",
+            "head_dim",
             "tower",
             "roundings",
         }
@@ -345,6 +360,7 @@ class Plan:
             experts=None if data.get("experts") is None else tuple(from_mask(mask) for mask in data["experts"]),
             further=from_masks(data.get("further", {})),
             rotated=data.get("rotated", False),
+            head_dim=data.get("head_dim"),
             tower=data.get("tower", ""),
             roundings=roundings,
         )

@@ -44,8 +44,16 @@ def rank(layout: Layout, scores: UnitScores, shape: Shape) -> Plan:
         )
     dense_shape, hidden = layout.dense, None
     if shape.hidden_size not in (None, layout.hidden_size):
-        dense_shape = replace(layout.dense, hidden_size=layout.hidden_size)
+        dense_shape = replace(dense_shape, hidden_size=layout.hidden_size)
         hidden = _top_hidden(scores, shape.hidden_size or 0)
+    features = None if shape.head_dim == layout.head_dim else shape.head_dim
+    if features is not None:
+        if not scores.in_heads:
+            raise InvalidPlanError(
+                "cannot choose what to cut inside of heads: the adapter has no bases in them. Make it with "
+                "HawAdaConfig(narrow_heads=True), or let `find_plan` choose the size"
+            )
+        dense_shape = replace(dense_shape, head_dim=layout.head_dim)
     layers = list(range(dense["num_hidden_layers"]))
     if len(layers) > wanted["num_hidden_layers"]:
         pinned = depth_of(layout).pinned
@@ -97,6 +105,7 @@ def rank(layout: Layout, scores: UnitScores, shape: Shape) -> Plan:
         experts=experts,
         further=tuple(further),
         rotated=scores.rotated and hidden is not None,
+        head_dim=features,
         tower=layout.tower,
     )
 

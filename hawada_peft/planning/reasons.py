@@ -32,7 +32,7 @@ def explained(
     """
     asked: Mapping[str, float]
     if keep_ratio is None:
-        names = layout.dense.to_dict() if scores.hidden is None else layout.full.to_dict()
+        names = layout.dense.to_dict() | ({} if scores.hidden is None else {"hidden_size": 0})
         names |= {"num_experts": 0} if any(score is not None for score in scores.experts) else {}
         opened = open_units(layout, scores)
         asked, source = {name: opened[name] for name in names}, "gates"

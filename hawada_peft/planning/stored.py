@@ -31,6 +31,8 @@ def json_problems(data: Mapping[str, Any]) -> Iterator[str]:
     experts, total = data.get("experts"), dense.get("num_experts", 0)
     if experts is not None and not (isinstance(experts, list) and all(is_mask(mask, total) for mask in experts)):
         yield f"experts must be a list of bit masks of {total} bits, in hexadecimal, got {short(experts)}"
+    if data.get("head_dim") is not None and not _is_index(data["head_dim"]):
+        yield f"head_dim must be a whole number, got {short(data['head_dim'])}"
     if not isinstance(data.get("tower", ""), str):
         yield f"tower must be the path of a sub-config, got {short(data['tower'])}"
     roundings = data.get("roundings", [])

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from ..errors import IllegalShapeError, IncompatibleBaseError, InvalidPlanError
 from ..gates.reading import UnitScores
 from ..vanilla.family import Layout
-from ..vanilla.shape import BY_FIELD, BY_NAME, KV_GROUPS, SIZES, Axis, Shape
+from ..vanilla.shape import BY_FIELD, BY_NAME, HEAD_DIM, KV_GROUPS, SIZES, Axis, Shape
 from .legal import check_plan, legal_plan
 from .plan import Plan
 
@@ -122,6 +122,7 @@ def paths_of(layout: Layout) -> dict[str, Axis]:
         "layers": family.layers_field,
         "hidden": family.hidden_field,
         "experts": family.experts_field if family.router else "",
+        HEAD_DIM: family.head_dim_field,
     }
     before = f"{layout.scope}." if layout.scope else ""
     return {f"{before}{field}": BY_NAME[axis] for axis, field in fields.items() if field}

@@ -198,7 +198,7 @@ def directions(judge: Judge, fits: Fits) -> Iterator[Plan]:
     References:
         Ashkboos et al., "SliceGPT" (2024), for cutting the stream in a basis.
     """
-    if judge.basis is None:
+    if judge.bases.stream is None:
         return
     kept, total = deepest(judge, fits), judge.layers
     shapes = [judge.layout.narrowed(size) for size in reversed(narrower_sizes(judge.layout))]
@@ -260,13 +260,13 @@ def searched(result: SearchResult) -> Generator:
         return [named.get(layout.tower, layout.dense) for layout in judge.layouts]
 
     def generate(judge: Judge, fits: Fits) -> Iterator[Plan]:
-        if result.plan is not None and not (result.plan.rotated and judge.basis is None):
+        if result.plan is not None and judge.knows(result.plan.shape):
             yield result.plan
         timed = sorted(
             (each for each in result.measured if each.measured_loss is not None and each.sizes != result.best.sizes),
             key=lambda each: each.measured_loss or 0.0,
         )
-        timed = [each for each in timed if each.shape.hidden_size is None or judge.basis is not None]
+        timed = [each for each in timed if judge.knows(each.shape)]
         for some in [some for each in timed if fits(as_sizes(some := shapes(judge, each)))][: SEARCHED - 1]:
             parts = []
             for tower, shape in zip(judge.towers, some, strict=True):

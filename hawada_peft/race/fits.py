@@ -163,7 +163,12 @@ def fits_of(
 
     def memory(sizes: Sizes) -> float:
         caches = sum(
-            2.0 * tokens * layout.head_dim * weight * (shape.num_key_value_heads or 0) * (shape.num_hidden_layers or 0)
+            2.0
+            * tokens
+            * (shape.head_dim or layout.head_dim)
+            * weight
+            * (shape.num_key_value_heads or 0)
+            * (shape.num_hidden_layers or 0)
             for layout, shape in zip(layouts, shapes_of(sizes), strict=True)
         )
         return weight * _parameters(layouts, sizes) + caches

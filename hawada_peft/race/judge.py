@@ -16,8 +16,8 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ..basis.basis import Basis, is_tied, plan_turn
-from ..basis.turn import Turn
+from ..basis.bases import Bases, Change, plan_turn
+from ..basis.basis import is_tied
 from ..errors import HawAdaError
 from ..gates.reading import Scores, UnitScores
 from ..planning.plan import Plan
@@ -56,7 +56,7 @@ class Judge:
     Args:
         dense (`PreTrainedModel`): vanilla, with a family row; left as it is.
         batches (`Sequence`): keyword arguments of the forward pass, on the model's device; labels are not used.
-        basis (`Basis`, *optional*): of the residual stream, if plans may keep directions of it.
+        bases (`Bases`, *optional*): of the residual stream and inside of heads, if plans may keep directions of them.
         bf16 (`bool`): compute plans' losses under bfloat16 autocast, as a training with it does; that is quicker.
 
     Raises:
@@ -65,11 +65,11 @@ class Judge:
     """
 
     def __init__(
-        self, dense: PreTrainedModel, batches: Sequence[Batch], basis: Basis | None = None, *, bf16: bool = False
+        self, dense: PreTrainedModel, batches: Sequence[Batch], bases: Bases | None = None, *, bf16: bool = False
     ) -> None:
         if not batches:
             raise HawAdaError("no calibration batches were given; pass at least one")
-        self.dense, self.layouts, self.basis = dense, locate_all(dense), basis
+        self.dense, self.layouts, self.bases = dense, locate_all(dense), bases or Bases()
         self.layout = self.layouts[0]
         self.batches = [without_labels(batch) for batch in batches]
         self._losses: dict[Plan, float] = {}
@@ -111,9 +111,15 @@ class Judge:
         """What the outputs of the model stand for."""
         return head_of(self.dense, output_of(self.dense, self.batches[0]))
 
-    def turn(self, plan: Plan) -> Turn | None:
-        """The change of coordinates that a plan asks for, if it keeps directions of the stream."""
-        return plan_turn(self.dense, plan, self.basis)
+    def turn(self, plan: Plan) -> Change | None:
+        """The change of coordinates that a plan asks for, if it keeps directions of the stream, or inside of heads."""
+        return plan_turn(self.dense, plan, self.bases)
+
+    def knows(self, shape: Shape) -> bool:
+        """Whether there is a basis for what a shape cuts."""
+        wanted = self.layout.complete(shape)
+        stream, heads = wanted.hidden_size is None, wanted.head_dim is None
+        return (stream or self.bases.stream is not None) and (heads or self.bases.heads is not None)
 
     def unties(self, plan: Plan) -> bool:
         """Whether the output projection stops being the embedding, and needs memory of its own."""
@@ -147,10 +153,11 @@ class Judge:
         gone = set(dropped)
         kept = tuple(torch.tensor(float(layer not in gone), dtype=torch.float64) for layer in range(self.layers))
         wanted, dense, none = self.layout.complete(shape), self.layout.dense, (None,) * self.layers
-        narrower = replace(wanted, num_hidden_layers=None, hidden_size=None) != replace(dense, num_hidden_layers=None)
+        inner = replace(wanted, num_hidden_layers=None, hidden_size=None, head_dim=None)
+        narrower = inner != replace(dense, num_hidden_layers=None)
         heads, channels, further = self._energies if narrower else (none, none, {})
         directions = -torch.arange(self.layout.hidden_size, dtype=torch.float64)  # they are in descending order
-        scores = UnitScores(heads, channels, kept, hidden=directions, rotated=True, further=further)
+        scores = UnitScores(heads, channels, kept, hidden=directions, rotated=True, in_heads=True, further=further)
         return rank(self.layout, scores, wanted)
 
     @cached_property
@@ -243,7 +250,7 @@ class _OfTower(Judge):
 
     def __init__(self, whole: Judge, number: int) -> None:
         self.whole, self.number = whole, number
-        self.dense, self.batches, self.basis = whole.dense, whole.batches, None
+        self.dense, self.batches, self.bases = whole.dense, whole.batches, Bases()
         self.layout = whole.layouts[number]
         self.layouts = (self.layout,)
 

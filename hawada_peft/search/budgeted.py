@@ -18,6 +18,7 @@ from peft import PeftModel
 
 from .. import __version__
 from ..basis.basis import rows_untied
+from ..basis.heads.moments import MOMENTS as OF_HEADS
 from ..basis.moments import MOMENTS
 from ..basis.refine import REFINING
 from ..basis.scales import FACTORS
@@ -34,12 +35,12 @@ from ..progress import Progress, in_steps, progress_bar
 from ..vanilla.batches import Batch, check_batch
 from ..vanilla.family import locate, locate_all
 from ..vanilla.shape import HIDDEN
-from .directions import Found, may_add_directions, with_directions
+from .directions import Found, may_add_directions, may_narrow_heads, with_directions
 from .masked import ASKED, DEPTH, JUDGED_SHAPES, MaskedQuality
 from .refitted import REFITS, RefittedQuality, obstacle
 from .result import SearchResult
 from .rounds import search_all_sizes
-from .space import narrower_sizes
+from .space import narrower_heads, narrower_sizes
 from .timed import TIMING, check_regime, dense_model, regime_of, table_of, table_sizes
 from .together import search_together
 
@@ -77,6 +78,11 @@ def find_plan(
     over the calibration batches and, the first time on a machine, a second, smaller latency table (`NarrowTables`);
     `rotate=False` spares it.
 
+    So are sizes of heads where attention knows no rotary positions (`narrow_heads`): all heads stay, each with the
+    features that matter most on the calibration batches. If the plan narrows them, the adapter gets the bases inside
+    of heads. This costs a pass over the calibration batches and a further, smaller table; `rotate=False` spares that,
+    too.
+
     Of several gated towers all that run in the calls that are timed are searched together (`search_together`), each
     with a latency table of its own; one that does not run stays as it is, as nothing is saved by cutting it.
 
@@ -89,9 +95,10 @@ def find_plan(
             by its name, as `measure_table(..., tower=)` gives them; what is left out is measured.
         hidden_sizes: to search besides the dense one; if left out, of a few even steps down to 3/8 of it those that
             that may win (`worthwhile_sizes`).
-        rotate: `False` searches no hidden sizes unless the adapter has gates on `"hidden"`; `True` says by an error
-            what forbids a basis. If left out, they are searched where the rotation is exact for the family
-            and the calibration batches hold positions enough for a basis.
+        rotate: `False` searches no hidden sizes unless the adapter has gates on `"hidden"`, and no sizes of heads
+            unless it has bases inside of them; `True` says by an error what forbids a basis of the stream. If left
+            out, they are searched where that is exact for the family and the calibration batches hold positions
+            enough for a basis.
         refit: judge shapes by slim models that are refitted on the calibration batches (`RefittedQuality`), as
             `merge_and_unload(calibration=...)` gives them; this foretells best which shape recovers best. `False`
             judges them by closed gates alone, which is quicker and right for a merge without `calibration`. If left
@@ -171,10 +178,9 @@ def search_plan(
     if work is not None:
         asked = {"table": table, "hidden_sizes": hidden_sizes, "rotate": rotate, "refit": refit}
         kept = Kept(work, _all_that_counts(model, budget, calibration, effort) | asked)
-    turned = not several and may_add_directions(model, rotate)
-    steps = (
-        [TABLE] * (len(tables) < len(towers)) + [MOMENTS, REFINING, FACTORS] * turned + [IMPORTANCE] * are_fresh(model)
-    )
+    turned = [MOMENTS, REFINING, FACTORS] if not several and may_add_directions(model, rotate) else []
+    turned += [OF_HEADS] if not several and may_narrow_heads(model, rotate) else []
+    steps = [TABLE] * (len(tables) < len(towers)) + turned + [IMPORTANCE] * are_fresh(model)
     progress = in_steps(progress, [*steps, ASKED, DEPTH, *[REFITS] * refit, JUDGED_SHAPES, TIMING])
     if several:
         return _search_towers(model, budget, calibration, towers, tables, refit, effort, progress, kept)
@@ -205,6 +211,7 @@ def _search(
     if HIDDEN in quality.free:
         sizes = narrower_sizes(layout, multiple=table.multiple, group_size=quality.scores.hidden_group)
         sizes = sizes if hidden_sizes is None else hidden_sizes
+    heads = narrower_heads(layout) if quality.scores.in_heads else ()
     untied = rows_untied(base, layout) if quality.scores.rotated and sizes else 0
     result = search_all_sizes(
         base,
@@ -213,6 +220,7 @@ def _search(
         table,
         sizes,
         choose=hidden_sizes is None,
+        heads=heads,
         untied=untied,
         effort=effort,
         progress=progress,

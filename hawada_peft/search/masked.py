@@ -22,7 +22,7 @@ from torch import nn
 
 from ..errors import HawAdaError, InvalidPlanError
 from ..files.kept import Kept, digest_of_key
-from ..gates.attach import collect_gates
+from ..gates.attach import masks_put_back
 from ..planning.plan import Plan
 from ..planning.ranking import rank
 from ..processes import Reduce, of_this_rank
@@ -206,7 +206,8 @@ class MaskedQuality:
 
     def predict(self, space: SearchSpace) -> np.ndarray:
         """
-        The predicted loss over the space: (layers, heads, FFN sizes). That of its hidden size is measured, and added.
+        The predicted loss over the space: (layers, heads, FFN sizes). Those of its hidden size and of its size of
+        heads are measured, and added.
         """
         self._drop_layers(min(space.layers))
         total = self.layout.dense.sizes()["num_hidden_layers"]
@@ -218,13 +219,14 @@ class MaskedQuality:
         heads_loss = self._measured_curve(heads.sum(0), space.heads, BY_NAME[HEADS].field, limit)
         sizes = [Shape(intermediate_size=size) for size in space.ffn]
         ffn_loss = self._measured_curve(ffn.sum(0), sizes, BY_NAME[FFN].field, limit)
-        hidden = 0.0 if space.hidden_size is None else max(0.0, self.evaluate(Shape(hidden_size=space.hidden_size)))
+        alone = [Shape(hidden_size=space.hidden_size), Shape(head_dim=space.head_dim)]
+        narrower = sum(max(0.0, self.evaluate(shape)) for shape in alone if shape != Shape())
         result = np.empty((len(space.layers), len(space.heads), len(space.ffn)))
         for row, count in enumerate(space.layers):
             dropped = self._order[: total - count]
             kept = [layer for layer in range(total) if layer not in dropped]
             width = heads_loss(heads[kept].sum(0))[:, None] + ffn_loss(ffn[kept].sum(0))[None, :]
-            result[row] = hidden + depth_loss[count] + width
+            result[row] = narrower + depth_loss[count] + width
         return result
 
     def depth_losses(self, least: int) -> dict[int, float]:
@@ -328,15 +330,9 @@ class MaskedQuality:
     def _masked(self, plan: Plan) -> Iterator[None]:
         """Close what a plan removes, whatever its legality, and put everything back."""
         (name,) = self.names
-        gates = list(collect_gates(self.model, name).values())
-        before = [(gate.kept, gate.hard_in_training) for gate in gates]
-        with evaluating(self.model):
-            try:
-                self.tuner.set_masks(plan, name)
-                yield
-            finally:
-                for gate, (kept, hard) in zip(gates, before, strict=True):
-                    gate.set_plan(kept, in_training=hard)
+        with evaluating(self.model), masks_put_back(self.model):
+            self.tuner.set_masks(plan, name)
+            yield
 
 
 def without_layers(layout: Layout, dropped: Sequence[int]) -> Plan:

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from ..basis.basis import basis_gate, gate_basis, plan_turn
+from ..basis.bases import gated_bases, plan_turn
 from ..errors import HawAdaError, IllegalShapeError
 from ..files.kept import Kept
 from ..planning.plan import Plan
@@ -90,8 +90,7 @@ class RefittedQuality(MaskedQuality):
         batches = [reference.batch for reference in self.references]
         self._teacher = Teacher(self.dense, batches, room=KEPT_BYTES, reduce=of_this_rank)
         self._refitted: dict[Plan, float] = {}
-        gate = basis_gate(model.get_base_model(), self.layout, self.names[0])
-        self._stream = None if gate is None else gate_basis(gate)
+        self._bases = gated_bases(model.get_base_model(), self.layout, self.names)
 
     def _is_enough(self) -> bool:
         return len(self.references) > 1 and sum(float(each.mask.sum()) for each in self.references) >= self._most
@@ -135,7 +134,7 @@ class RefittedQuality(MaskedQuality):
         return self._refitted[plan]
 
     def _refit(self, plan: Plan) -> float:
-        turn = plan_turn(self.dense, plan, self._stream)
+        turn = plan_turn(self.dense, plan, self._bases)
         small = slim(self.dense, plan, turn=turn, layout=self._dense_layout)
         coordinates = None if turn is None else turn.write
         report = self._teacher.refit(small, plan, coordinates=coordinates)

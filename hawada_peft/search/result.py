@@ -169,7 +169,9 @@ class SearchResult:
         Where the milliseconds of the dense model and of the best shape go, by the table; empty for other widths, and
         where several towers are searched.
         """
-        if self.best.beside or self.best.shape.hidden_size not in (None, self.table.base_sizes["hidden_size"]):
+        best, sizes = self.best.shape, self.table.base_sizes
+        narrower = any(getattr(best, name) not in (None, sizes[name]) for name in ("hidden_size", "head_dim"))
+        if self.best.beside or narrower:
             return {}
         shapes = {"dense": self.table.dense, "slim": self.best.shape}
         found = {name: self.table.parts(shape) for name, shape in shapes.items()}

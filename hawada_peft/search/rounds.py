@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -19,7 +20,7 @@ from ..progress import Progress
 from ..vanilla.family import locate
 from ..vanilla.shape import Shape
 from .answer import check_feasible, result_of, settle
-from .narrow import NarrowTables, worthwhile_sizes
+from .narrow import NarrowTables, both_narrower, most_loss, worthwhile_sizes
 from .result import SearchResult
 from .space import SearchSpace, search_space
 from .state import Losses, Quality, RankedQuality, Realise, S, SearchState, State
@@ -55,7 +56,8 @@ def search(
         budget: the limits.
         realise: builds and times shapes.
         effort: how hard to look.
-        narrower: the shapes of other hidden sizes, and their tables; searched together with the rest.
+        narrower: the shapes of other hidden sizes and sizes of heads, and their tables; searched together with the
+            rest.
 
     Raises:
         InfeasibleBudgetError: if no shape meets the budget, with the range that can be reached and what binds.
@@ -134,21 +136,24 @@ def search_all_sizes(
     sizes: Sequence[int],
     *,
     choose: bool,
+    heads: Sequence[int] = (),
     untied: int = 0,
     effort: Effort,
     progress: Progress | None = None,
     kept: Kept | None = None,
 ) -> SearchResult:
     """
-    `search` in the spaces of the dense hidden size and of narrower ones.
+    `search` in the spaces of the dense hidden size and size of heads, and of narrower ones.
 
     Args:
         base: the dense model; only its class and config are used.
         budget: the limits.
         quality: the losses.
-        table: of the dense hidden size; its regime is that of the search.
+        table: of the dense sizes; its regime is that of the search.
         sizes: narrower hidden sizes, the largest first.
         choose: search of these only what may win (`worthwhile_sizes`).
+        heads: smaller sizes of heads, the largest first; of these and of pairs with a hidden size only what may win is
+            searched.
         untied: rows of an output projection that narrower models have and the dense one does not.
         effort: how hard to measure and to look, and by which clock.
         progress: makes progress bars.
@@ -163,35 +168,46 @@ def search_all_sizes(
     """
     layout, regime, tables = locate(base), table.regime, [table]
 
-    def space_of(size: int | None, multiple: int) -> SearchSpace:
+    def space_of(size: Shape, multiple: int) -> SearchSpace:
         return search_space(
             layout,
             regime,
             multiple=multiple,
             group_size=quality.scores.group_size,
             free=quality.free,
-            hidden_size=size,
-            untied=0 if size is None else untied,
+            hidden_size=size.hidden_size,
+            head_dim=size.head_dim,
+            untied=0 if size.hidden_size is None else untied,
         )
 
-    spaces, given = [space_of(None, table.multiple)], len(sizes)
-    if sizes:
-        narrow = NarrowTables(base, table, sizes, effort, progress=progress, kept=kept)
-        spaces_of = {size: space_of(size, narrow.multiple(size)) for size in sizes}
-        if choose:
-            state = SearchState(spaces[0], table, budget, effort)
-            sizes = worthwhile_sizes(state, quality, sizes, lambda size: narrow.meets(budget, spaces_of[size]))
-        tables += [narrow(size) for size in sizes]
-        spaces += [spaces_of[size] for size in sizes]
+    spaces = [space_of(Shape(), table.multiple)]
+    streams, features = [Shape(hidden_size=size) for size in sizes], [Shape(head_dim=size) for size in heads]
+    if streams or features:
+        narrow = NarrowTables(base, table, [*streams, *features], effort, progress=progress, kept=kept)
+        spaces_of = cache(lambda size: space_of(size, narrow.multiple(size)))
+        enough = cache(lambda size: narrow.meets(budget, spaces_of(size)))
+        limit = math.inf
+        if choose or features:
+            limit = most_loss(SearchState(spaces[0], table, budget, effort), quality)
+        streams = worthwhile_sizes(limit, quality, streams, enough) if choose else streams
+        features = worthwhile_sizes(limit, quality, features, enough)
+        for size in [*streams, *features, *both_narrower(limit, quality, streams, features, enough)]:
+            tables.append(narrow(size))
+            spaces.append(spaces_of(size))
     effort = enough_for(effort, [table])
     timer: Timer[Shape] = Timer(base, regime, effort.confirming(), progress=progress, kept=kept)
     narrower = list(zip(spaces[1:], tables[1:], strict=True))
     result = search(spaces[0], table, quality, budget, timer, effort=effort, narrower=narrower)
-    if given:
-        kind = "directions of a basis" if quality.scores.rotated else "channels"
-        words = f"{len(sizes) + 1} of {given + 1} sizes, by {kind}"
-        if len(sizes) < given:
-            words += "; the smaller ones cut more than the budget asks for"
-        result = replace(result, steps={**result.steps, "hidden_size": words})
+    kind = "directions of a basis" if quality.scores.rotated else "channels"
+    inside = "directions of a basis inside each head"
+    for axis, of, found, given in (
+        ("hidden_size", kind, streams, sizes),
+        ("head_dim", inside, features, heads),
+    ):
+        if given:
+            words = f"{len(found) + 1} of {len(given) + 1} sizes, by {of}"
+            if len(found) < len(given):
+                words += "; the smaller ones cut more than the budget asks for"
+            result = replace(result, steps={**result.steps, axis: words})
     warn_unsettled(*(each.unsettled for each in tables), timer.unsettled)
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -10,9 +11,9 @@ import numpy as np
 
 from ..latency.regime import Regime
 from ..planning.reasons import multiples
-from ..planning.sizes import SIXTEENTHS, ffn_choices, hidden_multiple
+from ..planning.sizes import LEAST_ALIGNED, SIXTEENTHS, ffn_choices, hidden_multiple
 from ..vanilla.family import Layout
-from ..vanilla.legality import fit_hidden, head_shapes, least_layers, legal_head_shapes
+from ..vanilla.legality import build_sizes, fit_hidden, head_shapes, least_layers, legal_head_shapes
 from ..vanilla.resize import parameters_at
 from ..vanilla.shape import FFN, HEADS, LAYERS, Shape
 
@@ -34,6 +35,7 @@ class SearchSpace:
         cache_bytes (`np.ndarray`): of its KV cache under the regime, over the space.
         weight_bytes (`int`): per parameter.
         hidden_size (`int`, *optional*): of all shapes, if it is not the dense one.
+        head_dim (`int`, *optional*): likewise.
         steps (`dict[str, str]`): by size, which values there are to choose from, and why.
     """
 
@@ -45,6 +47,7 @@ class SearchSpace:
     cache_bytes: np.ndarray
     weight_bytes: int = 4
     hidden_size: int | None = None
+    head_dim: int | None = None
     steps: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -82,6 +85,7 @@ class SearchSpace:
             intermediate_size=self.ffn[size],
             num_hidden_layers=self.layers[layer],
             hidden_size=self.hidden_size,
+            head_dim=self.head_dim,
         )
 
     def index(self, shape: Shape) -> int:
@@ -103,6 +107,7 @@ def search_space(
     group_size: int = 1,
     free: Sequence[str] = (HEADS, FFN, LAYERS),
     hidden_size: int | None = None,
+    head_dim: int | None = None,
     untied: int = 0,
 ) -> SearchSpace:
     """
@@ -115,9 +120,10 @@ def search_space(
         group_size: and of this: the channels per gate.
         free: what may be cut.
         hidden_size: of all shapes; the dense one if left out.
+        head_dim: of all shapes; the dense one if left out.
         untied: rows of an output projection that these models have and the dense one does not.
     """
-    dense = layout.narrowed(hidden_size)
+    dense = layout.complete(replace(layout.narrowed(hidden_size), head_dim=head_dim))
     size = dense.sizes()["intermediate_size"]
     heads = legal_head_shapes(layout, hidden_size) if HEADS in free else [_pair(dense)]
     ffn: tuple[int, ...] = (size,)
@@ -129,7 +135,9 @@ def search_space(
     pairs = tuple(heads)
     tokens = regime.batch_size * regime.cached_tokens
     bytes_each = regime.torch_dtype.itemsize
-    cache = 2.0 * tokens * layout.head_dim * bytes_each * np.array([p.num_key_value_heads for p in pairs])
+    cache = (
+        2.0 * tokens * (head_dim or layout.head_dim) * bytes_each * np.array([p.num_key_value_heads for p in pairs])
+    )
     plain = replace(dense, num_hidden_layers=1)
 
     def first_two(shape: Shape) -> tuple[int, int]:
@@ -163,6 +171,7 @@ def search_space(
         cache_bytes=np.broadcast_to(count * cache[None, :, None], (len(layers), len(pairs), len(ffn))),
         weight_bytes=bytes_each,
         hidden_size=dense.hidden_size,
+        head_dim=dense.head_dim,
         steps={
             "num_attention_heads": f"{len(pairs)} of {len(head_shapes(layout.dense))} pairs of query heads and KV "
             f"groups are legal in {layout.model_class.__name__}"
@@ -188,6 +197,21 @@ def narrower_sizes(layout: Layout, *, multiple: int = 1, group_size: int = 1) ->
     wishes = [replace(layout.dense, hidden_size=max(1, round(part / 16 * layout.hidden_size))) for part in SIXTEENTHS]
     found = [layout.complete(fit_hidden(layout, wish, step=step)).hidden_size for wish in wishes]
     return sorted({size for size in found if size is not None}, reverse=True)
+
+
+def narrower_heads(layout: Layout) -> list[int]:
+    """
+    Three, two and one quarter of the features of each head, as near as multiples of `LEAST_ALIGNED` come to that where
+    heads are large enough; the largest first.
+
+    Args:
+        layout: the dense model's, with its class and config.
+    """
+    size = layout.head_dim
+    step = math.gcd(LEAST_ALIGNED, size) if size >= 4 * LEAST_ALIGNED else 1
+    found = {max(1, round(part * size / 4 / step)) * step for part in (3, 2, 1)}
+    wanted = (replace(layout.dense, head_dim=each) for each in sorted(found - {size}, reverse=True))
+    return [shape.head_dim for shape in wanted if shape.head_dim and build_sizes(layout, shape) is None]
 
 
 def _pair(shape: Shape) -> Shape:

@@ -264,7 +264,8 @@ class State(ABC, Generic[S]):
 
 class SearchState(State[Shape]):
     """
-    What is known about the space of a model. It is made of the spaces of all hidden sizes, one after the other.
+    What is known about the space of a model. It is made of the spaces of all hidden sizes and sizes of heads, one
+    after the other.
     """
 
     def __init__(
@@ -283,7 +284,7 @@ class SearchState(State[Shape]):
 
     @property
     def table(self) -> LatencyTable:
-        """The table of the dense hidden size."""
+        """The table of the dense hidden size, and size of heads."""
         return self.tables[0]
 
     @property
@@ -360,14 +361,14 @@ class SearchState(State[Shape]):
             self.tables[part] = self.tables[part].with_realised(realised)
 
     def places(self) -> torch.Tensor:
-        """(space, 4) in parts of the dense sizes; (space, 5) where there are several hidden sizes."""
+        """(space, 4) in parts of the dense sizes; (space, 6) where there are several hidden or head sizes."""
         rows = []
         for space, table in zip(self.spaces, self.tables, strict=True):
             groups, per_group, ffn, layers = space.axes
             sizes = self.dense.sizes().values()
             parts = [v / s for v, s in zip((groups * per_group, groups, ffn, layers), sizes, strict=True)]
-            if len(self.spaces) > 1:
-                widths = [int(each.base_sizes["hidden_size"]) for each in (table, self.table)]
+            for name in ("hidden_size", "head_dim") if len(self.spaces) > 1 else ():
+                widths = [int(each.base_sizes[name]) for each in (table, self.table)]
                 parts.append(np.full((1, 1, 1), widths[0] / widths[1]))
             rows.append(np.stack(np.broadcast_arrays(*parts), axis=-1).reshape(-1, len(parts)))
         return torch.from_numpy(np.concatenate(rows))

@@ -7,6 +7,7 @@ Long because what can be timed is checked, and said, before it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Generic, TypeVar, cast
 
@@ -47,6 +48,7 @@ def measure_table(
     *,
     effort: Effort | None = None,
     hidden_size: int | None = None,
+    head_dim: int | None = None,
     tower: str | None = None,
     progress: Progress | None = None,
 ) -> LatencyTable:
@@ -58,12 +60,13 @@ def measure_table(
         regime: the conditions.
         effort: what is measured, how long and by which clock, and where tables are kept.
         hidden_size: of all that is timed, for a table of a narrower residual stream; the dense one if left out.
+        head_dim: likewise, for a table of narrower heads.
         tower: of several gated towers that whose sizes vary, the rest being dense.
         progress: makes progress bars, as `tqdm.tqdm`; none are shown if left out.
 
     Raises:
         UnsupportedModelError: if the model has no family row.
-        IllegalShapeError: if no model of the hidden size exists.
+        IllegalShapeError: if no model of the hidden size, or the size of heads, exists.
         InvalidPlanError: if several towers are gated and none is named.
         InvalidRegimeError: if the model cannot run that way, or the call does not reach the tower.
 
@@ -77,7 +80,8 @@ def measure_table(
             f"a latency table is of the sizes of one tower; name one of {towers} as `tower`, got {tower!r}"
         )
     tower = tower or towers[0]
-    table = table_of(model, regime, effort or Effort(), hidden_size=hidden_size, tower=tower, progress=progress)
+    narrow = Shape(hidden_size=hidden_size, head_dim=head_dim)
+    table = table_of(model, regime, effort or Effort(), narrow=narrow, tower=tower, progress=progress)
     warn_unsettled(table.unsettled)
     return table
 
@@ -87,19 +91,19 @@ def table_of(
     regime: Regime,
     effort: Effort,
     *,
-    hidden_size: int | None = None,
+    narrow: Shape | None = None,
     tower: str | None = None,
     multiple: int | None = None,
     progress: Progress | None = None,
     kept: Kept | None = None,
 ) -> LatencyTable:
     """
-    As `measure_table`, without a warning: the table says what did not settle. Timings are kept as they come, and the
-    `multiple` of FFN sizes is not looked for where it is given.
+    As `measure_table`, with the sizes in a shape, and without a warning: the table says what did not settle. Timings
+    are kept as they come, and the `multiple` of FFN sizes is not looked for where it is given.
     """
     base = dense_model(model)
     layout = locate(base, tower)
-    widest, base_sizes = sizes_at(base, hidden_size, tower)
+    widest, base_sizes = sizes_at(base, narrow, tower)
     heads = legal_head_shapes(layout, widest.hidden_size)
     parts = regime.parts()
 
@@ -108,7 +112,7 @@ def table_of(
             table_of,
             model,
             effort=effort,
-            hidden_size=hidden_size,
+            narrow=narrow,
             tower=tower,
             multiple=multiple,
             progress=progress,
@@ -146,19 +150,22 @@ def table_of(
 
 
 def sizes_at(
-    model: PreTrainedModel, hidden_size: int | None, tower: str | None = None
+    model: PreTrainedModel, narrow: Shape | None, tower: str | None = None
 ) -> tuple[Shape, dict[str, int | str]]:
     """
-    The largest shape of a hidden size, the dense one if left out, and what a table of it is for.
+    The largest shape of a hidden size and a size of heads, the dense ones if left out, and what a table of it is for.
 
     Raises:
-        IllegalShapeError: if no model of the hidden size exists.
+        IllegalShapeError: if no model of these sizes exists.
     """
-    layout = locate(model, tower)
-    widest, sizes = layout.narrowed(hidden_size), table_sizes(model, tower)
-    if widest.hidden_size is not None:
+    layout, narrow = locate(model, tower), narrow or Shape()
+    widest = layout.complete(replace(layout.narrowed(narrow.hidden_size), head_dim=narrow.head_dim))
+    sizes = table_sizes(model, tower)
+    cut = {"dense_hidden_size": layout.hidden_size} if widest.hidden_size is not None else {}
+    cut |= {"dense_head_dim": layout.head_dim} if widest.head_dim is not None else {}
+    if cut:
         check_legal(layout, widest)
-        sizes |= widest.to_dict() | {"dense_hidden_size": layout.hidden_size}
+        sizes |= widest.to_dict() | cut
     return widest, sizes
 
 

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 
-from ..basis.attach import give_directions
+from ..basis.attach import give_bases
+from ..basis.bases import Bases
 from ..basis.basis import Basis
 from ..config import HawAdaConfig
 from ..discovery.inputs import example_inputs
@@ -52,7 +53,7 @@ def slim_checkpoint(
     output: str | os.PathLike[str],
     *,
     plan: Plan | None = None,
-    basis: Basis | None = None,
+    basis: Basis | Bases | None = None,
     fold: bool = True,
     calibration: Iterable[Mapping[str, torch.Tensor]] | None = None,
     low_memory: bool = False,
@@ -83,7 +84,7 @@ def slim_checkpoint(
             modules to save, embeddings) goes into the weights as well.
         output: the new folder; must not exist yet, or be empty.
         plan (`Plan`, *optional*): what to keep, instead of the plan that was applied to the adapter.
-        basis (`Basis`, *optional*): that the plan keeps directions of, where the adapter does not have it.
+        basis (`Basis` or `Bases`, *optional*): that the plan keeps directions of, where the adapter does not have it.
         fold (`bool`): `False` leaves the gates' soft values out and only removes.
         calibration (*optional*): batches, keyword arguments of the forward pass, each (examples, ...).
         low_memory (`bool`): refit layer by layer, without loading either model. Needs `calibration`, and a model of
@@ -169,7 +170,7 @@ def _in_memory(
     adapter: str | os.PathLike[str] | None,
     output: str | os.PathLike[str],
     plan: Plan | None,
-    basis: Basis | None,
+    basis: Basis | Bases | None,
     calibration: Iterable[Mapping[str, torch.Tensor]],
     *,
     fold: bool,
@@ -188,7 +189,7 @@ def _in_memory(
         gated, fold = get_peft_model(dense, HawAdaConfig(gates=("heads", "ffn", "layers"))), False
     else:
         gated = PeftModel.from_pretrained(dense, os.fspath(adapter))
-    give_directions(gated, chosen, basis)
+    give_bases(gated, chosen, Bases.of(basis))
     slimmed: Slimmed = gated.slim(progressbar=bars is not None, plan=plan, fold=fold, calibration=batches)
     if slimmed.dense is None:
         slimmed = replace(slimmed, dense=Checkpoint(base).skeleton)

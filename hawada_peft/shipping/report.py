@@ -128,7 +128,7 @@ def _base_sizes(base: str | os.PathLike[str] | None) -> dict[str, int] | None:
         return None
     model = skeleton_of(AutoConfig.from_pretrained(base))
     layout = locate(model)
-    return layout.full.to_dict() | {"head_dim": layout.head_dim, "parameters": model.num_parameters()}
+    return layout.full.to_dict() | {"parameters": model.num_parameters()}
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:

@@ -16,8 +16,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from ..basis.bases import Bases, Change, change_of, heads_basis
 from ..basis.basis import Basis, stream_basis, turn_of
-from ..basis.turn import Turn
+from ..basis.heads.turn import head_turn
 from ..errors import HawAdaError, InvalidPlanError, VerificationError
 from ..files.checkpoint import Checkpoint
 from ..files.pieces import Piece, stored_form, stored_pieces
@@ -60,16 +61,17 @@ class _Export:
         plan: Plan | None,
         *,
         fold: bool,
-        basis: Basis | None = None,
+        basis: Basis | Bases | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self._factors: dict[str, Factors] = {}
         self._lora: dict[str, Any] = {}
-        self._turn: Turn | None = None
+        self._turn: Change | None = None
         self._stacks: dict[str, torch.Tensor] = {}
         self._refitted: Mapping[str, torch.Tensor] = {}
-        stream = basis if plan is not None and plan.rotated else None
-        factor: torch.Tensor | None = None
+        given, factor = Bases.of(basis), None
+        stream = given.stream if plan is not None and plan.rotated else None
+        heads = given.heads
         self.dense = checkpoint.skeleton
         if adapter is not None:
             gated = load_gates(self.dense, adapter)
@@ -83,7 +85,9 @@ class _Export:
             self._lora = lora_of(gated)
             base = gated.get_base_model()
             if plan is not None:
-                stream, factor = stream_basis(base, locate(base), [DEFAULT], plan, fold=fold, given=basis)
+                layout = locate(base)
+                stream, factor = stream_basis(base, layout, [DEFAULT], plan, fold=fold, given=given.stream)
+                heads = heads_basis(base, layout, [DEFAULT], plan, given.heads)
             self.dense = cast(PreTrainedModel, gated.unload())
             untie(self.dense)
         make_plain(self.dense)
@@ -95,9 +99,11 @@ class _Export:
             part.check_base(layout.full)
         self._cutting: Cutting | None = None
         self.slim = self.dense
+        turn = None
         if stream is not None:
             kept = None if plan.hidden is None else torch.tensor(plan.hidden)
-            self._turn = turn_of(self.dense, towers[0][0], stream, kept, factor, self._whole)
+            turn = turn_of(self.dense, towers[0][0], stream, kept, factor, self._whole)
+        self._turn = change_of(turn, head_turn(self.dense, plan, heads))
         if not plan.keeps_all or self._turn is not None:
             self.slim = slim(self.dense, plan, turn=self._turn)
             self._cutting = Cutting(towers)
@@ -188,7 +194,7 @@ class _Export:
         source, keep = name, {}
         if self._cutting is not None:
             source, keep = self._cutting.source(name), self._cutting.rows(name)
-        if self._turn is None:
+        if self._turn is None or not self._turn.touches(source):
             yield from self._dense_parts(source, keep)
             return
         turned = self._turn.tensor(source, self._whole)

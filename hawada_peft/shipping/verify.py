@@ -17,8 +17,9 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..basis.attach import give_directions
-from ..basis.basis import Basis, plan_turn
+from ..basis.attach import give_bases
+from ..basis.bases import Bases, plan_turn
+from ..basis.basis import Basis
 from ..discovery.inputs import example_inputs
 from ..errors import HawAdaError, IncompatibleBaseError, InvalidPlanError, VerificationError
 from ..files.checkpoint import Checkpoint
@@ -125,7 +126,7 @@ def verify_slim(
 
 
 def reference_outputs(
-    base: Path, adapter: str | os.PathLike[str] | None, plan: Plan, *, fold: bool, basis: Basis | None = None
+    base: Path, adapter: str | os.PathLike[str] | None, plan: Plan, *, fold: bool, basis: Basis | Bases | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """
     The outputs that a slim model must compute, from the dense model in memory, and their inputs.
@@ -138,9 +139,9 @@ def reference_outputs(
     dense = auto_class_of(skeleton).from_pretrained(base, dtype="auto")
     inputs = example_inputs(dense)
     if adapter is None:
-        return outputs_of(slim(dense, plan, turn=plan_turn(dense, plan, basis)), inputs), inputs
+        return outputs_of(slim(dense, plan, turn=plan_turn(dense, plan, Bases.of(basis))), inputs), inputs
     gated = PeftModel.from_pretrained(dense, os.fspath(adapter))
-    give_directions(gated, plan, basis)
+    give_bases(gated, plan, Bases.of(basis))
     if not fold:
         return outputs_of(gated.merge_and_unload(plan=plan, fold=False), inputs), inputs
     gated.apply_plan(plan)

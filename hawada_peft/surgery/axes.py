@@ -89,9 +89,10 @@ def _find_axes(layout: Layout, hidden: bool) -> tuple[dict[str, tuple[SliceRule,
 def cut_by(plan: Plan) -> set[str]:
     """The axes of which a plan removes units in the layers that stay, for `find_axes`."""
     slim, dense = plan.shape, plan.dense
-    heads = (slim.num_attention_heads, slim.num_key_value_heads) != (
+    heads = (slim.num_attention_heads, slim.num_key_value_heads, slim.head_dim) != (
         dense.num_attention_heads,
         dense.num_key_value_heads,
+        dense.head_dim,
     )
     cut = {HEADS, KV_GROUPS} if heads else set()
     cut |= {FFN} if slim.intermediate_size != dense.intermediate_size else set()

@@ -115,7 +115,7 @@ def check_computes(
         reference: of the gated model.
         base: the gated model, for what else is in it.
         fresh: the dense model as its class makes it.
-        turn: the slim model's coordinates of the residual stream, if they are new ones. Norms that compute in float32
+        turn: the slim model's coordinates, if they are new ones. Norms that compute in float32
             round other numbers then, whatever the dtype; hidden states are compared in the dense coordinates.
         hidden: the channels of the residual stream that stay, where the slim model's hidden states are narrower.
 
@@ -129,7 +129,7 @@ def check_computes(
     if turn is not None:
         tolerance = turned_tolerance(model.dtype, model.device)
     if is_bare(model) and STATES in found:
-        if turn is not None and fresh is not None:
+        if turn is not None and turn.write is not None and fresh is not None:
             found[STATES] = turn.restored(fresh, found[STATES])
         elif hidden is not None:
             narrow = [name for name in found.keys() & expected.keys() if found[name].shape != expected[name].shape]

@@ -38,8 +38,8 @@ def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None, layout: 
     Args:
         model: a dense vanilla transformers model.
         plan: what to keep of it.
-        turn: new coordinates of the residual stream, as many as the plan keeps of its units (`basis.turn.Turn`); the
-            kept channels themselves if left out.
+        turn: new coordinates (`basis.basis.plan_turn`): of the residual stream, as many as the plan keeps of its
+            units; inside of heads. The kept channels themselves if left out.
         layout (`Layout`, *optional*): the model's, where it is cut several times: what one cut finds out of the
             model's class the next ones need not.
 
@@ -66,12 +66,18 @@ def slim(model: Model, plan: Plan, *, turn: StreamChange | None = None, layout: 
     cutting = Cutting(towers_for(model, plan, layout))
     check_loaded(model)
     check_unquantized(model)
-    if plan.hidden is not None and plan.rotated != (turn is not None):
+    turned = turn is not None and turn.write is not None
+    if plan.hidden is not None and plan.rotated != turned:
         raise InvalidPlanError(
             "the plan keeps directions of a basis of the residual stream, which is saved with the adapter: use "
             "`merge_and_unload(plan=...)` on the PEFT model"
             if plan.rotated
             else "the plan keeps channels of the residual stream, and directions of a basis are to be cut"
+        )
+    if plan.head_dim is not None and not (turn is not None and turn.in_heads):
+        raise InvalidPlanError(
+            "the plan keeps features of a basis inside of each head, which is saved with the adapter: use "
+            "`merge_and_unload(plan=...)` on the PEFT model"
         )
     for tower, part in cutting.towers:
         check_plan(tower, part)

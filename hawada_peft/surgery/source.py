@@ -13,17 +13,21 @@ from ..errors import UnsupportedModelError
 from ..planning.plan import Plan
 from ..vanilla.buffers import has_sentinel, initialise, owners, sentinel, unsaved
 from ..vanilla.family import Layout
-from ..vanilla.shape import BY_NAME, SliceRule
+from ..vanilla.shape import BY_NAME, HEADS, KV_GROUPS, SliceRule
 from ..vanilla.skeleton import build_empty
 from .conformity import below
 
 
 class StreamChange(Protocol):
-    """New coordinates of the residual stream, folded into the dense tensors."""
+    """New coordinates of the residual stream, or inside of heads, folded into the dense tensors."""
 
     @property
-    def write(self) -> torch.Tensor:
-        """(features, new features): the stream x becomes `x @ write`."""
+    def write(self) -> torch.Tensor | None:
+        """(features, new features): the stream x becomes `x @ write`; None if its coordinates stay."""
+
+    @property
+    def in_heads(self) -> bool:
+        """Whether the first features of each head are those that a plan keeps."""
 
     @property
     def tied(self) -> bool:
@@ -43,19 +47,28 @@ def rows_of(rule: SliceRule, layout: Layout, plan: Plan, layer: int) -> torch.Te
     def left(axis: str) -> tuple[int, ...] | None:
         return plan.at(axis, rule.place) if rule.place else plan.units(axis, layer)
 
+    def features(axis: str, width: int) -> int:
+        """Of so many rows of a unit those that stay, the first ones: features of a head, not an entry for each."""
+        narrowed = plan.head_dim is not None and axis in (HEADS, KV_GROUPS) and width == layout.head_dim
+        return plan.head_dim or width if narrowed else width
+
     if rule.units:
         stays = torch.ones(len(rule.units[0]), dtype=torch.bool)
         for axis, units in zip(rule.segments, rule.units, strict=True):
             total = sizes[BY_NAME[axis].field]
             here = torch.zeros(total + 1, dtype=torch.bool)
             here[[*(left(axis) or range(total)), -1]] = True  # -1: a row of none of its units
-            stays &= here[torch.tensor(units)]
+            each = torch.tensor(units)
+            stays &= here[each]
+            for unit in range(total if axis in (HEADS, KV_GROUPS) and plan.head_dim is not None else 0):
+                mine = (each == unit).nonzero()[:, 0]
+                stays[mine[features(axis, len(mine)) :]] = False
         return stays.nonzero()[:, 0]
     for axis in rule.segments:
         total = sizes[BY_NAME[axis].field]
         kept = left(axis) or range(total)
         starts = offset + torch.tensor(kept) * rule.width
-        rows.append((starts[:, None] + torch.arange(rule.width)).flatten())
+        rows.append((starts[:, None] + torch.arange(features(axis, rule.width))).flatten())
         offset += total * rule.width
     return torch.cat(rows)
 

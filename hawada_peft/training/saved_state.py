@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import PeftConfig
 
-from ..basis.attach import attach_directions
+from ..basis.attach import attach_directions, attach_in_heads
 from ..distil.checkpoints import adapter_folder
 from ..errors import CheckpointError
 from ..planning.plan import Plan
@@ -48,8 +48,13 @@ def restore_plan(model: Any, checkpoint: Path) -> None:
 
 
 def restore_gates(model: Any, checkpoint: Path) -> None:
-    """Put gates on directions of the residual stream in, if a search has put them into the checkpoint's adapter."""
+    """
+    Put gates on directions of the residual stream in, and bases inside of heads, if a search has put them into the
+    checkpoint's adapter.
+    """
     (name,) = model.active_adapters
     config = PeftConfig.from_pretrained(str(adapter_folder(checkpoint, name)))
     if config.rotate and HIDDEN not in model.peft_config[name].gates:
         attach_directions(model, name)
+    if config.narrow_heads and not model.peft_config[name].narrow_heads:
+        attach_in_heads(model, name)

@@ -19,9 +19,9 @@ from torch import nn
 from ..errors import HawAdaError
 from ..gates.adapter import EXPERT_UNITS, UNITS
 from ..gates.attach import collect_gates
+from ..gates.bases import BasisGate
 from ..gates.kinds import SigmoidGate
 from ..gates.reading import layers_of
-from ..gates.stream_basis import BasisGate
 from ..planning.importance import gate_importance
 from ..planning.plan import Plan
 from ..planning.router_weighted import expert_outputs

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from ..errors import IllegalShapeError
 from .family import Layout, hidden_home, relocate
 from .resize import edit_config
-from .shape import HEADS, LAYERS, SIZES, Shape
+from .shape import HEAD_DIM, HEADS, LAYERS, SIZES, Shape
 from .skeleton import build_empty, check_constructor
 
 MOST_REASONS = 3
@@ -65,12 +65,12 @@ def _build_sizes(layout: Layout, shape: Shape) -> str | None:
     except (StrictDataclassError, ValueError, TypeError) as error:
         # The last line holds the cause; those before it name transformers' validator.
         return f"{type(layout.tower_config).__name__} refuses: {str(error).strip().splitlines()[-1].strip()}"
-    experts = shape.num_experts or layout.num_experts
-    if built.full != replace(wanted, hidden_size=hidden, num_experts=experts) or built.head_dim != layout.head_dim:
+    experts, features = shape.num_experts or layout.num_experts, shape.head_dim or layout.head_dim
+    if built.full != replace(wanted, hidden_size=hidden, num_experts=experts, head_dim=features):
         found = built.dense if shape.hidden_size is None and built.hidden_size == hidden else built.full
         return (
             f"{layout.model_class.__name__} builds {found.to_dict()} with heads of {built.head_dim} features when "
-            f"asked for {wanted.to_dict()} with heads of {layout.head_dim}"
+            f"asked for {wanted.to_dict()} with heads of {features}"
         )
     return None
 
@@ -81,7 +81,7 @@ def _unknown_size(layout: Layout, shape: Shape) -> str | None:
     known = {} if layout.facts is None else layout.facts.sizes
     per_group = shape.complete(layout.dense).heads_per_group
     # Within kept KV groups, heads are counted as if all groups stayed.
-    asked = {axis.name: sizes.get(axis.field) for axis in SIZES if axis.name != LAYERS}
+    asked = {axis.name: sizes.get(axis.field) for axis in SIZES if axis.name not in (LAYERS, HEAD_DIM)}
     asked[HEADS] = per_group * full["num_key_value_heads"]
     if layout.family.heads_follow:
         hidden = shape.hidden_size or layout.hidden_size
@@ -91,12 +91,25 @@ def _unknown_size(layout: Layout, shape: Shape) -> str | None:
                 f"{layout.head_dim} features are as many as {hidden} channels of the residual stream have room for, "
                 f"{hidden / layout.head_dim:g}"
             )
+    if shape.head_dim not in (None, layout.head_dim):
+        found = layout.once(("heads of", shape.head_dim), lambda: _head_size(layout, shape))
+        if found != shape.head_dim:
+            return f"{layout.model_class.__name__} builds heads of {found} features when asked for {shape.head_dim}"
     for axis in SIZES:
         name, size = axis.name, asked.get(axis.name)
         if size is None or size == full[axis.field] or size in known.get(name, ()):
             continue
         return f"{layout.model_class.__name__} was not found to build {size} of {full[axis.field]} {axis.plural}"
     return None
+
+
+def _head_size(layout: Layout, shape: Shape) -> int | None:
+    """The features of each head in what a class builds of a size of these; None if it refuses."""
+    try:
+        config = edit_config(layout, replace(layout.dense, head_dim=shape.head_dim))
+        return relocate(layout, build_empty(layout.model_class, config)).head_dim
+    except (StrictDataclassError, ValueError, TypeError):
+        return None
 
 
 def depth_of(layout: Layout) -> Depth:

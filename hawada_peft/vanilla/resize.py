@@ -58,18 +58,15 @@ def _tied(model: PreTrainedModel) -> list[tuple[str, str]]:
     return [pair for pair in model.all_tied_weights_keys.items() if set(pair) <= names.keys()]
 
 
-def edit_config(
-    layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None = None, head_dim: int | None = None
-) -> PreTrainedConfig:
+def edit_config(layout: Layout, shape: Shape, *, layers: tuple[int, ...] | None = None) -> PreTrainedConfig:
     """
     A new config of the same class with the sizes of `shape`.
 
     Args:
         layout: the dense model's; its config is left as it is.
-        shape: the sizes wanted, complete.
+        shape: the sizes wanted, complete. Another `head_dim` than the dense one is written by the name that most
+            classes read it by if the row knows none.
         layers: the kept layers, by which per-layer lists are cut; the first ones if left out.
-        head_dim: features per head, where they are to be others; written by the name that most classes read it by if
-            the row knows none.
 
     Raises:
         StrictDataclassError, ValueError, TypeError: whatever the config class raises on sizes that it refuses.
@@ -98,8 +95,8 @@ def edit_config(
     for name in (family.layers_field, *family.layer_counts):
         put(name, sizes["num_hidden_layers"])
     put(family.kv_heads_field, sizes["num_key_value_heads"])
-    if head_dim is not None:
-        put(family.head_dim_field or HEAD_SIZE, head_dim)
+    if shape.head_dim not in (None, layout.head_dim):
+        put(family.head_dim_field or HEAD_SIZE, shape.head_dim)
     elif family.head_dim_field and (
         sizes["num_attention_heads"] != dense["num_attention_heads"] or hidden != layout.hidden_size
     ):

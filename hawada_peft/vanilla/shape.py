@@ -33,13 +33,14 @@ SIZES = (
     Axis("layers", "num_hidden_layers", "layer", "layers"),
     Axis("hidden", "hidden_size", "channel of the residual stream", "channels of the residual stream"),
     Axis("experts", "num_experts", "expert", "experts"),
+    Axis("head_dim", "head_dim", "feature per head", "features per head"),
 )
 """Every axis, in the order of the fields of `Shape`."""
 
 BY_NAME = {axis.name: axis for axis in SIZES}
 BY_FIELD = {axis.field: axis for axis in SIZES}
-HEADS, KV_GROUPS, FFN, LAYERS, HIDDEN, EXPERTS = BY_NAME
-AXES = tuple(axis.field for axis in SIZES if axis.name not in (HIDDEN, EXPERTS))
+HEADS, KV_GROUPS, FFN, LAYERS, HIDDEN, EXPERTS, HEAD_DIM = BY_NAME
+AXES = tuple(axis.field for axis in SIZES if axis.name not in (HIDDEN, EXPERTS, HEAD_DIM))
 """The sizes that every complete shape states."""
 
 
@@ -58,6 +59,8 @@ class Shape:
             the dense model's.
         num_experts (`int`, *optional*): routed experts in every layer, whose channels `intermediate_size` counts. A
             complete shape may leave it out as well: the dense model's, or none.
+        head_dim (`int`, *optional*): features of each head. A complete shape may leave it out as well: the dense
+            model's.
 
     Example:
 
@@ -71,6 +74,7 @@ class Shape:
     num_hidden_layers: int | None = None
     hidden_size: int | None = None
     num_experts: int | None = None
+    head_dim: int | None = None
 
     def __post_init__(self) -> None:
         problems = [
@@ -103,7 +107,7 @@ class Shape:
 
     def sizes(self) -> dict[str, int]:
         """
-        The sizes that a complete shape states, by name, in the order of `AXES`: all but `hidden_size`.
+        The sizes that a complete shape states, by name, in the order of `AXES`.
 
         Raises:
             IllegalShapeError: if one is left out.

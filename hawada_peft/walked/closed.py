@@ -11,8 +11,8 @@ from torch import nn
 
 from ..basis.basis import Basis
 from ..basis.moments import watching
+from ..gates.bases import scale_at
 from ..gates.hidden import narrow_norm, widened
-from ..gates.stream_basis import scale_at
 from ..planning.plan import Plan
 from ..progress import Progress, progress_bar
 from ..refit.fidelity import batch_divergence

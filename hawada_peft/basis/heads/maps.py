@@ -42,28 +42,53 @@ def narrow_attention(moments: HeadMoments, layer: int, attention: Sequence[Affin
         Lin et al., "MoDeGPT: Modular Decomposition for Large Language Model Compression" (2024).
     """
     query, key, value, out = attention
-    (root_q, inverse_q), (root_k, inverse_k) = (_roots(_wide(each[layer])) for each in (moments.query, moments.key))
-    heads, old, _ = root_q.shape
-    left, scores, right = torch.linalg.svd(root_q @ root_k)
-    balance = scores[:, None, :size].sqrt()
-    to_query = (size / old) ** 0.5 * inverse_q @ (left[..., :size] * balance)
-    to_key = inverse_k @ (right.mT[..., :size] * balance)
-
-    dense, mean, second = _wide(out[0]).T, _wide(moments.mean[layer]), _wide(moments.output[layer])
-    if out[1] is None:  # nothing takes up the means
-        second = second + mean[:, None] * mean
-    root_v, inverse_v = _roots(by_head(second, heads))
-    added = root_v @ dense.unflatten(0, (heads, old))
-    directions = torch.linalg.eigh(added @ added.mT).eigenvectors.flip(-1)[..., :size]
-    to_value = inverse_v @ directions
-
-    back, maps = (directions.mT @ added).flatten(0, 1), torch.block_diag(*to_value)
+    into_q, into_k, into_v, from_v, mean = attention_maps(moments, layer, out)
+    heads, old, _ = into_q.shape
+    to_query = (size / old) ** 0.5 * into_q[..., :size]
+    to_key, to_value = into_k.mT[..., :size], into_v[..., :size]
+    dense, second = _wide(out[0]).T, _second(moments, layer, out)
+    back = (from_v[:, :size] @ dense.unflatten(0, (heads, old))).flatten(0, 1)
+    maps = torch.block_diag(*to_value)
     narrow = maps.T @ second
     gram = narrow @ maps
     gram.diagonal().add_(RIDGE * gram.diagonal().mean())
     back = back + torch.linalg.solve(gram, narrow @ (dense - maps @ back))
     bias = None if out[1] is None else _wide(out[1]) + mean @ (dense - maps @ back)
     return [_mapped(to_query, query), _mapped(to_key, key), _mapped(to_value, value), (back.T, bias)]
+
+
+def attention_maps(moments: HeadMoments, layer: int, out: Affine) -> tuple[torch.Tensor, ...]:
+    """
+    Bases inside of the heads of a layer, in float64 on the CPU: of scores those of `narrow_attention`, of values the
+    principal directions of what each head adds to the residual stream. Of how many directions of them are kept, and
+    of other heads, they do not depend.
+
+    Args:
+        moments: of all layers.
+        layer: which of them.
+        out: the projection behind the heads.
+
+    Returns:
+        As in `HeadBasis`, of one layer: of queries, keys, values, what takes these back, and the mean of what heads
+        give; zeros if no bias takes up what it loses.
+    """
+    (root_q, inverse_q), (root_k, inverse_k) = (_roots(_wide(each[layer])) for each in (moments.query, moments.key))
+    heads, old, _ = root_q.shape
+    left, scores, right = torch.linalg.svd(root_q @ root_k)
+    balance = scores[:, None].sqrt()
+    query, key = inverse_q @ (left * balance), inverse_k @ (right.mT * balance)
+    root_v, inverse_v = _roots(by_head(_second(moments, layer, out), heads))
+    added = root_v @ _wide(out[0]).T.unflatten(0, (heads, old))
+    directions = torch.linalg.eigh(added @ added.mT).eigenvectors.flip(-1)
+    mean = _wide(moments.mean[layer])
+    mean = torch.zeros_like(mean) if out[1] is None else mean
+    return query, key.mT, inverse_v @ directions, directions.mT @ root_v, mean
+
+
+def _second(moments: HeadMoments, layer: int, out: Affine) -> torch.Tensor:
+    """Second moments of what heads give: about the mean, where a bias takes up what that loses."""
+    mean, second = _wide(moments.mean[layer]), _wide(moments.output[layer])
+    return second + mean[:, None] * mean if out[1] is None else second
 
 
 def _mapped(maps: torch.Tensor, projection: Affine) -> Affine:

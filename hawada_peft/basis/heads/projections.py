@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -45,6 +45,11 @@ class Projections:
     out: str
     layers: tuple[int, ...]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them, relative to a layer."""
+        return self.query, self.key, self.value, self.out
+
 
 def refused(layout: Layout, why: str) -> UnsupportedModelError:
     """The error that says why a class's heads cannot be made narrower."""
@@ -62,7 +67,7 @@ def build_narrow(layout: Layout, head_dim: int) -> PreTrainedModel:
         UnsupportedModelError: if the config class refuses it.
     """
     try:
-        config = edit_config(layout, layout.dense, head_dim=head_dim)
+        config = edit_config(layout, replace(layout.dense, head_dim=head_dim))
         return build_empty(layout.model_class, config)
     except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
         cause = str(error).strip().splitlines()[-1].strip()
@@ -107,6 +112,21 @@ def _find(layout: Layout) -> Projections:
         raise refused(layout, f"of {', '.join(made)} it is not clear which makes queries, keys and values")
     (query, key, value) = (names[0] for names in found.pop())
     return Projections(query, key, value, out, layers)
+
+
+def queries_of(layout: Layout) -> str:
+    """
+    What makes queries, relative to a layer, in a model in whose heads bases can lie.
+
+    Raises:
+        UnsupportedModelError: as `find_projections`; if heads are gated elsewhere than behind these projections.
+    """
+    found = find_projections(layout)
+    if any(layout.attention_out(layer) != f"{layout.stack}.{layer}.{found.out}" for layer in found.layers):
+        raise refused(
+            layout, f"its heads are known at {layout.family.attention_out!r}, and were found at {found.out!r}"
+        )
+    return found.query
 
 
 def attentions(model: PreTrainedModel, layout: Layout, out: str) -> list[int]:

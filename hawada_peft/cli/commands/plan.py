@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,8 +22,8 @@ from ..tables import table
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ...basis.bases import Bases
     from ...basis.basis import Basis
-    from ...gates.stream_basis import BasisGate
     from ...planning.plan import Plan
     from ...search.result import SearchResult
 
@@ -45,7 +45,7 @@ def run(
     examples: Annotated[int, typer.Option(min=1, help="Calibration examples at most.")] = 64,
     rotate: Annotated[
         bool | None,
-        typer.Option(help="Search hidden sizes, cut along directions in a basis; where that is exact if left out."),
+        typer.Option(help="Search hidden sizes, and sizes of heads, cut in a basis; where that is exact if left out."),
     ] = None,
     hidden: Annotated[
         bool, typer.Option("--hidden", help="Without --adapter: cut channels of the hidden size, not directions.")
@@ -70,15 +70,16 @@ def run(
     Find the best shape that meets a budget here, and write its plan.
 
     All legal shapes are searched; the answer is the one of least loss that was built and timed on this machine. If it
-    cuts the hidden size in a basis, the basis is written beside the plan, and `hawada slim --plan` finds it there.
-    What was found so far is in plan.work meanwhile: the same command goes on from there after an interruption.
+    cuts the hidden size, or that of heads, in a basis, the basis is written beside the plan, and `hawada slim --plan`
+    finds it there. What was found so far is in plan.work meanwhile: the same command goes on from there after an
+    interruption.
 
     With --low-memory heads and channels are ranked by what they do to the residual stream, and shapes are judged with
     the rest closed, nothing refitted.
 
     Give one of --speedup, --latency-ms and --fraction, or --max-parameters or --max-memory, or both.
     """
-    from ...basis.basis import basis_gate, gate_basis
+    from ...basis.bases import Bases, gated_bases
     from ...basis.stored import SUFFIX, save_basis
     from ...errors import HawAdaError
     from ...files.kept import clear_kept
@@ -107,8 +108,8 @@ def run(
             model, limits, batches, basis=directions, judge=judge is not False, effort=hard, **walking
         )
         beside = to.with_suffix(SUFFIX) if found.plan.rotated else None
-        if beside is not None and directions is not None:
-            save_basis(directions, beside)
+        if beside is not None:
+            save_basis(Bases(directions), beside)
         made = {"model": model, "data": calibration, "seq_len": limits.length, "examples": examples, "refitted": False}
         then = f"hawada slim {model} slim --plan {to} --calibration {calibration} --low-memory"
         return _written(found, skeleton, to, made, beside, then)
@@ -116,7 +117,7 @@ def run(
     towers = [layout.tower for layout in check_regime(dense_model(gated), regime_of(gated, limits))]
     refitted = not obstacle(gated, batches, towers) if refit is None else refit
     if progress is not None:
-        say(expected_of(gated, batches, limits, hard, refit=refitted))
+        say(expected_of(gated, batches, limits, hard, refit=refitted, rotate=rotate))
     work = to.with_suffix(WORK)
     if fresh:
         clear_kept(work)
@@ -131,10 +132,9 @@ def run(
         raise
     made = {"model": model, "data": calibration, "seq_len": limits.length, "examples": examples, "refitted": refitted}
     basis: Path | None = None
-    if found.plan.rotated:
+    if found.plan.in_bases:
         base, basis = gated.get_base_model(), to.with_suffix(SUFFIX)
-        gate = basis_gate(base, locate(base), gated.active_adapters[0])
-        save_basis(gate_basis(cast("BasisGate", gate)), basis)  # before the plan that needs it
+        save_basis(gated_bases(base, locate(base), gated.active_adapters), basis)  # before the plan that needs it
     words = " ".join(["hawada slim", model, *([adapter] if adapter else []), f"slim --plan {to}"])
     said = _written(found, skeleton, to, made, basis, words)
     clear_kept(work)
@@ -193,10 +193,10 @@ def _table(found: SearchResult, skeleton: PreTrainedModel) -> str:
     ]
     for part in found.plan.parts:
         of = f" of {part.tower}" if found.plan.beside else ""
-        slim = part.shape.sizes()
+        slim = part.shape.to_dict()
         rows += [
             (name.replace("num_", "").replace("_", " ") + of, size, slim[name], "")
-            for name, size in part.dense.sizes().items()
+            for name, size in part.dense.to_dict().items()
         ]
     if best.measured_loss is None:
         rows.append(("change of the residual stream", 0, f"{best.predicted_loss:.4f}", found.loss))
@@ -280,9 +280,9 @@ def read_plan(path: Path) -> Plan:
         raise HawAdaError(f"{path} holds no plan: {error}") from None
 
 
-def read_basis(path: Path, plan: Plan) -> Basis | None:
+def read_basis(path: Path, plan: Plan) -> Bases | None:
     """
-    The basis beside a plan's file; None if the plan is not about directions, or it is not there (but in an adapter).
+    The bases beside a plan's file; None if the plan is not about directions, or it is not there (but in an adapter).
 
     Raises:
         HawAdaError: if the file holds none, or is damaged.
@@ -290,4 +290,4 @@ def read_basis(path: Path, plan: Plan) -> Basis | None:
     from ...basis.stored import SUFFIX, load_basis
 
     beside = path.with_suffix(SUFFIX)
-    return load_basis(beside) if plan.rotated and beside.exists() else None
+    return load_basis(beside) if plan.in_bases and beside.exists() else None

@@ -223,14 +223,15 @@ class Layout:
 
     @property
     def full(self) -> Shape:
-        """The dense sizes with that of the residual stream, and the number of experts."""
-        return replace(self.dense, hidden_size=self.hidden_size, num_experts=self.num_experts)
+        """The dense sizes with those of the residual stream and of a head, and the number of experts."""
+        return replace(self.dense, hidden_size=self.hidden_size, num_experts=self.num_experts, head_dim=self.head_dim)
 
     def complete(self, shape: Shape) -> Shape:
         """Fill what was left out from the dense model; sizes that a shape need not state are left out if dense."""
         size = None if shape.hidden_size == self.hidden_size else shape.hidden_size
         experts = None if shape.num_experts == self.num_experts else shape.num_experts
-        return replace(shape, hidden_size=size, num_experts=experts).complete(self.dense)
+        features = None if shape.head_dim == self.head_dim else shape.head_dim
+        return replace(shape, hidden_size=size, num_experts=experts, head_dim=features).complete(self.dense)
 
     def narrowed(self, hidden_size: int | None) -> Shape:
         """

@@ -1,10 +1,13 @@
-"""The residual stream's gate in a basis of its own: its units are directions of the stream, not channels."""
+"""Bases in which plans cut: of the residual stream, whose gate then acts on directions, and inside of heads."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from .kinds import GateStart, HiddenGate
 
@@ -117,12 +120,8 @@ class BasisGate(HiddenGate):
 
     def _apply(self, fn: Any, recurse: bool = True) -> BasisGate:
         # A basis in half precision would not be orthonormal: it follows the model to its device, not to its dtype.
-        before = {name: getattr(self, name) for name in ("vectors", "scales", "marks")}
-        super()._apply(fn, recurse)
-        for name, tensor in before.items():
-            moved = getattr(self, name)
-            if torch.promote_types(moved.dtype, tensor.dtype) != moved.dtype:
-                setattr(self, name, tensor.to(moved.device))
+        with no_narrower(self, ("vectors", "scales", "marks")):
+            super()._apply(fn, recurse)
         return self
 
     def soft(self) -> torch.Tensor:
@@ -136,3 +135,73 @@ class BasisGate(HiddenGate):
     def scale(self, site: int, kept: int) -> torch.Tensor:
         """A norm's factor when so many units are kept: ()."""
         return scale_at(self.scales, kept / len(self.vectors))[site]
+
+
+class HeadMap(nn.Module):
+    """
+    Takes the features of heads x to `(x - mean) into back + mean`, with as many columns of `into` and rows of `back`
+    as a plan keeps. All of them together are the identity, and then nothing is done.
+
+    There is nothing soft, and nothing is trained: a plan says how many features stay in every head.
+
+    Args:
+        heads (`int`): side by side in the features.
+        size (`int`): features of each.
+    """
+
+    def __init__(self, heads: int, size: int) -> None:
+        super().__init__()
+        self.into: torch.Tensor
+        """(heads, features, directions), the most important direction first."""
+        self.back: torch.Tensor
+        """(heads, directions, features): its inverse."""
+        self.mean: torch.Tensor
+        """(heads * features,)."""
+        # Buffers, so that they are saved with the adapter and never trained.
+        self.register_buffer("into", torch.eye(size).repeat(heads, 1, 1))
+        self.register_buffer("back", torch.eye(size).repeat(heads, 1, 1))
+        self.register_buffer("mean", torch.zeros(heads * size))
+        self.kept: int | None = None
+
+    @property
+    def found(self) -> bool:
+        """Whether it was ever set."""
+        return not torch.equal(self.into, torch.eye(self.into.shape[1]).to(self.into).expand_as(self.into))
+
+    def set(self, into: torch.Tensor, back: torch.Tensor, mean: torch.Tensor) -> None:
+        """Take values of the shapes given above."""
+        with torch.no_grad():
+            for mine, given in ((self.into, into), (self.back, back), (self.mean, mean)):
+                mine.copy_(given)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        What is left of the features of heads.
+
+        Args:
+            x: (..., heads * features).
+        """
+        if self.kept is None:
+            return x
+        wide = torch.promote_types(self.into.dtype, torch.float32)
+        through = (self.into[..., : self.kept].to(wide) @ self.back[:, : self.kept].to(wide)).to(x)
+        heads, size, _ = self.into.shape
+        mean = self.mean.to(x)
+        narrow = torch.einsum("...hi,hij->...hj", (x - mean).unflatten(-1, (heads, size)), through)
+        return narrow.flatten(-2) + mean
+
+    def _apply(self, fn: Any, recurse: bool = True) -> HeadMap:
+        with no_narrower(self, ("into", "back", "mean")):
+            super()._apply(fn, recurse)
+        return self
+
+
+@contextmanager
+def no_narrower(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Within it buffers that are moved and cast follow to another device, and to no dtype of lower precision."""
+    before = {name: getattr(module, name) for name in names}
+    yield
+    for name, tensor in before.items():
+        moved = getattr(module, name)
+        if torch.promote_types(moved.dtype, tensor.dtype) != moved.dtype:
+            setattr(module, name, tensor.to(moved.device))
