@@ -899,4 +899,10 @@ def test_a_dense_model_races_in_all_towers_that_are_timed(tmp_path: Path) -> Non
     assert [layout.tower for layout in racing_towers(dense, Race(budget), None)] == ["text_config"]
     small = Race(LatencyBudget(max_parameters=1, seq_len=16))
     assert {layout.tower for layout in racing_towers(dense, small, None)} == set(BOTH)
+    plans = [Plan.keep_all(locate(dense, tower).dense, tower) for tower in BOTH]
+    whole = Plan.of_towers(plans)
+    assert [layout.tower for layout in racing_towers(dense, Race(budget), whole)] == ["text_config"]
+    assert [layout.tower for layout in racing_towers(dense, small, whole)] == list(BOTH)
+    eyes = Plan.of_towers([plans[0], pair("llava")[2].parts[1]])
+    assert [layout.tower for layout in racing_towers(dense, Race(budget), eyes)] == list(BOTH)
     assert TOWERS not in vars(dense)
