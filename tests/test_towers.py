@@ -867,6 +867,7 @@ def test_plans_of_several_towers_race_as_whole_models(tmp_path: Path) -> None:
     assert all(math.isfinite(run.loss) for run in record.runs)
     assert {each.preparation for each in record.entrants} == {"none", "magnitude"}
     assert RaceRecord.from_dict(json.loads(json.dumps(record.to_dict()))).latencies == record.latencies
+    assert {part.tower for part in slimmed.plan.parts} == set(BOTH)
     expected = slim(dense, slimmed.plan)
     assert {name: value.shape for name, value in slimmed.model.state_dict().items()} == {
         name: value.shape for name, value in expected.state_dict().items()
