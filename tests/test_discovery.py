@@ -18,6 +18,7 @@ from zoo_table import PAGE, line
 from hawada_peft import inspect
 from hawada_peft.discovery import Anatomy, Axis, Place, table_of, twin
 from hawada_peft.discovery.anatomy import INPUT, LOGITS, NORM, expand
+from hawada_peft.discovery.parts.stream import find_stream
 from hawada_peft.discovery.trial.closing import Closed
 from hawada_peft.discovery.trial.config_tree import edited, parsed
 from hawada_peft.discovery.trial.proof import apart
@@ -168,6 +169,23 @@ def test_branches_of_layers_with_a_cache_of_another_name_are_found() -> None:
 
 
 # --------------------------------------------------------------------------------------------------- what goes in
+
+
+def test_a_stream_that_something_else_reads_is_refused_after_a_few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = ZOO["whisper"]
+    specimen = Specimen(kind.model_class, kind.make_config())
+    passes: list[Closed] = []
+    gradients = Specimen.gradients
+
+    def counted(self: Specimen, closed: Closed, of: Any = None) -> dict[str, torch.Tensor]:
+        passes.append(closed)
+        return gradients(self, closed, of)
+
+    monkeypatch.setattr(Specimen, "gradients", counted)
+    found = find_stream(specimen, ("d_model",))  # convolutions of the sound have it as well
+    assert isinstance(found, str)
+    assert "dimensions are not made of its channels" in found
+    assert len(passes) < 12
 
 
 def test_a_folder_a_file_a_config_and_a_model_are_the_same(tmp_path: Path) -> None:

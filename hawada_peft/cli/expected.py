@@ -31,10 +31,13 @@ SPARE = 1.3
 BACKWARD = 3
 """A pass with gradients, in passes without: importance takes one, and a basis another."""
 
-REFITTED, SHAPES = 6, 18
+ANEW = 0.6
+"""The part of a pass that is computed where a layer is tried: those before it are known (`Prefix`)."""
+
+REFITTED, SHAPES = 4, 16
 """A refitted model, in passes of the dense one, and how many a search judges."""
 
-CALLS, OF_HEADS = 450, 250
+CALLS, OF_HEADS = 700, 250
 """
 What tables, candidates and the last timings of a search take, in calls of the dense model; and what tables of narrower
 heads take, where there can be some.
@@ -82,7 +85,7 @@ def expected_of(
     judging = SHAPES * (REFITTED * judged if refit else len(batches))
     spent = {
         "to rank units and find a basis": 2 * BACKWARD * len(batches) * once,
-        f"to rank layers ({passes} times {ranking} of {len(batches)} batches)": passes * ranking * once,
+        f"to rank layers ({passes} times {ranking} of {len(batches)} batches)": ANEW * passes * ranking * once,
         f"to judge {SHAPES} shapes or so": judging * once,
     }
     if not effort.clock.elsewhere:

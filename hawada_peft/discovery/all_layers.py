@@ -36,7 +36,8 @@ def prove_all(deep: Specimen, cut: Cut, like: Sequence[int], few: FoundStack) ->
         hopeful, alone = list(range(cut.count)), []
     free = _free(deep, found, hopeful)
     for layer in alone:
-        why = leave_out(deep, found, [layer])
+        # Of a stack that was whole among the few, no other layer was left out for it.
+        why = few.pinned[layer] if few.cut.count == cut.count else leave_out(deep, found, [layer])
         if why is None:
             free.append(layer)
         else:

@@ -51,6 +51,7 @@ class RefittedQuality(MaskedQuality):
     model from the dense one on calibration batches that it was not fitted to; of many batches the first ones that hold
     `judged_predictions` are used. Closing gates alone makes narrow shapes look worse than shallow ones; least squares,
     and training after it, win back much more of width than of depth.
+    What the dense model's layers give is computed once, and up to `KEPT_BYTES` of it are kept.
     Head counts that exist at another hidden size alone are judged by closed gates when they are judged by themselves.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -14,7 +14,7 @@ from ..trial.builds import Dim, Moves
 from ..trial.config_tree import Path, numbers_of, value_at
 from ..trial.found import Found, changes_of, misfits
 from ..trial.specimen import CONVS, Specimen
-from ..trial.units import closes_any, decode
+from ..trial.units import closes_any, decode, leaks
 from .heads import HEAD_SIZE, HEADLIKE
 from .widths import made_of
 
@@ -113,14 +113,16 @@ def _axis(
     if not bad:
         return made(known, decoded.rows, decoded.norms)
     if len(numbers) > 1:
-        split = _with_heads(specimen, numbers, value, tried, moves, known)
+        split = None
+        if not leaks(specimen, moves, known, sizes):
+            split = _with_heads(specimen, numbers, value, tried, moves, known)
         if split is not None:
             (outer, rows, norms), partner = split
             axis = made(outer, rows, norms)
             axis.partner = partner
             return axis
         return made_of(bad, moves, "channels")
-    for more in _raw_readers(specimen, moves, known, value):
+    for more in _raw_readers(specimen, moves, known, value, tried):
         sizes = dict.fromkeys(more, (value, tried))
         decoded = decode(specimen, moves, _channels(more, moves, value), sizes)
         if not decoded.shared and not misfits(decoded.rows, moves, sizes):
@@ -137,7 +139,7 @@ def layerless(name: str) -> str:
     return re.sub(r"\.\d+\.", ".*.", name)
 
 
-def _raw_readers(specimen: Specimen, moves: Moves, known: list[Dim], value: int) -> Iterator[list[Dim]]:
+def _raw_readers(specimen: Specimen, moves: Moves, known: list[Dim], value: int, tried: int) -> Iterator[list[Dim]]:
     """The places with further ones: weights that no module of a known kind owns."""
     modules = (nn.Embedding, *CONVS)
     raw = sorted(
@@ -148,11 +150,16 @@ def _raw_readers(specimen: Specimen, moves: Moves, known: list[Dim], value: int)
             if specimen.input_dim(name) is None and not isinstance(specimen.owner(name), modules)
         }
     )
+
+    def places(some: Collection[tuple[str, int]]) -> list[Dim]:
+        return known + [dim for dim in moves if (layerless(dim[0]), dim[1]) in some]
+
+    raw = [one for one in raw if all(moves[dim][0] % value == 0 for dim in places([one]))]
+    every = places(raw)
+    if len(raw) > 1 and leaks(specimen, moves, every, dict.fromkeys(every, (value, tried))):
+        return
     for count in range(1, min(MOST_RAW, len(raw)) + 1):
-        for some in itertools.combinations(raw, count):
-            more = known + [dim for dim in moves if (layerless(dim[0]), dim[1]) in some]
-            if all(moves[dim][0] % value == 0 for dim in more):
-                yield more
+        yield from map(places, itertools.combinations(raw, count))
 
 
 Part = tuple[list[Dim], dict[Dim, Any], dict[str, str]]
@@ -185,13 +192,19 @@ def _with_heads(
         places = {dim: [row // width for row in range(moves[dim][0])] for dim in inner}
         if not closes_any(specimen, moves, places):
             continue
-        stream = decode(specimen, moves, _channels(outer, moves, value))
         sizes: Sizes = dict.fromkeys(outer, (value, tried))
+        fewer = dict.fromkeys(inner, (heads, heads * tried // value))
+        most = len(moves) // 2 + len(inner) - 1
+        # What the first bit tells of both is enough for most kinds.
+        rest = [*decode(specimen, moves, _channels(outer, moves, value), sizes, spare=-1).shared, *inner]
+        rest = list(dict.fromkeys(rest))
+        if len(rest) > most or decode(specimen, {dim: moves[dim] for dim in rest}, places, fewer, spare=-1).shared:
+            continue
+        stream = decode(specimen, moves, _channels(outer, moves, value))
         rest = list(dict.fromkeys([*misfits(stream.rows, moves, sizes), *inner]))
-        if len(rest) >= len(moves) // 2 + len(inner):
+        if len(rest) > most:
             continue
         other = decode(specimen, {dim: moves[dim] for dim in rest}, places)
-        fewer = dict.fromkeys(inner, (heads, heads * tried // value))
         if misfits(other.rows, {dim: moves[dim] for dim in rest}, fewer):
             continue
         partner = Found(

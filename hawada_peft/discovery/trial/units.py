@@ -10,7 +10,7 @@ several units, and stays.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +50,7 @@ def decode(
     places: Mapping[Dim, Sequence[int]],
     sizes: Mapping[Dim, tuple[int, int]] | None = None,
     *,
+    spare: int = 0,
     routers: Sequence[str] = (),
     vectors: Sequence[str] = (),
     experts: int = 0,
@@ -63,19 +64,15 @@ def decode(
         places: where units are closed, and the unit of every row there.
         sizes: units at each place: all, and those of the new size. Given, the first bit decides whether the rest is
             worth while.
+        spare: so many dimensions may have more rows that stay than the new size has room for; -1: no more than the
+            first bit is looked at.
         routers: weights of routers, whose rows are experts; instead of places.
         vectors: vectors with an entry for each expert.
         experts: how many.
     """
     norms = {module: name for name, _ in moves if (module := specimen.norm_of(name)) is not None}
     linear = tuple(norms)
-    tied = {
-        dim: list(rows)
-        for dim in moves
-        if dim not in places
-        for place, rows in places.items()
-        if dim[1] == place[1] and specimen.parameters.get(dim[0]) is specimen.parameters[place[0]]
-    }
+    tied = {dim: list(places[place]) for dim, place in _tied(specimen, moves, places)}
     plain = specimen.open_gradients(linear)
     top = _top(plain)
     targets = [dim for dim in moves if dim not in places and dim not in tied and dim[0] in plain]
@@ -105,7 +102,7 @@ def decode(
         if bit == 0 and sizes:
             both = {dim: int((open_at[dim][0] & shut_at[dim][0]).sum()) for dim in targets}
             shared = [dim for dim in targets if both[dim] > _room(dim, moves, sizes)]
-            if shared:
+            if len(shared) > spare:
                 return Decoded(norms=norms, shared=shared)
     rows: dict[Dim, list[Any]] = {place: list(units) for place, units in places.items()} | tied
     for dim in targets:
@@ -117,21 +114,51 @@ def decode(
     return found
 
 
+def leaks(
+    specimen: Specimen, moves: Moves, places: Collection[Dim], sizes: Mapping[Dim, tuple[int, int]]
+) -> list[Dim]:
+    """
+    The dimensions that something else reads: with all units closed more of their rows have a gradient than the new
+    size has room for. No share of the places among several axes makes up for that.
+    """
+    top, tied = _top(specimen.open_gradients(())), dict(_tied(specimen, moves, places))
+    closed = Closed(zero=[(place, range(moves[place][0])) for place in places])
+    found = specimen.gradients(closed, {name for name, _ in moves})
+    return [
+        dim
+        for dim, (size, _) in moves.items()
+        if dim not in places
+        and dim not in tied
+        and dim[0] in found
+        and int((_largest(found, dim, size) > SURVIVES * top).sum()) > _room(dim, moves, sizes)
+    ]
+
+
 def closes_any(specimen: Specimen, moves: Moves, places: Mapping[Dim, Sequence[int]]) -> bool:
     """Whether some other dimension falls in two, when the even units are closed, and when the odd ones are."""
     top = _top(specimen.open_gradients(()))
-    found = []
-    for want in (1, 0):
+    names = {name for name, _ in moves}
+
+    def survive(want: int, dims: Collection[Dim]) -> dict[Dim, torch.Tensor]:
         shut: list[tuple[Dim, Sequence[int]]] = [
             (place, [row for row, unit in enumerate(rows) if unit & 1 != want]) for place, rows in places.items()
         ]
-        found.append(specimen.gradients(Closed(zero=shut), {name for name, _ in moves}))
-    for dim, (size, _) in moves.items():
-        if dim not in places and dim[0] in found[0]:
-            odd, even = (_largest(each, dim, size) > SURVIVES * top for each in found)
-            if bool(odd.any() and even.any()) and not bool((odd & even).any()):
-                return True
-    return False
+        found = specimen.gradients(Closed(zero=shut), names)
+        return {dim: _largest(found, dim, moves[dim][0]) > SURVIVES * top for dim in dims if dim[0] in found}
+
+    odd = {
+        dim: rows for dim, rows in survive(1, moves.keys() - places.keys()).items() if rows.any() and not rows.all()
+    }
+    even = survive(0, odd) if odd else {}
+    return any(bool(rows.any()) and not bool((odd[dim] & rows).any()) for dim, rows in even.items())
+
+
+def _tied(specimen: Specimen, moves: Moves, places: Collection[Dim]) -> Iterator[tuple[Dim, Dim]]:
+    """The dimensions that are a place by another name, with that place."""
+    for dim in moves:
+        for place in places if dim not in places else ():
+            if dim[1] == place[1] and specimen.parameters.get(dim[0]) is specimen.parameters[place[0]]:
+                yield dim, place
 
 
 def _top(gradients: Mapping[str, torch.Tensor]) -> float:
