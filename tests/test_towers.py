@@ -867,6 +867,7 @@ def test_plans_of_several_towers_race_as_whole_models(tmp_path: Path) -> None:
     assert all(math.isfinite(run.loss) for run in record.runs)
     assert {each.preparation for each in record.entrants} == {"none", "magnitude"}
     assert RaceRecord.from_dict(json.loads(json.dumps(record.to_dict()))).latencies == record.latencies
+    assert {part.tower for part in slimmed.plan.parts} == set(BOTH)
     expected = slim(dense, slimmed.plan)
     assert {name: value.shape for name, value in slimmed.model.state_dict().items()} == {
         name: value.shape for name, value in expected.state_dict().items()
@@ -899,4 +900,10 @@ def test_a_dense_model_races_in_all_towers_that_are_timed(tmp_path: Path) -> Non
     assert [layout.tower for layout in racing_towers(dense, Race(budget), None)] == ["text_config"]
     small = Race(LatencyBudget(max_parameters=1, seq_len=16))
     assert {layout.tower for layout in racing_towers(dense, small, None)} == set(BOTH)
+    plans = [Plan.keep_all(locate(dense, tower).dense, tower) for tower in BOTH]
+    whole = Plan.of_towers(plans)
+    assert [layout.tower for layout in racing_towers(dense, Race(budget), whole)] == ["text_config"]
+    assert [layout.tower for layout in racing_towers(dense, small, whole)] == list(BOTH)
+    eyes = Plan.of_towers([plans[0], pair("llava")[2].parts[1]])
+    assert [layout.tower for layout in racing_towers(dense, Race(budget), eyes)] == list(BOTH)
     assert TOWERS not in vars(dense)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from accelerate import PartialState  # type: ignore[import-untyped]
 from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
@@ -34,7 +34,6 @@ from ..basis.heads.projections import queries_of
 from ..basis.proof import check_exact
 from ..basis.rotation import warn_untied
 from ..errors import HawAdaError, UnsupportedModelError
-from ..latency.budget import LatencyBudget
 from ..planning.plan import Plan
 from ..processes import in_main_process, of_this_rank
 from ..race.candidates import DIRECTIONS, GENERATORS, GIVEN, TOGETHER, field_of, neighbours, searched
@@ -336,19 +335,21 @@ class RacedRecovery:
 
 def racing_towers(base: PreTrainedModel, race: Race, plan: Plan | None) -> Sequence[Layout]:
     """
-    The towers that plans of a race may cut: those that a plan speaks of; else those with gates, of a model without
-    gates all, that run in the calls that are timed.
+    The towers that plans of a race may cut: those that a plan speaks of, else those with gates, of a model without
+    gates all. Where latency is limited, of these what runs in the calls that are timed, and what the plan cuts.
     """
-    if plan is not None:
-        return together([locate(base, part.tower or None) for part in plan.parts])
-    every = together(locate_every(base))
-    budget = cast(LatencyBudget, race.budget)
-    if len(every) == 1 or not math.isfinite(budget.limit_ms(1.0)):
+    if plan is None:
+        every = together(locate_every(base))
+    else:
+        every = together([locate(base, part.tower or None) for part in plan.parts])
+    if len(every) == 1 or race.budget is None or not math.isfinite(race.budget.limit_ms(1.0)):
         return every
     with among(base, every):
-        running = check_regime(base, regime_of(base, budget))
-    logger.info("plans of %s race", [layout.tower for layout in running])
-    return running
+        running = {layout.tower for layout in check_regime(base, regime_of(base, race.budget))}
+    if plan is not None:
+        running |= {part.tower for part in plan.cut_parts}
+    logger.info("plans of %s race", sorted(running))
+    return together([layout for layout in every if layout.tower in running])
 
 
 def rows_of(race: Race, args: TrainingArguments) -> tuple[int, float]:

@@ -17,6 +17,7 @@ from ..basis.bases import Bases, gated_bases
 from ..errors import HawAdaError
 from ..gates.adapter import GateAdapter
 from ..planning.plan import Plan
+from ..planning.towers import with_all
 from ..race.race import Race
 from ..race.record import Entrant
 from ..refit.reconstruction import reconstruct
@@ -200,11 +201,12 @@ def recover(
                 optimizer,
                 bases,
             )
-            with among(base, racing_towers(base, racing, chosen)):
+            layouts = racing_towers(base, racing, chosen)
+            with among(base, layouts):
                 record, small = raced.run()
             args = copy.copy(cast(TrainingArguments, args))
             args.max_steps = raced.steps_left(record)
-            best = cast(Entrant, record.best).plan
+            best = with_all(layouts, cast(Entrant, record.best).plan)
             slimmed = Slimmed(small, best, dense=base, race=record, calibration=calibration_facts(batches))
         slimmed = cast(Slimmed, slimmed)
         trained = train(slimmed.model, args, resume_from_checkpoint, **kwargs)

@@ -88,6 +88,13 @@ def each_of(layouts: Sequence[Layout], plan: Plan | None) -> list[tuple[Layout, 
     return found
 
 
+def with_all(layouts: Sequence[Layout], plan: Plan) -> Plan:
+    """A plan with those of several towers that it does not speak of, behind its own: they stay as they are."""
+    named = {part.tower for part in plan.parts}
+    rest = [layout for layout in layouts if layout.tower not in named] if len(layouts) > 1 else []
+    return Plan.of_towers([*plan.parts, *(Plan.keep_all(layout.dense, layout.tower) for layout in rest)])
+
+
 def check_towers(layouts: Sequence[Layout], plan: Plan) -> list[tuple[Layout, Plan]]:
     """
     Check that a plan is one for these towers, and that a vanilla model of it exists.

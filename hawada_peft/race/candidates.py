@@ -332,11 +332,9 @@ def field_of(
         plans = [*given] if source == GIVEN else []
         plans += [plan for each in each_tower(judge, fits) for plan in _made(source, alone, *each)]
         plans += _made(source, together, judge, fits)
-        new = [
-            plan
-            for plan in dict.fromkeys(plans)
-            if plan not in seen and not plan.keeps_all and _enters(judge, fits, plan)
-        ]
+        # What a plan says of towers that stay as they are does not tell it from others.
+        cut = dict.fromkeys(Plan.of_towers(plan.cut_parts) for plan in plans if not plan.keeps_all)
+        new = [plan for plan in cut if plan not in seen and _enters(judge, fits, plan)]
         seen.update(new)
         ms = [None if fits.time is None else fits.ms(sizes_of(judge.layouts, plan)) for plan in new]
         entered = [Candidate(plan, source, each, judge.loss(plan)) for plan, each in zip(new, ms, strict=True)]

@@ -30,7 +30,7 @@ from ..latency.build import TABLE
 from ..latency.effort import Effort
 from ..latency.table import LatencyTable
 from ..planning.importance import gate_importance
-from ..planning.plan import Plan
+from ..planning.towers import with_all
 from ..progress import Progress, in_steps, progress_bar
 from ..vanilla.batches import Batch, check_batch
 from ..vanilla.family import locate, locate_all
@@ -287,9 +287,8 @@ def _search_towers(
         base, running, regime, budget, quality_of, tables=tables, effort=effort, progress=progress, kept=kept
     )
     idle = [layout for layout in layouts if layout.tower not in towers]
-    whole = [Plan.keep_all(layout.dense, layout.tower) for layout in idle]
     steps = {**result.steps, **{layout.tower: "does not run in the calls that are timed: stays" for layout in idle}}
-    return replace(result, plan=Plan.of_towers([*result.plan.parts, *whole]), steps=steps), importance
+    return replace(result, plan=with_all(layouts, result.plan), steps=steps), importance
 
 
 def _importance_of(
