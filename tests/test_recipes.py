@@ -346,7 +346,7 @@ def test_a_plan_of_directions_has_its_basis_beside_it(tmp_path: Path) -> None:
         del recipe[section]
     (tmp_path / "plan.json").write_text(basis_plan(model, Shape(), 48).to_json())
     recipe |= {"plan": str(tmp_path / "plan.json")}
-    with pytest.raises(HawAdaError, match="basis"):
+    with pytest.raises(HawAdaError, match="residual stream"):
         done(recipe)
     save_basis(Bases(random_basis(model)), tmp_path / "plan.basis.safetensors")
     done(recipe | {"output": str(tmp_path / "other")})
