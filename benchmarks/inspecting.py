@@ -1,14 +1,16 @@
 """
-Seconds of the processor that `inspect` takes, for configs of published models; no weights are needed.
+Seconds of the processor that `inspect` and `get_peft_model` take, for configs of published models, without weights.
 
     python benchmarks/inspecting.py
 
-Each is found anew, then read from the cache folder in a fresh process's place, then from the process.
+Each is found anew, then read from the cache folder in a fresh process's place, then from the process. Gates are put,
+by the default config, on all that was found of the model on the meta device.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import tempfile
 import time
@@ -16,9 +18,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedConfig
+from peft import get_peft_model
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from hawada_peft import HawAdaConfig
 from hawada_peft.discovery import Anatomy, inspect, inspected
+from hawada_peft.vanilla.skeleton import build_empty
 
 TOKENS = {"vocab_size": 151936, "bos_token_id": 151643, "eos_token_id": 151645}
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -102,12 +107,20 @@ def timed(config: PreTrainedConfig) -> tuple[Anatomy, float]:
     return found, time.process_time() - start
 
 
+def gated(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> float:
+    """Of `get_peft_model` alone."""
+    model = build_empty(model_class, copy.deepcopy(config))
+    start = time.process_time()
+    get_peft_model(model, HawAdaConfig())
+    return time.process_time() - start
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    print("| model | first, s | from the folder, s | from the process, s | axes | layers that may go |")
-    print("|---|---|---|---|---|---|")
+    print("| model | first, s | from the folder, s | from the process, s | gates, s | axes | layers that may go |")
+    print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HAWADA_CACHE"] = folder
         for name, (model, kind, fields) in MODELS.items():
@@ -116,9 +129,12 @@ def main() -> None:
             inspected._known.clear()
             _, second = timed(config)
             _, third = timed(config)
+            gates = gated(getattr(transformers, model), config)
             layers = ", ".join(f"{len(stack.free)} of {stack.count}" for stack in found.stacks)
             axes = ", ".join(axis.name for axis in found.axes)
-            print(f"| {name} | {first:.1f} | {second:.3f} | {third:.4f} | {axes} | {layers} |", flush=True)
+            print(
+                f"| {name} | {first:.1f} | {second:.3f} | {third:.4f} | {gates:.2f} | {axes} | {layers} |", flush=True
+            )
 
 
 if __name__ == "__main__":
