@@ -18,10 +18,13 @@ from pairs import in_two
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
+from test_basis import basis_plan, random_basis
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, ViTImageProcessorPil
 from typer.testing import CliRunner
 
 from hawada_peft import Shape, train_recipe
+from hawada_peft.basis.bases import Bases
+from hawada_peft.basis.stored import save_basis
 from hawada_peft.cli.program import app
 from hawada_peft.errors import HawAdaError
 from hawada_peft.latency.regime import Regime
@@ -334,6 +337,20 @@ def test_plans_of_several_towers_race_for_their_budget(tmp_path: Path) -> None:
     race = json.loads((tmp_path / "out" / "slim" / "hawada_report.json").read_text())["race"]
     assert race["winner"]
     assert any("encoder: " in each["name"] and "decoder: " in each["name"] for each in race["entrants"])
+
+
+@pytest.mark.filterwarnings("ignore::hawada_peft.errors.UntiedEmbeddingsWarning")
+def test_a_plan_of_directions_has_its_basis_beside_it(tmp_path: Path) -> None:
+    recipe, model = language(tmp_path), build(LM_ROW)
+    for section in ("shape", "training", "recovery"):
+        del recipe[section]
+    (tmp_path / "plan.json").write_text(basis_plan(model, Shape(), 48).to_json())
+    recipe |= {"plan": str(tmp_path / "plan.json")}
+    with pytest.raises(HawAdaError, match="residual stream"):
+        done(recipe)
+    save_basis(Bases(random_basis(model)), tmp_path / "plan.basis.safetensors")
+    done(recipe | {"output": str(tmp_path / "other")})
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "other" / "slim").config.hidden_size == 48
 
 
 def test_overrides_replace_add_and_leave_out(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from ..errors import HawAdaError
 from ..gates.bases import WIDTHS
+from ..planning.plan import Plan
 from .bases import Bases
 from .basis import Basis
 from .heads.turn import HeadBasis
@@ -66,6 +67,21 @@ def load_basis(path: str | os.PathLike[str]) -> Bases:
     stream = Basis(**{name: found[name] for name in STREAM}, centred=centred) if STREAM[0] in found else None
     heads = HeadBasis(*(found[name] for name in IN_HEADS)) if IN_HEADS[0] in found else None
     return Bases(stream, heads)
+
+
+def load_beside(path: Path, plan: Plan) -> Bases | None:
+    """
+    The bases beside a plan's file; None if it is not about directions, or they are not there (but in an adapter).
+
+    Args:
+        path: the plan's file.
+        plan: what is in it.
+
+    Raises:
+        HawAdaError: if the file beside it holds none, or is damaged.
+    """
+    beside = path.with_suffix(SUFFIX)
+    return load_basis(beside) if plan.in_bases and beside.exists() else None
 
 
 def _problems(facts: Mapping[str, str], found: Mapping[str, torch.Tensor]) -> Iterator[str]:

@@ -19,6 +19,9 @@ from transformers import (
     set_seed,
 )
 
+from ..basis.attach import give_bases
+from ..basis.bases import Bases
+from ..basis.stored import load_beside
 from ..distil.recovery import recover
 from ..errors import HawAdaError
 from ..planning.plan import Plan
@@ -135,7 +138,9 @@ def _train_gates(
 def _close_gates(recipe: Recipe, record: Record, file: str) -> dict[str, float]:
     """Fresh gates under a plan that is given, saved as an adapter."""
     model: Any = get_peft_model(load_model(recipe.model, dtype=recipe.dtype), recipe.config())
-    model.apply_plan(Plan.from_json(Path(file).read_text(encoding="utf-8")))
+    plan = Plan.from_json(Path(file).read_text(encoding="utf-8"))
+    give_bases(model, plan, load_beside(Path(file), plan) or Bases())
+    model.apply_plan(plan)
     _save_gates(model, record)
     return {}
 

@@ -22,7 +22,6 @@ from ..tables import table
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ...basis.bases import Bases
     from ...basis.basis import Basis
     from ...planning.plan import Plan
     from ...search.result import SearchResult
@@ -278,16 +277,3 @@ def read_plan(path: Path) -> Plan:
         return Plan.from_json(path.read_text(encoding="utf-8"))
     except (HawAdaError, UnicodeDecodeError) as error:
         raise HawAdaError(f"{path} holds no plan: {error}") from None
-
-
-def read_basis(path: Path, plan: Plan) -> Bases | None:
-    """
-    The bases beside a plan's file; None if the plan is not about directions, or it is not there (but in an adapter).
-
-    Raises:
-        HawAdaError: if the file holds none, or is damaged.
-    """
-    from ...basis.stored import SUFFIX, load_basis
-
-    beside = path.with_suffix(SUFFIX)
-    return load_basis(beside) if plan.in_bases and beside.exists() else None

@@ -83,11 +83,12 @@ def run(
     projections are refitted to it; with a plan of `hawada plan`, whose search refitted, this is done on its data. With
     --low-memory as well neither model is loaded, however large: it takes longer, and gives the same weights.
     """
+    from ...basis.stored import load_beside
     from ...shipping.checkpoint import slim_checkpoint
     from ...shipping.facts import ExportFacts
     from ...vanilla.loading import checked_device
     from ..shared import read_batches
-    from .plan import read_basis, read_plan, read_search
+    from .plan import read_plan, read_search
 
     *adapters, output = places
     adapter = adapters[0] if adapters else None
@@ -115,7 +116,7 @@ def run(
         adapter,
         output,
         plan=chosen,
-        basis=None if plan is None or chosen is None else read_basis(plan, chosen),
+        basis=None if plan is None or chosen is None else load_beside(plan, chosen),
         fold=fold,
         calibration=batches,
         low_memory=low_memory,
