@@ -94,6 +94,7 @@ PRESETS = {
             "intermediate_size": 1024,
             "num_hidden_layers": 6,
             "num_attention_heads": 4,
+            "bos_token_id": 1,
             "eos_token_id": 2,
         },
         vision_config={

@@ -13,7 +13,8 @@ Decode, whole answers, experts and the text tower of a model of images and text,
 
 Of several towers that run in a call the shapes are combinations, and what each tower saves is added, as a search does:
 
-    python benchmarks/latency_error.py clip-small:forward:4x16:float32:eager --threads 1 --cpu-time --tie
+    python benchmarks/latency_error.py clip-small:forward:4x16:float32:eager --towers text_config vision_config \
+        --threads 1 --cpu-time --tie
 
 Of narrower residual streams too, by tables as a search has them: of the narrowest measured, of others between:
 
@@ -35,8 +36,10 @@ from typing import Any
 import numpy as np
 import torch
 from latency_cases import Case, add_arguments, parse_case, rank_correlation
+from peft import get_peft_model
 from transformers import PreTrainedModel
 
+from hawada_peft import HawAdaConfig
 from hawada_peft.latency.build import random_shapes
 from hawada_peft.latency.clock import Clock
 from hawada_peft.latency.effort import Effort
@@ -76,10 +79,9 @@ def sizes_of(shape: Shape | Together) -> list[dict[str, int]]:
     return [each.to_dict() for each in (shape.shapes if isinstance(shape, Together) else (shape,))]
 
 
-def in_combination(options: argparse.Namespace, effort: Effort, checked: Effort, text: str) -> dict[str, Any]:
-    """Combinations of random shapes of all towers that run in a call: what is expected of them, and what they take."""
-    case = parse_case(text, options.device)
-    model = case.load()
+def in_combination(options: argparse.Namespace, effort: Effort, checked: Effort, case: Case) -> dict[str, Any]:
+    """Combinations of random shapes of several towers: what is expected of them, and what they take."""
+    model = get_peft_model(case.load(), HawAdaConfig(towers=tuple(options.towers))).get_base_model()
     layouts = check_regime(model, case.regime)
     tables = [measure_table(model, case.regime, effort=effort, tower=layout.tower) for layout in layouts]
     drawn = [
@@ -133,12 +135,11 @@ def checked_cases(options: argparse.Namespace, effort: Effort) -> Iterator[dict[
     """Everything that is asked for, in that order."""
     checked = replace(effort, min_rounds=10, max_rounds=60, max_seconds=options.check_seconds, tolerance=0.005)
     for text in options.cases:
-        case = parse_case(text, options.device)
-        if len(check_regime(case.load(), case.regime)) > 1:
-            yield in_combination(options, effort, checked, text) | {"text": text}
+        if options.towers:
+            yield in_combination(options, effort, checked, parse_case(text, options.device)) | {"text": text}
         else:
-            for table_case, _, model, table in tables_of(options, effort, [text]):
-                yield alone(options, checked, table_case, model, table) | {"text": text}
+            for case, _, model, table in tables_of(options, effort, [text]):
+                yield alone(options, checked, case, model, table) | {"text": text}
 
 
 def main() -> None:
@@ -146,6 +147,7 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--shapes", type=int, default=30)
     parser.add_argument("--hidden", type=float, nargs="+", default=[1.0], help="parts of the dense hidden size")
+    parser.add_argument("--towers", nargs="+", default=[], help="of the model, whose sizes vary together")
     parser.add_argument("--table-seconds", type=float, default=6.0, help="per group of timed models")
     parser.add_argument(
         "--tie", action="store_true", help="scale by the dense model timed beside the shapes, where the machine drifts"
