@@ -38,8 +38,8 @@ BLOCKS, LAYERS = "blocks", "layers"
 Masks = list[tuple[SigmoidGate, torch.Tensor | None]]
 
 NO_BASIS = (
-    "the plan keeps directions of a basis of the residual stream, and the adapter gates its channels: apply it to the "
-    "adapter that it was made with (HawAdaConfig(rotate=True))"
+    "the plan keeps directions of a basis of the residual stream, and the adapter has none: apply it to the adapter "
+    "that it was made with (HawAdaConfig(rotate=True))"
 )
 
 NO_CHANNELS = (
@@ -444,6 +444,8 @@ def _masks(model: nn.Module, layout: Layout, plan: Kept | None, adapter_name: st
         gates = {} if stream is None else {UNITS: stream}
         everything = tuple(range(layout.hidden_size))
         kept = everything if plan is None or plan.hidden is None else plan.hidden
+        if plan is not None and plan.rotated and stream is None:
+            raise InvalidPlanError(NO_BASIS)
         if plan is not None and plan.hidden is not None and stream is not None and plan.rotated != stream.in_basis:
             raise InvalidPlanError(NO_BASIS if plan.rotated else NO_CHANNELS)
         masks += masks_of(gates, kept, len(everything), "channels of the residual stream (gates on 'hidden')")
