@@ -706,7 +706,7 @@ def test_plans_of_channels_and_of_directions_do_not_mix() -> None:
     first, second = channels.plan(Shape(hidden_size=40)), directions.plan(Shape(hidden_size=40))
     assert Plan.from_json(second.to_json()) == second
     assert (first.rotated, second.rotated) == (False, True)
-    with pytest.raises(InvalidPlanError, match="gates its channels"):
+    with pytest.raises(InvalidPlanError, match="the adapter has none"):
         channels.apply_plan(second)
     with pytest.raises(InvalidPlanError, match="gates directions"):
         directions.apply_plan(first)

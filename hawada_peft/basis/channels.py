@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -79,7 +80,7 @@ def _plan(layout: Layout, draw: random.Random) -> Plan:
     count, layers = shape.sizes()["num_attention_heads"], sizes["num_hidden_layers"]
     every = range(sizes["num_attention_heads"])
     return Plan(
-        dense=layout.full if layout.num_experts is None else layout.narrowed(None),
+        dense=replace(layout.full, num_experts=None, head_dim=None),
         layers=tuple(range(layers)),
         heads=tuple(tuple(sorted(draw.sample(every, count))) for _ in range(layers)),
         channels=(tuple(range(sizes["intermediate_size"])),) * layers,

@@ -6,6 +6,7 @@ Long because each kind of axis is looked for, and said, in its own way.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -42,6 +43,7 @@ EXPERTS_ALONE = "gates on experts are placed by written rows alone, and there is
 OTHER_KIND = "there are no gates on widths of this kind"
 NOT_BY_NORMS = "gates on it sit on norms, and not everything reads it through norms of the layers of one stack"
 NO_LAYERS = "there are no layers that hold its units"
+WHOLE_GROUPS = "heads that share keys and values go all at once, and there are gates on single heads only"
 ONE_OF_SEVERAL = "{} are gated, and a plan has one such size"
 
 Rules = dict[str, tuple[SliceRule, ...]]
@@ -137,6 +139,8 @@ def ungated(anatomy: Anatomy) -> dict[str, str]:
             if axis.kind == OTHER
             else NOT_BY_NORMS
             if axis.kind == HIDDEN
+            else WHOLE_GROUPS
+            if axis.kind == HEADS and _in_groups(axis) and not taken
             else ONE_OF_SEVERAL.format(" and ".join(taken))
             if near
             else why[0]
@@ -365,13 +369,18 @@ def _heads(seen: Sequence[Seen]) -> tuple[Seen | None, Seen | None]:
     found = [each for each in found if each.home in usual or not usual]
     query = _largest([each for each in found if each.axis.groups])
     if query is None:
-        return _largest([each for each in found if len(each.axis.numbers) <= 2]), None
+        return _largest([each for each in found if len(each.axis.numbers) <= 2 and not _in_groups(each.axis)]), None
     whole = [
         each
         for each in found
         if each is not query and each.axis.units == query.axis.groups and each.home == query.home
     ]
     return (query, whole[0]) if whole else (None, None)
+
+
+def _in_groups(axis: Axis) -> bool:
+    """Whether only heads that share keys and values go, all of a group at once."""
+    return any(number.value > axis.units for number in axis.numbers)
 
 
 def _counted(heads: Seen, groups: Seen | None) -> tuple[str, str]:
@@ -427,8 +436,13 @@ def _add(rules: Rules, stack: Stack, axes: Mapping[str, Seen | Axis]) -> None:
     found: dict[tuple[str, int, str], dict[str, tuple[int, ...]]] = {}
     for name, seen in axes.items():
         axis = seen.axis if isinstance(seen, Seen) else seen
+        several = Counter((row.parameter, row.dim) for row in axis.rows)
         for row in axis.rows:
             units = tuple(row.units())
+            if several[row.parameter, row.dim] > 1:  # layers of several kinds
+                for parameter in row.names():
+                    found.setdefault((f".{parameter}", row.dim, ""), {})[name] = units
+                continue
             if isinstance(seen, Seen) and axis.places[row.place].module != seen.home:
                 for parameter, module in _whose(axis, row).items():
                     found.setdefault((f".{parameter}", row.dim, module), {})[name] = units

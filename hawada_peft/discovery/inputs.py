@@ -7,6 +7,7 @@ Long because each kind is made in its own way.
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS
 
 from ..errors import BadDataError
+
+logger = logging.getLogger(__name__)
+
+UNKNOWN = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+"""What a model raises that wants other inputs than those that could be drawn."""
 
 TOKEN = re.compile(r"token_(id|index)$")
 """Names of config fields that hold a special token."""
@@ -35,8 +41,9 @@ def example_inputs(
     Inputs of the kinds that a model takes, drawn at random but always the same.
 
     Text, images and audio of a config's own or of its sub-configs; of models of several, all of them, with the tokens
-    that stand for an image where they belong; for encoder-decoders the decoder's tokens, too. Texts hold no special
-    tokens, but end in one of an end where a model that does not generate may pool there.
+    that stand for an image where they belong; text alone where a model wants more of an image or a sound than can be
+    guessed; for encoder-decoders the decoder's tokens, too. Texts hold no special tokens, but end in one of an end
+    where a model that does not generate may pool there.
 
     Args:
         model: its class and config say what it takes; its weights are used where it has to be asked how many tokens an
@@ -92,6 +99,7 @@ class Drawn:
         self.configs = list(configs_of(model.config))
         self.text = model.config.get_text_config()
         self.generator = torch.Generator().manual_seed(0)
+        self.made: dict[str, dict[str, Any]] = {}
         self.parameters = self.arguments()
         alone = getattr(self.text, "pad_token_id", None) is None and type(model).__name__ in CLASSIFIERS.values()
         self.rows = 1 if alone and "input_ids" in self.parameters else rows
@@ -120,7 +128,11 @@ class Drawn:
         }
         for name, make in makers.items():
             if name in self.parameters and name not in self.inputs and self.takes(name):
-                self.inputs |= make()
+                try:
+                    self.made[name] = make()
+                except UNKNOWN as error:
+                    self._without(name, error)
+                self.inputs |= self.made.get(name, {})
         needed = [
             name
             for name, parameter in self.parameters.items()
@@ -140,6 +152,9 @@ class Drawn:
             else value
             for name, value in self.inputs.items()
         }
+
+    def _without(self, name: str, error: Exception) -> None:
+        logger.info("%s gets no example %s: %s", type(self.model).__name__, name, error)
 
     def takes(self, name: str) -> bool:
         """Whether an argument that the forward pass has is one that the model needs."""
@@ -196,7 +211,14 @@ class Drawn:
             token = self.token(kind)
             if token is None or name not in self.inputs:
                 continue
-            here = torch.full((self.rows, self.count(kind)), token)
+            try:
+                here = torch.full((self.rows, self.count(kind)), token)
+            except UNKNOWN as error:  # it wants more than can be guessed, as the sizes that images had
+                if name not in self.made:
+                    raise
+                self.inputs = {key: each for key, each in self.inputs.items() if key not in self.made[name]}
+                self._without(name, error)
+                continue
             ids = torch.cat([ids[:, :3], here, ids[:, 3:]], 1)
             standing = torch.cat([standing[:, :3], torch.ones_like(here), standing[:, 3:]], 1)
         types = next((name for name in ("mm_token_type_ids", "token_type_ids") if name in self.parameters), None)
@@ -240,6 +262,15 @@ class Drawn:
             mask = torch.ones(self.rows, side * side, dtype=torch.long)
             shapes = torch.tensor([[side, side]] * self.rows)
             return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+        if "image_sizes" in self.parameters:
+            sizes = {"image_sizes": torch.tensor([[height, width]] * self.rows)}
+            if grids := self.of("image_grid_pinpoints"):
+                tiles = 1 + max(math.ceil(high / height) * math.ceil(wide / width) for high, wide in grids)
+                return {"pixel_values": self.draw(self.rows, tiles, channels, height, width)} | sizes
+            towers = (each for each in self.model.modules() if isinstance(each, PreTrainedModel))
+            towers = (each for each in towers if each.main_input_name == "pixel_values")
+            if any("image_sizes" in inspect.signature(each.forward).parameters for each in towers):
+                return {"pixel_values": self.draw(self.rows, channels, height, width)} | sizes
         if self.of("num_frames"):
             return {"pixel_values": self.draw(self.rows, self.of("num_frames"), channels, height, width)}
         if "pixel_attention_mask" in self.parameters and "input_ids" in self.parameters:
@@ -278,5 +309,15 @@ class Drawn:
         return {"noise": torch.arange(float(patches)).repeat(self.rows, 1)}
 
     def draw(self, *shape: int) -> torch.Tensor:
-        """Numbers of a normal distribution."""
+        """
+        Numbers of a normal distribution.
+
+        Raises:
+            BadDataError: if a size is in no config.
+        """
+        if not all(isinstance(size, int) for size in shape):
+            raise BadDataError(
+                f"how large an input of {type(self.model).__name__} is cannot be guessed from its config: give example"
+                " inputs by their names"
+            )
         return torch.randn(*shape, generator=self.generator)

@@ -26,7 +26,7 @@ from .find import find_anatomy
 
 logger = logging.getLogger(__name__)
 
-VERSION = 4
+VERSION = 5
 """Of what is found: one more whenever discovery finds something else."""
 
 NO_SIZES = ("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "label2id", "id2label")

@@ -38,8 +38,8 @@ BLOCKS, LAYERS = "blocks", "layers"
 Masks = list[tuple[SigmoidGate, torch.Tensor | None]]
 
 NO_BASIS = (
-    "the plan keeps directions of a basis of the residual stream, and the adapter gates its channels: apply it to the "
-    "adapter that it was made with (HawAdaConfig(rotate=True))"
+    "the plan keeps directions of a basis of the residual stream, and the adapter has none: apply it to the adapter "
+    "that it was made with (HawAdaConfig(rotate=True))"
 )
 
 NO_CHANNELS = (
@@ -124,6 +124,13 @@ def gates_at(
     axis = position[1]
     if axis == EXPERTS:
         return RouterAdapter, {EXPERT_UNITS: ExpertGate(layout.num_experts or 1, start=start, relative=True)}
+    if axis == HIDDEN and whole:  # a norm behind a block
+        if HIDDEN in kinds:
+            raise UnsupportedModelError(
+                f"{name} of {layout.model_class.__name__} norms what a block adds to the stream, and can hold "
+                "the gate of the layer or that of the stream: leave 'hidden', or 'blocks' and 'layers', out of `gates`"
+            )
+        return BlockAdapter, whole
     if axis == HIDDEN:
         if name != hidden_home(layout):
             return HiddenAdapter, {}
@@ -201,7 +208,7 @@ def router_of(layout: Layout) -> str:
 def connect(model: nn.Module, layout: Layout, name: str, adapter: GateAdapter) -> None:
     """Have an adapter and the others in its layer use each other's layer gates, or blend the layer by its own."""
     inside = layout.within(name)
-    if inside is None or layout.position(name) == (inside[0], HIDDEN):
+    if inside is None or isinstance(adapter, HiddenAdapter):
         return
     if any(isinstance(gate, BlendGate) for gate in getattr(adapter, LAYER, {}).values()):
         adapter.blend(model.get_submodule(f"{layout.stack}.{inside[0]}"))
@@ -437,6 +444,8 @@ def _masks(model: nn.Module, layout: Layout, plan: Kept | None, adapter_name: st
         gates = {} if stream is None else {UNITS: stream}
         everything = tuple(range(layout.hidden_size))
         kept = everything if plan is None or plan.hidden is None else plan.hidden
+        if plan is not None and plan.rotated and stream is None:
+            raise InvalidPlanError(NO_BASIS)
         if plan is not None and plan.hidden is not None and stream is not None and plan.rotated != stream.in_basis:
             raise InvalidPlanError(NO_BASIS if plan.rotated else NO_CHANNELS)
         masks += masks_of(gates, kept, len(everything), "channels of the residual stream (gates on 'hidden')")

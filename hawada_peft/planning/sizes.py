@@ -182,7 +182,16 @@ def ffn_multiple(dense_size: int, layout: Layout, group_size: int) -> int:
 def ffn_steps(dense_size: int, layout: Layout, group_size: int) -> dict[str, int]:
     """What `ffn_multiple` is made of, by the reason."""
     unit = layout.family.ffn_unit
-    return {ALIGNMENT: _aligned(dense_size), **size_steps(group_size, unit, layout.hidden_size if unit else 1)}
+    steps = {ALIGNMENT: _aligned(dense_size), **size_steps(group_size, unit, layout.hidden_size if unit else 1)}
+    return steps | _built_steps(layout)
+
+
+def _built_steps(layout: Layout) -> dict[str, int]:
+    """What the FFN sizes that the class was found to build are multiples of."""
+    known = () if layout.facts is None else layout.facts.sizes.get(FFN, ())
+    if isinstance(known, range):
+        known = (known.start, known.start + known.step)
+    return {"the class builds no others": math.gcd(*known)} if known and isinstance(known, tuple) else {}
 
 
 def size_steps(group_size: int, unit: str | None, unit_size: int) -> dict[str, int]:
@@ -206,7 +215,9 @@ def ffn_choices(
     """
     size, unit = dense.sizes()["intermediate_size"], layout.family.ffn_unit
     steps = {"other sizes are slower on this device": multiple}
-    steps |= size_steps(group_size, unit, dense.hidden_size or layout.hidden_size if unit else 1)
+    steps |= size_steps(group_size, unit, dense.hidden_size or layout.hidden_size if unit else 1) | _built_steps(
+        layout
+    )
     fine = step = math.lcm(*steps.values())
     while size // step > MOST_FFN_SIZES:
         step *= 2

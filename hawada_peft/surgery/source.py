@@ -55,11 +55,11 @@ def rows_of(rule: SliceRule, layout: Layout, plan: Plan, layer: int) -> torch.Te
     if rule.units:
         stays = torch.ones(len(rule.units[0]), dtype=torch.bool)
         for axis, units in zip(rule.segments, rule.units, strict=True):
-            total = sizes[BY_NAME[axis].field]
-            here = torch.zeros(total + 1, dtype=torch.bool)
-            here[[*(left(axis) or range(total)), -1]] = True  # -1: a row of none of its units
-            each = torch.tensor(units)
-            stays &= here[each]
+            stay, total, each = left(axis), sizes[BY_NAME[axis].field], torch.tensor(units)
+            if stay and len(stay) < total:
+                here = torch.zeros(total + 1, dtype=torch.bool)
+                here[[*stay, -1]] = True  # -1: a row of none of its units
+                stays &= here[each]
             for unit in range(total if axis in (HEADS, KV_GROUPS) and plan.head_dim is not None else 0):
                 mine = (each == unit).nonzero()[:, 0]
                 stays[mine[features(axis, len(mine)) :]] = False

@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..errors import UnsupportedModelError
+
 
 @dataclass(frozen=True)
 class Tower:
@@ -42,6 +44,22 @@ def towers_of(model: PreTrainedModel) -> list[Tower]:
         if mine:
             found.append(Tower(path, names[mine[0].base_model], config))
     return found
+
+
+def check_uniform(config: PreTrainedConfig) -> None:
+    """
+    Check that one config counts for all layers of each tower, as it does but where some have one of their own.
+
+    Raises:
+        UnsupportedModelError: if a field has values by layer.
+    """
+    for path, inner in (("", config), *_below(config, "")):
+        if getattr(inner, "is_heterogeneous", False):  # transformers before 5.23 has no such configs
+            raise UnsupportedModelError(
+                f"the config{f' {path!r}' if path else ''} of model_type={inner.model_type!r} gives single layers "
+                "other sizes than the rest (`per_layer_config`); what can be removed is only known of models whose "
+                "layers share one config"
+            )
 
 
 def config_at(config: PreTrainedConfig, path: str) -> PreTrainedConfig:

@@ -177,8 +177,8 @@ def random_model(model_class: type[PreTrainedModel], config: PreTrainedConfig, s
             if parameter.ndim < 2:
                 parameter.data = parameter.data + 0.1 * noise
             else:
-                fan = parameter.shape[-1] if parameter.ndim == 3 else parameter[0].numel()
-                parameter.data = noise / fan**0.5
+                fan = parameter.shape[-1] if parameter.ndim == 3 else parameter.shape[1:].numel()
+                parameter.data = noise / max(1, fan) ** 0.5
         return model.to(torch.float64).eval()  # type: ignore[arg-type]
 
 
