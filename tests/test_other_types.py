@@ -29,6 +29,15 @@ TYPES: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "MiMoV2Flash": ("MiMoV2FlashForCausalLM", LM | EXPERTS | {"n_routed_experts": 4}, {"ffn", "layers"}),
     # What a block adds is normed: the norm reads the stream, and carries the layer's gate.
     "Afmoe": ("AfmoeForCausalLM", LM | EXPERTS | {"num_experts": 4}, {"heads", "ffn", "layers"}),
+    # A list of convolutions, each of which is a layer.
+    "Speech2Text": (
+        "Speech2TextModel",
+        TEXT
+        | {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4}
+        | {"decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "input_feat_per_channel": 16}
+        | {"conv_channels": 32, "max_source_positions": 64, "max_target_positions": 64},
+        {"ffn", "layers"},
+    ),
     # Images come in tiles, with their sizes.
     "LlavaNext": (
         "LlavaNextForConditionalGeneration",

@@ -217,6 +217,8 @@ def reach(axis: Axis, stack: Stack) -> Seen | str:
     inside = [place for place in axis.places if place.parameter.startswith(before)]
     if not inside:
         return f"nothing in {stack.path} reads it"
+    if any(place.module == f"{stack.path}.*" for place in inside):
+        return f"a layer of {stack.path} is one module, and not a list of those that could hold gates"
     if axis.tied:
         return "the same units would have to stay at every place"
     if strange := [place.parameter for place in axis.places if not _gated_at(place)]:
