@@ -9,7 +9,6 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from ..vanilla.towers import check_uniform
 from .all_layers import prove_all
 from .anatomy import EXPERTS, Anatomy, Axis, PerLayer, Pinned, Refusal, Stack
 from .parts.depth import FoundStack
@@ -43,7 +42,6 @@ def anatomy_of(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, inputs: Mapping[str, Any] | None = None
 ) -> tuple[Anatomy, Study]:
     """As `find_anatomy`, with what was found of the tiny copy."""
-    check_uniform(config)
     deep = _deep(model_class, config, inputs)
     short = shorten(deep)
     few = deep

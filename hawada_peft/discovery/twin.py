@@ -14,8 +14,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..errors import UnsupportedModelError
 from .parts.heads import HEADLIKE, NOT_HEADS, WIDTHS, heads_in
-from .trial.builds import REFUSES, shapes_of
+from .trial.builds import REFUSES, cause, shapes_of
 from .trial.config_tree import CHOSEN_EXPERTS, DESCRIPTIONS, Path, edited, scopes_of
 
 SMALL, LARGE = 2_000_000, 100_000_000
@@ -54,8 +55,14 @@ def shrunk(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Iter
     Args:
         model_class: of transformers.
         config: the real one.
+
+    Raises:
+        UnsupportedModelError: if no model of the class is built from it.
     """
-    parameters = _parameters(model_class, config)
+    try:
+        parameters = _parameters(model_class, config)
+    except REFUSES as error:
+        raise UnsupportedModelError(f"no {model_class.__name__} is built from this config ({cause(error)})") from error
     if parameters <= SMALL:
         yield config
         return

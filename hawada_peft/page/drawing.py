@@ -22,6 +22,8 @@ COLOURS = {
     "first": "#0072b2",
     "second": "#d55e00",
     "third": "#009e73",
+    "fourth": "#cc79a7",
+    "fifth": "#e69f00",
 }
 """After Okabe and Ito, "Color Universal Design" (2008): told apart with any kind of colour vision."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 from ..vanilla.shape import BY_NAME, FFN, HEADS, LAYERS
@@ -59,7 +60,7 @@ def milliseconds(facts: SlimFacts) -> Picture | None:
     if not parts:
         return None
     names = list(parts["dense"])
-    shades = dict(zip(names, ("first", "second", "third", "muted"), strict=True))
+    shades = dict(zip(names, cycle(("first", "second", "third", "muted", "fourth", "fifth")), strict=False))
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..planning.cut import BESIDE, SHORT, SIZES
@@ -26,11 +26,11 @@ def frontier(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterator[Part
         yield figure(pictures["frontier"], f"{pictures['frontier'].text} Loss: {search['loss']}.")
     ordered = sorted(timed, key=lambda point: float(point["measured_ms"]))
     evaluated = any(point["measured_loss"] is not None for point in points)
-    columns = [word for word, _ in _shape(points[0])]
+    columns = _columns(points)
     yield table(
         f"Shapes that were timed, the fastest first. Loss: {search['loss']}.",
         (
-            *columns,
+            *_head(columns),
             "ms expected",
             "measured",
             "loss expected",
@@ -38,7 +38,7 @@ def frontier(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterator[Part
             "parameters",
             "why not",
         ),
-        (_candidate(point, evaluated) for point in ordered),
+        (_candidate(point, columns, evaluated) for point in ordered),
         chosen=_chosen(ordered),
     )
     others = [point for point in points if point["measured_ms"] is None]
@@ -47,10 +47,10 @@ def frontier(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterator[Part
             f"{len(others)} more shapes on the frontier, by their estimates",
             table(
                 "Shapes that were estimated only, slowest first.",
-                (*columns, "ms", "loss", "parameters", "why not"),
+                (*_head(columns), "ms", "loss", "parameters", "why not"),
                 (
                     (
-                        *(size for _, size in _shape(point)),
+                        *_sizes(point, columns),
                         number(point["estimate_ms"]),
                         number(point["predicted_loss"]),
                         number(point["parameters"], ","),
@@ -79,10 +79,10 @@ def milliseconds(facts: SlimFacts, pictures: Mapping[str, Picture]) -> Iterator[
     )
 
 
-def _candidate(point: Mapping[str, Any], evaluated: bool) -> tuple[Any, ...]:
+def _candidate(point: Mapping[str, Any], columns: Sequence[tuple[str, str]], evaluated: bool) -> tuple[Any, ...]:
     loss = point["predicted_loss"] if point["expected_loss"] is None else point["expected_loss"]
     return (
-        *(size for _, size in _shape(point)),
+        *_sizes(point, columns),
         number(point["expected_ms"]),
         number(point["measured_ms"]),
         number(loss),
@@ -96,12 +96,26 @@ def _chosen(points: list[Mapping[str, Any]]) -> int | None:
     return next((place for place, point in enumerate(points) if point["rejected"] is None), None)
 
 
-def _shape(point: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The sizes of a point, each with the head of its column; those of further towers after them."""
-    towers = {"": point["shape"], **point.get(BESIDE, {})}
+def _columns(points: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """The towers and sizes that points speak of: some leave out those of the dense model."""
+    towers = dict.fromkeys(tower for point in points for tower in _towers(point))
     return [
-        (f"{SHORT[name]} of {tower}" if tower else SHORT[name], number(shape[name], ","))
-        for tower, shape in towers.items()
+        (tower, name)
+        for tower in towers
         for name in SIZES
-        if name in shape
+        if any(name in _towers(point).get(tower, {}) for point in points)
     ]
+
+
+def _towers(point: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {"": point["shape"], **point.get(BESIDE, {})}
+
+
+def _head(columns: Sequence[tuple[str, str]]) -> list[str]:
+    return [f"{SHORT[name]} of {tower}" if tower else SHORT[name] for tower, name in columns]
+
+
+def _sizes(point: Mapping[str, Any], columns: Sequence[tuple[str, str]]) -> list[str]:
+    """The sizes of a point, those of further towers last; what it leaves out is as in the dense model."""
+    found = [_towers(point).get(tower, {}).get(name) for tower, name in columns]
+    return ["dense" if size is None else number(size, ",") for size in found]

@@ -46,22 +46,6 @@ def towers_of(model: PreTrainedModel) -> list[Tower]:
     return found
 
 
-def check_uniform(config: PreTrainedConfig) -> None:
-    """
-    Check that one config counts for all layers of each tower, as it does but where some have one of their own.
-
-    Raises:
-        UnsupportedModelError: if a field has values by layer.
-    """
-    for path, inner in (("", config), *_below(config, "")):
-        if getattr(inner, "is_heterogeneous", False):  # transformers before 5.23 has no such configs
-            raise UnsupportedModelError(
-                f"the config{f' {path!r}' if path else ''} of model_type={inner.model_type!r} gives single layers "
-                "other sizes than the rest (`per_layer_config`); what can be removed is only known of models whose "
-                "layers share one config"
-            )
-
-
 def config_at(config: PreTrainedConfig, path: str) -> PreTrainedConfig:
     """The sub-config at a path; the config itself at an empty one."""
     for name in path.split(".") if path else []:
@@ -70,9 +54,20 @@ def config_at(config: PreTrainedConfig, path: str) -> PreTrainedConfig:
 
 
 def value_at(config: PreTrainedConfig, field: str) -> Any:
-    """A field of a config, of a list there one entry: `"depths.1"`; None if it has none."""
+    """
+    A field of a config, of a list there one entry: `"depths.1"`; None if it has none.
+
+    Raises:
+        UnsupportedModelError: if it has a value for each layer (`per_layer_config`).
+    """
     name, _, place = field.partition(".")
-    value = getattr(config, name, None)
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError as error:  # what transformers from 5.23 on raises
+        raise UnsupportedModelError(
+            f"the config of model_type={config.model_type!r} gives single layers another {name} than the rest "
+            "(`per_layer_config`); what can be removed is only known where layers share it"
+        ) from error
     return value[int(place)] if place and value is not None else value
 
 

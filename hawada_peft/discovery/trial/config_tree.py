@@ -96,8 +96,15 @@ def left_out(config: PreTrainedConfig) -> Iterator[Path]:
     for scope, inner in scopes_of(config):
         for each in fields(inner) if is_dataclass(inner) else ():
             known = "int" in str(each.type) and not NOT_WIDTHS.search(each.name) and not each.name.startswith("_")
-            if known and getattr(inner, each.name, 0) is None:
+            if known and _is_left_out(inner, each.name):
                 yield (*scope, each.name)
+
+
+def _is_left_out(config: PreTrainedConfig, name: str) -> bool:
+    try:
+        return getattr(config, name, 0) is None
+    except RuntimeError:  # a size by layer (`per_layer_config`)
+        return False
 
 
 def scopes_of(config: PreTrainedConfig, above: Path = ()) -> Iterator[tuple[Path, PreTrainedConfig]]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ...errors import UnsupportedModelError
 from ..modules import feature_sizes
 from ..shape import FFN, HEADS, Shape
-from ..towers import Tower, check_uniform, config_at, towers_of, value_at
+from ..towers import Tower, config_at, towers_of, value_at
 from .layout import FINDERS, Layout, Part
 from .row import FAMILIES
 from .written import stack_of, written_for
@@ -46,7 +46,6 @@ def locate(model: nn.Module, tower: str | None = None) -> Layout:
             f"{type(model).__name__} is not a transformers model, so the places of its gates are not known. "
             "Please specify `target_modules` in `peft_config` to gate the inputs of modules by name."
         )
-    check_uniform(model.config)
     marked = _marked(model)
     wanted = next(iter(marked), None) if tower is None else tower
     held = marked.get(wanted)
