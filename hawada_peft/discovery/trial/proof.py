@@ -190,11 +190,13 @@ def prove(specimen: Specimen, axis: Found, stacks: Sequence[str] = ()) -> float:
     if idle := _idle(specimen, axis, stacks):
         raise ValueError(f"{idle} changes nothing on the example inputs, so that nothing can be proved of it")
     units = half(axis)
+    changes = axis.changes(units)
+    small = built_with(specimen, changes)
     for tied, alike in ways:
         axis.tied, axis.alike = tied, alike
         # Units that have to stay together may be drawn together by chance, the likelier the fewer are drawn.
         for seed in range(3, 3 + (COUPLED if tied or alike else FREE)):
-            found = difference(specimen, Cutting(draw(axis, units, seed, tied=tied), axis.changes(units)))
+            found = difference(specimen, Cutting(draw(axis, units, seed, tied=tied), changes), small)
             if found >= ROUNDING:
                 break
         else:
