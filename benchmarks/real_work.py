@@ -24,7 +24,7 @@ from turns import Turns
 from work import Batch, Bench, whole
 
 from hawada_peft import HawAdaConfig, Plan, Race, Shape, find_plan, recover, slim
-from hawada_peft.basis.bases import Bases, plan_turn
+from hawada_peft.basis.bases import Bases, gated_bases, plan_turn
 from hawada_peft.basis.basis import Basis
 from hawada_peft.basis.find import find_basis
 from hawada_peft.basis.proof import check_exact
@@ -207,7 +207,7 @@ class Ground:
             budget.limit_ms,
             1 / SHORT - 1,
         )
-        judge = Blind(self.bench.model, self.bench.examples(1, cell.seed), self._any_basis())
+        judge = Blind(self.bench.model, self.bench.examples(1, cell.seed), Bases(self._any_basis()))
         field_of(judge, fits, given=given)
         neighbours(judge, fits)
         return fits.measured
@@ -268,10 +268,13 @@ class Ground:
         bench, options = self.bench, dict(OURS[cell.contestant])
         start: PreTrainedModel | PeftModel = bench.load()
         given: list[Plan] = []
+        gated = Bases()
         if options.pop("searched", False):
             start = get_peft_model(bench.load(), HawAdaConfig())
             given = [self._search(start, cell)]
             start.apply_plan(given[0])
+            base = start.get_base_model()
+            gated = gated_bases(base, locate(base), ["default"])
         known = self.latencies(cell, given)
         race = Race(
             budget=self.setup.budget(cell.budget),
@@ -297,7 +300,8 @@ class Ground:
                 raise HawAdaError("the race timed shapes that were not timed alone")
             winner = record.entrant(record.winner or "")
             after = bench.quality(small)
-            turn = plan_turn(bench.model, winner.plan, Bases(self._basis(cell.seed) if winner.plan.rotated else None))
+            stream = gated.stream or (self._basis(cell.seed) if winner.plan.rotated else None)
+            turn = plan_turn(bench.model, winner.plan, Bases(stream, gated.heads))
             plain = slim(bench.model, winner.plan, turn=turn).to(bench.device)
             cut = bench.quality(plain)
             fitted = self._fitted(cell.seed)
